@@ -1,0 +1,61 @@
+#include "bindings/arrays.hpp"
+#include "bindings/bind.hpp"
+#include "linalg/gram.hpp"
+#include "linalg/inverse_factor.hpp"
+#include "linalg/threads.hpp"
+
+namespace bitwright {
+
+void bind_linalg(py::module_& module) {
+    module.def("blas", [] { return std::string(blas_name()); });
+    module.def("num_threads", &num_threads);
+    module.def(
+        "set_num_threads",
+        [](int threads) {
+            if (threads < 1 || threads > 1024)
+                throw py::value_error("threads: expected 1 to 1024, got " + std::to_string(threads));
+            set_num_threads(threads);
+        },
+        py::arg("threads"));
+
+    module.def(
+        "accumulate_gram",
+        [](const py::object& activations, const py::object& gram) {
+            const auto x = matrix<float>(activations, "activations");
+            auto g = writable_matrix<float>(gram, "gram", x.cols(), x.cols());
+            const py::gil_scoped_release release;
+            if (x.size() != 0) accumulate_gram(x, g);
+        },
+        py::arg("activations"), py::arg("gram"));
+
+    module.def(
+        "mirror_lower",
+        [](const py::object& square) {
+            auto view = writable_matrix<float>(square, "matrix");
+            require_extent(py::reinterpret_borrow<py::array>(square), "matrix", 1, view.rows());
+            const py::gil_scoped_release release;
+            mirror_lower(view);
+        },
+        py::arg("matrix"));
+
+    module.def(
+        "inverse_factor",
+        [](const py::object& gram, const py::object& order, float damping) -> py::object {
+            const auto g = matrix<float>(gram, "gram");
+            require_extent(py::reinterpret_borrow<py::array>(gram), "gram", 1, g.rows());
+            const auto columns = vector<std::int32_t>(order, "order", g.rows());
+            if (g.rows() > 0 && (columns.minCoeff() < 0 || columns.maxCoeff() >= g.rows()))
+                throw py::value_error("order: expected a permutation of the gram's columns");
+            auto result = new_matrix<float>(g.rows(), g.cols());
+            auto upper = view(result);
+            bool definite = false;
+            {
+                const py::gil_scoped_release release;
+                definite = inverse_factor(g, columns, damping, upper);
+            }
+            return definite ? py::object(result) : py::none();
+        },
+        py::arg("gram"), py::arg("order"), py::arg("damping"));
+}
+
+}  // namespace bitwright

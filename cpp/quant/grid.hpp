@@ -1,0 +1,134 @@
+// The quantization grid of a group of weights: how a code becomes a weight, how a weight becomes a
+// code, and how the grid is fitted. Rows are independent, so everything works on 16 rows at once, one
+// per lane: `Lanes` is one weight of each of 16 rows.
+#pragma once
+
+#include <cmath>
+
+#include "linalg/matrix.hpp"
+
+namespace bitwright {
+
+enum class Grid {
+    affine,      // w = s·c + b        b a float (MLX, GGUF Q4_1)
+    zero_point,  // w = s·(c − z)      z an integer in 0 .. 2^bits − 1 (GPTQ, AWQ)
+    symmetric,   // w = s·(c − z)      z = 2^(bits − 1)
+};
+
+enum class ScaleType { float32, float16, bfloat16 };  // the dtype that scales and biases are stored in
+
+constexpr int lane_count = 16;
+using Lanes = Eigen::Array<float, lane_count, 1>;
+
+inline Lanes round_to(ScaleType type, const Lanes& values) {
+    switch (type) {
+        case ScaleType::float16: return values.cast<Eigen::half>().cast<float>();
+        case ScaleType::bfloat16: return values.cast<Eigen::bfloat16>().cast<float>();
+        default: return values;
+    }
+}
+
+// All three grids are w = s·(c − z) + b: affine has z = 0, the other two b = 0.
+struct GridLanes {
+    Lanes scale, zero, bias;
+
+    Lanes encode(const Lanes& weight, float top) const {
+        return (((weight - bias) / scale).rint() + zero).max(0.0f).min(top);
+    }
+    Lanes decode(const Lanes& code) const { return scale * (code - zero) + bias; }
+};
+
+struct GridRule {
+    Grid grid;
+    ScaleType scale_type;
+    int bits;
+    bool search;  // weighted-MSE search of the range, otherwise plain min-max
+
+    float top() const { return static_cast<float>((1 << bits) - 1); }
+};
+
+// The grid that spans [low, high] in every lane. Scales and biases are already rounded to the dtype
+// that stores them: codes are chosen on the grid that a reader will see.
+inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& high) {
+    const float top = rule.top();
+    // Halves cannot divide by less than this without turning to zero or infinity.
+    const float tiny = rule.scale_type == ScaleType::float16 ? 6.2e-5f : 1.2e-38f;
+    GridLanes lanes{Lanes::Ones(), Lanes::Zero(), Lanes::Zero()};
+    if (rule.grid == Grid::affine) {
+        // As MLX does: the end of the range with the larger magnitude is on the grid exactly, and so
+        // is zero; where that end is negative the scale is positive, otherwise negative.
+        const float smallest = 1e-7f;
+        const auto negative_end = (low.abs() > high.abs()).eval();
+        const Lanes width = ((high - low) / top).max(smallest);
+        lanes.scale = negative_end.select(width, -width);
+        const Lanes edge = negative_end.select(low, high);
+        const Lanes steps = (edge / lanes.scale).rint();
+        const auto shifted = (steps != 0.0f).eval();
+        lanes.scale = round_to(rule.scale_type, shifted.select(edge / steps, lanes.scale));
+        lanes.bias = round_to(rule.scale_type, shifted.select(edge, Lanes::Zero()));
+        lanes.scale = (lanes.scale == 0.0f).select(tiny, lanes.scale);
+        return lanes;
+    }
+    const Lanes below = low.min(0.0f), above = high.max(0.0f);
+    if (rule.grid == Grid::symmetric) {
+        lanes.scale = 2.0f * above.max(-below) / top;
+        lanes.zero.setConstant(static_cast<float>(1 << (rule.bits - 1)));
+    } else {
+        lanes.scale = (above - below) / top;
+    }
+    const auto empty = (above - below == 0.0f).eval();
+    lanes.scale = round_to(rule.scale_type, empty.select(Lanes::Ones(), lanes.scale)).max(tiny);
+    if (rule.grid == Grid::zero_point) lanes.zero = (-below / lanes.scale).rint().min(top);
+    return lanes;
+}
+
+// Fits the grid to `count` weights of 16 rows, weights[i · lane_count + lane]. The search shrinks the range
+// towards zero step by step and keeps, row by row, what has the smallest Σᵢ importance[i]·(wᵢ − ŵᵢ)²: with
+// importance = diag(gram), the diagonal part of the layer's output error.
+inline GridLanes fit_grid(const GridRule& rule, const float* weights, const float* importance,
+                          Index count) {
+    constexpr int steps = 20;
+    constexpr float last_shrink = 0.43f;
+    const auto weight = [&](Index i) { return Eigen::Map<const Lanes>(weights + i * lane_count); };
+    Lanes low = Lanes::Constant(INFINITY), high = -low;
+    for (Index i = 0; i < count; ++i) {
+        if (importance[i] == 0.0f) continue;  // an input that is never active has no say in the range
+        low = low.min(weight(i));
+        high = high.max(weight(i));
+    }
+    low = (low > high).select(0.0f, low);
+    high = (high == -INFINITY).select(0.0f, high);
+    GridLanes best = span_grid(rule, low, high);
+    if (!rule.search) return best;
+
+    const float top = rule.top();
+    Lanes best_error = Lanes::Constant(INFINITY), energy = Lanes::Zero();
+    for (Index i = 0; i < count; ++i) energy += importance[i] * weight(i).square();
+    for (int step = 0; step < steps; ++step) {
+        const float shrink = 1.0f - (1.0f - last_shrink) * static_cast<float>(step) / (steps - 1);
+        const GridLanes candidate = span_grid(rule, low * shrink, high * shrink);
+        const Lanes inverse_scale = candidate.scale.inverse();
+        Lanes error = Lanes::Zero(), along = Lanes::Zero();
+        for (Index i = 0; i < count; ++i) {
+            // As encode() and decode(), with one division for all weights instead of one for each: a
+            // tie that falls the other way does not change the error.
+            const Lanes code =
+                (((weight(i) - candidate.bias) * inverse_scale).rint() + candidate.zero)
+                    .max(0.0f)
+                    .min(top);
+            const Lanes change = weight(i) - candidate.decode(code);
+            error += importance[i] * change.square();
+            along += importance[i] * weight(i) * change;
+        }
+        static const float kappa = getenv("KAPPA") ? static_cast<float>(atof(getenv("KAPPA"))) : 0.0f;
+        error += kappa * (energy > 0.0f).select(along.square() / energy, 0.0f);
+        const auto better = (error < best_error).eval();
+        best_error = better.select(error, best_error);
+        best.scale = better.select(candidate.scale, best.scale);
+        best.zero = better.select(candidate.zero, best.zero);
+        best.bias = better.select(candidate.bias, best.bias);
+    }
+    return best;
+}
+
+}  // namespace bitwright

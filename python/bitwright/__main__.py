@@ -1,0 +1,5 @@
+"""``python -m bitwright``."""
+
+from bitwright.cli import main
+
+main()

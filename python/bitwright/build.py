@@ -1,0 +1,52 @@
+"""What the kernels were built for, and what they run on."""
+
+from dataclasses import dataclass
+
+from bitwright import _kernels
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """The kernels in use.
+
+    Parameters
+    ----------
+    instruction_set
+        ``x86-64-v2``, ``x86-64-v3`` (AVX2), ``x86-64-v4`` (AVX-512), or ``plain`` elsewhere.
+    blas
+        The linear algebra library's description of itself.
+    threads
+        Threads that kernels run on.
+    """
+
+    instruction_set: str
+    blas: str
+    threads: int
+
+
+def build_info() -> BuildInfo:
+    """Return which build of the kernels was chosen for this processor, its BLAS and thread count.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> bitwright.build_info().threads >= 1
+    True
+    """
+    return BuildInfo(_kernels.instruction_set, _kernels.blas(), _kernels.num_threads())
+
+
+def set_num_threads(threads: int) -> None:
+    """Set the number of threads of all kernels, from 1 to 1024, for the whole process.
+
+    Raises
+    ------
+    ValueError
+        If it is out of range.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> bitwright.set_num_threads(bitwright.build_info().threads)
+    """
+    _kernels.set_num_threads(threads)

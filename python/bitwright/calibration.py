@@ -1,0 +1,266 @@
+"""Calibration data: text, JSON lines or token arrays, as samples of equal length."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from bitwright.errors import CalibrationError, shown
+
+TokenSource: TypeAlias = str | os.PathLike[str] | NDArray[Any] | Sequence[str]
+
+DEFAULT_LENGTH = 512
+TEXT_LIMIT = 32 << 20  # bytes; the tokenizer needs about 130 bytes of memory for each of them
+TOKENIZER_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40 MB
+_SUFFIXES = (".txt", ".jsonl", ".npy")
+
+
+def load_tokens(
+    source: TokenSource,
+    *,
+    tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+    length: int | None = None,
+    samples: int | None = None,
+    seed: int | None = None,
+    vocab_size: int | None = None,
+) -> NDArray[np.int32]:
+    """Load calibration samples.
+
+    Text is tokenized as a whole, without special tokens, and cut into consecutive samples; the
+    rest at the end is dropped.
+
+    Parameters
+    ----------
+    source : str, os.PathLike, numpy.ndarray or sequence of str
+        A ``.txt`` file (UTF-8); a ``.jsonl`` file, each line a string or an object with a
+        "text"; a ``.npy`` file or an array of token ids, integer [rows, row length]; or texts.
+        Several texts are joined by a blank line.
+    tokenizer : str, os.PathLike or tokenizers.Tokenizer, optional
+        A tokenizer, its tokenizer.json, or the folder of that. Needed for text only.
+    length : int, optional
+        Tokens per sample. Longer rows of token ids are cut. By default 512 for text, and the
+        whole rows for token ids.
+    samples : int, optional
+        How many samples; by default all.
+    seed : int, optional
+        Choose the samples at random, without replacement; by default the first are taken.
+    vocab_size : int, optional
+        Token ids must be below it.
+
+    Returns
+    -------
+    numpy.ndarray
+        int32 [samples, length], C-contiguous.
+
+    Raises
+    ------
+    CalibrationError
+        If the data cannot be read, holds wrong ids, or is too little.
+
+    Examples
+    --------
+    >>> load_tokens(np.arange(12).reshape(3, 4), length=2, samples=2)
+    array([[0, 1],
+           [4, 5]], dtype=int32)
+    """
+    for name, value in (("length", length), ("samples", samples), ("vocab_size", vocab_size)):
+        _check_integer(name, value, 1)
+    _check_integer("seed", seed, 0)
+    if isinstance(source, np.ndarray):
+        origin, rows = "the token array", _checked_rows(source, "the token array", length)
+    elif isinstance(source, str | os.PathLike):
+        origin = os.fspath(source)
+        path = _existing_file(Path(source))
+        if path.suffix == ".npy":
+            rows = _checked_rows(_mapped(path), origin, length)
+        else:
+            text = _json_lines(path) if path.suffix == ".jsonl" else _text(path)
+            rows = _tokenized(text, tokenizer, length or DEFAULT_LENGTH, origin)
+    else:
+        origin = "the list of texts"
+        if not all(isinstance(text, str) for text in source):
+            raise CalibrationError(f"{origin}: must hold strings only")
+        rows = _tokenized("\n\n".join(source), tokenizer, length or DEFAULT_LENGTH, origin)
+    chosen = _chosen(len(rows), samples, seed, origin)
+    tokens = rows[chosen]
+    _check_ids(tokens, chosen, vocab_size, origin)
+    return np.ascontiguousarray(tokens, dtype=np.int32)
+
+
+def _check_integer(name: str, value: object, smallest: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < smallest:
+        raise CalibrationError(
+            f"{name} is {shown(value)}, but must be an integer from {smallest} up"
+        )
+
+
+def _existing_file(path: Path) -> Path:
+    if path.suffix not in _SUFFIXES:
+        raise CalibrationError(f"{path}: must end in one of {', '.join(_SUFFIXES)}")
+    if not os.path.isfile(path):
+        raise CalibrationError(f"{path}: there is no such file")
+    return path
+
+
+def _bytes(path: Path, limit: int) -> bytes:
+    try:
+        if path.stat().st_size > limit:
+            raise CalibrationError(f"{path}: is larger than {limit >> 20} MiB; give a part of it")
+        return path.read_bytes()
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return _bytes(path, TEXT_LIMIT).decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path}: is not UTF-8 text, see byte {error.start}. Convert it to UTF-8"
+        ) from error
+
+
+def _json_lines(path: Path) -> str:
+    texts = []
+    # Not splitlines(): that would also split at separators which JSON allows inside a string.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(f"{path}, line {number}: is not valid JSON: {error}") from error
+        text = value.get("text") if isinstance(value, dict) else value
+        if isinstance(value, dict) and "messages" in value and text is None:
+            raise CalibrationError(
+                f"{path}, line {number}: is a chat (messages), which is not read yet. Write each "
+                f'chat out as one "text"'
+            )
+        if not isinstance(text, str):
+            raise CalibrationError(
+                f'{path}, line {number}: must be a string, or an object with a string as "text", '
+                f"but is {shown(value)}"
+            )
+        texts.append(text)
+    return "\n\n".join(texts)
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    try:
+        with np.errstate(over="ignore"):
+            return np.lib.format.open_memmap(path, mode="r")
+    # The header is parsed as Python, and damaged ones raise a whole zoo of exceptions.
+    except Exception as error:
+        raise CalibrationError(
+            f"{path}: is not a sound .npy file of token ids: {shown(str(error))}"
+        ) from error
+
+
+def _checked_rows(rows: NDArray[Any], origin: str, length: int | None) -> NDArray[Any]:
+    """Rows cut to length; a view, of which nothing has been read yet."""
+    if rows.ndim != 2 or rows.dtype.kind not in "iu":
+        raise CalibrationError(
+            f"{origin}: must hold integer token ids in two dimensions [samples, length], but is "
+            f"{rows.dtype} {list(rows.shape)}"
+        )
+    if rows.size == 0:
+        raise CalibrationError(f"{origin}: is empty, {list(rows.shape)}")
+    if length is not None and rows.shape[1] < length:
+        raise CalibrationError(
+            f"{origin}: has rows of {rows.shape[1]} tokens, fewer than the length {length}. Ask "
+            f"for a length of at most {rows.shape[1]}"
+        )
+    return rows[:, :length]
+
+
+def _tokenized(
+    text: str, tokenizer: str | os.PathLike[str] | Tokenizer | None, length: int, origin: str
+) -> NDArray[Any]:
+    if not text:
+        raise CalibrationError(f"{origin}: is empty")
+    if tokenizer is None:
+        raise CalibrationError(
+            f"{origin}: is text, which needs a tokenizer. Give one, or a .npy of token ids"
+        )
+    with _tokenizer_errors(origin):
+        encoding = _loaded(tokenizer).encode_batch_fast([text], add_special_tokens=False)[0]
+        ids = np.array(encoding.ids, dtype=np.uint32)
+    count = len(ids) // length
+    if not count:
+        raise CalibrationError(
+            f"{origin}: has {len(ids)} tokens, too few for one sample of {length}. Give more text "
+            f"or ask for a smaller length"
+        )
+    return ids[: count * length].reshape(count, length)
+
+
+def _loaded(tokenizer: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
+    """A private tokenizer that neither cuts nor pads, whatever its file asks for."""
+    if isinstance(tokenizer, Tokenizer):
+        content = tokenizer.to_str()
+    else:
+        path = Path(tokenizer)
+        if os.path.isdir(path):
+            path = path / "tokenizer.json"
+        if not os.path.isfile(path):
+            raise CalibrationError(
+                f"{path}: is missing, and text cannot be tokenized without it. Copy it there, or "
+                f"calibrate on a .npy of token ids"
+            )
+        with _tokenizer_errors(str(path)):
+            content = _bytes(path, TOKENIZER_LIMIT).decode()
+            Tokenizer.from_str(content)
+    private = Tokenizer.from_str(content)
+    private.no_truncation()
+    private.no_padding()
+    return private
+
+
+@contextmanager
+def _tokenizer_errors(origin: str) -> Iterator[None]:
+    try:
+        yield
+    except CalibrationError:
+        raise
+    except BaseException as error:
+        # The library's panics derive from BaseException; interrupts must pass.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CalibrationError(
+            f"{origin}: the tokenizers library failed on it: {shown(str(error))}"
+        ) from error
+
+
+def _chosen(total: int, samples: int | None, seed: int | None, origin: str) -> NDArray[np.int64]:
+    count = total if samples is None else samples
+    if count > total:
+        raise CalibrationError(
+            f"{origin}: {count} samples were asked for, but there are {total}. Ask for fewer or "
+            f"shorter ones, or give more data"
+        )
+    if seed is None:
+        return np.arange(count, dtype=np.int64)
+    return np.random.default_rng(seed).choice(total, count, replace=False)
+
+
+def _check_ids(
+    tokens: NDArray[Any], chosen: NDArray[np.int64], vocab_size: int | None, origin: str
+) -> None:
+    end = 2**31 if vocab_size is None else min(vocab_size, 2**31)
+    smallest, largest = int(tokens.min()), int(tokens.max())
+    if smallest >= 0 and largest < end:
+        return
+    wrong = smallest if smallest < 0 else largest
+    row, column = np.argwhere(tokens == wrong)[0]
+    raise CalibrationError(
+        f"{origin}: token id {wrong} in sample {chosen[row]}, position {column} is not in "
+        f"0..{end - 1}. Do the tokens belong to this model?"
+    )

@@ -1,0 +1,427 @@
+"""Checkpoint folders, read lazily: opening one reads headers, reading a tensor only that one."""
+
+import difflib
+import json
+import math
+import os
+import re
+from bisect import bisect_left
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from bitwright.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError, shown
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""The tensor types that are read and written, by their safetensors names."""
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+JSON_LIMIT = 256 << 20  # bytes; the index of the largest public models is below 20 MB
+_NUMBERED_SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """An open checkpoint folder: its configuration and its tensors.
+
+    Parameters
+    ----------
+    folder : str or os.PathLike
+        Folder with config.json and either model.safetensors.index.json and its shards, a
+        model.safetensors, or any other ``*.safetensors`` files.
+
+    Attributes
+    ----------
+    folder : pathlib.Path
+        The folder as given.
+    config : dict
+        config.json.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If the folder, config.json or a weight file does not exist.
+    CheckpointError
+        If a file is damaged, or the files contradict each other.
+    UnsupportedModelError
+        If the weights are only there in a format that is not read.
+
+    Examples
+    --------
+    >>> with Checkpoint("models/small") as checkpoint:  # doctest: +SKIP
+    ...     weight = checkpoint.read("model.norm.weight")
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = _existing_folder(Path(folder))
+        self.config: dict[str, Any] = read_json_object(self.folder / "config.json")
+        weight_map = _weight_map(self.folder)
+        if weight_map is None:
+            files = _files_without_index(self.folder)
+        else:
+            files = [self.folder / name for name in sorted(set(weight_map.values()))]
+        self._shards: dict[Path, Any] = {}  # the library's handles have no types
+        self._tensors: dict[str, _Tensor] = {}
+        with ExitStack() as stack:
+            for file in files:
+                self._shards[file] = stack.enter_context(_open_shard(file))
+                self._add_tensors(file)
+            for name, file_name in (weight_map or {}).items():
+                self._check_place(name, self.folder / file_name)
+            self._names = sorted(self._tensors)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def close(self) -> None:
+        """Close the weight files; names, shapes and dtypes stay known."""
+        self._shards.clear()
+        self._stack.close()
+
+    def names(self) -> list[str]:
+        """List the tensors.
+
+        Returns
+        -------
+        list of str
+            Names in sorted order.
+        """
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Tell a tensor's shape without reading it.
+
+        Parameters
+        ----------
+        name : str
+            Tensor name.
+
+        Returns
+        -------
+        tuple of int
+            Its shape.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no such tensor.
+        """
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Tell the dtype that a tensor is stored in.
+
+        Parameters
+        ----------
+        name : str
+            Tensor name.
+
+        Returns
+        -------
+        numpy.dtype
+            Stored dtype; bfloat16 is ``ml_dtypes.bfloat16``.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no such tensor, or its dtype is not supported.
+        """
+        tensor = self._tensor(name)
+        if tensor.dtype not in DTYPES:
+            raise UnsupportedModelError(
+                f"{tensor.file}: tensor {shown(name)} is stored as {tensor.dtype}, which is not "
+                f"supported. Start from a checkpoint in BF16, F16 or F32"
+            )
+        return DTYPES[tensor.dtype]
+
+    def file(self, name: str) -> Path:
+        """Tell which file holds a tensor.
+
+        Parameters
+        ----------
+        name : str
+            Tensor name.
+
+        Returns
+        -------
+        pathlib.Path
+            The safetensors file.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no such tensor.
+        """
+        return self._tensor(name).file
+
+    def read(self, name: str) -> NDArray[Any]:
+        """Read one tensor, and nothing else, from its file.
+
+        Parameters
+        ----------
+        name : str
+            Tensor name.
+
+        Returns
+        -------
+        numpy.ndarray
+            A private C-contiguous copy in the stored dtype.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no such tensor, its dtype is not supported, the checkpoint is closed, or
+            the file changed underneath.
+        """
+        tensor = self._tensor(name)
+        self.dtype(name)
+        if tensor.file not in self._shards:
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint is closed; read {shown(name)} before closing it"
+            )
+        try:
+            array: NDArray[Any] = self._shards[tensor.file].get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {shown(name)} cannot be read: {shown(str(error))}. "
+                f"Was the file changed or removed meanwhile?"
+            ) from error
+        return array
+
+    def nbytes(self) -> int:
+        """Add up the sizes of all tensors.
+
+        Returns
+        -------
+        int
+            Bytes.
+
+        Raises
+        ------
+        CheckpointError
+            If a tensor's dtype is not supported.
+        """
+        return sum(math.prod(self.shape(name)) * self.dtype(name).itemsize for name in self._names)
+
+    def _tensor(self, name: str) -> _Tensor:
+        if name in self._tensors:
+            return self._tensors[name]
+        # Comparing with all of a mixture-of-experts' 50,000 names would take minutes.
+        place = bisect_left(self._names, name)
+        near = [other[:200] for other in self._names[max(place - 200, 0) : place + 200]]
+        closest = difflib.get_close_matches(name[:200], near, n=3)
+        hint = f"; the closest are {', '.join(map(shown, closest))}" if closest else ""
+        raise CheckpointError(f"{self.folder}: there is no tensor {shown(name)}{hint}")
+
+    def _add_tensors(self, file: Path) -> None:
+        shard = self._shards[file]
+        names: list[str] = shard.keys()
+        for name in names:
+            if name in self._tensors:
+                raise CheckpointError(
+                    f"tensor {shown(name)} is both in {self._tensors[name].file} and in {file}. "
+                    f"Remove the file that does not belong to the checkpoint"
+                )
+            header = shard.get_slice(name)
+            self._tensors[name] = _Tensor(file, header.get_dtype(), tuple(header.get_shape()))
+
+    def _check_place(self, name: str, file: Path) -> None:
+        if name not in self._tensors or self._tensors[name].file != file:
+            raise CheckpointError(
+                f"{self.folder / INDEX_NAME}: tensor {shown(name)} should be in {file.name}, but "
+                f"is not. Download both files again"
+            )
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        File to read.
+
+    Returns
+    -------
+    dict
+        Its content.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If there is no such file.
+    CheckpointError
+        If the file is too large, not UTF-8, not JSON, or not an object.
+    """
+    if not os.path.isfile(path):
+        raise CheckpointNotFoundError(f"{path}: there is no such file; a checkpoint needs it")
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise CheckpointError(f"{path}: is larger than {JSON_LIMIT >> 20} MiB, so not believed")
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise CheckpointError(f"{path}: is not valid JSON: {error.msg} at {where}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: is not UTF-8 text, see byte {error.start}") from error
+    except RecursionError:
+        raise CheckpointError(f"{path}: the JSON is nested too deeply") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the JSON holds a number with too many digits") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, but holds {shown(value)}")
+    return value
+
+
+def is_plain_file_name(name: str) -> bool:
+    """Tell whether a name stays inside the folder that it is joined to.
+
+    Parameters
+    ----------
+    name : str
+        A file name from a file.
+
+    Returns
+    -------
+    bool
+        False for anything that names another folder, or that no file can be called.
+
+    Examples
+    --------
+    >>> is_plain_file_name("model.safetensors"), is_plain_file_name("../model.safetensors")
+    (True, False)
+    """
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:
+        return False
+    return 0 < len(encoded) <= 255 and name not in (".", "..") and not set(name) & set("/\\\0")
+
+
+def _existing_folder(folder: Path) -> Path:
+    if os.path.isdir(folder):
+        return folder
+    if os.path.isfile(folder):
+        reason = "GGUF is not read" if folder.suffix == ".gguf" else "this is a file"
+        raise CheckpointError(
+            f"{folder}: {reason}; give the folder that holds config.json and the safetensors files"
+        )
+    raise CheckpointNotFoundError(
+        f"{folder}: there is no such folder. Models are not downloaded from a hub: download the "
+        f"model first and give the folder it lies in"
+    )
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """The index of the folder, if there is one: which tensor lies in which file."""
+    path = folder / INDEX_NAME
+    if not os.path.lexists(path):
+        return None
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f'{path}: "weight_map" must map tensor names to files, but is {shown(weight_map)}'
+        )
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not is_plain_file_name(file_name):
+            raise CheckpointError(
+                f"{path}: tensor {shown(name)} should be in {shown(file_name)}, which is not the "
+                f"name of a file in this folder"
+            )
+        if not file_name.endswith(".safetensors"):
+            raise UnsupportedModelError(
+                f"{path}: tensor {shown(name)} should be in {shown(file_name)}; only safetensors "
+                f"files are read"
+            )
+    return weight_map
+
+
+def _files_without_index(folder: Path) -> list[Path]:
+    if os.path.lexists(folder / SINGLE_NAME):
+        return [folder / SINGLE_NAME]
+    try:
+        present = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be listed: {error.strerror}") from error
+    files = [file for file in present if file.suffix == ".safetensors"]
+    for file in files:
+        if numbered := _NUMBERED_SHARD.fullmatch(file.name):
+            prefix, _, total = numbered.groups()
+            for number in range(1, int(total) + 1):
+                other = folder / f"{prefix}{number:05d}-of-{total}.safetensors"
+                if other not in files:
+                    raise CheckpointNotFoundError(
+                        f"{other}: is missing, though {file.name} belongs with it. Download it"
+                    )
+    if not files:
+        if any(file.suffix in (".bin", ".pt", ".pth") for file in present):
+            raise UnsupportedModelError(
+                f"{folder}: holds weights only as PyTorch pickles, which can run code when they "
+                f"are opened and are therefore not read. Convert them to safetensors"
+            )
+        if any(file.suffix == ".gguf" for file in present):
+            raise UnsupportedModelError(
+                f"{folder}: holds weights only as GGUF, which is not read. Start from the "
+                f"safetensors files of the original model"
+            )
+        raise CheckpointNotFoundError(f"{folder}: there are no *.safetensors files in this folder")
+    return files
+
+
+def _open_shard(file: Path) -> Any:
+    if not os.path.isfile(file):
+        raise CheckpointNotFoundError(
+            f"{file}: the weight file is missing. The download is incomplete: fetch this file too"
+        )
+    try:
+        # pread, because mapped pages would count as memory in use and a file cut short while it
+        # is mapped would kill the process.
+        return safe_open(file, framework="numpy", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: is not a sound safetensors file: {shown(str(error))}. Download it again"
+        ) from error

@@ -1,0 +1,457 @@
+"""Checkpoint folders, written beside their place and renamed into it: whole, or not at all."""
+
+import json
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.checkpoint.reader import (
+    DTYPES,
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    is_plain_file_name,
+)
+from bitwright.errors import (
+    BitwrightError,
+    CheckpointError,
+    OutputError,
+    OutputExistsError,
+    shown,
+)
+
+SIDE_FILES = (
+    "tokenizer*.json",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+SIDE_FILE_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40 MB
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class CheckpointWriter:
+    """Writes a checkpoint folder that appears, complete, when the ``with`` block ends well.
+
+    Until then everything lies in a hidden folder beside ``out``, which is removed if the block
+    is left by an exception, KeyboardInterrupt included.
+
+    Parameters
+    ----------
+    out : str or os.PathLike
+        The folder to make; an existing empty one counts as absent. Parents are created.
+    overwrite : bool
+        Replace an existing checkpoint folder. Anything else there is never replaced.
+    shard_bytes : int
+        Weight files are split so that none is larger, unless one tensor alone is.
+    metadata : dict of str to str, optional
+        Goes into the header of every weight file.
+    source : pathlib.Path, optional
+        Folder of the checkpoint that is being read; ``out`` may not touch it.
+
+    Raises
+    ------
+    OutputExistsError
+        On entering, if ``out`` exists and may not be overwritten.
+    OutputError
+        On entering or later, if ``out`` is a wrong place or cannot be written.
+
+    Examples
+    --------
+    >>> with CheckpointWriter("small-4bit") as writer:  # doctest: +SKIP
+    ...     writer.add("model.norm.weight", np.ones(256, np.float16))
+    ...     writer.write_json("config.json", {"model_type": "llama"})
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        overwrite: bool = False,
+        shard_bytes: int = 1 << 30,
+        metadata: dict[str, str] | None = None,
+        source: Path | None = None,
+    ) -> None:
+        try:
+            # A link is followed: what it points to is written and replaced, not the link.
+            self._out = Path(os.path.realpath(out))
+        except ValueError as error:
+            raise OutputError(f"{shown(os.fspath(out))}: is not the name of a folder") from error
+        self._overwrite = overwrite
+        self._shard_bytes = shard_bytes
+        self._metadata = dict(sorted((metadata or {}).items()))
+        self._source = source
+        self._folder: Path | None = None
+        self._made_parents: list[Path] = []
+        self._shard_of: dict[str, int] = {}
+        self._shard_count = 0
+        self._total_bytes = 0
+        self._waiting: dict[str, NDArray[Any]] = {}
+        self._waiting_bytes = 0
+
+    def __enter__(self) -> Self:
+        self._check_place()
+        parent = self._out.parent
+        with self._cleaned_up_on_error(), _output_errors(self._out):
+            missing = [place for place in (parent, *parent.parents) if not place.exists()]
+            for place in reversed(missing):
+                place.mkdir()
+                self._made_parents.insert(0, place)
+            folder = parent / f".{self._out.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+            self._folder = folder
+            folder.mkdir()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._discard()
+            return
+        with self._cleaned_up_on_error():
+            self._finish()
+        self._folder = None
+
+    def add(self, name: str, array: NDArray[Any]) -> None:
+        """Add a tensor.
+
+        Parameters
+        ----------
+        name : str
+            Tensor name, not used before.
+        array : numpy.ndarray
+            Any shape, any of the dtypes in `DTYPES`. Copied, so it may be changed afterwards.
+
+        Raises
+        ------
+        CheckpointError
+            If the name is taken or not a name, or the dtype is not supported.
+        OutputError
+            If the disk is full or the like.
+        """
+        folder = self._open_folder()
+        if name in self._shard_of:
+            raise CheckpointError(f"{self._out}: tensor {shown(name)} was added before")
+        if name == "__metadata__" or not _is_unicode(name):
+            raise CheckpointError(f"{self._out}: {shown(name)} cannot be the name of a tensor")
+        dtype = array.dtype.newbyteorder("=")
+        if dtype not in _DTYPE_NAMES:
+            raise CheckpointError(
+                f"{self._out}: tensor {shown(name)} has dtype {array.dtype}; supported are: "
+                f"{', '.join(map(str, _DTYPE_NAMES))}"
+            )
+        if self._waiting and self._waiting_bytes + array.nbytes > self._shard_bytes:
+            self._flush(folder)
+        self._waiting[name] = np.array(array, dtype=dtype, order="C", copy=True)
+        self._waiting_bytes += array.nbytes
+        self._total_bytes += array.nbytes
+        self._shard_of[name] = self._shard_count
+
+    def add_file(self, path: Path) -> None:
+        """Copy a file into the folder, under its own name.
+
+        Parameters
+        ----------
+        path : pathlib.Path
+            A regular file.
+
+        Raises
+        ------
+        CheckpointError
+            If the name is taken or reserved for weights, or there is no such regular file.
+        OutputError
+            If the copy fails.
+        """
+        if not os.path.isfile(path):
+            raise CheckpointError(f"{path}: is not a regular file, so it is not copied")
+        target = self._side_file(Path(path).name)
+        with _output_errors(self._out / target.name):
+            shutil.copyfile(path, target)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file into the folder.
+
+        Parameters
+        ----------
+        name : str
+            Plain file name.
+        text : str
+            Its content, written as UTF-8.
+
+        Raises
+        ------
+        CheckpointError
+            If the name is taken, reserved for weights or not plain, or the text is not Unicode.
+        OutputError
+            If the file cannot be written.
+        """
+        if not _is_unicode(text):
+            raise CheckpointError(f"{self._out / name}: the text holds lone surrogates")
+        target = self._side_file(name)
+        with _output_errors(self._out / name):
+            target.write_bytes(text.encode())
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file into the folder, indented, in the order of the given keys.
+
+        Parameters
+        ----------
+        name : str
+            Plain file name.
+        value : object
+            What the json module accepts.
+
+        Raises
+        ------
+        CheckpointError
+            As `write_text`, or if the value cannot be expressed in JSON.
+        OutputError
+            If the file cannot be written.
+        """
+        try:
+            text = json.dumps(value, indent=2)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{self._out / name}: cannot be written as JSON: {error}"
+            ) from error
+        self.write_text(name, text + "\n")
+
+    def _open_folder(self) -> Path:
+        if self._folder is None:
+            raise OutputError(f"{self._out}: the writer is not open; use it in a with statement")
+        return self._folder
+
+    def _check_place(self) -> None:
+        """Refuse a place that is taken, or that holds what nobody meant to lose."""
+        out = self._out
+        if self._source is not None:
+            source = Path(os.path.realpath(self._source))
+            if out == source or out in source.parents or source in out.parents:
+                raise OutputError(
+                    f"{out}: overlaps the checkpoint that is read, {source}. Write elsewhere"
+                )
+        if not os.path.lexists(out):
+            return
+        with _output_errors(out):
+            content = list(os.scandir(out)) if out.is_dir() else None
+        if content is not None and not content:
+            return
+        if not self._overwrite:
+            raise OutputExistsError(
+                f"{out}: exists already. Remove it, write elsewhere, or ask for overwriting"
+            )
+        if content is None:
+            raise OutputError(f"{out}: is a file; only a checkpoint folder is overwritten")
+        names = {entry.name for entry in content}
+        if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+            raise OutputError(
+                f"{out}: is not a checkpoint folder (no config.json with *.safetensors), so it is "
+                f"not overwritten. Remove it yourself or write elsewhere"
+            )
+        for entry in content:
+            if entry.is_dir(follow_symlinks=False):
+                raise OutputError(
+                    f"{out}: holds a folder, {entry.name}, so it is not overwritten. Remove it "
+                    f"yourself or write elsewhere"
+                )
+
+    def _side_file(self, name: str) -> Path:
+        folder = self._open_folder()
+        if not is_plain_file_name(name):
+            raise CheckpointError(f"{self._out}: {shown(name)} is not a plain file name")
+        if name.endswith((".safetensors", ".safetensors.index.json")):
+            raise CheckpointError(f"{self._out}: {name} is a name for weights; use add()")
+        if os.path.lexists(folder / name):
+            raise CheckpointError(f"{self._out}: {name} was written before")
+        return folder / name
+
+    def _flush(self, folder: Path) -> None:
+        path = folder / f"{self._shard_count}.safetensors"
+        with _output_errors(self._out):
+            _write_safetensors(path, self._waiting, self._metadata)
+        self._shard_count += 1
+        self._waiting, self._waiting_bytes = {}, 0
+
+    def _finish(self) -> None:
+        folder = self._open_folder()
+        if self._waiting or not self._shard_count:
+            self._flush(folder)
+        with _output_errors(self._out):
+            self._name_shards(folder)
+            for path in folder.iterdir():
+                _synchronize(path)
+            _synchronize(folder)
+        # Hours may have passed since the place was looked at.
+        self._check_place()
+        self._move_into_place(folder)
+
+    def _name_shards(self, folder: Path) -> None:
+        total = self._shard_count
+        names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+        if total == 1:
+            names = [SINGLE_NAME]
+        for i, name in enumerate(names):
+            (folder / f"{i}.safetensors").rename(folder / name)
+        if total > 1:
+            index = {
+                "metadata": {"total_size": self._total_bytes},
+                "weight_map": {name: names[i] for name, i in sorted(self._shard_of.items())},
+            }
+            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _move_into_place(self, folder: Path) -> None:
+        out = self._out
+        aside = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
+        try:
+            with _output_errors(out):
+                if out.exists() and any(out.iterdir()):
+                    out.rename(aside)
+                folder.rename(out)
+                with suppress(OSError):  # some file systems cannot synchronize folders
+                    _synchronize(out.parent)
+        finally:
+            if not folder.exists():
+                _remove(aside)
+            elif aside.exists() and not out.exists():
+                aside.rename(out)
+        if aside.exists():
+            warnings.warn(f"{aside}: the replaced checkpoint could not be removed", stacklevel=4)
+
+    @contextmanager
+    def _cleaned_up_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        if self._folder is not None:
+            _remove(self._folder)
+        self._folder = None
+        for parent in self._made_parents:
+            with suppress(OSError):  # others may have put something there meanwhile
+                parent.rmdir()
+
+
+def copy_side_files(checkpoint: Checkpoint, writer: CheckpointWriter) -> list[str]:
+    """Carry over what a checkpoint holds beside weights and config.json: tokenizer, licence, …
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Where the files are; only its top folder is looked at.
+    writer : CheckpointWriter
+        Where they go.
+
+    Returns
+    -------
+    list of str
+        The names of the copied files, sorted.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is unreasonably large, or was written before.
+    OutputError
+        If a copy fails.
+    """
+    copied = []
+    for path in sorted(checkpoint.folder.iterdir()):
+        if not any(fnmatch(path.name, pattern) for pattern in SIDE_FILES) or not path.is_file():
+            continue
+        if path.stat().st_size > SIDE_FILE_LIMIT:
+            raise CheckpointError(
+                f"{path}: is larger than {SIDE_FILE_LIMIT >> 20} MiB, so it is not the file that "
+                f"its name promises. Remove it"
+            )
+        writer.add_file(path)
+        copied.append(path.name)
+    return copied
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        # This is where most of the time goes, so this is where most interrupts arrive.
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BitwrightError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _write_safetensors(
+    path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]
+) -> None:
+    """Write one safetensors file.
+
+    The library's own writer orders metadata at random, which makes equal inputs give different
+    bytes, and makes files that only their owner may read.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    # Widest elements first, so that every tensor begins at a multiple of its element size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    end = 0
+    for name, array in ordered:
+        begin, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, array in ordered:
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def _synchronize(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

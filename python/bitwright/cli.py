@@ -1,0 +1,226 @@
+"""The ``bitwright`` command."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import bitwright
+from bitwright.demo import run_demo
+from bitwright.formats import FORMATS
+from bitwright.methods.solver import METHODS
+from bitwright.report import print_evaluations, print_report
+from bitwright.tensor import BITS, GRIDS
+
+FAILED, INTERRUPTED = 1, 130
+
+
+class _Bits(click.ParamType[int]):
+    """One of the supported numbers of bits."""
+
+    name = "bits"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if str(value) not in map(str, BITS):
+            self.fail(f"{value!r} is not one of {', '.join(map(str, BITS))}", param, ctx)
+        return int(value)
+
+
+class _Override(click.ParamType[tuple[str, dict[str, int]]]):
+    """``GLOB=bits:B,group_size:G``."""
+
+    name = "override"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, dict[str, int]]:
+        if isinstance(value, tuple):
+            return value
+        pattern, _, changes = value.rpartition("=")
+        try:
+            pairs = (change.split(":") for change in changes.split(","))
+            return pattern, {key: int(number) for key, number in pairs}
+        except ValueError:
+            self.fail(f"{value!r} is not of the form GLOB=bits:B,group_size:G", param, ctx)
+
+
+def _threads(function: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--threads", type=click.IntRange(1, 1024), help="Threads to use; by default all processors."
+    )(function)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(bitwright.__version__, prog_name="bitwright")
+def cli() -> None:
+    """Quantize language models on any CPU."""
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--method", type=click.Choice(list(METHODS)), default="gptq")
+@click.option("--bits", type=_Bits(), default=4, help="Bits per code: 2, 3, 4, 5, 6 or 8.")
+@click.option(
+    "--group-size", type=int, default=64, help="Input channels per scale; -1 is the whole row."
+)
+@click.option("--format", type=click.Choice(list(FORMATS)), default="mlx")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Text (.txt, .jsonl) or token ids (.npy); gptq needs it.",
+)
+@click.option(
+    "--samples", type=click.IntRange(1), help="Calibration samples; by default up to 128."
+)
+@click.option(
+    "--length",
+    type=click.IntRange(1),
+    help="Tokens per sample; by default 512 of a text and the whole rows of an array.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Chooses the samples.")
+@click.option("--grid", type=click.Choice(GRIDS), help="By default the format's first.")
+@click.option(
+    "--scale-dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Dtype of scales and biases; by default what the format asks for.",
+)
+@click.option(
+    "--damping", type=click.FloatRange(0), default=0.01, help="Of the gram's mean diagonal (gptq)."
+)
+@click.option(
+    "--act-order/--no-act-order", default=True, help="Columns with large inputs first (gptq)."
+)
+@click.option(
+    "--grid-search/--no-grid-search",
+    default=None,
+    help="Search each group's range for the least error; by default on for gptq, off for rtn.",
+)
+@click.option(
+    "--block-size", type=click.IntRange(1), default=128, help="Columns per lazy update (gptq)."
+)
+@click.option(
+    "--propagate",
+    type=click.Choice(["quantized", "original"]),
+    default="quantized",
+    help="Whose outputs the next layers are calibrated on.",
+)
+@click.option("--embedding-bits", type=_Bits(), help="Quantize the embedding too.")
+@click.option("--head-bits", type=_Bits(), help="Quantize the head too.")
+@click.option("--include", multiple=True, metavar="GLOB", help="Quantize only these layers.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers in float.")
+@click.option(
+    "--override",
+    "overrides",
+    multiple=True,
+    type=_Override(),
+    metavar="GLOB=bits:B,group_size:G",
+    help="Other settings for these layers; the last match wins.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@_threads
+def quantize(overrides: tuple[tuple[str, dict[str, int]], ...], **options: Any) -> None:
+    """Quantize the checkpoint folder MODEL.
+
+    Globs match full layer names, such as model.layers.0.self_attn.q_proj.
+    """
+    report = bitwright.quantize(overrides=dict(overrides), **options)
+    console = Console()
+    print_report(report, console)
+    raised = report.dampings_raised(options["damping"])
+    if raised:
+        console.print(
+            f"{len(raised)} layers needed more damping than {options['damping']:g}, for example "
+            f"{raised[0].name}: {raised[0].damping:g}. More calibration data would help."
+        )
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="The original, for KL and agreement."
+)
+@click.option(
+    "--text",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Text (.txt, .jsonl) or token ids (.npy).",
+)
+@click.option(
+    "--length",
+    type=click.IntRange(2),
+    help="Tokens per sample; by default 512 of a text and the whole rows of an array.",
+)
+@click.option("--samples", type=click.IntRange(1), help="Use the first so many samples.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_threads
+def evaluate(
+    model: Path,
+    reference: Path | None,
+    text: Path,
+    length: int | None,
+    samples: int | None,
+    as_json: bool,
+    threads: int | None,
+) -> None:
+    """Measure the perplexity of MODEL, and its KL divergence from a reference."""
+    if threads is not None:
+        bitwright.set_num_threads(threads)
+    bar = Progress(
+        TextColumn("evaluating"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    )
+    with bar:
+        task = bar.add_task("", total=1.0)
+        result = bitwright.evaluate(
+            model,
+            text,
+            reference=reference,
+            length=length,
+            samples=samples,
+            on_progress=lambda share: bar.update(task, completed=share),
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+    else:
+        print_evaluations({str(model): result}, Console())
+
+
+@cli.command()
+@_threads
+def demo(threads: int | None) -> None:
+    """Do the whole job on a small model that the package carries."""
+    if threads is not None:
+        bitwright.set_num_threads(threads)
+    run_demo(Console())
+
+
+@cli.command()
+def info() -> None:
+    """Print which kernels run here."""
+    for name, value in asdict(bitwright.build_info()).items():
+        click.echo(f"{name}: {value}")
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are one line on standard error."""
+    try:
+        status = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted; nothing was written", err=True)
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("interrupted; nothing was written", err=True)
+        sys.exit(INTERRUPTED)
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        click.echo(f"bitwright: {error or type(error).__name__}", err=True)
+        sys.exit(FAILED)
+    sys.exit(status)

@@ -1,0 +1,50 @@
+"""The small model and text that the package carries, and the whole job done on them."""
+
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from bitwright.evaluate import evaluate
+from bitwright.pipeline import quantize
+from bitwright.report import print_evaluations, print_report
+
+
+def demo_folder() -> Path:
+    """Return the folder of the demo model: a Llama of 0.2 M parameters that tells children's stories.
+
+    It holds calibration.txt and evaluation.txt beside the checkpoint.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> (bitwright.demo_folder() / "config.json").is_file()
+    True
+    """
+    return Path(__file__).parent / "demo_data"
+
+
+def run_demo(console: Console) -> None:
+    """Evaluate the demo model, quantize it by both methods, evaluate the results, compare."""
+    folder = demo_folder()
+    text = folder / "evaluation.txt"
+    console.print(f"The model is {folder}; 3 bits in groups of 64.\n")
+    rows = {"original": evaluate(folder, text, length=256)}
+    with tempfile.TemporaryDirectory(prefix="bitwright-demo-") as scratch:
+        jobs: tuple[tuple[Literal["rtn", "gptq"], Path | None], ...] = (
+            ("rtn", None),
+            ("gptq", folder / "calibration.txt"),
+        )
+        for method, calibration in jobs:
+            out = Path(scratch, method)
+            report = quantize(
+                folder, out, method, bits=3, calibration=calibration, length=256, progress=False
+            )
+            rows[method] = evaluate(out, text, reference=folder, length=256)
+        print_report(report, console)
+    print_evaluations(rows, console)
+    console.print(
+        "GPTQ stores as many bytes as rounding to nearest (rtn) and stays closer to the original.\n"
+        "Next: bitwright quantize MODEL --out DIR --bits 4 --calibration FILE"
+    )

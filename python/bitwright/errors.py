@@ -1,0 +1,71 @@
+"""The errors that bitwright raises for bad input, each worded for the person who has to fix it."""
+
+import reprlib
+
+
+class BitwrightError(Exception):
+    """Base of every error that bitwright raises on purpose.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong, where, and what to do about it.
+    """
+
+    # One argument only: OSError's two-argument form would turn the message into "[Errno ...]".
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+
+class CheckpointError(BitwrightError, ValueError):
+    """A checkpoint's files contradict each other or their format."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """A checkpoint folder, or a file that it needs, does not exist."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """A sound checkpoint asks for something that bitwright cannot compute."""
+
+
+class CalibrationError(BitwrightError, ValueError):
+    """Calibration data cannot be read, or there is too little of it."""
+
+
+class NonFiniteError(BitwrightError, ValueError):
+    """NaN or infinity where a finite number is needed."""
+
+
+class OutputError(BitwrightError, OSError):
+    """Results cannot be written."""
+
+
+class OutputExistsError(OutputError, FileExistsError):
+    """The place for the results is taken, and overwriting was not asked for."""
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 120
+_REPR.maxlevel = 2
+
+
+def shown(value: object) -> str:
+    """Write a value that came out of a file, so that it is safe and short enough for a message.
+
+    Parameters
+    ----------
+    value : object
+        Anything; strings are quoted, control characters escaped.
+
+    Returns
+    -------
+    str
+        At most a few hundred printable characters.
+
+    Examples
+    --------
+    >>> shown("a\\n")
+    "'a\\\\n'"
+    """
+    return _REPR.repr(value)

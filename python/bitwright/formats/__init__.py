@@ -1,0 +1,32 @@
+"""The ways to store quantized tensors in a checkpoint folder."""
+
+from bitwright.checkpoint import Checkpoint
+from bitwright.errors import UnsupportedModelError, shown
+from bitwright.formats.format import Format, Precision
+from bitwright.formats.gptq import GptqFormat
+from bitwright.formats.mlx import MlxFormat
+
+FORMATS: dict[str, type[Format]] = {"mlx": MlxFormat, "gptq": GptqFormat}
+
+__all__ = ["FORMATS", "Format", "Precision", "detect_format"]
+
+
+def detect_format(checkpoint: Checkpoint) -> Format | None:
+    """Return the reader for a checkpoint's quantized tensors, None where all are in float.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If config.json declares a quantization that is not read.
+    """
+    for kind in FORMATS.values():
+        if found := kind.detect(checkpoint):
+            return found
+    declared = checkpoint.config.get("quantization_config") or checkpoint.config.get("quantization")
+    if declared:
+        method = declared.get("quant_method") if isinstance(declared, dict) else declared
+        raise UnsupportedModelError(
+            f"{checkpoint.folder / 'config.json'}: the weights are quantized by {shown(method)}; "
+            f"quantized checkpoints are read in the formats {', '.join(FORMATS)}"
+        )
+    return None

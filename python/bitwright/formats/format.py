@@ -1,0 +1,116 @@
+"""What a format is: packing, unpacking, and the words for it in config.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.checkpoint import Checkpoint
+from bitwright.errors import CheckpointError
+from bitwright.tensor import Grid, QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How finely a layer is stored: bits, input channels per group (None: whole row), grid."""
+
+    bits: int
+    group_size: int | None
+    grid: Grid
+
+    def group_for(self, channels: int) -> int:
+        """Return the group size of a layer with so many input channels."""
+        return self.group_size or channels
+
+
+class Format:
+    """Base of the formats."""
+
+    name: ClassVar[str]
+    bits: ClassVar[tuple[int, ...]]
+    group_sizes: ClassVar[tuple[int, ...]]
+    whole_row: ClassVar[bool]
+    grids: ClassVar[tuple[Grid, ...]]  # the first is the default
+    scale_dtypes: ClassVar[tuple[np.dtype[Any], ...]]
+    embeddings: ClassVar[bool]  # whether embeddings and head can be quantized
+    metadata: ClassVar[str]  # the "format" that loaders look for in the header of weight files
+
+    @classmethod
+    def detect(cls, checkpoint: Checkpoint) -> Self | None:
+        """Return a reader if the checkpoint's config.json declares this format."""
+        raise NotImplementedError
+
+    @classmethod
+    def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """Return the dtype that scales are stored in, for a model of that dtype."""
+        raise NotImplementedError
+
+    @classmethod
+    def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        """Return the tensors that hold layer `name`."""
+        raise NotImplementedError
+
+    @classmethod
+    def config(
+        cls, default: Precision, layers: Mapping[str, Precision | None], block_prefix: str
+    ) -> dict[str, Any]:
+        """Return what is added to config.json; `layers` maps every linear to None where in float."""
+        raise NotImplementedError
+
+    def read(self, checkpoint: Checkpoint, name: str) -> QuantizedTensor | None:
+        """Return layer `name`, None if it is not quantized."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_scale_dtype(cls, dtype: np.dtype[Any]) -> np.dtype[Any]:
+        """Return `dtype`, or raise ValueError unless scales can be stored in it."""
+        if dtype not in cls.scale_dtypes:
+            raise ValueError(
+                f"scale_dtype: the {cls.name} format stores {_any_of(cls.scale_dtypes)}, not {dtype}"
+            )
+        return dtype
+
+    @classmethod
+    def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
+        """Raise ValueError unless a layer ``[out, in]`` can be stored so."""
+        channels = shape[1]
+        size = precision.group_for(channels)
+        if precision.bits not in cls.bits:
+            raise ValueError(
+                f"{name}: the {cls.name} format stores {_any_of(cls.bits)} bits, "
+                f"not {precision.bits}"
+            )
+        if precision.grid not in cls.grids:
+            raise ValueError(
+                f"{name}: the {cls.name} format stores {_any_of(cls.grids)} grids, "
+                f"not {precision.grid}"
+            )
+        if channels % size:
+            raise ValueError(
+                f"{name}: group size {size} does not divide its {channels} input channels"
+            )
+        if size not in cls.group_sizes and not (cls.whole_row and size == channels):
+            raise ValueError(
+                f"{name}: the {cls.name} format stores groups of {_any_of(cls.group_sizes)}"
+                f"{' or whole rows' if cls.whole_row else ''}, not {size}"
+            )
+
+
+def read_shaped(
+    checkpoint: Checkpoint, name: str, dtypes: tuple[Any, ...], dimensions: int = 2
+) -> NDArray[Any]:
+    """Read a tensor and check its dtype and number of axes."""
+    array = checkpoint.read(name)
+    if array.ndim != dimensions or array.dtype not in dtypes or array.size == 0:
+        raise CheckpointError(
+            f"{checkpoint.file(name)}: tensor {name} is {array.dtype} of shape {list(array.shape)}; "
+            f"expected {_any_of(dtypes)} with {dimensions} axes"
+        )
+    return array
+
+
+def _any_of(values: tuple[Any, ...]) -> str:
+    words = [getattr(value, "__name__", str(value)) for value in values]
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

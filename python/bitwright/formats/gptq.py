@@ -1,0 +1,165 @@
+"""GPTQ: integer zero points, codes packed along the input channels (AutoGPTQ, GPTQModel)."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.checkpoint import Checkpoint
+from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.formats.format import Format, Precision, read_shaped
+from bitwright.tensor import QuantizedTensor, pack, unpack
+
+INT32 = (np.dtype(np.int32),)
+
+
+class GptqFormat(Format):
+    """Reads and writes both versions of the layout.
+
+    Version 1 (``checkpoint_format: gptq``) stores each zero less one and has no room for a zero of
+    0, version 2 (``gptq_v2``) stores it as it is. Symmetric grids are written as version 1, which
+    every engine reads, zero_point grids as version 2.
+    """
+
+    name = "gptq"
+    bits = (2, 3, 4, 8)
+    group_sizes = (32, 64, 128)
+    whole_row = True
+    grids = ("symmetric", "zero_point")
+    scale_dtypes = (np.dtype(np.float16),)
+    embeddings = False
+    metadata = "pt"
+
+    def __init__(self, settings: Mapping[str, Any], subtracted: int) -> None:
+        self.settings = settings
+        self.subtracted = subtracted
+
+    @classmethod
+    def detect(cls, checkpoint: Checkpoint) -> Self | None:
+        settings = checkpoint.config.get("quantization_config")
+        if not isinstance(settings, dict) or settings.get("quant_method") != "gptq":
+            return None
+        version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+        if version not in ("gptq", "gptq_v2"):
+            raise UnsupportedModelError(
+                f'{checkpoint.folder / "config.json"}: "quantization_config.checkpoint_format" is '
+                f"{shown(version)}; supported are: gptq, gptq_v2"
+            )
+        return cls(settings, subtracted=1 if version == "gptq" else 0)
+
+    @classmethod
+    def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
+        return np.dtype(np.float16)
+
+    @classmethod
+    def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
+        super().check(name, shape, precision)
+        if shape[0] % 32 or shape[1] % 32:
+            raise ValueError(
+                f"{name}: the gptq format stores multiples of 32 channels, not {list(shape)}"
+            )
+
+    @classmethod
+    def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        if tensor.zeros is None:
+            raise ValueError(
+                f"{name}: the gptq format stores integer zeros, not {tensor.grid} grids"
+            )
+        subtracted = 1 if tensor.grid == "symmetric" else 0
+        zeros = np.ascontiguousarray(tensor.zeros.T) - np.uint8(subtracted)
+        groups = tensor.group_index
+        if groups is None:
+            groups = np.arange(tensor.shape[1], dtype=np.int32) // np.int32(tensor.group_size)
+        return {
+            f"{name}.qweight": np.ascontiguousarray(pack(tensor.codes, tensor.bits).T).view(
+                np.int32
+            ),
+            f"{name}.qzeros": pack(zeros, tensor.bits).view(np.int32),
+            f"{name}.scales": np.ascontiguousarray(tensor.scales.T),
+            f"{name}.g_idx": groups,
+        }
+
+    @classmethod
+    def config(
+        cls, default: Precision, layers: Mapping[str, Precision | None], block_prefix: str
+    ) -> dict[str, Any]:
+        symmetric = default.grid == "symmetric"
+        settings: dict[str, Any] = {
+            "quant_method": "gptq",
+            "bits": default.bits,
+            "group_size": default.group_size or -1,
+            "desc_act": False,  # groups are consecutive channels, whatever order they were solved in
+            "sym": symmetric,
+            "checkpoint_format": "gptq" if symmetric else "gptq_v2",
+            "lm_head": False,
+        }
+        in_blocks = {name: kind for name, kind in layers.items() if name.startswith(block_prefix)}
+        if None in in_blocks.values():
+            # transformers reads the list of what is quantized, GPTQModel and vLLM the rules.
+            settings["modules_in_block_to_quantize"] = [
+                [name for name, kind in in_blocks.items() if kind is not None]
+            ]
+        rules: dict[str, Any] = {}
+        for name, kind in in_blocks.items():
+            if kind is None:
+                rules[f"-:^{re.escape(name)}$"] = {}
+            elif kind != default:
+                rules[f"+:^{re.escape(name)}$"] = {
+                    "bits": kind.bits,
+                    "group_size": kind.group_size or -1,
+                }
+        if rules:
+            settings["dynamic"] = rules
+        return {"quantization_config": settings}
+
+    def read(self, checkpoint: Checkpoint, name: str) -> QuantizedTensor | None:
+        if f"{name}.qweight" not in checkpoint:
+            return None
+        words = read_shaped(checkpoint, f"{name}.qweight", INT32)
+        scales = read_shaped(
+            checkpoint, f"{name}.scales", (*self.scale_dtypes, np.dtype(np.float32))
+        )
+        zero_words = read_shaped(checkpoint, f"{name}.qzeros", INT32)
+        groups, out = scales.shape
+        where = f"{checkpoint.file(f'{name}.qweight')}: layer {name}"
+        bits = zero_words.shape[1] * 32 // out
+        channels = words.shape[0] * 32 // bits if bits else 0
+        if (
+            bits not in self.bits
+            or zero_words.shape != (groups, out * bits // 32)
+            or words.shape != (channels * bits // 32, out)
+            or channels % groups
+        ):
+            raise CheckpointError(
+                f"{where}: qweight {list(words.shape)}, qzeros {list(zero_words.shape)} and scales "
+                f"{list(scales.shape)} contradict each other"
+            )
+        zeros = unpack(zero_words.view(np.uint32), bits) + np.uint8(self.subtracted)
+        return QuantizedTensor(
+            codes=unpack(np.ascontiguousarray(words.T).view(np.uint32), bits),
+            scales=np.ascontiguousarray(scales.T),
+            biases=None,
+            zeros=np.ascontiguousarray(zeros.T),
+            bits=bits,
+            group_size=channels // groups,
+            grid="symmetric" if (zeros == 1 << (bits - 1)).all() else "zero_point",
+            group_index=self._group_index(checkpoint, name, channels, groups),
+        )
+
+    @staticmethod
+    def _group_index(
+        checkpoint: Checkpoint, name: str, channels: int, groups: int
+    ) -> NDArray[np.int32] | None:
+        if f"{name}.g_idx" not in checkpoint:
+            return None
+        index = read_shaped(checkpoint, f"{name}.g_idx", INT32, dimensions=1)
+        if index.shape != (channels,) or index.min() < 0 or index.max() >= groups:
+            raise CheckpointError(
+                f"{checkpoint.file(f'{name}.g_idx')}: tensor {name}.g_idx does not name one of "
+                f"{groups} groups for each of {channels} channels"
+            )
+        if (index == np.arange(channels) // (channels // groups)).all():
+            return None
+        return np.ascontiguousarray(index)

@@ -1,0 +1,112 @@
+"""MLX: affine groups with a float bias, codes along the input channels (mlx.core.quantize)."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.checkpoint import Checkpoint
+from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.formats.format import Format, Precision, read_shaped
+from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+class MlxFormat(Format):
+    """Reads and writes what mlx-lm does."""
+
+    name = "mlx"
+    bits = BITS
+    group_sizes = (32, 64, 128)
+    whole_row = False
+    grids = ("affine",)
+    scale_dtypes = FLOATS
+    embeddings = True
+    metadata = "mlx"
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = settings
+
+    @classmethod
+    def detect(cls, checkpoint: Checkpoint) -> Self | None:
+        settings = checkpoint.config.get("quantization")
+        if not isinstance(settings, dict) or "group_size" not in settings:
+            return None
+        if settings.get("mode", "affine") != "affine":
+            raise UnsupportedModelError(
+                f'{checkpoint.folder / "config.json"}: "quantization.mode" is '
+                f"{shown(settings['mode'])}; only affine is supported"
+            )
+        return cls(settings)
+
+    @classmethod
+    def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
+        return model_dtype  # mlx computes in the dtype of the scales
+
+    @classmethod
+    def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        if tensor.biases is None or tensor.group_index is not None:
+            raise ValueError(f"{name}: the mlx format stores affine grids with consecutive groups")
+        return {
+            f"{name}.weight": pack(tensor.codes, tensor.bits),
+            f"{name}.scales": tensor.scales,
+            f"{name}.biases": tensor.biases,
+        }
+
+    @classmethod
+    def config(
+        cls, default: Precision, layers: Mapping[str, Precision | None], block_prefix: str
+    ) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "group_size": default.group_size,
+            "bits": default.bits,
+            "mode": "affine",
+        }
+        for name, precision in layers.items():
+            if precision is not None and precision != default:
+                settings[name] = {"group_size": precision.group_size, "bits": precision.bits}
+        # mlx-lm reads the first key; the second is the one that model hubs look at.
+        return {"quantization": settings, "quantization_config": settings}
+
+    def read(self, checkpoint: Checkpoint, name: str) -> QuantizedTensor | None:
+        if f"{name}.scales" not in checkpoint:
+            return None
+        words = read_shaped(checkpoint, f"{name}.weight", (np.dtype(np.uint32),))
+        scales = read_shaped(checkpoint, f"{name}.scales", FLOATS)
+        biases = read_shaped(checkpoint, f"{name}.biases", FLOATS)
+        own = self.settings.get(name)
+        settings = own if isinstance(own, dict) else self.settings
+        bits, group_size = settings.get("bits"), settings.get("group_size")
+        where = f"{checkpoint.file(f'{name}.weight')}: layer {name}"
+        if (
+            type(bits) is not int
+            or bits not in BITS
+            or type(group_size) is not int
+            or group_size < 1
+        ):
+            raise CheckpointError(
+                f"{where}: config.json gives bits {shown(bits)} and group_size {shown(group_size)}"
+            )
+        channels = words.shape[1] * 32 // bits
+        if (
+            words.shape[1] * 32 % bits
+            or scales.shape != (words.shape[0], channels // group_size)
+            or channels % group_size
+            or biases.shape != scales.shape
+        ):
+            raise CheckpointError(
+                f"{where}: weight {list(words.shape)}, scales {list(scales.shape)} and biases "
+                f"{list(biases.shape)} do not fit {bits} bits in groups of {group_size}"
+            )
+        return QuantizedTensor(
+            codes=unpack(words, bits),
+            scales=scales,
+            biases=biases,
+            zeros=None,
+            bits=bits,
+            group_size=group_size,
+            grid="affine",
+        )

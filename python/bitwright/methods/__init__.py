@@ -1,0 +1,1 @@
+"""Methods: functions from a weight matrix and its input statistics to a `QuantizedTensor`."""

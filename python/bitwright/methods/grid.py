@@ -1,0 +1,104 @@
+"""What all methods share: arguments checked, and a kernel's result as a `QuantizedTensor`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from bitwright.tensor import BITS, GRIDS, Grid
+
+FLOAT_DTYPES: tuple[np.dtype[Any], ...] = (
+    np.dtype(np.float32),
+    np.dtype(np.float16),
+    np.dtype(ml_dtypes.bfloat16),
+)
+
+
+@dataclass(frozen=True)
+class GridChoice:
+    """The grid that a method quantizes to, checked against the weight it is for.
+
+    `group_size` is at most the number of input channels; ``None`` and −1 stand for the whole row.
+    """
+
+    bits: int
+    group_size: int
+    grid: Grid
+    scale_dtype: np.dtype[Any]
+    search: bool
+
+    @classmethod
+    def check(
+        cls,
+        weight: NDArray[Any],
+        bits: int,
+        group_size: int | None,
+        grid: Grid,
+        scale_dtype: DTypeLike | None,
+        search: bool,
+    ) -> "GridChoice":
+        """Check the arguments of a method; ValueError or TypeError names the one that is wrong."""
+        if not isinstance(weight, np.ndarray):
+            raise TypeError(f"weight: expected a NumPy array, got {type(weight).__name__}")
+        if weight.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"weight: expected float32, float16 or bfloat16, got {weight.dtype}")
+        if weight.ndim != 2 or weight.size == 0:
+            raise ValueError(f"weight: expected shape [out, in], got {list(weight.shape)}")
+        if bits not in BITS:
+            raise ValueError(f"bits: expected one of {BITS}, got {bits}")
+        if grid not in GRIDS:
+            raise ValueError(f"grid: expected one of {GRIDS}, got {grid!r}")
+        channels = weight.shape[1]
+        size = channels if group_size in (None, -1) else int(group_size or 0)
+        if size < 1 or channels % size:
+            raise ValueError(
+                f"group_size: {group_size} does not divide the {channels} input channels of weight"
+            )
+        dtype = weight.dtype if scale_dtype is None else np.dtype(scale_dtype)
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"scale_dtype: expected float32, float16 or bfloat16, got {scale_dtype}"
+            )
+        return cls(bits, size, grid, dtype, search)
+
+    def fields(
+        self,
+        codes: NDArray[np.uint8],
+        scales: NDArray[np.float32],
+        offsets: NDArray[np.float32],
+    ) -> dict[str, Any]:
+        """Return the fields of a `QuantizedTensor`; scales and biases are already exact in their dtype."""
+        stored = scales.astype(self.scale_dtype)
+        if not np.isfinite(stored).all():
+            raise ValueError(
+                f"scale_dtype: {self.scale_dtype} cannot hold the scale "
+                f"{float(np.abs(scales).max()):.3g}; use bfloat16 or float32"
+            )
+        affine = self.grid == "affine"
+        return {
+            "codes": codes,
+            "scales": stored,
+            "biases": offsets.astype(self.scale_dtype) if affine else None,
+            "zeros": None if affine else offsets.astype(np.uint8),
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "grid": self.grid,
+        }
+
+
+def check_importance(
+    importance: ArrayLike | Sequence[float] | None, channels: int
+) -> NDArray[np.float32]:
+    """Return `importance` as float32 ``[channels]``, ones for None; ValueError if it is not that."""
+    if importance is None:
+        return np.ones(channels, np.float32)
+    array = np.ascontiguousarray(importance, np.float32)
+    if array.shape != (channels,) or not np.isfinite(array).all() or (array < 0).any():
+        raise ValueError(
+            f"importance: expected {channels} finite values that are not negative, "
+            f"got shape {list(array.shape)}"
+        )
+    return array

@@ -1,0 +1,78 @@
+"""Methods by name: from a layer's statistics to a function that quantizes the layers that share them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.methods.gptq import factor_gram, quantize_gptq
+from bitwright.methods.rtn import quantize_rtn
+from bitwright.tensor import Grid, QuantizedTensor
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What a run sets once for all layers; see `quantize_gptq` for the meaning.
+
+    `grid_search` None stands for the method's own default.
+    """
+
+    method: str = "gptq"
+    damping: float = 0.01
+    act_order: bool = True
+    block_size: int = 128
+    grid_search: bool | None = None
+
+
+Solver = Callable[[NDArray[Any], int, int | None, Grid, np.dtype[Any]], QuantizedTensor]
+
+
+def rtn_solver(gram: NDArray[np.float32] | None, options: MethodOptions) -> Solver:
+    """Round to nearest; the statistics only weigh the grid search."""
+    importance = None if gram is None else gram.diagonal()
+
+    def solve(
+        weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
+    ) -> QuantizedTensor:
+        return quantize_rtn(
+            weight,
+            bits,
+            size,
+            grid=grid,
+            scale_dtype=dtype,
+            grid_search=bool(options.grid_search),
+            importance=importance,
+        )
+
+    return solve
+
+
+def gptq_solver(gram: NDArray[np.float32] | None, options: MethodOptions) -> Solver:
+    """GPTQ, with the gram factored once for all layers that share it."""
+    if gram is None:
+        raise ValueError("method: gptq needs calibration data")
+    factor = factor_gram(gram, damping=options.damping, act_order=options.act_order)
+
+    def solve(
+        weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
+    ) -> QuantizedTensor:
+        return quantize_gptq(
+            weight,
+            factor,
+            bits,
+            size,
+            grid=grid,
+            scale_dtype=dtype,
+            block_size=options.block_size,
+            grid_search=options.grid_search is not False,
+        )
+
+    return solve
+
+
+METHODS: dict[str, Callable[[NDArray[np.float32] | None, MethodOptions], Solver]] = {
+    "gptq": gptq_solver,
+    "rtn": rtn_solver,
+}

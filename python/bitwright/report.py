@@ -1,0 +1,136 @@
+"""What a run did, as figures and as tables."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bitwright.evaluate import Evaluation
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer.
+
+    Parameters
+    ----------
+    name
+        Full name, without ``.weight``.
+    bits, group_size
+        What it is stored in.
+    error
+        ``‖X(Ŵ − W)ᵀ‖² / ‖XWᵀ‖²`` over the calibration tokens, estimated on up to 64 output rows;
+        without calibration data the same of the weights, ``‖Ŵ − W‖² / ‖W‖²``.
+    damping
+        What GPTQ needed, relative to the mean of the gram's diagonal; None for other methods.
+    """
+
+    name: str
+    bits: int
+    group_size: int
+    error: float
+    damping: float | None
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `bitwright.quantize` did.
+
+    Parameters
+    ----------
+    out
+        The folder that was written.
+    method, format
+        As asked for.
+    layers
+        The quantized layers in the order of the computation.
+    layer_bits_per_weight
+        Bits stored per weight of the quantized layers, scales and zeros or biases included.
+    bits_per_weight
+        The same over all tensors of the model.
+    size_bytes, original_bytes
+        Bytes of all tensors, written and read.
+    calibration_tokens
+        Tokens that the statistics were gathered over; 0 for none.
+    seconds
+        Wall time.
+    peak_memory_bytes
+        Largest resident memory of the process so far.
+    """
+
+    out: Path
+    method: str
+    format: str
+    layers: tuple[LayerReport, ...]
+    layer_bits_per_weight: float
+    bits_per_weight: float
+    size_bytes: int
+    original_bytes: int
+    calibration_tokens: int
+    seconds: float
+    peak_memory_bytes: int
+
+    def worst(self, count: int = 5) -> list[LayerReport]:
+        """Return the layers with the largest errors, largest first."""
+        return sorted(self.layers, key=lambda layer: -layer.error)[:count]
+
+    def dampings_raised(self, asked: float) -> list[LayerReport]:
+        """Return the layers that needed more damping than asked for."""
+        return [layer for layer in self.layers if layer.damping and layer.damping > asked]
+
+
+def print_report(report: QuantizationReport, console: Console) -> None:
+    """Print the summary and the worst layers."""
+    summary = Table(box=box.SIMPLE, show_header=False)
+    for label, value in (
+        ("written to", str(report.out)),
+        ("method, format", f"{report.method}, {report.format}"),
+        (
+            "bits per weight",
+            f"{report.layer_bits_per_weight:.3f} in the {len(report.layers)} quantized layers, "
+            f"{report.bits_per_weight:.3f} over all tensors",
+        ),
+        ("size", f"{megabytes(report.size_bytes)} (was {megabytes(report.original_bytes)})"),
+        ("calibration", f"{report.calibration_tokens:,} tokens"),
+        ("time", f"{report.seconds:.1f} s"),
+        ("peak memory", megabytes(report.peak_memory_bytes)),
+    ):
+        summary.add_row(label, value)
+    console.print(summary)
+    worst = Table(box=box.SIMPLE, title="worst layers", title_justify="left")
+    worst.add_column("layer", overflow="fold")
+    for heading in ("bits", "group", "relative error", "damping"):
+        worst.add_column(heading, justify="right")
+    for layer in report.worst():
+        damping = "" if layer.damping is None else f"{layer.damping:g}"
+        worst.add_row(
+            layer.name, str(layer.bits), str(layer.group_size), f"{layer.error:.2e}", damping
+        )
+    console.print(worst)
+
+
+def print_evaluations(rows: dict[str, Evaluation], console: Console) -> None:
+    """Print evaluations side by side, one row each, by the names given."""
+    table = Table(box=box.SIMPLE)
+    table.add_column("model", overflow="fold")
+    for heading in ("perplexity", "KL (nats/token)", "top-1", "bits/weight", "tokens/s", "memory"):
+        table.add_column(heading, justify="right")
+    for name, result in rows.items():
+        table.add_row(
+            os.fspath(name),
+            f"{result.perplexity:.4f}",
+            "" if result.kl_divergence is None else f"{result.kl_divergence:.5f}",
+            "" if result.top1_agreement is None else f"{100 * result.top1_agreement:.2f} %",
+            f"{result.bits_per_weight:.3f}",
+            f"{result.tokens_per_second:,.0f}",
+            megabytes(result.peak_memory_bytes),
+        )
+    console.print(table)
+
+
+def megabytes(size: int) -> str:
+    """Write a number of bytes in megabytes."""
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,50 @@
+"""Perplexity of a saved GPTQ folder, as transformers and GPTQModel load it. Usage: MODEL TOKENS.npy"""
+
+import json
+import math
+import sys
+import time
+from importlib.metadata import version
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+from transformers import AutoModelForCausalLM, GPTQConfig
+
+
+def main(folder: str, tokens_file: str) -> None:
+    start = time.perf_counter()
+    tokens = torch.from_numpy(np.load(tokens_file)).long()
+    # GPTQModel wraps its unpacking in torch.compile, which would need a C++ compiler and a minute.
+    torch.compiler.set_stance("force_eager")
+    # Of this config only the kernel counts; the rest comes from the folder. The kernel GPTQModel
+    # picks by itself for 4 bits on a CPU computes in bfloat16, too coarse to judge by.
+    kernel = GPTQConfig(bits=4, backend="gptq_torch")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=kernel
+    )
+    # Unpacking multiplies in the dtype of the scales, float16 as stored, and would round each weight.
+    for module in model.modules():
+        if isinstance(module, BaseQuantLinear):
+            module.float()
+    total = 0.0
+    with torch.inference_mode():
+        # Every forward pass unpacks all the weights again, hence several samples at a time.
+        for rows in tokens.split(8):
+            logits = model(input_ids=rows[:, :-1]).logits
+            total += F.cross_entropy(
+                logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
+            ).item()
+    count = tokens[:, 1:].numel()
+    result = {
+        "perplexity": math.exp(total / count),
+        "tokens": count,
+        "seconds": time.perf_counter() - start,
+        "client": f"gptqmodel {version('gptqmodel')}, transformers {version('transformers')}",
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

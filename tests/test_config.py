@@ -1,0 +1,230 @@
+"""config.json: both spellings mean the same, and wrong values are named."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitwright.checkpoint.config import ModelConfig, RopeConfig
+from bitwright.checkpoint.reader import read_json_object
+from bitwright.errors import BitwrightError, CheckpointError, UnsupportedModelError
+
+SHARED = Path(__file__).parents[2] / "shared"
+SOURCE = Path("folder/config.json")
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def parse(**raw: Any) -> ModelConfig:
+    return ModelConfig.from_dict({"model_type": "llama", **raw}, SOURCE, {"llama"})
+
+
+def test_defaults_are_those_of_llama() -> None:
+    config = parse(unknown=1)
+    assert (config.hidden_size, config.intermediate_size, config.vocab_size) == (4096, 11008, 32000)
+    assert (config.num_hidden_layers, config.num_attention_heads) == (32, 32)
+    assert (config.num_key_value_heads, config.head_dim) == (32, 128)
+    assert (config.rms_norm_eps, config.max_position_embeddings) == (1e-6, 2048)
+    assert not any([config.tie_word_embeddings, config.attention_bias, config.mlp_bias])
+    assert (config.hidden_act, config.dtype, config.rope) == ("silu", None, RopeConfig())
+    assert config.raw == {"model_type": "llama", "unknown": 1}
+
+
+def test_null_means_absent() -> None:
+    config = parse(hidden_size=64, num_attention_heads=4, head_dim=None, num_key_value_heads=None)
+    assert (config.head_dim, config.num_key_value_heads) == (16, 4)
+
+
+def test_head_dim_may_differ_from_the_share_of_hidden_size() -> None:
+    assert parse(hidden_size=100, num_attention_heads=3, head_dim=64).head_dim == 64
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rope_theta": 5e5}, {"rope_theta": 5e5}),
+        ({"rope_theta": 500000, "rope_scaling": None}, {"rope_type": "default", "rope_theta": 5e5}),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, {**LLAMA3, "rope_theta": 5e5}),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0}},
+            {"rope_type": "yarn", "factor": 4, "mscale": 0.7, "mscale_all_dim": 0.0},
+        ),
+    ],
+)
+def test_old_and_new_spelling(old: dict[str, Any], new: dict[str, Any]) -> None:
+    before, after = (
+        parse(torch_dtype="bfloat16", **old),
+        parse(dtype="bfloat16", rope_parameters=new),
+    )
+    assert before.rope == after.rope
+    assert before.dtype == after.dtype == ml_dtypes.bfloat16
+
+
+def test_rope_fields() -> None:
+    assert parse(rope_parameters={**LLAMA3, "rope_theta": 5e4}).rope == RopeConfig(
+        "llama3", 5e4, 8.0, 1.0, 4.0, 64
+    )
+    yarn = {"rope_type": "yarn", "factor": 2, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+    yarn |= {"attention_factor": 0.5, "original_max_position_embeddings": 1024}
+    assert parse(rope_parameters=yarn).rope == RopeConfig(
+        rope_type="yarn",
+        factor=2.0,
+        original_max_position_embeddings=1024,
+        beta_fast=16.0,
+        beta_slow=2.0,
+        attention_factor=0.5,
+        truncate=False,
+    )
+
+
+def test_rope_lengths_and_factors_that_follow_from_others() -> None:
+    yarn: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0}
+    original = parse(rope_parameters=yarn).rope.original_max_position_embeddings
+    assert original == 2048
+    rope = parse(rope_parameters=yarn, original_max_position_embeddings=128).rope
+    assert rope.original_max_position_embeddings == 128
+    yarn = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 512}
+    assert parse(rope_parameters=yarn).rope.factor == 4.0
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_dtypes(name: str) -> None:
+    assert parse(dtype=name, torch_dtype="float64").dtype == np.dtype(name)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", 64.0),
+        ("hidden_size", "64"),
+        ("hidden_size", True),
+        ("hidden_size", 0),
+        ("hidden_size", -64),
+        ("hidden_size", 10**30),
+        ("hidden_size", 4097),
+        ("vocab_size", [1]),
+        ("num_key_value_heads", 5),
+        ("head_dim", 63),
+        ("rms_norm_eps", -1e-6),
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", float("inf")),
+        ("rms_norm_eps", 10**400),
+        ("rms_norm_eps", True),
+        ("tie_word_embeddings", "true"),
+        ("attention_bias", 0),
+        ("hidden_act", 3),
+        ("dtype", 32),
+        ("model_type", None),
+        ("model_type", 7),
+        ("rope_theta", "10000"),
+        ("rope_theta", 0),
+        ("rope_theta", 1.0),
+        ("rope_scaling", "linear"),
+        ("rope_parameters", ["linear"]),
+        ("original_max_position_embeddings", {}),
+    ],
+)
+def test_wrong_values_are_named(key: str, value: Any) -> None:
+    kind = LLAMA3 if key.startswith("original") else None
+    with pytest.raises(CheckpointError) as caught:
+        parse(**{"rope_parameters": kind, key: value})
+    message = str(caught.value)
+    assert not isinstance(caught.value, UnsupportedModelError)
+    assert message.startswith(f'{SOURCE}: "')
+    assert f'"{key}"' in message
+    assert repr(value)[:15] in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"factor": None}, 'factor" is None'),
+        ({"factor": float("inf")}, 'factor" is inf'),
+        ({"low_freq_factor": 0}, 'low_freq_factor" is 0'),
+        ({"high_freq_factor": 1.0}, 'low_freq_factor" is 1.0'),
+        ({"original_max_position_embeddings": 8.5}, 'original_max_position_embeddings" is 8.5'),
+        ({"rope_type": "yarn", "beta_fast": -1}, 'beta_fast" is -1'),
+        ({"rope_type": "yarn", "truncate": 1}, 'truncate" is 1'),
+        ({"rope_type": "yarn", "mscale": "1"}, "mscale\" is '1'"),
+        ({"rope_type": 3}, 'rope_type" is 3'),
+    ],
+)
+def test_wrong_rope_values_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        parse(rope_parameters={**LLAMA3, **change})
+    assert '"rope_parameters.' in str(caught.value)
+    with pytest.raises(CheckpointError, match=r'"rope_scaling\.factor" is absent'):
+        parse(rope_scaling={"type": "linear"})
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"model_type": "mamba"}, "'mamba', which is not supported; supported are: llama"),
+        ({"hidden_act": "gelu"}, "'gelu'.*supported are: silu"),
+        ({"dtype": "float8_e4m3fn"}, "'float8_e4m3fn'.*float32, float16, bfloat16"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*default, linear"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "layer to layer"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
+    ],
+)
+def test_unsupported_choices_list_the_supported(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        parse(**raw)
+    assert str(SOURCE) in str(caught.value)
+
+
+KEYS = [name for name in ModelConfig.__dataclass_fields__ if name not in ("rope", "raw")]
+KEYS += ["torch_dtype", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"]
+SCALAR = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(1, 64)
+    | st.floats()
+    | st.sampled_from(["llama", "silu", "float16", "linear", "llama3", "yarn", "default"])
+)
+ROPE = st.dictionaries(
+    st.sampled_from([*RopeConfig.__dataclass_fields__, "type"]), SCALAR | st.text()
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    raw=st.dictionaries(st.sampled_from(KEYS), SCALAR),
+    rope=st.dictionaries(st.sampled_from(["rope_scaling", "rope_parameters"]), SCALAR | ROPE),
+)
+def test_strange_values_never_surprise(raw: dict[str, Any], rope: dict[str, Any]) -> None:
+    with suppress(BitwrightError):
+        config = parse(**{**raw, **rope})
+        assert config.head_dim % 2 == 0
+        assert config.num_attention_heads % config.num_key_value_heads == 0
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the test models in {SHARED}")
+def test_shared_models() -> None:
+    paths = sorted(SHARED.glob("models/**/config.json"))
+    assert paths
+    for path in paths:
+        raw = read_json_object(path)
+        if raw["model_type"] != "llama":
+            with pytest.raises(UnsupportedModelError, match="supported are: llama"):
+                ModelConfig.from_dict(raw, path, {"llama"})
+            continue
+        config = ModelConfig.from_dict(raw, path, {"llama"})
+        assert config.hidden_size == raw["hidden_size"]
+        assert str(config.dtype) == raw.get("dtype", raw.get("torch_dtype"))
+        assert config.rope.theta == (raw.get("rope_parameters") or raw)["rope_theta"]
