@@ -35,7 +35,8 @@ inline std::string describe(const py::array& array) {
            py::str(array.attr("shape")).cast<std::string>();
 }
 
-// An ndarray of `dimensions` axes whose elements lie one after another; the dtype is for the caller to check.
+// An ndarray of `dimensions` axes whose elements lie one after another; the dtype is for the caller
+// to check.
 inline py::array contiguous(const py::object& object, const char* name, py::ssize_t dimensions,
                             bool writable = false) {
     const std::string label(name);
@@ -65,9 +66,9 @@ inline bool has_dtype(const py::array& array, const char* dtype) {
 template <typename Scalar>
 void require_dtype(const py::array& array, const char* name) {
     if (!has_dtype(array, dtype_name<Scalar>))
-        throw py::type_error(std::string(name) + ": expected dtype " + dtype_name<Scalar> + ", got " +
-                             describe(array) + "; convert it with " + name + ".astype(\"" +
-                             dtype_name<Scalar> + "\")");
+        throw py::type_error(std::string(name) + ": expected dtype " + dtype_name<Scalar> +
+                             ", got " + describe(array) + "; convert it with " + name +
+                             ".astype(\"" + dtype_name<Scalar> + "\")");
 }
 
 inline void require_extent(const py::array& array, const char* name, int axis, Index expected) {

@@ -13,7 +13,8 @@ void bind_linalg(py::module_& module) {
         "set_num_threads",
         [](int threads) {
             if (threads < 1 || threads > 1024)
-                throw py::value_error("threads: expected 1 to 1024, got " + std::to_string(threads));
+                throw py::value_error("threads: expected 1 to 1024, got " +
+                                      std::to_string(threads));
             set_num_threads(threads);
         },
         py::arg("threads"));

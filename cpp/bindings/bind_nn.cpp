@@ -51,8 +51,8 @@ void bind_block(py::module_& module) {
             auto x = writable_matrix<float>(states, "states", -1, heads * 2 * c.cols());
             if (c.rows() == 0 || x.rows() % c.rows() != 0)
                 throw py::value_error("states: " + std::to_string(x.rows()) +
-                                      " rows are not whole samples of " +
-                                      std::to_string(c.rows()) + " positions");
+                                      " rows are not whole samples of " + std::to_string(c.rows()) +
+                                      " positions");
             const py::gil_scoped_release release;
             rotate(x, c, s, heads);
         },
@@ -69,8 +69,7 @@ void bind_block(py::module_& module) {
             if (heads % key_heads != 0 || q.cols() % heads != 0 || q.rows() % length != 0)
                 throw py::value_error(
                     "query: key_heads must divide heads, heads the columns and length the rows");
-            const auto k =
-                matrix<float>(key, "key", q.rows(), q.cols() / heads * key_heads);
+            const auto k = matrix<float>(key, "key", q.rows(), q.cols() / heads * key_heads);
             const auto v = matrix<float>(value, "value", k.rows(), k.cols());
             auto y = writable_matrix<float>(out, "out", q.rows(), q.cols());
             const py::gil_scoped_release release;

@@ -11,7 +11,8 @@ void accumulate_gram(ConstMatrixView<float> activations, MatrixView<float> gram)
 }
 
 void mirror_lower(MatrixView<float> matrix) {
-    constexpr Index tile = 64;  // two tiles of 16 KiB: reads and writes both stay in the first cache
+    constexpr Index tile =
+        64;  // two tiles of 16 KiB: reads and writes both stay in the first cache
     const Index size = matrix.rows();
     const Index tiles = (size + tile - 1) / tile;
     parallel_for(tiles, 1, [&](Index first, Index last) {

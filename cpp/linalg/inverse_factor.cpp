@@ -12,8 +12,8 @@ void strtri_(const char* triangle, const char* diagonal, const int* size, float*
 
 namespace bitwright {
 
-// Frantar et al. 2023 take the Cholesky factor of an inverse: Cholesky, inverse, Cholesky. With J the
-// matrix that reverses the order of the columns and J(G + D)J = LLᵀ,
+// Frantar et al. 2023 take the Cholesky factor of an inverse: Cholesky, inverse, Cholesky. With J
+// the matrix that reverses the order of the columns and J(G + D)J = LLᵀ,
 //     (G + D)⁻¹ = J L⁻ᵀ L⁻¹ J = (J L⁻¹ J)ᵀ (J L⁻¹ J),
 // so U = J L⁻¹ J: one Cholesky factorization and one triangular inverse. Reversing both orders of a
 // contiguous matrix is reversing its storage.

@@ -28,8 +28,8 @@ namespace {
 
 constexpr int spins_before_sleep = 4000;  // about 50 µs: longer than the gap between two kernels
 
-// Waits a moment, the longer it has been the more politely: where other processes want the processor, a
-// spinning thread would keep it from the very thread that it waits for.
+// Waits a moment, the longer it has been the more politely: where other processes want the
+// processor, a spinning thread would keep it from the very thread that it waits for.
 void relax(int spin) {
 #if defined(__x86_64__)
     if (spin < spins_before_sleep) return __builtin_ia32_pause();
@@ -38,8 +38,8 @@ void relax(int spin) {
     std::this_thread::yield();
 }
 
-// Workers 1 .. size-1; the caller of run() is worker 0. All jobs of a run are truly concurrent, which
-// OpenBLAS relies on: its jobs wait for each other.
+// Workers 1 .. size-1; the caller of run() is worker 0. All jobs of a run are truly concurrent,
+// which OpenBLAS relies on: its jobs wait for each other.
 class Pool {
   public:
     explicit Pool(int size) {
@@ -109,7 +109,9 @@ std::atomic<int> thread_count{0};
 int serial_blas_depth = 0;
 Pool* pool = nullptr;  // never destroyed at exit: its threads may be inside the operating system
 
-void forget_pool_in_child() { pool = nullptr; }  // threads do not survive fork(); the next call makes new ones
+void forget_pool_in_child() {
+    pool = nullptr;
+}  // threads do not survive fork(); the next call makes new ones
 
 // The pool if nobody else is using it, made to the current size first; null while it is busy.
 Pool* acquire_pool() {
@@ -139,8 +141,8 @@ void run_blas_jobs(int /*wait*/, openblas_job job, int jobs, size_t size, void* 
         return;
     }
     if (mine) mine->release();
-    // Two Python threads in BLAS at once, or a thread count that was lowered meanwhile: rare, so the
-    // cost of fresh threads does not matter; running the jobs one after another would deadlock.
+    // Two Python threads in BLAS at once, or a thread count that was lowered meanwhile: rare, so
+    // the cost of fresh threads does not matter; running the jobs one after another would deadlock.
     std::vector<std::thread> threads;
     for (int thread = 1; thread < jobs; ++thread) threads.emplace_back(one, thread);
     one(0);

@@ -12,7 +12,8 @@ void rms_norm(ConstMatrixView<float> input, ConstVectorView<float> weight, float
         for (Index row = first; row < last; ++row) {
             const auto values = input.row(row).array();
             const float factor =
-                1.0f / std::sqrt(values.square().sum() / static_cast<float>(values.size()) + epsilon);
+                1.0f /
+                std::sqrt(values.square().sum() / static_cast<float>(values.size()) + epsilon);
             output.row(row).array() = weight.transpose().array() * (values * factor);
         }
     });
@@ -24,7 +25,8 @@ void rotate(MatrixView<float> states, ConstMatrixView<float> cosines, ConstMatri
     parallel_for(states.rows(), 32, [&](Index first, Index last) {
         Eigen::ArrayXf turned(half);
         for (Index row = first; row < last; ++row) {
-            const Eigen::Map<const Eigen::ArrayXf> cosine(cosines.data() + row % length * half, half);
+            const Eigen::Map<const Eigen::ArrayXf> cosine(cosines.data() + row % length * half,
+                                                          half);
             const Eigen::Map<const Eigen::ArrayXf> sine(sines.data() + row % length * half, half);
             for (Index head = 0; head < heads; ++head) {
                 float* start = states.data() + row * states.cols() + head * 2 * half;

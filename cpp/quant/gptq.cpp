@@ -8,8 +8,9 @@
 namespace bitwright {
 namespace {
 
-// The state of one solve. `work` holds the permuted weights column after column, rows contiguous, so that a
-// slab of 16 rows of one column is one cache line; a finished column holds its scaled error instead.
+// The state of one solve. `work` holds the permuted weights column after column, rows contiguous,
+// so that a slab of 16 rows of one column is one cache line; a finished column holds its scaled
+// error instead.
 struct Solve {
     Eigen::MatrixXf work;  // [out padded to 16, in]
     ConstMatrixView<float> upper;
@@ -36,8 +37,9 @@ struct Solve {
     // Columns [low, high), whose weights have received the errors of all columns before `low`.
     void columns(Index low, Index high) {
         if (high - low > block) {
-            // Halves, recursively: the errors of the left half reach the right one as a single large
-            // product, at the speed of the machine's matrix multiply, instead of a thin one per block.
+            // Halves, recursively: the errors of the left half reach the right one as a single
+            // large product, at the speed of the machine's matrix multiply, instead of a thin one
+            // per block.
             const Index blocks = (high - low + block - 1) / block;
             const Index middle = low + (blocks + 1) / 2 * block;
             columns(low, middle);
@@ -107,8 +109,8 @@ void quantize_gptq(ConstMatrixView<Weight> weight, ConstMatrixView<float> upper,
     const Index padded = (out + lane_count - 1) / lane_count * lane_count;
     // A group fitted on the way must lie within one block, where its weights are up to date.
     if (!static_groups) block = (block + group_size - 1) / group_size * group_size;
-    Solve solve{Eigen::MatrixXf(padded, in), upper, order,         importance,
-                rule,                        block, static_groups, result};
+    Solve solve{
+        Eigen::MatrixXf(padded, in), upper, order, importance, rule, block, static_groups, result};
 
     parallel_for(padded / lane_count, 1, [&](Index first, Index last) {
         std::vector<float> slab(static_cast<size_t>(in * lane_count));

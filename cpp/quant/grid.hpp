@@ -1,6 +1,6 @@
 // The quantization grid of a group of weights: how a code becomes a weight, how a weight becomes a
-// code, and how the grid is fitted. Rows are independent, so everything works on 16 rows at once, one
-// per lane: `Lanes` is one weight of each of 16 rows.
+// code, and how the grid is fitted. Rows are independent, so everything works on 16 rows at once,
+// one per lane: `Lanes` is one weight of each of 16 rows.
 #pragma once
 
 #include <cmath>
@@ -15,16 +15,23 @@ enum class Grid {
     symmetric,   // w = s·(c − z)      z = 2^(bits − 1)
 };
 
-enum class ScaleType { float32, float16, bfloat16 };  // the dtype that scales and biases are stored in
+enum class ScaleType {
+    float32,
+    float16,
+    bfloat16
+};  // the dtype that scales and biases are stored in
 
 constexpr int lane_count = 16;
 using Lanes = Eigen::Array<float, lane_count, 1>;
 
 inline Lanes round_to(ScaleType type, const Lanes& values) {
     switch (type) {
-        case ScaleType::float16: return values.cast<Eigen::half>().cast<float>();
-        case ScaleType::bfloat16: return values.cast<Eigen::bfloat16>().cast<float>();
-        default: return values;
+        case ScaleType::float16:
+            return values.cast<Eigen::half>().cast<float>();
+        case ScaleType::bfloat16:
+            return values.cast<Eigen::bfloat16>().cast<float>();
+        default:
+            return values;
     }
 }
 
@@ -55,8 +62,8 @@ inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& 
     const float tiny = rule.scale_type == ScaleType::float16 ? 6.2e-5f : 1.2e-38f;
     GridLanes lanes{Lanes::Ones(), Lanes::Zero(), Lanes::Zero()};
     if (rule.grid == Grid::affine) {
-        // As MLX does: the end of the range with the larger magnitude is on the grid exactly, and so
-        // is zero; where that end is negative the scale is positive, otherwise negative.
+        // As MLX does: the end of the range with the larger magnitude is on the grid exactly, and
+        // so is zero; where that end is negative the scale is positive, otherwise negative.
         const float smallest = 1e-7f;
         const auto negative_end = (low.abs() > high.abs()).eval();
         const Lanes width = ((high - low) / top).max(smallest);
@@ -82,17 +89,22 @@ inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& 
     return lanes;
 }
 
-// Fits the grid to `count` weights of 16 rows, weights[i · lane_count + lane]. The search shrinks the range
-// towards zero step by step and keeps, row by row, what has the smallest Σᵢ importance[i]·(wᵢ − ŵᵢ)²: with
-// importance = diag(gram), the diagonal part of the layer's output error.
+// Fits the grid to `count` weights of 16 rows, weights[i · lane_count + lane]. The search shrinks
+// the range towards zero step by step and keeps, row by row, what has the smallest
+//     Σᵢ hᵢ(wᵢ − ŵᵢ)² + penalty · (Σᵢ hᵢ|wᵢ|eᵢ)² / Σᵢ hᵢwᵢ²,      h = importance,
+// where eᵢ is by how much |wᵢ − ŵᵢ| exceeds half a step: what clipping took off wᵢ. The first sum
+// is the diagonal part of the layer's output error. Rounding errors average out over groups and
+// layers, but clipping always takes from the weights, and adds up to a weaker output: so it counts
+// for more than its square (figures in docs/design.md).
 inline GridLanes fit_grid(const GridRule& rule, const float* weights, const float* importance,
                           Index count) {
     constexpr int steps = 20;
-    constexpr float last_shrink = 0.43f;
+    constexpr float last_shrink = 0.43f, penalty = 16.0f;
     const auto weight = [&](Index i) { return Eigen::Map<const Lanes>(weights + i * lane_count); };
     Lanes low = Lanes::Constant(INFINITY), high = -low;
     for (Index i = 0; i < count; ++i) {
-        if (importance[i] == 0.0f) continue;  // an input that is never active has no say in the range
+        if (importance[i] == 0.0f)
+            continue;  // an input that is never active has no say in the range
         low = low.min(weight(i));
         high = high.max(weight(i));
     }
@@ -108,20 +120,20 @@ inline GridLanes fit_grid(const GridRule& rule, const float* weights, const floa
         const float shrink = 1.0f - (1.0f - last_shrink) * static_cast<float>(step) / (steps - 1);
         const GridLanes candidate = span_grid(rule, low * shrink, high * shrink);
         const Lanes inverse_scale = candidate.scale.inverse();
-        Lanes error = Lanes::Zero(), along = Lanes::Zero();
+        const Lanes half_step = 0.5f * candidate.scale.abs();
+        Lanes error = Lanes::Zero(), clipped = Lanes::Zero();
         for (Index i = 0; i < count; ++i) {
-            // As encode() and decode(), with one division for all weights instead of one for each: a
-            // tie that falls the other way does not change the error.
+            // As encode() and decode(), with one division for all weights instead of one for each:
+            // a tie that falls the other way does not change the error.
             const Lanes code =
                 (((weight(i) - candidate.bias) * inverse_scale).rint() + candidate.zero)
                     .max(0.0f)
                     .min(top);
             const Lanes change = weight(i) - candidate.decode(code);
             error += importance[i] * change.square();
-            along += importance[i] * weight(i) * change;
+            clipped += importance[i] * weight(i).abs() * (change.abs() - half_step).max(0.0f);
         }
-        static const float kappa = getenv("KAPPA") ? static_cast<float>(atof(getenv("KAPPA"))) : 0.0f;
-        error += kappa * (energy > 0.0f).select(along.square() / energy, 0.0f);
+        error += penalty * (energy > 0.0f).select(clipped.square() / energy, 0.0f);
         const auto better = (error < best_error).eval();
         best_error = better.select(error, best_error);
         best.scale = better.select(candidate.scale, best.scale);

@@ -1,5 +1,6 @@
-// Codes of 2, 3, 4, 5, 6 or 8 bits in 32-bit words, as one little-endian stream of bits per row: code i starts
-// at bit i·bits. MLX packs rows of the weight so; GPTQ the transposed matrix, along its input channels.
+// Codes of 2, 3, 4, 5, 6 or 8 bits in 32-bit words, as one little-endian stream of bits per row:
+// code i starts at bit i·bits. MLX packs rows of the weight so; GPTQ the transposed matrix, along
+// its input channels.
 #pragma once
 
 #include "linalg/matrix.hpp"

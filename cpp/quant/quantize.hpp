@@ -6,8 +6,8 @@
 
 namespace bitwright {
 
-// What a method writes. Groups are `group_size` consecutive input channels of one row; groups = in /
-// group_size. `offsets` holds biases for the affine grid and zeros for the other two.
+// What a method writes. Groups are `group_size` consecutive input channels of one row; groups = in
+// / group_size. `offsets` holds biases for the affine grid and zeros for the other two.
 struct QuantizedView {
     MatrixView<std::uint8_t> codes;  // [out, in]
     MatrixView<float> scales;        // [out, groups], representable in the rule's scale type
@@ -15,18 +15,18 @@ struct QuantizedView {
     Index group_size;
 };
 
-// Every weight to the nearest point of its group's grid. `importance` [in] weighs the errors of the range
-// search. Weight is float, Eigen::half or Eigen::bfloat16.
+// Every weight to the nearest point of its group's grid. `importance` [in] weighs the errors of the
+// range search. Weight is float, Eigen::half or Eigen::bfloat16.
 template <typename Weight>
 void quantize_rtn(ConstMatrixView<Weight> weight, ConstVectorView<float> importance,
                   const GridRule& rule, QuantizedView result);
 
-// GPTQ (Frantar et al. 2023): columns in the given order, each one's rounding error spread over the columns
-// still to come. `upper` [in, in] is the factor of the permuted gram (inverse_factor.hpp), `importance`
-// [in] the gram's diagonal, `block` the number of columns between two lazy updates. With
-// `static_groups` the grids are fitted to the original weights, otherwise when a group's first column is
-// reached; an order other than 0, 1, 2 … needs static groups. `losses` [in] receives, per column, its
-// part of tr((W − Ŵ)(G + D)(W − Ŵ)ᵀ), exactly.
+// GPTQ (Frantar et al. 2023): columns in the given order, each one's rounding error spread over the
+// columns still to come. `upper` [in, in] is the factor of the permuted gram (inverse_factor.hpp),
+// `importance` [in] the gram's diagonal, `block` the number of columns between two lazy updates.
+// With `static_groups` the grids are fitted to the original weights, otherwise when a group's first
+// column is reached; an order other than 0, 1, 2 … needs static groups. `losses` [in] receives, per
+// column, its part of tr((W − Ŵ)(G + D)(W − Ŵ)ᵀ), exactly.
 template <typename Weight>
 void quantize_gptq(ConstMatrixView<Weight> weight, ConstMatrixView<float> upper,
                    ConstVectorView<std::int32_t> order, ConstVectorView<float> importance,

@@ -8,8 +8,8 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GPTQConfig
 
 
@@ -33,7 +33,7 @@ def main(folder: str, tokens_file: str) -> None:
         # Every forward pass unpacks all the weights again, hence several samples at a time.
         for rows in tokens.split(8):
             logits = model(input_ids=rows[:, :-1]).logits
-            total += F.cross_entropy(
+            total += cross_entropy(
                 logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
             ).item()
     count = tokens[:, 1:].numel()

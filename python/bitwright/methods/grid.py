@@ -71,13 +71,13 @@ class GridChoice:
         offsets: NDArray[np.float32],
     ) -> dict[str, Any]:
         """Return the fields of a `QuantizedTensor`; scales and biases are already exact in their dtype."""
-        stored = scales.astype(self.scale_dtype)
-        if not np.isfinite(stored).all():
-            raise ValueError(
-                f"scale_dtype: {self.scale_dtype} cannot hold the scale "
-                f"{float(np.abs(scales).max()):.3g}; use bfloat16 or float32"
-            )
         affine = self.grid == "affine"
+        stored = scales.astype(self.scale_dtype)
+        if not (np.isfinite(stored).all() and np.isfinite(offsets).all()):
+            raise ValueError(
+                f"scale_dtype: the weights of a group span more than {self.scale_dtype} can hold; "
+                "use bfloat16 or float32"
+            )
         return {
             "codes": codes,
             "scales": stored,

@@ -1,0 +1,199 @@
+"""What the kernels compute, once more in plain NumPy: slow, and as close to the papers as it gets."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.tensor import Grid
+
+Array = NDArray[Any]
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Grids ``w = scale * (code - zero) + bias``; arrays of one shape, float32."""
+
+    scale: Array
+    zero: Array
+    bias: Array
+
+    def encode(self, weight: Array, bits: int) -> Array:
+        steps = np.rint((weight - self.bias) / self.scale)
+        return np.clip(steps + self.zero, 0, 2**bits - 1)
+
+    def decode(self, codes: Array) -> Array:
+        return self.scale * (codes - self.zero) + self.bias
+
+    def margin(self, weight: Array) -> Array:
+        """Return how far, in steps, each weight is from a tie between two codes."""
+        steps = (weight - self.bias) / self.scale
+        return np.abs(np.abs(steps - np.floor(steps)) - 0.5)
+
+
+def span(low: Array, high: Array, bits: int, grid: Grid, scale_dtype: str) -> Fit:
+    """Return the grids over the ranges [low, high] float32."""
+    dtype = DTYPES[scale_dtype]
+    one = np.float32(1)
+    top = np.float32(2**bits - 1)
+
+    def rounded(values: Array) -> Array:
+        return values.astype(dtype).astype(np.float32)
+
+    zero = np.zeros_like(low)
+    if grid == "affine":
+        # mlx.core.quantize: the end of larger magnitude is a point of the grid, and so is zero.
+        negative = np.abs(low) > np.abs(high)
+        width = np.maximum((high - low) / top, np.float32(1e-7))
+        scale = np.where(negative, width, -width)
+        edge = np.where(negative, low, high)
+        steps = np.rint(edge / scale)
+        scale = np.where(steps != 0, edge / np.where(steps != 0, steps, one), scale)
+        return Fit(rounded(scale), zero, rounded(np.where(steps != 0, edge, zero)))
+    below, above = np.minimum(low, 0), np.maximum(high, 0)
+    width = 2 * np.maximum(above, -below) if grid == "symmetric" else above - below
+    scale = np.where(width == 0, one, rounded(width / top))
+    if grid == "symmetric":
+        zero = np.full_like(low, 2 ** (bits - 1))
+    else:
+        zero = np.minimum(np.rint(-below / scale), top)
+    return Fit(scale, zero, np.zeros_like(low))
+
+
+def rtn(weight: Array, bits: int, group_size: int, grid: Grid, scale_dtype: str) -> tuple[Array, Fit]:
+    """Return codes ``[out, in]`` and grids ``[out, groups, 1]``."""
+    groups = weight.astype(np.float32).reshape(len(weight), -1, group_size)
+    fit = span(
+        groups.min(2, keepdims=True), groups.max(2, keepdims=True), bits, grid, scale_dtype
+    )
+    return fit.encode(groups, bits).astype(np.uint8).reshape(weight.shape), fit
+
+
+def dequantize(codes: Array, scales: Array, offsets: Array, grid: Grid) -> Array:
+    """Return the weights float32, from scales and biases or zeros ``[out, groups]``."""
+    groups = codes.reshape(*scales.shape, -1).astype(np.float32)
+    scale, offset = (array.astype(np.float32)[..., None] for array in (scales, offsets))
+    weight = scale * groups + offset if grid == "affine" else scale * (groups - offset)
+    return weight.reshape(codes.shape)
+
+
+def pack(codes: Array, bits: int) -> Array:
+    """Return each row as one little-endian stream of bits in uint32 words."""
+    stream = np.unpackbits(codes[..., None], axis=2, bitorder="little", count=bits)
+    packed = np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little")
+    return packed.view("<u4")
+
+
+def damped(gram: Array, damping: float) -> Array:
+    """Return ``G + D`` float64: damping on the live channels, one on the dead ones."""
+    diagonal = gram.diagonal().astype(np.float64)
+    live = diagonal > 0
+    mean = diagonal[live].mean() if live.any() else 1.0
+    return gram.astype(np.float64) + np.diag(np.where(live, damping * mean, 1.0))
+
+
+def objective(weight: Array, quantized: Array, gram: Array) -> Array:
+    """Return the diagonal of ``(W - Ŵ) G (W - Ŵ)ᵀ``: each row's squared output error, float64."""
+    change = weight.astype(np.float64) - quantized.astype(np.float64)
+    return np.einsum("oi,ij,oj->o", change, gram.astype(np.float64), change, optimize=True)
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """Codes and weights ``[out, in]``; `margin` [out], the smallest distance from a tie of codes."""
+
+    codes: Array
+    weight: Array
+    margin: Array
+
+
+def gptq(
+    weight: Array,
+    gram: Array,
+    bits: int,
+    group_size: int,
+    grid: Grid,
+    scale_dtype: str = "float32",
+    *,
+    damping: float = 0.01,
+    act_order: bool = False,
+    static_groups: bool = False,
+) -> GptqResult:
+    """Frantar et al. 2023, algorithm 1, in float64 without blocks; min-max grids of live channels."""
+    out, channels = weight.shape
+    dead = gram.diagonal() == 0
+    order = np.argsort(-gram.diagonal(), kind="stable") if act_order else np.arange(channels)
+    hessian = damped(gram, damping)[np.ix_(order, order)]
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+
+    def fitted(rows: Array, group: int) -> Fit:
+        here = slice(group * group_size, (group + 1) * group_size)
+        live = rows[:, here][:, ~dead[here]].astype(np.float32)
+        if live.size == 0:
+            live = np.zeros((out, 1), np.float32)
+        return span(live.min(1), live.max(1), bits, grid, scale_dtype)
+
+    fits = {group: fitted(weight, group) for group in range(channels // group_size)}
+    work = weight.astype(np.float64)
+    codes = np.zeros((out, channels), np.uint8)
+    result = np.zeros((out, channels))
+    margin = np.full(out, np.inf)
+    for step, column in enumerate(order):
+        group = int(column) // group_size
+        if not static_groups and step % group_size == 0:
+            fits[group] = fitted(work, group)
+        fit = fits[group]
+        code = fit.encode(work[:, column], bits)
+        margin = np.minimum(margin, fit.margin(work[:, column]))
+        codes[:, column], result[:, column] = code, fit.decode(code)
+        error = (work[:, column] - result[:, column]) / upper[step, step]
+        later = order[step + 1 :]
+        work[:, later] -= np.outer(error, upper[step, step + 1 :])
+    return GptqResult(codes, result, margin)
+
+
+def rms_norm(states: Array, weight: Array, epsilon: float) -> Array:
+    """Zhang and Sennrich 2019, float64."""
+    states = states.astype(np.float64)
+    return weight * states / np.sqrt(np.mean(states**2, axis=-1, keepdims=True) + epsilon)
+
+
+def rotate(states: Array, cosines: Array, sines: Array, heads: int) -> Array:
+    """Return states ``[batch * length, heads * width]`` turned by their positions, float64.
+
+    Channel i of a head's first half and of its second are one complex number.
+    """
+    length, half = cosines.shape
+    pairs = states.astype(np.float64).reshape(-1, length, heads, 2, half)
+    turned = (pairs[..., 0, :] + 1j * pairs[..., 1, :]) * (cosines + 1j * sines)[:, None]
+    return np.stack([turned.real, turned.imag], axis=3).reshape(states.shape)
+
+
+def attention(
+    query: Array, key: Array, value: Array, length: int, heads: int, key_heads: int, scale: float
+) -> Array:
+    """Return causal attention with grouped queries, ``[batch * length, heads * width]`` float64."""
+    width = query.shape[1] // heads
+
+    def split(states: Array, count: int) -> Array:
+        per_head = states.astype(np.float64).reshape(-1, length, count, width).transpose(0, 2, 1, 3)
+        return np.repeat(per_head, heads // count, axis=1)
+
+    scores = scale * split(query, heads) @ split(key, key_heads).transpose(0, 1, 3, 2)
+    scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+    mixed = np.exp(log_softmax(scores)) @ split(value, key_heads)
+    return mixed.transpose(0, 2, 1, 3).reshape(query.shape)
+
+
+def log_softmax(logits: Array) -> Array:
+    """Return ``log softmax`` over the last axis, float64."""
+    logits = logits.astype(np.float64)
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

@@ -1,0 +1,12 @@
+"""Where the data is that lies beside the project, not in it."""
+
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SHARED = TESTS.parents[1] / "shared"
+
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"{SHARED} with models and texts is not beside the project"
+)

@@ -1,0 +1,132 @@
+"""The command as a user runs it: a process of its own, its exit codes and what it leaves behind."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bitwright
+
+DEMO = bitwright.demo_folder()
+TEXT = str(DEMO / "calibration.txt")
+
+
+def bitwright_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bitwright", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_quantize_and_evaluate(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    done = bitwright_command(
+        *("quantize", str(DEMO), "--out", out, "--method", "gptq", "--bits", "3"),
+        *("--group-size", "64", "--format", "mlx", "--calibration", TEXT, "--samples", "8"),
+        *("--length", "128", "--seed", "0", "--threads", "2"),
+        *("--override", "*.down_proj=bits:4,group_size:32"),
+    )
+    assert done.returncode == 0, done.stderr
+    for word in ("bits per weight", "peak memory", "worst layers", "relative error"):
+        assert word in done.stdout
+    judged = bitwright_command(
+        *("evaluate", out, "--reference", str(DEMO), "--text", str(DEMO / "evaluation.txt")),
+        *("--length", "128", "--samples", "8", "--json"),
+    )
+    assert judged.returncode == 0, judged.stderr
+    figures = json.loads(judged.stdout)
+    assert set(figures) == {
+        "perplexity",
+        "kl_divergence",
+        "top1_agreement",
+        "bits_per_weight",
+        "tokens",
+        "seconds",
+        "peak_memory_bytes",
+    }
+    assert figures["tokens"] == 8 * 128
+    table = bitwright_command("evaluate", out, "--text", TEXT, "--length", "64", "--samples", "4")
+    assert "tokens/s" in table.stdout
+
+
+def test_demo() -> None:
+    done = bitwright_command("demo")
+    assert done.returncode == 0, done.stderr
+    rows = {
+        line.split()[0]: line.split()
+        for line in done.stdout.splitlines()
+        if line.split()[:1] in (["original"], ["rtn"], ["gptq"])
+    }
+    assert float(rows["original"][1]) < float(rows["gptq"][1]) < float(rows["rtn"][1])
+
+
+def test_info_and_version() -> None:
+    assert bitwright.build_info().instruction_set in bitwright_command("info").stdout
+    assert bitwright.__version__ in bitwright_command("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("quantize", "nowhere", "--out", "OUT", "--calibration", TEXT), "nowhere"),
+        (("quantize", str(DEMO), "--out", "OUT"), "calibration"),
+        (("quantize", str(DEMO), "--out", "OUT", "--calibration", "absent.txt"), "absent.txt"),
+        (("quantize", str(DEMO), "--out", "OUT", "--bits", "7"), "7"),
+        (("quantize", str(DEMO), "--out", "OUT", "--override", "a=b"), "a=b"),
+        (("quantize", str(DEMO), "--out", "/proc/out", "--method", "rtn"), "/proc/out"),
+        (("evaluate", str(DEMO), "--text", TEXT, "--reference", "nowhere"), "nowhere"),
+        (("evaluate", str(DEMO), "--text", TEXT, "--samples", "99999"), "99999"),
+    ],
+)
+def test_errors_are_one_message_without_a_traceback(
+    tmp_path: Path, arguments: tuple[str, ...], word: str
+) -> None:
+    out = str(tmp_path / "out")
+    done = bitwright_command(*(out if argument == "OUT" else argument for argument in arguments))
+    assert done.returncode in (1, 2)
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def long_run(out: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "bitwright", "quantize", str(DEMO), "--out", str(out)),
+        *("--calibration", str(out.parent / "tokens.npy")),
+    ]
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 512, (128, 1024)))
+    process = subprocess.Popen(
+        long_run(tmp_path / "out"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    while not list(tmp_path.glob(".out.partial-*")):  # the run itself has begun
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 130, messages
+    assert "interrupted" in messages
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]
+
+
+def test_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a disk without room: writing fails half-way."""
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 512, (8, 64)))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    done = subprocess.run(
+        long_run(tmp_path / "out"), capture_output=True, text=True, check=False, preexec_fn=limit
+    )
+    assert done.returncode == 1
+    assert str(tmp_path / "out") in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]
