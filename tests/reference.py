@@ -67,12 +67,12 @@ def span(low: Array, high: Array, bits: int, grid: Grid, scale_dtype: str) -> Fi
     return Fit(scale, zero, np.zeros_like(low))
 
 
-def rtn(weight: Array, bits: int, group_size: int, grid: Grid, scale_dtype: str) -> tuple[Array, Fit]:
+def rtn(
+    weight: Array, bits: int, group_size: int, grid: Grid, scale_dtype: str
+) -> tuple[Array, Fit]:
     """Return codes ``[out, in]`` and grids ``[out, groups, 1]``."""
     groups = weight.astype(np.float32).reshape(len(weight), -1, group_size)
-    fit = span(
-        groups.min(2, keepdims=True), groups.max(2, keepdims=True), bits, grid, scale_dtype
-    )
+    fit = span(groups.min(2, keepdims=True), groups.max(2, keepdims=True), bits, grid, scale_dtype)
     return fit.encode(groups, bits).astype(np.uint8).reshape(weight.shape), fit
 
 

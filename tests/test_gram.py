@@ -33,9 +33,7 @@ def assert_close(found: Array, wanted: Array) -> None:
     seed=st.integers(0, 99),
     magnitude=st.sampled_from([1e-12, 1.0, 1e12]),
 )
-def test_gram_is_the_second_moment(
-    tokens: int, channels: int, seed: int, magnitude: float
-) -> None:
+def test_gram_is_the_second_moment(tokens: int, channels: int, seed: int, magnitude: float) -> None:
     activations = inputs(tokens, channels, seed) * np.float32(magnitude)
     gram = bitwright.gram(activations)
     assert gram.dtype == np.float32
@@ -123,8 +121,6 @@ def test_wrong_activations_are_named(
         (read_only, ValueError, "read-only"),
     ],
 )
-def test_wrong_out_is_named(
-    make: Callable[[], Array], kind: type[Exception], message: str
-) -> None:
+def test_wrong_out_is_named(make: Callable[[], Array], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=rf"^(out|gram): .*{message}"):
         bitwright.gram(inputs(4, 6), out=make())

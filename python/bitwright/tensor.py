@@ -132,7 +132,25 @@ class QuantizedTensor:
 
 
 def dequantize(tensor: QuantizedTensor) -> NDArray[np.float32]:
-    """Return the weights ``[out, in]`` float32 of `tensor`; see `QuantizedTensor.dequantize`."""
+    """Return the weights that a tensor's codes stand for.
+
+    Parameters
+    ----------
+    tensor
+        From `quantize_rtn`, `quantize_gptq`, or a checkpoint.
+
+    Returns
+    -------
+    NDArray
+        ``[out, in]`` float32, the same bits on every processor.
+
+    Examples
+    --------
+    >>> import numpy as np, bitwright
+    >>> tensor = bitwright.quantize_rtn(np.ones((1, 32), np.float32), group_size=32)
+    >>> float(bitwright.dequantize(tensor)[0, 0])
+    1.0
+    """
     return tensor.dequantize()
 
 

@@ -26,7 +26,7 @@ class GramFactor:
     order
         ``[in]`` int32, the column that is quantized at each step.
     importance
-        ``[in]`` float32, the diagonal of the gram; zero for a dead channel.
+        ``[in]`` float32, ``1 / U[j, j]²`` of each column; zero for a dead channel.
     damping
         The damping that was needed, relative to the mean of the diagonal.
     """
@@ -76,6 +76,18 @@ def factor_gram(
     ------
     TypeError, ValueError
         If `gram` is not such a matrix, holds NaN or infinity, or is not positive semi-definite at all.
+
+    Notes
+    -----
+    `GramFactor.importance` is the exact cost of a step of GPTQ (eq. 3 of the paper): an error e in
+    column j adds ``e² / U[j, j]²`` to the objective, once the later columns have made up for it.
+
+    Examples
+    --------
+    >>> import numpy as np, bitwright
+    >>> factor = bitwright.factor_gram(np.diag(np.array([1, 4, 2], np.float32)), damping=0)
+    >>> factor.order, factor.importance.round(3)
+    (array([1, 2, 0], dtype=int32), array([1., 4., 2.], dtype=float32))
     """
     if not (damping >= 0 and np.isfinite(damping)):
         raise ValueError(f"damping: expected a finite value from 0 on, got {damping}")
@@ -140,8 +152,8 @@ def quantize_gptq(
     block_size
         Columns between two lazy updates of the rest: speed only.
     grid_search
-        Fit each grid by a search over 20 ranges for the least error weighted by the gram's diagonal,
-        instead of spanning the smallest and the largest weight.
+        Fit each grid by a search over 20 ranges for the least error, weighted by what an error costs
+        in each column, instead of spanning the smallest and the largest weight.
 
     Returns
     -------

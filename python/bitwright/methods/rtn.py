@@ -54,7 +54,7 @@ def quantize_rtn(
     >>> import numpy as np, bitwright
     >>> weight = np.linspace(-1, 1, 64, dtype=np.float32)[None]
     >>> bitwright.quantize_rtn(weight, bits=2, group_size=64).scales
-    array([[0.5]], dtype=float32)
+    array([[-0.5]], dtype=float32)
     """
     choice = GridChoice.check(weight, bits, group_size, grid, scale_dtype, grid_search)
     require_finite(weight, "weight")

@@ -1,0 +1,82 @@
+"""Saved models give the same perplexity in the real clients as in `bitwright evaluate`."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from clients import client_python
+from shared_data import SHARED, needs_shared
+
+import bitwright
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
+DEMO = bitwright.demo_folder()
+GPTQ = {"format": "gptq", "group_size": 64}
+
+
+def client_perplexity(client: str, script: str, model: Path, tokens: Path) -> float:
+    try:
+        python = client_python(client)
+    except subprocess.CalledProcessError as error:
+        if "CI" in os.environ:
+            raise
+        pytest.skip(f"the client {client} cannot be installed here: {error}")
+    done = subprocess.run(
+        [python, HERE / script, model, tokens], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    return float(figures["perplexity"])
+
+
+def check(
+    tmp_path: Path, client: str, model: Path, calibration: Any, tokens: Any, **options: Any
+) -> None:
+    bitwright.quantize(model, tmp_path / "out", calibration=calibration, progress=False, **options)
+    np.save(tmp_path / "tokens.npy", tokens)
+    ours = bitwright.evaluate(tmp_path / "out", tokens).perplexity
+    script = "mlx_perplexity.py" if client == "mlx" else "gptqmodel_perplexity.py"
+    theirs = client_perplexity(client, script, tmp_path / "out", tmp_path / "tokens.npy")
+    assert theirs == pytest.approx(ours, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("client", "options"),
+    [
+        ("mlx", {"bits": 3}),
+        ("mlx", {"bits": 2, "group_size": 32, "method": "rtn"}),
+        ("mlx", {"bits": 5, "embedding_bits": 8, "overrides": {"*.down_proj": {"bits": 6}}}),
+        ("mlx", {"bits": 4, "exclude": ["*.0.*"], "scale_dtype": "float32"}),
+        ("gptqmodel", {"bits": 4, **GPTQ}),
+        ("gptqmodel", {"bits": 3, **GPTQ, "grid": "zero_point"}),
+        ("gptqmodel", {"bits": 8, **GPTQ, "group_size": None, "exclude": ["*.o_proj"]}),
+        ("gptqmodel", {"bits": 2, **GPTQ, "group_size": 32}),
+    ],
+)
+def test_demo_model(tmp_path: Path, client: str, options: dict[str, Any]) -> None:
+    tokens = bitwright.load_tokens(DEMO / "evaluation.txt", tokenizer=DEMO, length=128, samples=16)
+    calibration = bitwright.load_tokens(DEMO / "calibration.txt", tokenizer=DEMO, length=128)
+    check(tmp_path, client, DEMO, calibration[:16], tokens, **options)
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("client", "options"), [("mlx", {"bits": 3}), ("gptqmodel", {"bits": 4, **GPTQ})]
+)
+def test_small_model(tmp_path: Path, client: str, options: dict[str, Any]) -> None:
+    calibration = np.load(SHARED / "text" / "small_calibration.npy")
+    tokens = np.load(SHARED / "text" / "small_eval.npy")
+    check(tmp_path, client, SHARED / "models" / "small", calibration, tokens[:32], **options)
+
+
+@needs_shared
+def test_story_model_loads_in_mlx(tmp_path: Path) -> None:
+    calibration = np.load(SHARED / "text" / "story_calibration.npy")[:16]
+    tokens = np.load(SHARED / "text" / "story_eval.npy")[:16]
+    check(tmp_path, "mlx", SHARED / "models" / "story", calibration, tokens, bits=4)
