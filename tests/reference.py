@@ -27,10 +27,12 @@ class Fit:
 
     def encode(self, weight: Array, bits: int) -> Array:
         steps = np.rint((weight - self.bias) / self.scale)
-        return np.clip(steps + self.zero, 0, 2**bits - 1)
+        codes: Array = np.clip(steps + self.zero, 0, 2**bits - 1)
+        return codes
 
     def decode(self, codes: Array) -> Array:
-        return self.scale * (codes - self.zero) + self.bias
+        weight: Array = self.scale * (codes - self.zero) + self.bias
+        return weight
 
     def margin(self, weight: Array) -> Array:
         """Return how far, in steps, each weight is from a tie between two codes."""
@@ -96,13 +98,15 @@ def damped(gram: Array, damping: float) -> Array:
     diagonal = gram.diagonal().astype(np.float64)
     live = diagonal > 0
     mean = diagonal[live].mean() if live.any() else 1.0
-    return gram.astype(np.float64) + np.diag(np.where(live, damping * mean, 1.0))
+    result: Array = gram.astype(np.float64) + np.diag(np.where(live, damping * mean, 1.0))
+    return result
 
 
 def objective(weight: Array, quantized: Array, gram: Array) -> Array:
     """Return the diagonal of ``(W - Ŵ) G (W - Ŵ)ᵀ``: each row's squared output error, float64."""
     change = weight.astype(np.float64) - quantized.astype(np.float64)
-    return np.einsum("oi,ij,oj->o", change, gram.astype(np.float64), change, optimize=True)
+    rows: Array = np.einsum("oi,ij,oj->o", change, gram.astype(np.float64), change, optimize=True)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,8 @@ def gptq(
 def rms_norm(states: Array, weight: Array, epsilon: float) -> Array:
     """Zhang and Sennrich 2019, float64."""
     states = states.astype(np.float64)
-    return weight * states / np.sqrt(np.mean(states**2, axis=-1, keepdims=True) + epsilon)
+    result: Array = weight * states / np.sqrt((states**2).mean(-1, keepdims=True) + epsilon)
+    return result
 
 
 def rotate(states: Array, cosines: Array, sines: Array, heads: int) -> Array:
@@ -194,6 +199,7 @@ def attention(
 
 def log_softmax(logits: Array) -> Array:
     """Return ``log softmax`` over the last axis, float64."""
-    logits = logits.astype(np.float64)
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    result: Array = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return result

@@ -25,7 +25,7 @@ def gaussian(shape: tuple[int, int], seed: int = 0) -> Array:
 def hard(shape: tuple[int, int], seed: int, dtype: str) -> Array:
     """Weights with outliers and whole rows that are zero, of one sign, or constant."""
     rng = np.random.default_rng(seed)
-    weight = gaussian(shape, seed) * rng.choice([0.01, 1, 100], (shape[0], 1))
+    weight: Array = gaussian(shape, seed) * rng.choice([0.1, 1, 100], (shape[0], 1))
     weight[rng.random(shape) < 0.01] *= 30
     for row, kind in enumerate(rng.integers(0, 12, shape[0])):
         match kind:
@@ -36,7 +36,7 @@ def hard(shape: tuple[int, int], seed: int, dtype: str) -> Array:
             case 2:
                 weight[row] = -np.abs(weight[row])
             case 3:
-                weight[row] = weight[row, 0]
+                weight[row] = weight[row].max()
     return weight.astype(DTYPES[dtype])
 
 
@@ -53,7 +53,8 @@ def by_group(tensor: QuantizedTensor, array: Array) -> Array:
 def weighted_error(tensor: QuantizedTensor, weight: Array, importance: Array) -> Array:
     """Return each group's importance-weighted squared error."""
     change = weight.astype(np.float64) - tensor.dequantize()
-    return by_group(tensor, importance * change**2).sum(axis=2)
+    errors: Array = by_group(tensor, importance * change**2).sum(axis=2)
+    return errors
 
 
 @functools.cache

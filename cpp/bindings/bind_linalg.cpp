@@ -21,13 +21,13 @@ void bind_linalg(py::module_& module) {
 
     module.def(
         "accumulate_gram",
-        [](const py::object& activations, const py::object& gram) {
+        [](const py::object& activations, const py::object& out) {
             const auto x = matrix<float>(activations, "activations");
-            auto g = writable_matrix<float>(gram, "gram", x.cols(), x.cols());
+            auto g = writable_matrix<float>(out, "out", x.cols(), x.cols());
             const py::gil_scoped_release release;
             if (x.size() != 0) accumulate_gram(x, g);
         },
-        py::arg("activations"), py::arg("gram"));
+        py::arg("activations"), py::arg("out"));
 
     module.def(
         "mirror_lower",

@@ -104,19 +104,24 @@ class Pool {
     bool stop_ = false;
 };
 
-std::mutex settings_mutex;
+// Behind pointers, since a child process may find them locked by a thread that it does not have.
+std::mutex* settings_mutex = new std::mutex;
+std::mutex* blas_mutex = new std::mutex;
 std::atomic<int> thread_count{0};
 int serial_blas_depth = 0;
 Pool* pool = nullptr;  // never destroyed at exit: its threads may be inside the operating system
 
-void forget_pool_in_child() {
+// Threads do not survive fork(): the next call makes new ones.
+void start_afresh_in_child() {
     pool = nullptr;
-}  // threads do not survive fork(); the next call makes new ones
+    settings_mutex = new std::mutex;
+    blas_mutex = new std::mutex;
+}
 
 // The pool if nobody else is using it, made to the current size first; null while it is busy.
 Pool* acquire_pool() {
     const int wanted = num_threads();
-    std::lock_guard lock(settings_mutex);
+    std::lock_guard lock(*settings_mutex);
     if (pool && !pool->acquire()) return nullptr;
     if (pool && pool->size() != wanted) {
         delete pool;
@@ -131,6 +136,8 @@ Pool* acquire_pool() {
 
 #ifdef BITWRIGHT_SCIPY_OPENBLAS
 void run_blas_jobs(int /*wait*/, openblas_job job, int jobs, size_t size, void* data, int extra) {
+    // OpenBLAS gives thread i of every call the same buffer: one call at a time.
+    std::lock_guard lock(*blas_mutex);
     const auto one = [&](int thread) {
         job(thread, static_cast<char*>(data) + static_cast<size_t>(thread) * size, extra);
     };
@@ -171,7 +178,7 @@ void set_blas_threads(int threads) {
 int num_threads() {
     static std::once_flag once;
     std::call_once(once, [] {
-        pthread_atfork(nullptr, nullptr, forget_pool_in_child);
+        pthread_atfork(nullptr, nullptr, start_afresh_in_child);
         thread_count = std::clamp(available_processors(), 1, 64);
 #ifdef BITWRIGHT_SCIPY_OPENBLAS
         scipy_openblas_set_threads_callback_function(run_blas_jobs);
@@ -183,7 +190,7 @@ int num_threads() {
 
 void set_num_threads(int threads) {
     num_threads();
-    std::lock_guard lock(settings_mutex);
+    std::lock_guard lock(*settings_mutex);
     thread_count = threads;
     if (serial_blas_depth == 0) set_blas_threads(threads);
 }
@@ -213,12 +220,12 @@ void parallel_for(Index count, Index grain, const std::function<void(Index, Inde
 
 SerialBlas::SerialBlas() {
     num_threads();
-    std::lock_guard lock(settings_mutex);
+    std::lock_guard lock(*settings_mutex);
     if (serial_blas_depth++ == 0) set_blas_threads(1);
 }
 
 SerialBlas::~SerialBlas() {
-    std::lock_guard lock(settings_mutex);
+    std::lock_guard lock(*settings_mutex);
     if (--serial_blas_depth == 0) set_blas_threads(thread_count);
 }
 

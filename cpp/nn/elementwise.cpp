@@ -5,6 +5,15 @@
 #include "linalg/threads.hpp"
 
 namespace bitwright {
+namespace {
+
+// Eigen computes the elements before the first aligned address one by one, whose exp() and fused
+// multiply-add differ in the last bit from those of whole registers. NumPy aligns to 16 bytes only,
+// so what could differ is computed in buffers of our own: equal inputs give equal bits wherever
+// they lie.
+using AlignedRow = Eigen::Array<float, 1, Eigen::Dynamic>;
+
+}  // namespace
 
 void rms_norm(ConstMatrixView<float> input, ConstVectorView<float> weight, float epsilon,
               MatrixView<float> output) {
@@ -23,17 +32,18 @@ void rotate(MatrixView<float> states, ConstMatrixView<float> cosines, ConstMatri
             Index heads) {
     const Index length = cosines.rows(), half = cosines.cols();
     parallel_for(states.rows(), 32, [&](Index first, Index last) {
-        Eigen::ArrayXf turned(half);
+        AlignedRow left(half), right(half), turned(half), cosine(half), sine(half);
         for (Index row = first; row < last; ++row) {
-            const Eigen::Map<const Eigen::ArrayXf> cosine(cosines.data() + row % length * half,
-                                                          half);
-            const Eigen::Map<const Eigen::ArrayXf> sine(sines.data() + row % length * half, half);
+            cosine = cosines.row(row % length).array();
+            sine = sines.row(row % length).array();
             for (Index head = 0; head < heads; ++head) {
-                float* start = states.data() + row * states.cols() + head * 2 * half;
-                Eigen::Map<Eigen::ArrayXf> left(start, half), right(start + half, half);
+                auto channels = states.row(row).segment(head * 2 * half, 2 * half).array();
+                left = channels.head(half);
+                right = channels.tail(half);
                 turned = left * cosine - right * sine;
-                right = right * cosine + left * sine;
-                left = turned;
+                channels.head(half) = turned;
+                turned = right * cosine + left * sine;
+                channels.tail(half) = turned;
             }
         }
     });
@@ -41,9 +51,11 @@ void rotate(MatrixView<float> states, ConstMatrixView<float> cosines, ConstMatri
 
 void silu_multiply(MatrixView<float> gate, ConstMatrixView<float> up) {
     parallel_for(gate.rows(), 4, [&](Index first, Index last) {
+        AlignedRow values(gate.cols()), product(gate.cols());
         for (Index row = first; row < last; ++row) {
-            auto values = gate.row(row).array();
-            values = values / (1.0f + (-values).exp()) * up.row(row).array();
+            values = gate.row(row).array();
+            product = values / (1.0f + (-values).exp());
+            gate.row(row).array() = product * up.row(row).array();
         }
     });
 }

@@ -31,13 +31,16 @@ void kl_divergence(ConstMatrixView<float> reference, ConstMatrixView<float> logi
         for (Index row = first; row < last; ++row) {
             const auto p = reference.row(row), q = logits.row(row);
             const double log_p = log_sum_exp(p), log_q = log_sum_exp(q);
-            // Σ p (log p − log q), with p's normalization taken out of the sum
-            const float top = p.maxCoeff();
-            const double mean_difference = ((p.array() - top).exp().template cast<double>() *
-                                            (p - q).array().template cast<double>())
-                                               .sum() /
-                                           std::exp(log_p - top);
-            divergences[row] = std::max(0.0, mean_difference - log_p + log_q);
+            // Σ p (log p − log q), with p's normalization taken out of the sum. Where p vanishes in
+            // float32 the term is 0, though both logits may be −∞ there.
+            const auto logit = (p.array() - p.maxCoeff()).eval();
+            const double difference = (logit < -87.0f)
+                                          .select(0.0f, logit.exp() * (p - q).array())
+                                          .template cast<double>()
+                                          .sum() /
+                                      std::exp(log_p - p.maxCoeff());
+            const double divergence = difference - log_p + log_q;
+            divergences[row] = divergence < 0.0 ? 0.0 : divergence;  // rounding; NaN stays NaN
         }
     });
 }

@@ -58,8 +58,8 @@ struct GridRule {
 // that stores them: codes are chosen on the grid that a reader will see.
 inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& high) {
     const float top = rule.top();
-    // Halves cannot divide by less than this without turning to zero or infinity.
-    const float tiny = rule.scale_type == ScaleType::float16 ? 6.2e-5f : 1.2e-38f;
+    // The smallest normal number of the dtype: a scale that rounds to zero would divide by it.
+    const float tiny = rule.scale_type == ScaleType::float16 ? 0x1p-14f : 0x1p-126f;
     GridLanes lanes{Lanes::Ones(), Lanes::Zero(), Lanes::Zero()};
     if (rule.grid == Grid::affine) {
         // As MLX does: the end of the range with the larger magnitude is on the grid exactly, and

@@ -11,7 +11,7 @@ from bitwright.methods.grid import GridChoice
 from bitwright.statistics import require_finite
 from bitwright.tensor import Grid, QuantizedTensor
 
-MOST_DAMPING = 10.0
+MOST_DAMPING = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +29,15 @@ class GramFactor:
         ``[in]`` float32, ``1 / U[j, j]²`` of each column; zero for a dead channel.
     damping
         The damping that was needed, relative to the mean of the diagonal.
+    act_order
+        Whether `order` puts the columns with the largest inputs first.
     """
 
     upper: NDArray[np.float32]
     order: NDArray[np.int32]
     importance: NDArray[np.float32]
     damping: float
+    act_order: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +110,7 @@ def factor_gram(
             importance = np.empty_like(diagonal)
             importance[order] = np.float32(1) / np.square(upper.diagonal())
             importance[diagonal == 0] = 0
-            return GramFactor(upper, order, importance, damping)
+            return GramFactor(upper, order, importance, damping, act_order)
         if damping >= MOST_DAMPING:
             raise ValueError(
                 f"gram: not positive semi-definite, even with damping {damping:g} of its diagonal"
@@ -189,10 +192,9 @@ def quantize_gptq(
         gram = factor_gram(gram, damping=damping, act_order=act_order)
     if gram.importance.shape != weight.shape[1:]:
         raise ValueError(f"gram: has {gram.importance.size} channels, weight has {weight.shape[1]}")
-    ordered = bool((np.diff(gram.order) == 1).all())
     if static_groups is None:
-        static_groups = not ordered
-    if not static_groups and not ordered:
+        static_groups = gram.act_order
+    if gram.act_order and not static_groups:
         raise ValueError(
             "static_groups: act_order needs them, since groups stay consecutive channels"
         )
