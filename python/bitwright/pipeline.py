@@ -304,6 +304,8 @@ class _Run:
                     f"(block {index}) are NaN or infinite; check the model with bitwright evaluate"
                 )
             self._quantize_stage(block, prefix, stage, statistics)
+            if following is None and not self._is_followed(index):
+                return  # nobody reads the last hidden states
             if stage.norm is not None:
                 inner = np.empty((len(hidden), stage.inner_width), np.float32)
             statistics = self._statistics(block, prefix, following)
@@ -312,6 +314,11 @@ class _Run:
                 block.advance(stage, states, hidden[chunk], inner[chunk], rope)
                 if following is not None and statistics is not None:
                     statistics.add(block.stage_input(following, hidden[chunk], inner[chunk]))
+
+    def _is_followed(self, index: int) -> bool:
+        """Tell whether something after block `index` is calibrated."""
+        last = index + 1 == self.model.config.num_hidden_layers
+        return not last or self.plan.get(self.model.architecture.head) is not None
 
     def _statistics(
         self, block: DecoderBlock, prefix: str, stage: Stage | None

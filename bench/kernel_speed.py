@@ -1,6 +1,6 @@
 """Kernels as fractions of what NumPy's OpenBLAS reaches on this machine, measured in the same run.
 
-Usage: python bench/kernels.py [--size 4096] [--repeats 7]
+Usage: python bench/kernel_speed.py [--size 4096] [--repeats 7]
 
 Every round runs all measurements once, so that drift of the machine's speed meets all of them; the table
 has medians, and medians of each round's ratio.
