@@ -1,6 +1,5 @@
 """What a run did, as figures and as tables."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +119,7 @@ def print_evaluations(rows: dict[str, Evaluation], console: Console) -> None:
         table.add_column(heading, justify="right")
     for name, result in rows.items():
         table.add_row(
-            os.fspath(name),
+            name,
             f"{result.perplexity:.4f}",
             "" if result.kl_divergence is None else f"{result.kl_divergence:.5f}",
             "" if result.top1_agreement is None else f"{100 * result.top1_agreement:.2f} %",
