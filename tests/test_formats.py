@@ -284,7 +284,8 @@ def test_mlx_settings_that_do_not_fit_the_tensors(tmp_path: Path, settings: dict
 @pytest.mark.parametrize(
     "config",
     [
-        {"quantization_config": {"quant_method": "awq"}},
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        {"quantization_config": {"quant_method": "awq", "version": "gemv"}},
         {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}},
         {"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}},
         {"quantization": "nf4"},

@@ -17,18 +17,40 @@ from bitwright.errors import (
     UnsupportedModelError,
 )
 from bitwright.evaluate import Evaluation, evaluate
+from bitwright.methods.awq import (
+    ScaleSearch,
+    awq_scale,
+    gram_loss,
+    quantize_clipped,
+    search_scale,
+    token_loss,
+)
 from bitwright.methods.gptq import GptqTensor, GramFactor, factor_gram, quantize_gptq
+from bitwright.methods.grid import GridChoice
 from bitwright.methods.rtn import quantize_rtn
+from bitwright.methods.salient import (
+    AWQResult,
+    awq_dequantize,
+    awq_quantize,
+    compute_activation_stats,
+    compute_salient_scaling,
+    find_salient_weights,
+    pack_awq_weights,
+    unpack_awq_weights,
+)
+from bitwright.models.fold import fold_scale
 from bitwright.models.model import Model, load_model
 from bitwright.pipeline import quantize
-from bitwright.report import LayerReport, QuantizationReport
+from bitwright.report import BlockReport, LayerReport, QuantizationReport
 from bitwright.statistics import LayerStatistics, gram
 from bitwright.tensor import QuantizedTensor, dequantize, pack, unpack
 
 __version__ = _version("bitwright")
 
 __all__ = [
+    "AWQResult",
     "BitwrightError",
+    "BlockReport",
     "BuildInfo",
     "CalibrationError",
     "Checkpoint",
@@ -37,6 +59,7 @@ __all__ = [
     "Evaluation",
     "GptqTensor",
     "GramFactor",
+    "GridChoice",
     "LayerReport",
     "LayerStatistics",
     "Model",
@@ -45,19 +68,33 @@ __all__ = [
     "OutputExistsError",
     "QuantizationReport",
     "QuantizedTensor",
+    "ScaleSearch",
     "UnsupportedModelError",
+    "awq_dequantize",
+    "awq_quantize",
+    "awq_scale",
     "build_info",
+    "compute_activation_stats",
+    "compute_salient_scaling",
     "demo_folder",
     "dequantize",
     "evaluate",
     "factor_gram",
+    "find_salient_weights",
+    "fold_scale",
     "gram",
+    "gram_loss",
     "load_model",
     "load_tokens",
     "pack",
+    "pack_awq_weights",
     "quantize",
+    "quantize_clipped",
     "quantize_gptq",
     "quantize_rtn",
+    "search_scale",
     "set_num_threads",
+    "token_loss",
     "unpack",
+    "unpack_awq_weights",
 ]

@@ -17,6 +17,34 @@ def set_num_threads(threads: int) -> None: ...
 def accumulate_gram(activations: _Float32, out: _Float32) -> None: ...
 def mirror_lower(matrix: _Float32) -> None: ...
 def inverse_factor(gram: _Float32, order: _Int32, damping: float) -> _Float32 | None: ...
+def row_quadratic_forms(change: _Float32, gram: _Float32) -> NDArray[np.float64]: ...
+def scaled_rounding_change(
+    weight: _Float32,
+    scale: _Float32,
+    importance: _Float32,
+    bits: int,
+    group_size: int,
+    grid: str,
+    scale_dtype: str,
+    search: bool,
+    out: _Float32,
+) -> None: ...
+def quantize_clipped(
+    weight: _Float32,
+    gram: _Float32,
+    bits: int,
+    group_size: int,
+    grid: str,
+    scale_dtype: str,
+    steps: int,
+    least: float,
+) -> tuple[_Codes, _Float32, _Float32]: ...
+def range_grids(
+    low: _Float32, high: _Float32, bits: int, grid: str, scale_dtype: str
+) -> list[tuple[_Float32, _Float32]]: ...
+def encode(
+    weight: _Float32, scales: _Float32, offsets: _Float32, bits: int, group_size: int, grid: str
+) -> _Codes: ...
 def quantize_rtn(
     weight: NDArray[Any],
     importance: _Float32,

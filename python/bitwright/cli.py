@@ -14,8 +14,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import bitwright
 from bitwright.demo import run_demo
 from bitwright.formats import FORMATS
+from bitwright.methods.awq import DEFAULT_GRID
+from bitwright.methods.metrics import METRICS
 from bitwright.methods.solver import METHODS
 from bitwright.report import print_evaluations, print_report
+from bitwright.scaling import OBJECTIVES
 from bitwright.tensor import BITS, GRIDS
 
 FAILED, INTERRUPTED = 1, 130
@@ -74,7 +77,7 @@ def cli() -> None:
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Text (.txt, .jsonl) or token ids (.npy); gptq needs it.",
+    help="Text (.txt, .jsonl) or token ids (.npy); all methods but rtn need it.",
 )
 @click.option(
     "--samples", type=click.IntRange(1), help="Calibration samples; by default up to 128."
@@ -100,7 +103,23 @@ def cli() -> None:
 @click.option(
     "--grid-search/--no-grid-search",
     default=None,
-    help="Search each group's range for the least error; by default on for gptq, off for rtn.",
+    help="Search each group's range for the least error; by default on for gptq and awq+gptq.",
+)
+@click.option(
+    "--n-grid", type=click.IntRange(1), default=DEFAULT_GRID, help="Ratios to choose from (awq)."
+)
+@click.option(
+    "--coarse-to-fine/--all-ratios", default=True, help="Skip ratios far from the best (awq)."
+)
+@click.option("--clip/--no-clip", default=True, help="Clip the weights of each group (awq).")
+@click.option(
+    "--metric", type=click.Choice(list(METRICS)), default="mse", help="Error metric (awq)."
+)
+@click.option(
+    "--objective",
+    type=click.Choice(OBJECTIVES),
+    default="layer",
+    help="Judge each layer's outputs, or attention's and the MLP's (awq).",
 )
 @click.option(
     "--block-size", type=click.IntRange(1), default=128, help="Columns per lazy update (gptq)."

@@ -2,9 +2,11 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -18,15 +20,18 @@ from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.errors import BitwrightError, NonFiniteError
 from bitwright.evaluate import parameter_count, peak_memory_bytes
 from bitwright.formats import FORMATS, Format, Precision
+from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.gptq import GptqTensor
-from bitwright.methods.grid import FLOAT_DTYPES
-from bitwright.methods.solver import METHODS, MethodOptions, Solver
+from bitwright.methods.grid import FLOAT_DTYPES, GridChoice
+from bitwright.methods.metrics import Metric
+from bitwright.methods.solver import METHODS, SCALED_METHODS, MethodOptions, Solver
 from bitwright.models.block import DecoderBlock, Float32, Rotation, Stage
 from bitwright.models.model import Model, load_model
 from bitwright.recipe import plan_layers
-from bitwright.report import LayerReport, QuantizationReport
+from bitwright.report import BlockReport, LayerReport, QuantizationReport
+from bitwright.scaling import AwqOptions, Objective, ScaledBlock, observe_block
 from bitwright.statistics import LayerStatistics, require_finite
-from bitwright.tensor import Grid
+from bitwright.tensor import Grid, QuantizedTensor
 
 DEFAULT_SAMPLES = 128
 ERROR_ROWS = 64  # output rows that a layer's reported error is estimated on
@@ -35,10 +40,10 @@ ERROR_ROWS = 64  # output rows that a layer's reported error is estimated on
 def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    method: Literal["gptq", "rtn"] = "gptq",
+    method: Literal["gptq", "rtn", "awq", "awq+gptq"] = "gptq",
     bits: int = 4,
     group_size: int | None = 64,
-    format: Literal["mlx", "gptq"] = "mlx",
+    format: Literal["mlx", "gptq", "awq"] = "mlx",
     calibration: TokenSource | None = None,
     *,
     samples: int | None = None,
@@ -50,6 +55,11 @@ def quantize(
     act_order: bool = True,
     block_size: int = 128,
     grid_search: bool | None = None,
+    n_grid: int = DEFAULT_GRID,
+    coarse_to_fine: bool = True,
+    clip: bool = True,
+    metric: str | Metric = "mse",
+    objective: Objective = "layer",
     propagate: Literal["quantized", "original"] = "quantized",
     embedding_bits: int | None = None,
     head_bits: int | None = None,
@@ -73,11 +83,12 @@ def quantize(
     out
         Folder to write; it appears when everything is done, or not at all.
     method
-        ``"gptq"`` (needs `calibration`) or ``"rtn"``.
+        ``"gptq"``, ``"rtn"``, ``"awq"`` or ``"awq+gptq"`` (AWQ's scales, then GPTQ on the scaled weights).
+        All but rtn need `calibration`.
     bits, group_size
         Of every linear layer in the decoder blocks; group size None or -1 is the whole row.
     format
-        ``"mlx"`` (mlx-lm) or ``"gptq"`` (transformers, GPTQModel, vLLM).
+        ``"mlx"`` (mlx-lm), ``"gptq"`` or ``"awq"`` (transformers, GPTQModel, vLLM).
     calibration
         A ``.txt``, ``.jsonl`` or ``.npy`` file, token ids ``[samples, length]``, or a list of texts; see
         `bitwright.load_tokens`. For ``"rtn"`` it only serves the grid search and the reported errors.
@@ -85,11 +96,24 @@ def quantize(
         Take so many samples of so many tokens, chosen by the seed. By default at most 128 samples, of 512
         tokens where `calibration` is text.
     grid
-        One that the format stores; its first by default (mlx: affine; gptq: symmetric, or zero_point).
+        One that the format stores; its first by default (mlx: affine; gptq: symmetric, or zero_point;
+        awq: zero_point, or symmetric).
     scale_dtype
         Dtype of scales and biases, by default what the format asks for.
     damping, act_order, block_size, grid_search
-        As for `quantize_gptq`; `grid_search` is on by default for gptq and off for rtn.
+        As for `quantize_gptq`; `grid_search` is on by default for gptq and awq+gptq, off for the others.
+    n_grid, coarse_to_fine
+        AWQ's scales are searched over so many ratios, see `search_scale`; and clipping over half as many
+        limits.
+    clip
+        Clip the weights, see `quantize_clipped`; for awq+gptq the grid search takes its place.
+    metric
+        AWQ's error metric: ``"mse"``, ``"mae"``, ``"relative"``, ``"cosine"``, ``"huber"``, or a function
+        of reference and candidate outputs ``[tokens, channels]`` that returns an error per channel. All but
+        mse are computed on some of the tokens.
+    objective
+        What AWQ's metric judges: the outputs of each ``"layer"``, which is exact through the gram, or
+        the real outputs of attention and MLP (``"block"``).
     propagate
         What feeds the next layers: the ``"quantized"`` ones or the ``"original"`` ones.
     embedding_bits, head_bits
@@ -137,9 +161,10 @@ def quantize(
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
     if threads is not None:
         _kernels.set_num_threads(threads)
+    awq = AwqOptions(n_grid, coarse_to_fine, clip, metric, objective)
     options = MethodOptions(method, damping, act_order, block_size, grid_search)
-    if method == "gptq" and calibration is None:
-        raise ValueError("calibration: gptq needs text or token ids; method rtn does without")
+    if method != "rtn" and calibration is None:
+        raise ValueError(f"calibration: {method} needs text or token ids; method rtn does without")
 
     original = load_model(model)
     if original.format is not None:
@@ -166,13 +191,15 @@ def quantize(
     if calibration is not None:
         tokens = _calibration_tokens(original, calibration, samples, length, seed)
 
+    config = dict(original.checkpoint.config)
+    config.update(kind.config(default, plan, original.architecture.block.format("")))
     with CheckpointWriter(
         out, overwrite, metadata={"format": kind.metadata}, source=original.checkpoint.folder
     ) as writer:
-        run = _Run(original, writer, kind, plan, options, dtype, tokens, propagate == "quantized")
+        run = _Run(
+            original, writer, kind, plan, options, awq, dtype, tokens, propagate == "quantized"
+        )
         run.go(progress)
-        config = dict(original.checkpoint.config)
-        config.update(kind.config(default, plan, original.architecture.block.format("")))
         writer.write_json("config.json", config)
         copy_side_files(original.checkpoint, writer)
     return run.report(Path(out), time.perf_counter() - start)
@@ -194,6 +221,15 @@ def _calibration_tokens(
     return tokens
 
 
+@dataclass(frozen=True, eq=False)
+class QuantizedLayer:
+    """A layer that is ready to be written."""
+
+    name: str
+    tensor: QuantizedTensor
+    error: float
+
+
 class _Run:
     """One pass over a model. Of the calibration it holds the hidden states before the current block and the
     inner states of the current stage, for all tokens; of the weights, one block."""
@@ -205,6 +241,7 @@ class _Run:
         format: type[Format],
         plan: Mapping[str, Precision | None],
         options: MethodOptions,
+        awq: AwqOptions,
         scale_dtype: np.dtype[Any],
         tokens: NDArray[np.int32] | None,
         propagate: bool,
@@ -217,7 +254,11 @@ class _Run:
         self.scale_dtype = scale_dtype
         self.tokens = tokens
         self.propagate = propagate
+        self.awq = awq if options.method in SCALED_METHODS else None
+        self._clips = awq.clip and options.method == "awq"  # GPTQ searches its ranges itself
         self.layers: list[LayerReport] = []
+        self.blocks: list[BlockReport] = []
+        self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
         self.layer_bytes = 0.0
         self.layer_weights = 0
         self.written_bytes = 0
@@ -245,7 +286,7 @@ class _Run:
                 block = model.block(index)
                 if hidden is None or rope is None:
                     for stage in block.stages:
-                        self._quantize_stage(block, prefix, stage, None)
+                        self._quantize_stage(block, prefix, stage, None, self._finish, {}, False)
                 else:
                     self._calibrate_block(block, index, hidden, rope)
                 self._carry(name for name in model.checkpoint.names() if name.startswith(prefix))
@@ -262,6 +303,7 @@ class _Run:
             method=self.options.method,
             format=self.format.name,
             layers=tuple(self.layers),
+            blocks=tuple(self.blocks),
             layer_bits_per_weight=8 * self.layer_bytes / self.layer_weights,
             bits_per_weight=8 * self.written_bytes / parameter_count(self.model),
             size_bytes=self.written_bytes,
@@ -280,53 +322,140 @@ class _Run:
         matrix = self.model.embedding()
         if precision is not None:
             solver = METHODS["rtn"](None, self.options)
-            matrix = self._quantize(name, matrix, solver, precision, None)
+            matrix = self._quantize(name, matrix, solver, precision, None, self._finish)
         return None if self.tokens is None else matrix[self.tokens.reshape(-1)]
 
     def _calibrate_block(
         self, block: DecoderBlock, index: int, hidden: Float32, rope: Rotation
     ) -> None:
+        """Quantize a block and move `hidden` past it."""
+        prefix = self.model.block_prefix(index)
+        if self.awq is None or not any(
+            self.plan[prefix + name] for stage in block.stages for name in stage.linears
+        ):
+            self._pass(block, index, hidden, rope, self._finish)
+            return
+        # AWQ judges scales on what the float block sees and computes, and the block as a whole by
+        # how far the quantized one then is from it.
+        original = hidden.copy()
+        facts = observe_block(block, original, rope, self.awq)
+        for stage, fact in facts.items():
+            self._require_finite(np.isfinite(fact.mean_abs).all(), stage, index)
+        # Rounding asks for no statistics, so those that are known do for the reported errors.
+        regather = self.propagate and self.options.method != "awq"
+        known = None if regather else {stage: fact.gram for stage, fact in facts.items()}
+        plain_layers: list[QuantizedLayer] = []
+        plain = hidden.copy()
+        self._pass(
+            block.with_weights({}), index, plain, rope, plain_layers.append, known, whole=True
+        )
+        scaled = ScaledBlock(
+            block, facts, self._grid_choices(block, prefix), self._dtypes(prefix), rope, self.awq
+        )
+        scaled.scale()
+        clipping = scaled.clipping() if self._clips else {}
+        layers: list[QuantizedLayer] = []
+        self._pass(scaled.block, index, hidden, rope, layers.append, known, clipping, whole=True)
+        losses = [_mean_square(states, original) for states in (plain, hidden)]
+        kept = losses[1] < losses[0]
+        if kept:
+            self.changed.update(
+                (prefix + name, scaled.block.weights[name]) for name in scaled.changed
+            )
+        else:
+            hidden[:] = plain
+        if not self.propagate:
+            hidden[:] = original
+        for layer in layers if kept else plain_layers:
+            self._finish(layer)
+        self.blocks.append(BlockReport(index, losses[0], losses[1], kept, scaled.searches))
+
+    def _pass(
+        self,
+        block: DecoderBlock,
+        index: int,
+        hidden: Float32,
+        rope: Rotation,
+        finish: Callable[[QuantizedLayer], None],
+        known: Mapping[Stage, Float32] | None = None,
+        solvers: Mapping[str, Solver] = MappingProxyType({}),
+        whole: bool = False,
+    ) -> None:
         """Quantize a block stage by stage and move `hidden` past it.
 
         While a stage is computed chunk by chunk, the next stage's statistics are gathered from the same
-        chunk: every product of the forward pass is done once, and on warm data.
+        chunk: every product of the forward pass is done once, and on warm data. Where the grams are
+        `known` nothing is gathered. Some linears may have `solvers` of their own. With `whole`, what is
+        computed is what the quantized block does, to the end, whoever reads it.
         """
         prefix = self.model.block_prefix(index)
         inner = np.empty((0, 0), np.float32)
-        statistics = self._statistics(block, prefix, block.stages[0])
+
+        def gatherer(stage: Stage | None) -> LayerStatistics | None:
+            if stage is None or not any(self.plan[prefix + name] for name in stage.linears):
+                return None
+            return LayerStatistics(block.weights[f"{stage.linears[0]}.weight"].shape[1])
+
+        statistics = None if known else gatherer(block.stages[0])
         if statistics is not None:
             for chunk in self._chunks(hidden, rope):
                 statistics.add(block.stage_input(block.stages[0], hidden[chunk], inner))
         for stage, following in zip(block.stages, (*block.stages[1:], None), strict=True):
-            if statistics is not None and not statistics.is_finite():
-                raise NonFiniteError(
-                    f"{self.model.checkpoint.folder}: the inputs of {prefix}{stage.linears[0]} "
-                    f"(block {index}) are NaN or infinite; check the model with bitwright evaluate"
-                )
-            self._quantize_stage(block, prefix, stage, statistics)
-            if following is None and not self._is_followed(index):
+            gram = None if known is None else known[stage]
+            if statistics is not None:
+                self._require_finite(statistics.is_finite(), stage, index)
+                gram = statistics.gram()
+            self._quantize_stage(
+                block, prefix, stage, gram, finish, solvers, whole or self.propagate
+            )
+            if following is None and not whole and not self._is_followed(index):
                 return  # nobody reads the last hidden states
             if stage.norm is not None:
                 inner = np.empty((len(hidden), stage.inner_width), np.float32)
-            statistics = self._statistics(block, prefix, following)
+            statistics = None if known else gatherer(following)
             for chunk in self._chunks(hidden, rope):
                 states = block.stage_input(stage, hidden[chunk], inner[chunk])
                 block.advance(stage, states, hidden[chunk], inner[chunk], rope)
                 if following is not None and statistics is not None:
                     statistics.add(block.stage_input(following, hidden[chunk], inner[chunk]))
 
+    def _require_finite(self, finite: bool | np.bool_, stage: Stage, index: int) -> None:
+        if not finite:
+            raise NonFiniteError(
+                f"{self.model.checkpoint.folder}: the inputs of "
+                f"{self.model.block_prefix(index)}{stage.linears[0]} (block {index}) are NaN or "
+                f"infinite; check the model with bitwright evaluate"
+            )
+
+    def _grid_choices(self, block: DecoderBlock, prefix: str) -> dict[str, GridChoice]:
+        choices = {}
+        for stage in block.stages:
+            for name in stage.linears:
+                precision = self.plan[prefix + name]
+                if precision is not None:
+                    choices[name] = GridChoice.check(
+                        block.weights[f"{name}.weight"],
+                        precision.bits,
+                        precision.group_size,
+                        precision.grid,
+                        self.scale_dtype,
+                        self._clips or self.options.method != "awq",
+                    )
+        return choices
+
+    def _dtypes(self, prefix: str) -> dict[str, np.dtype[Any]]:
+        """Return the stored dtype of a block's tensors, by name within the block."""
+        checkpoint = self.model.checkpoint
+        return {
+            name.removeprefix(prefix): checkpoint.dtype(name)
+            for name in checkpoint.names()
+            if name.startswith(prefix)
+        }
+
     def _is_followed(self, index: int) -> bool:
         """Tell whether something after block `index` is calibrated."""
         last = index + 1 == self.model.config.num_hidden_layers
         return not last or self.plan.get(self.model.architecture.head) is not None
-
-    def _statistics(
-        self, block: DecoderBlock, prefix: str, stage: Stage | None
-    ) -> LayerStatistics | None:
-        """Return empty statistics for a stage, None where nothing of it will be quantized."""
-        if stage is None or not any(self.plan[prefix + name] for name in stage.linears):
-            return None
-        return LayerStatistics(block.weights[f"{stage.linears[0]}.weight"].shape[1])
 
     @staticmethod
     def _chunks(hidden: Float32, rope: Rotation) -> Iterator[slice]:
@@ -334,20 +463,27 @@ class _Run:
             yield slice(first, first + rope.chunk_rows)
 
     def _quantize_stage(
-        self, block: DecoderBlock, prefix: str, stage: Stage, statistics: LayerStatistics | None
+        self,
+        block: DecoderBlock,
+        prefix: str,
+        stage: Stage,
+        gram: Float32 | None,
+        finish: Callable[[QuantizedLayer], None],
+        solvers: Mapping[str, Solver],
+        replace: bool,
     ) -> None:
-        """Quantize and write what is planned of a stage, and put the new weights into the block."""
+        """Quantize what is planned of a stage; `replace` the block's weights by what is stored."""
         planned = [name for name in stage.linears if self.plan[prefix + name]]
         if not planned:
             return
-        gram = None if statistics is None else statistics.gram()
         solver = METHODS[self.options.method](gram, self.options)
         for name in planned:
             precision = self.plan[prefix + name]
             weight = block.weights[f"{name}.weight"]
             if precision is not None:
-                stored = self._quantize(prefix + name, weight, solver, precision, gram)
-                if self.propagate:
+                solve = solvers.get(name, solver)
+                stored = self._quantize(prefix + name, weight, solve, precision, gram, finish)
+                if replace:
                     block.weights[f"{name}.weight"] = stored
 
     def _quantize_head(self, hidden: Float32 | None) -> None:
@@ -361,7 +497,7 @@ class _Run:
             statistics.add(self.model.final_norm(hidden))
             gram = statistics.gram()
         solver = METHODS[self.options.method](gram, self.options)
-        self._quantize(name, self.model.head(), solver, precision, gram)
+        self._quantize(name, self.model.head(), solver, precision, gram, self._finish)
 
     def _quantize(
         self,
@@ -370,8 +506,9 @@ class _Run:
         solver: Solver,
         precision: Precision,
         gram: Float32 | None,
+        finish: Callable[[QuantizedLayer], None],
     ) -> Float32:
-        """Quantize, write and report one layer; return the weights that a reader will see."""
+        """Quantize one layer and hand it on; return the weights that a reader will see."""
         try:
             tensor = solver(
                 weight, precision.bits, precision.group_size, precision.grid, self.scale_dtype
@@ -380,21 +517,21 @@ class _Run:
             raise
         except ValueError as error:
             raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: {error}") from error
-        for part, array in self.format.pack(name, tensor).items():
-            self._add(part, array)
         stored = tensor.dequantize()
-        self.layer_bytes += tensor.nbytes
-        self.layer_weights += weight.size
-        self.layers.append(
-            LayerReport(
-                name,
-                tensor.bits,
-                tensor.group_size,
-                relative_error(weight, stored, gram),
-                tensor.damping if isinstance(tensor, GptqTensor) else None,
-            )
-        )
+        finish(QuantizedLayer(name, tensor, relative_error(weight, stored, gram)))
         return stored
+
+    def _finish(self, layer: QuantizedLayer) -> None:
+        """Write and report a layer."""
+        tensor = layer.tensor
+        for part, array in self.format.pack(layer.name, tensor).items():
+            self._add(part, array)
+        self.layer_bytes += tensor.nbytes
+        self.layer_weights += tensor.codes.size
+        damping = tensor.damping if isinstance(tensor, GptqTensor) else None
+        self.layers.append(
+            LayerReport(layer.name, tensor.bits, tensor.group_size, layer.error, damping)
+        )
 
     def _carry(self, names: Iterable[str]) -> None:
         """Write the tensors that stay as they are; a tied matrix once, under the embedding's name."""
@@ -409,6 +546,8 @@ class _Run:
             if self.plan.get(target.removesuffix(".weight")) is not None:
                 continue
             array = model.checkpoint.read(name)
+            if name in self.changed:
+                array = self.changed.pop(name).astype(array.dtype)
             if array.dtype in FLOAT_DTYPES:
                 require_finite(array, f"{model.checkpoint.file(name)}: tensor {name}")
             self._add(target, array)
@@ -426,11 +565,15 @@ def relative_error(weight: Float32, stored: Float32, gram: Float32 | None) -> fl
     step = -(-len(weight) // ERROR_ROWS)
     rows = np.ascontiguousarray(weight[::step])
     change = stored[::step] - rows
-    energies = []
-    for matrix in (change, rows):
-        product = matrix
-        if gram is not None:
-            product = np.empty_like(matrix)
-            _kernels.linear(matrix, gram, None, product, False)
-        energies.append(float(np.vdot(product, matrix)))
+    energies = [
+        float(
+            np.vdot(each, each) if gram is None else _kernels.row_quadratic_forms(each, gram).sum()
+        )
+        for each in (change, rows)
+    ]
     return energies[0] / energies[1] if energies[1] > 0 else 0.0
+
+
+def _mean_square(states: Float32, original: Float32) -> float:
+    change = states - original
+    return float(np.vdot(change, change)) / change.size

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitwright.evaluate import Evaluation
+from bitwright.methods.awq import ScaleSearch
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,35 @@ class LayerReport:
     damping: float | None
 
 
+@dataclass(frozen=True, eq=False)
+class BlockReport:
+    """What AWQ did to one decoder block.
+
+    Parameters
+    ----------
+    index
+        Of the block.
+    loss_before, loss_after
+        Mean squared difference between the quantized and the float block's output over the calibration
+        tokens, without and with AWQ.
+    scaled
+        Whether AWQ's weights were kept; where the loss is not reduced the block falls back to its own.
+    searches
+        The search of each scale group, by the short name of its first layer.
+    """
+
+    index: int
+    loss_before: float
+    loss_after: float
+    scaled: bool
+    searches: dict[str, ScaleSearch]
+
+    @property
+    def reduction(self) -> float:
+        """``loss_after / loss_before``."""
+        return self.loss_after / self.loss_before if self.loss_before > 0 else 1.0
+
+
 @dataclass(frozen=True)
 class QuantizationReport:
     """What `bitwright.quantize` did.
@@ -46,6 +76,8 @@ class QuantizationReport:
         As asked for.
     layers
         The quantized layers in the order of the computation.
+    blocks
+        What AWQ did, block by block; empty for other methods.
     layer_bits_per_weight
         Bits stored per weight of the quantized layers, scales and zeros or biases included.
     bits_per_weight
@@ -64,6 +96,7 @@ class QuantizationReport:
     method: str
     format: str
     layers: tuple[LayerReport, ...]
+    blocks: tuple[BlockReport, ...]
     layer_bits_per_weight: float
     bits_per_weight: float
     size_bytes: int
@@ -109,6 +142,27 @@ def print_report(report: QuantizationReport, console: Console) -> None:
             layer.name, str(layer.bits), str(layer.group_size), f"{layer.error:.2e}", damping
         )
     console.print(worst)
+    if report.blocks:
+        print_blocks(report.blocks, console)
+
+
+def print_blocks(blocks: tuple[BlockReport, ...], console: Console) -> None:
+    """Print what AWQ did to each block."""
+    table = Table(box=box.SIMPLE, title="AWQ, block by block", title_justify="left")
+    table.add_column("block", justify="right")
+    for heading in ("loss before", "after", "ratio"):
+        table.add_column(heading, justify="right")
+    table.add_column("exponents of the activations")
+    for block in blocks:
+        found = ", ".join(f"{name} {search.ratio:g}" for name, search in block.searches.items())
+        table.add_row(
+            str(block.index),
+            f"{block.loss_before:.3e}",
+            f"{block.loss_after:.3e}",
+            f"{block.reduction:.3f}",
+            found if block.scaled else "loss is not reduced: weights kept as they were",
+        )
+    console.print(table)
 
 
 def print_evaluations(rows: dict[str, Evaluation], console: Console) -> None:

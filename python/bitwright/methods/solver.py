@@ -75,4 +75,7 @@ def gptq_solver(gram: NDArray[np.float32] | None, options: MethodOptions) -> Sol
 METHODS: dict[str, Callable[[NDArray[np.float32] | None, MethodOptions], Solver]] = {
     "gptq": gptq_solver,
     "rtn": rtn_solver,
+    "awq": rtn_solver,
+    "awq+gptq": gptq_solver,
 }
+SCALED_METHODS = ("awq", "awq+gptq")  # these quantize weights that AWQ has scaled

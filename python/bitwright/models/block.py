@@ -1,5 +1,6 @@
 """One decoder block, computed stage by stage."""
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +43,8 @@ class DecoderBlock:
         self, weights: dict[str, Float32], architecture: Architecture, config: ModelConfig
     ) -> None:
         self.weights = weights
-        self._names = architecture
-        self._config = config
+        self.architecture = architecture
+        self.config = config
         names = architecture
         attention_width = config.num_attention_heads * config.head_dim
         self.stages = (
@@ -59,7 +60,7 @@ class DecoderBlock:
             return inner
         normed = np.empty_like(hidden)
         _kernels.rms_norm(
-            hidden, self.weights[f"{stage.norm}.weight"], self._config.rms_norm_eps, normed
+            hidden, self.weights[f"{stage.norm}.weight"], self.config.rms_norm_eps, normed
         )
         return normed
 
@@ -69,24 +70,47 @@ class DecoderBlock:
         """Compute a stage from its input `states`, writing to `inner`, or adding to `hidden`."""
         if stage.norm is None:
             self._linear(stage.linears[0], states, hidden, accumulate=True)
-        elif self._names.query in stage.linears:
+        elif self.architecture.query in stage.linears:
             self._attention(states, inner, rope)
         else:
-            self._linear(self._names.gate, states, inner)
-            _kernels.silu_multiply(inner, self._linear(self._names.up, states))
+            self._linear(self.architecture.gate, states, inner)
+            _kernels.silu_multiply(inner, self._linear(self.architecture.up, states))
 
-    def forward(self, hidden: Float32, rope: "Rotation") -> None:
-        """Run the whole block over `hidden` ``[batch * length, hidden_size]``, in place."""
-        for first in range(0, len(hidden), rope.chunk_rows):
-            chunk = hidden[first : first + rope.chunk_rows]
+    def forward(
+        self,
+        hidden: Float32,
+        rope: "Rotation",
+        observe: Callable[[Stage, Float32], None] | None = None,
+    ) -> None:
+        """Run the whole block over `hidden` ``[batch * length, hidden_size]``, in place.
+
+        `observe` is shown each stage's input, chunk by chunk.
+        """
+        for chunk in rope.chunks(hidden):
             inner = np.empty((0, 0), np.float32)
             for stage in self.stages:
                 if stage.norm is not None:
                     inner = np.empty((len(chunk), stage.inner_width), np.float32)
-                self.advance(stage, self.stage_input(stage, chunk, inner), chunk, inner, rope)
+                states = self.stage_input(stage, chunk, inner)
+                if observe is not None:
+                    observe(stage, states)
+                self.advance(stage, states, chunk, inner, rope)
+
+    def sub_block(self, stage: Stage, states: Float32, rope: "Rotation") -> Float32:
+        """Return what a stage that follows a norm, and the one after it, add to the hidden states."""
+        following = self.stages[self.stages.index(stage) + 1]
+        output = np.zeros((len(states), self.config.hidden_size), np.float32)
+        inner = np.empty((len(states), stage.inner_width), np.float32)
+        self.advance(stage, states, output, inner, rope)
+        self.advance(following, inner, output, inner, rope)
+        return output
+
+    def with_weights(self, changed: Mapping[str, Float32]) -> "DecoderBlock":
+        """Return the block with other weights under some names; the rest are shared."""
+        return DecoderBlock({**self.weights, **changed}, self.architecture, self.config)
 
     def _attention(self, states: Float32, output: Float32, rope: "Rotation") -> None:
-        config, names = self._config, self._names
+        config, names = self.config, self.architecture
         query, key, value = (
             self._linear(name, states) for name in (names.query, names.key, names.value)
         )
@@ -129,3 +153,8 @@ class Rotation:
     def chunk_rows(self) -> int:
         """Rows to compute at once: whole samples, few enough for the last-level cache."""
         return max(1, MOST_CHUNK_TOKENS // self.length) * self.length
+
+    def chunks(self, hidden: Float32) -> Iterator[Float32]:
+        """Yield `hidden` in pieces of so many rows, as views."""
+        for first in range(0, len(hidden), self.chunk_rows):
+            yield hidden[first : first + self.chunk_rows]

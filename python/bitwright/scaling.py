@@ -1,0 +1,255 @@
+"""AWQ on one decoder block: what its layers see, scales searched and folded, weights clipped."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.methods.awq import (
+    DEFAULT_GRID,
+    Loss,
+    ScaleSearch,
+    gram_loss,
+    quantize_clipped,
+    scaled_rounding,
+    search_scale,
+    token_loss,
+)
+from bitwright.methods.grid import GridChoice
+from bitwright.methods.metrics import Metric, find_metric, total_error
+from bitwright.methods.solver import Solver
+from bitwright.models.architecture import ScaleGroup
+from bitwright.models.block import DecoderBlock, Float32, Rotation, Stage
+from bitwright.models.fold import fold_scale
+from bitwright.statistics import LayerStatistics
+from bitwright.tensor import Grid, QuantizedTensor
+
+Objective = Literal["layer", "block"]
+OBJECTIVES: tuple[Objective, ...] = ("layer", "block")
+METRIC_TOKENS = 1024  # that outputs are computed on where the gram does not do
+BLOCK_TOKENS = 4096  # the same for sub-blocks, which need whole samples
+
+
+@dataclass(frozen=True)
+class AwqOptions:
+    """What AWQ does; see `bitwright.quantize`."""
+
+    n_grid: int = DEFAULT_GRID
+    coarse_to_fine: bool = True
+    clip: bool = True
+    metric: str | Metric = "mse"
+    objective: Objective = "layer"
+
+    def __post_init__(self) -> None:
+        find_metric(self.metric)
+        if self.n_grid < 1:
+            raise ValueError(f"n_grid: expected at least 1, got {self.n_grid}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
+            )
+
+
+@dataclass
+class StageFacts:
+    """What is known of a stage's input: second moments, mean magnitudes, and some of the tokens."""
+
+    gram: Float32
+    mean_abs: NDArray[np.float64]
+    activations: Float32 | None
+
+    def divide(self, scale: Float32) -> None:
+        """Divide the channels by a scale that was folded into what computes them."""
+        self.gram /= scale
+        self.gram /= scale[:, None]
+        if self.activations is not None:
+            self.activations /= scale
+
+
+def observe_block(
+    block: DecoderBlock, hidden: Float32, rope: Rotation, options: AwqOptions
+) -> dict[Stage, StageFacts]:
+    """Move `hidden` past a block and return what each stage's linears saw."""
+    if options.objective == "block":
+        step, most = 1, max(1, BLOCK_TOKENS // rope.length) * rope.length
+    elif options.metric == "mse":
+        step, most = 1, 0
+    else:
+        step, most = -(-len(hidden) // METRIC_TOKENS), METRIC_TOKENS
+    statistics: dict[Stage, LayerStatistics] = {}
+    kept: dict[Stage, list[Float32]] = {stage: [] for stage in block.stages}
+
+    def observe(stage: Stage, states: Float32) -> None:
+        gathered = statistics.setdefault(stage, LayerStatistics(states.shape[1], magnitudes=True))
+        room = most - sum(map(len, kept[stage]))
+        if room > 0:
+            kept[stage].append(states[-gathered.tokens % step :: step][:room].copy())
+        gathered.add(states)
+
+    block.forward(hidden, rope, observe)
+    return {
+        stage: StageFacts(
+            gathered.gram(),
+            gathered.mean_abs(),
+            np.concatenate(kept[stage]) if kept[stage] else None,
+        )
+        for stage, gathered in statistics.items()
+    }
+
+
+class ScaledBlock:
+    """A block whose weights AWQ changes: scales are searched and folded group by group.
+
+    Parameters
+    ----------
+    block
+        In float; it is left as it is.
+    facts
+        From `observe_block`; they are changed into those of the scaled block.
+    choices
+        The grid of every linear that will be quantized, by name.
+    dtypes
+        What the tensors of the block are stored in, by name: those that stay in float are rounded
+        as soon as they change.
+    rope, options
+        As for the block and the search.
+    """
+
+    def __init__(
+        self,
+        block: DecoderBlock,
+        facts: Mapping[Stage, StageFacts],
+        choices: Mapping[str, GridChoice],
+        dtypes: Mapping[str, np.dtype[Any]],
+        rope: Rotation,
+        options: AwqOptions,
+    ) -> None:
+        self.block = block.with_weights({})
+        self.changed: set[str] = (
+            set()
+        )  # names of tensors that stay in float and are not what they were
+        self.searches: dict[str, ScaleSearch] = {}  # by the last part of a group's first layer
+        self._facts = facts
+        self._choices = choices
+        self._dtypes = dtypes
+        self._rope = rope
+        self._options = options
+
+    def scale(self) -> None:
+        """Search the scale of every group and fold it."""
+        for group in self.block.architecture.scale_groups():
+            shared = self._heads_per_scale(group)
+            if shared and any(name in self._choices for name in group.layers):
+                self._scale_group(group, shared)
+
+    def clipping(self) -> dict[str, Solver]:
+        """Return how to quantize the linears that may be clipped: all but the architecture's exceptions."""
+        exceptions = self.block.architecture.never_clipped()
+        return {
+            name: self._clip_solver(self._facts[stage])
+            for stage in self.block.stages
+            for name in stage.linears
+            if name in self._choices and name not in exceptions
+        }
+
+    def _clip_solver(self, facts: StageFacts) -> Solver:
+        def solve(
+            weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
+        ) -> QuantizedTensor:
+            return quantize_clipped(
+                weight,
+                facts.gram,
+                bits,
+                size,
+                grid=grid,
+                scale_dtype=dtype,
+                activations=facts.activations,
+                metric=self._options.metric,
+                n_grid=self._options.n_grid,
+            )
+
+        return solve
+
+    def _scale_group(self, group: ScaleGroup, shared: int) -> None:
+        stage = next(each for each in self.block.stages if group.layers[0] in each.linears)
+        facts = self._facts[stage]
+        loss = self._loss(group, stage, facts)
+        head_dim = self.block.config.head_dim
+
+        def spread(scale: Float32) -> Float32:
+            """Give each of the heads that share a value head that one's scales."""
+            if shared == 1:
+                return scale
+            return np.repeat(scale.reshape(-1, 1, head_dim), shared, axis=1).reshape(-1)
+
+        mean_abs = facts.mean_abs
+        if shared > 1:
+            mean_abs = mean_abs.reshape(-1, shared, head_dim).mean(axis=1).reshape(-1)
+        search = search_scale(
+            mean_abs,
+            lambda scale: loss(spread(scale)),
+            n_grid=self._options.n_grid,
+            coarse_to_fine=self._options.coarse_to_fine,
+        )
+        self.searches[group.layers[0].rpartition(".")[2]] = search
+        if search.ratio == 0:
+            return
+        weights = self.block.weights
+        names = [f"{group.previous}.{part}" for part in ("weight", "bias")]
+        weight, bias, scale = fold_scale(
+            group.kind,
+            search.scale,
+            weights[names[0]],
+            weights.get(names[1]),
+            np.float32 if group.kind == "linear" else self._dtypes[names[0]],
+        )
+        self._change(names[0], weight)
+        if bias is not None:
+            self._change(names[1], bias)
+        scale = spread(scale)
+        for layer in group.layers:
+            self._change(f"{layer}.weight", weights[f"{layer}.weight"] * scale)
+        facts.divide(scale)
+
+    def _change(self, name: str, array: Float32) -> None:
+        if name.removesuffix(".weight") not in self._choices:
+            array = array.astype(self._dtypes[name]).astype(np.float32)
+            self.changed.add(name)
+        self.block.weights[name] = array
+
+    def _heads_per_scale(self, group: ScaleGroup) -> int:
+        """Return how many heads of the layers' input share one of the previous outputs: 1 as a rule, more
+        between grouped values and the attention's output, 0 where shapes allow no scale."""
+        channels = self.block.weights[f"{group.layers[0]}.weight"].shape[1]
+        outputs = len(self.block.weights[f"{group.previous}.weight"])
+        if outputs == channels:
+            return 1
+        return (
+            0 if channels % outputs or outputs % self.block.config.head_dim else channels // outputs
+        )
+
+    def _loss(self, group: ScaleGroup, stage: Stage, facts: StageFacts) -> Loss:
+        names = [name for name in group.layers if name in self._choices]
+        weights = [self.block.weights[f"{name}.weight"] for name in names]
+        choices = [self._choices[name] for name in names]
+        states, options = facts.activations, self._options
+        if states is not None and options.objective == "block" and group.sub_block:
+            block, rope = self.block, self._rope
+            measure, diagonal = find_metric(options.metric), facts.gram.diagonal()
+            reference = block.sub_block(stage, states, rope)
+
+            def loss(scale: Float32) -> float:
+                rounded = block.with_weights(
+                    {
+                        f"{name}.weight": weight + scaled_rounding(weight, scale, choice, diagonal)
+                        for name, weight, choice in zip(names, weights, choices, strict=True)
+                    }
+                )
+                return total_error(measure, reference, rounded.sub_block(stage, states, rope))
+
+            return loss
+        if states is None or options.metric == "mse":
+            return gram_loss(weights, choices, facts.gram)
+        return token_loss(weights, choices, states, options.metric)
