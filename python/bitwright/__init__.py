@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from bitwright.activations import collect_activations
 from bitwright.build import BuildInfo, build_info, set_num_threads
 from bitwright.calibration import load_tokens
 from bitwright.checkpoint import Checkpoint
@@ -42,6 +43,7 @@ from bitwright.models.fold import fold_scale
 from bitwright.models.model import Model, load_model
 from bitwright.pipeline import quantize
 from bitwright.report import BlockReport, LayerReport, QuantizationReport
+from bitwright.salient_model import awq_quantize_model
 from bitwright.statistics import LayerStatistics, gram
 from bitwright.tensor import QuantizedTensor, dequantize, pack, unpack
 
@@ -72,8 +74,10 @@ __all__ = [
     "UnsupportedModelError",
     "awq_dequantize",
     "awq_quantize",
+    "awq_quantize_model",
     "awq_scale",
     "build_info",
+    "collect_activations",
     "compute_activation_stats",
     "compute_salient_scaling",
     "demo_folder",

@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import bitwright
+from bitwright.activations import DEFAULT_SAMPLES
 from bitwright.demo import run_demo
 from bitwright.formats import FORMATS
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.metrics import METRICS
+from bitwright.methods.salient import ACTIVATION_METHODS
 from bitwright.methods.solver import METHODS
 from bitwright.report import print_evaluations, print_report
 from bitwright.scaling import OBJECTIVES
@@ -122,6 +124,12 @@ def cli() -> None:
     help="Judge each layer's outputs, or attention's and the MLP's (awq).",
 )
 @click.option(
+    "--salient-ratio",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    help="Share of the weights to protect (salient).",
+)
+@click.option(
     "--block-size", type=click.IntRange(1), default=128, help="Columns per lazy update (gptq)."
 )
 @click.option(
@@ -158,6 +166,82 @@ def quantize(overrides: tuple[tuple[str, dict[str, int]], ...], **options: Any) 
             f"{len(raised)} layers needed more damping than {options['damping']:g}, for example "
             f"{raised[0].name}: {raised[0].damping:g}. More calibration data would help."
         )
+
+
+@cli.command()
+@click.option(
+    "--model-path", required=True, type=click.Path(path_type=Path), help="Checkpoint folder."
+)
+@click.option("--output-path", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--activations-path",
+    required=True,
+    type=click.Path(path_type=Path),
+    help=".npz of layer inputs; made from --calibration where it is given.",
+)
+@click.option("--group-size", type=int, default=128, help="Input channels per scale.")
+@click.option(
+    "--salient-ratio",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    help="Share of the weights to protect.",
+)
+@click.option(
+    "--activation-method",
+    type=click.Choice(ACTIVATION_METHODS),
+    default="rms",
+    help="How inputs are measured to find these weights.",
+)
+@click.option("--format", type=click.Choice(list(FORMATS)), default="awq")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Run the model on this text (.txt, .jsonl) or token ids (.npy) and write the activations first.",
+)
+@click.option(
+    "--samples", type=click.IntRange(1), help=f"Calibration samples; by default {DEFAULT_SAMPLES}."
+)
+@click.option("--length", type=click.IntRange(1), help="Tokens per sample.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Chooses the samples.")
+@click.option("--dry-run", is_flag=True, help="Only write the activations.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@_threads
+def salient(
+    model_path: Path,
+    output_path: Path | None,
+    activations_path: Path,
+    calibration: Path | None,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    dry_run: bool,
+    overwrite: bool,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Quantize to symmetric INT4, protecting the weights that large activations meet."""
+    if threads is not None:
+        bitwright.set_num_threads(threads)
+    if dry_run and calibration is None:
+        raise click.UsageError("--dry-run writes the activations, so it needs --calibration")
+    if not dry_run and output_path is None:
+        raise click.UsageError("--output-path is missing; only --dry-run does without")
+    if calibration is not None:
+        count = bitwright.collect_activations(
+            model_path,
+            activations_path,
+            calibration,
+            samples=samples,
+            length=length,
+            seed=seed,
+            overwrite=overwrite,
+        )
+        click.echo(f"wrote the inputs of {count} groups of layers to {activations_path}")
+    if output_path is not None and not dry_run:
+        report = bitwright.awq_quantize_model(
+            model_path, output_path, activations_path, overwrite=overwrite, **options
+        )
+        print_report(report, Console())
 
 
 @cli.command()

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bitwright import _kernels
+from bitwright.activations import ActivationFile
 from bitwright.calibration import TokenSource, load_tokens
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.errors import BitwrightError, NonFiniteError
@@ -24,13 +25,26 @@ from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.gptq import GptqTensor
 from bitwright.methods.grid import FLOAT_DTYPES, GridChoice
 from bitwright.methods.metrics import Metric
-from bitwright.methods.solver import METHODS, SCALED_METHODS, MethodOptions, Solver
+from bitwright.methods.salient import (
+    ACTIVATION_METHODS,
+    ActivationMethod,
+    compute_activation_stats,
+)
+from bitwright.methods.salient import BITS as SALIENT_BITS
+from bitwright.methods.solver import (
+    METHODS,
+    SCALED_METHODS,
+    MethodOptions,
+    Solver,
+    salient_solver,
+)
 from bitwright.models.block import DecoderBlock, Float32, Rotation, Stage
 from bitwright.models.model import Model, load_model
 from bitwright.recipe import plan_layers
 from bitwright.report import BlockReport, LayerReport, QuantizationReport
 from bitwright.scaling import AwqOptions, Objective, ScaledBlock, observe_block
 from bitwright.statistics import LayerStatistics, require_finite
+from bitwright.statistics import gram as gram_of
 from bitwright.tensor import Grid, QuantizedTensor
 
 DEFAULT_SAMPLES = 128
@@ -40,7 +54,7 @@ ERROR_ROWS = 64  # output rows that a layer's reported error is estimated on
 def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    method: Literal["gptq", "rtn", "awq", "awq+gptq"] = "gptq",
+    method: Literal["gptq", "rtn", "awq", "awq+gptq", "salient"] = "gptq",
     bits: int = 4,
     group_size: int | None = 64,
     format: Literal["mlx", "gptq", "awq"] = "mlx",
@@ -60,6 +74,9 @@ def quantize(
     clip: bool = True,
     metric: str | Metric = "mse",
     objective: Objective = "layer",
+    salient_ratio: float = 0.01,
+    activation_method: ActivationMethod = "rms",
+    activations: str | os.PathLike[str] | None = None,
     propagate: Literal["quantized", "original"] = "quantized",
     embedding_bits: int | None = None,
     head_bits: int | None = None,
@@ -83,8 +100,8 @@ def quantize(
     out
         Folder to write; it appears when everything is done, or not at all.
     method
-        ``"gptq"``, ``"rtn"``, ``"awq"`` or ``"awq+gptq"`` (AWQ's scales, then GPTQ on the scaled weights).
-        All but rtn need `calibration`.
+        ``"gptq"``, ``"rtn"``, ``"awq"``, ``"awq+gptq"`` (AWQ's scales, then GPTQ on the scaled weights) or
+        ``"salient"`` (see `awq_quantize`; 4 bits). All but rtn need `calibration`.
     bits, group_size
         Of every linear layer in the decoder blocks; group size None or -1 is the whole row.
     format
@@ -114,6 +131,10 @@ def quantize(
     objective
         What AWQ's metric judges: the outputs of each ``"layer"``, which is exact through the gram, or
         the real outputs of attention and MLP (``"block"``).
+    salient_ratio, activation_method
+        As for `awq_quantize`; methods other than rms need `activations`.
+    activations
+        An .npz of layer inputs (see `collect_activations`) in place of `calibration`; not for AWQ's scales.
     propagate
         What feeds the next layers: the ``"quantized"`` ones or the ``"original"`` ones.
     embedding_bits, head_bits
@@ -162,9 +183,10 @@ def quantize(
     if threads is not None:
         _kernels.set_num_threads(threads)
     awq = AwqOptions(n_grid, coarse_to_fine, clip, metric, objective)
-    options = MethodOptions(method, damping, act_order, block_size, grid_search)
-    if method != "rtn" and calibration is None:
-        raise ValueError(f"calibration: {method} needs text or token ids; method rtn does without")
+    options = MethodOptions(
+        method, damping, act_order, block_size, grid_search, salient_ratio, activation_method
+    )
+    _check_inputs(options, calibration, activations)
 
     original = load_model(model)
     if original.format is not None:
@@ -173,7 +195,10 @@ def quantize(
             f"start from the original"
         )
     kind = FORMATS[format]
-    default = Precision(bits, None if group_size == -1 else group_size, grid or kind.grids[0])
+    if grid is None:
+        wanted = method == "salient" and "symmetric" in kind.grids
+        grid = "symmetric" if wanted else kind.grids[0]
+    default = Precision(bits, None if group_size == -1 else group_size, grid)
     plan = plan_layers(
         original,
         kind,
@@ -184,6 +209,13 @@ def quantize(
         embedding_bits=embedding_bits,
         head_bits=head_bits,
     )
+    if method == "salient":
+        for name, planned in plan.items():
+            rounded = name == original.architecture.embedding
+            if planned and planned.bits != SALIENT_BITS and not rounded:
+                raise ValueError(
+                    f"{name}: method salient stores {SALIENT_BITS} bits, no other number"
+                )
     dtype = kind.scale_dtype(original.dtype)
     if scale_dtype is not None:
         dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
@@ -193,16 +225,53 @@ def quantize(
 
     config = dict(original.checkpoint.config)
     config.update(kind.config(default, plan, original.architecture.block.format("")))
-    with CheckpointWriter(
-        out, overwrite, metadata={"format": kind.metadata}, source=original.checkpoint.folder
-    ) as writer:
+    with (
+        nullcontext() if activations is None else ActivationFile(activations) as inputs,
+        CheckpointWriter(
+            out, overwrite, metadata={"format": kind.metadata}, source=original.checkpoint.folder
+        ) as writer,
+    ):
         run = _Run(
-            original, writer, kind, plan, options, awq, dtype, tokens, propagate == "quantized"
+            original,
+            writer,
+            kind,
+            plan,
+            options,
+            awq,
+            dtype,
+            tokens,
+            inputs,
+            propagate == "quantized",
         )
         run.go(progress)
         writer.write_json("config.json", config)
         copy_side_files(original.checkpoint, writer)
     return run.report(Path(out), time.perf_counter() - start)
+
+
+def _check_inputs(
+    options: MethodOptions,
+    calibration: TokenSource | None,
+    activations: str | os.PathLike[str] | None,
+) -> None:
+    method = options.method
+    if method != "rtn" and calibration is None and activations is None:
+        raise ValueError(f"calibration: {method} needs text or token ids; method rtn does without")
+    if activations is not None and calibration is not None:
+        raise ValueError("activations: take the place of calibration; pass one of the two")
+    if activations is not None and method in SCALED_METHODS:
+        raise ValueError(f"activations: {method} runs the model, so it needs calibration instead")
+    if method != "salient":
+        return
+    if not 0 <= options.salient_ratio <= 1:
+        raise ValueError(f"salient_ratio: expected 0 to 1, got {options.salient_ratio}")
+    if options.activation_method not in ACTIVATION_METHODS:
+        raise ValueError(
+            f"activation_method: expected one of {', '.join(ACTIVATION_METHODS)}, "
+            f"got {options.activation_method!r}"
+        )
+    if activations is None and options.activation_method != "rms":
+        raise ValueError("activation_method: mean and max need activations; calibration gives rms")
 
 
 def _calibration_tokens(
@@ -230,6 +299,14 @@ class QuantizedLayer:
     error: float
 
 
+@dataclass(frozen=True, eq=False)
+class OwnSolver:
+    """How to quantize a layer, and the gram that its error is reported by."""
+
+    solve: Solver
+    gram: Float32 | None
+
+
 class _Run:
     """One pass over a model. Of the calibration it holds the hidden states before the current block and the
     inner states of the current stage, for all tokens; of the weights, one block."""
@@ -244,6 +321,7 @@ class _Run:
         awq: AwqOptions,
         scale_dtype: np.dtype[Any],
         tokens: NDArray[np.int32] | None,
+        activations: ActivationFile | None,
         propagate: bool,
     ) -> None:
         self.model = model
@@ -253,6 +331,7 @@ class _Run:
         self.options = options
         self.scale_dtype = scale_dtype
         self.tokens = tokens
+        self.activations = activations
         self.propagate = propagate
         self.awq = awq if options.method in SCALED_METHODS else None
         self._clips = awq.clip and options.method == "awq"  # GPTQ searches its ranges itself
@@ -286,7 +365,10 @@ class _Run:
                 block = model.block(index)
                 if hidden is None or rope is None:
                     for stage in block.stages:
-                        self._quantize_stage(block, prefix, stage, None, self._finish, {}, False)
+                        solvers = self._solvers_from_file(block, prefix, stage)
+                        self._quantize_stage(
+                            block, prefix, stage, None, self._finish, solvers, False
+                        )
                 else:
                     self._calibrate_block(block, index, hidden, rope)
                 self._carry(name for name in model.checkpoint.names() if name.startswith(prefix))
@@ -353,7 +435,11 @@ class _Run:
             block, facts, self._grid_choices(block, prefix), self._dtypes(prefix), rope, self.awq
         )
         scaled.scale()
-        clipping = scaled.clipping() if self._clips else {}
+        clipping = {
+            name: OwnSolver(solve, facts[stage].gram)
+            for stage in block.stages
+            for name, solve in (scaled.clipping(stage) if self._clips else {}).items()
+        }
         layers: list[QuantizedLayer] = []
         self._pass(scaled.block, index, hidden, rope, layers.append, known, clipping, whole=True)
         losses = [_mean_square(states, original) for states in (plain, hidden)]
@@ -378,7 +464,7 @@ class _Run:
         rope: Rotation,
         finish: Callable[[QuantizedLayer], None],
         known: Mapping[Stage, Float32] | None = None,
-        solvers: Mapping[str, Solver] = MappingProxyType({}),
+        solvers: Mapping[str, OwnSolver] = MappingProxyType({}),
         whole: bool = False,
     ) -> None:
         """Quantize a block stage by stage and move `hidden` past it.
@@ -469,35 +555,64 @@ class _Run:
         stage: Stage,
         gram: Float32 | None,
         finish: Callable[[QuantizedLayer], None],
-        solvers: Mapping[str, Solver],
+        solvers: Mapping[str, OwnSolver],
         replace: bool,
     ) -> None:
         """Quantize what is planned of a stage; `replace` the block's weights by what is stored."""
         planned = [name for name in stage.linears if self.plan[prefix + name]]
         if not planned:
             return
-        solver = METHODS[self.options.method](gram, self.options)
+        shared = None
         for name in planned:
             precision = self.plan[prefix + name]
             weight = block.weights[f"{name}.weight"]
             if precision is not None:
-                solve = solvers.get(name, solver)
-                stored = self._quantize(prefix + name, weight, solve, precision, gram, finish)
+                own = solvers.get(name) or shared
+                if own is None:
+                    own = shared = OwnSolver(METHODS[self.options.method](gram, self.options), gram)
+                stored = self._quantize(
+                    prefix + name, weight, own.solve, precision, own.gram, finish
+                )
                 if replace:
                     block.weights[f"{name}.weight"] = stored
+
+    def _solvers_from_file(
+        self, block: DecoderBlock, prefix: str, stage: Stage
+    ) -> dict[str, OwnSolver]:
+        """Return how to quantize a stage's linears by the activations file; nothing without one."""
+        if self.activations is None:
+            return {}
+        return {
+            name: self._solver_from_file(
+                self.activations,
+                (prefix + name, *(prefix + other for other in stage.linears)),
+                block.weights[f"{name}.weight"].shape[1],
+            )
+            for name in stage.linears
+            if self.plan[prefix + name]
+        }
+
+    def _solver_from_file(
+        self, activations: ActivationFile, names: Sequence[str], channels: int
+    ) -> OwnSolver:
+        inputs = activations.tokens(names, channels)
+        gram = gram_of(inputs)
+        if self.options.method == "salient":
+            stats = compute_activation_stats(inputs, self.options.activation_method)
+            return OwnSolver(salient_solver(gram, self.options, stats), gram)
+        return OwnSolver(METHODS[self.options.method](gram, self.options), gram)
 
     def _quantize_head(self, hidden: Float32 | None) -> None:
         name = self.model.architecture.head
         precision = self.plan.get(name)
         if precision is None:
             return
-        gram = None
-        if hidden is not None:
-            statistics = LayerStatistics(self.model.config.hidden_size)
-            statistics.add(self.model.final_norm(hidden))
-            gram = statistics.gram()
-        solver = METHODS[self.options.method](gram, self.options)
-        self._quantize(name, self.model.head(), solver, precision, gram, self._finish)
+        if self.activations is not None:
+            own = self._solver_from_file(self.activations, (name,), self.model.config.hidden_size)
+        else:
+            gram = None if hidden is None else gram_of(self.model.final_norm(hidden))
+            own = OwnSolver(METHODS[self.options.method](gram, self.options), gram)
+        self._quantize(name, self.model.head(), own.solve, precision, own.gram, self._finish)
 
     def _quantize(
         self,

@@ -140,16 +140,16 @@ class ScaledBlock:
     def scale(self) -> None:
         """Search the scale of every group and fold it."""
         for group in self.block.architecture.scale_groups():
-            shared = self._heads_per_scale(group)
-            if shared and any(name in self._choices for name in group.layers):
-                self._scale_group(group, shared)
+            planned = any(name in self._choices for name in group.layers)
+            if planned and self._heads_per_scale(group) > 0:
+                self._scale_group(group)
 
-    def clipping(self) -> dict[str, Solver]:
-        """Return how to quantize the linears that may be clipped: all but the architecture's exceptions."""
+    def clipping(self, stage: Stage) -> dict[str, Solver]:
+        """Return how to quantize a stage's linears that may be clipped: all but the architecture's
+        exceptions."""
         exceptions = self.block.architecture.never_clipped()
         return {
             name: self._clip_solver(self._facts[stage])
-            for stage in self.block.stages
             for name in stage.linears
             if name in self._choices and name not in exceptions
         }
@@ -172,35 +172,13 @@ class ScaledBlock:
 
         return solve
 
-    def _scale_group(self, group: ScaleGroup, shared: int) -> None:
-        stage = next(each for each in self.block.stages if group.layers[0] in each.linears)
-        facts = self._facts[stage]
-        loss = self._loss(group, stage, facts)
-        head_dim = self.block.config.head_dim
-
-        def spread(scale: Float32) -> Float32:
-            """Give each of the heads that share a value head that one's scales."""
-            if shared == 1:
-                return scale
-            return np.repeat(scale.reshape(-1, 1, head_dim), shared, axis=1).reshape(-1)
-
-        mean_abs = facts.mean_abs
-        if shared > 1:
-            mean_abs = mean_abs.reshape(-1, shared, head_dim).mean(axis=1).reshape(-1)
-        search = search_scale(
-            mean_abs,
-            lambda scale: loss(spread(scale)),
-            n_grid=self._options.n_grid,
-            coarse_to_fine=self._options.coarse_to_fine,
-        )
-        self.searches[group.layers[0].rpartition(".")[2]] = search
-        if search.ratio == 0:
-            return
+    def fold(self, group: ScaleGroup, scale: Float32) -> None:
+        """Multiply a group's layers by a scale of each output of what precedes them, and divide that."""
         weights = self.block.weights
         names = [f"{group.previous}.{part}" for part in ("weight", "bias")]
         weight, bias, scale = fold_scale(
             group.kind,
-            search.scale,
+            scale,
             weights[names[0]],
             weights.get(names[1]),
             np.float32 if group.kind == "linear" else self._dtypes[names[0]],
@@ -208,10 +186,38 @@ class ScaledBlock:
         self._change(names[0], weight)
         if bias is not None:
             self._change(names[1], bias)
-        scale = spread(scale)
+        scale = self._spread(group, scale)
         for layer in group.layers:
             self._change(f"{layer}.weight", weights[f"{layer}.weight"] * scale)
-        facts.divide(scale)
+        self._facts[self._stage(group)].divide(scale)
+
+    def _scale_group(self, group: ScaleGroup) -> None:
+        stage = self._stage(group)
+        loss = self._loss(group, stage, self._facts[stage])
+        shared, mean_abs = self._heads_per_scale(group), self._facts[stage].mean_abs
+        if shared > 1:
+            heads = mean_abs.reshape(-1, shared, self.block.config.head_dim)
+            mean_abs = heads.mean(axis=1).reshape(-1)
+        search = search_scale(
+            mean_abs,
+            lambda scale: loss(self._spread(group, scale)),
+            n_grid=self._options.n_grid,
+            coarse_to_fine=self._options.coarse_to_fine,
+        )
+        self.searches[group.layers[0].rpartition(".")[2]] = search
+        if search.ratio > 0:
+            self.fold(group, search.scale)
+
+    def _stage(self, group: ScaleGroup) -> Stage:
+        return next(each for each in self.block.stages if group.layers[0] in each.linears)
+
+    def _spread(self, group: ScaleGroup, scale: Float32) -> Float32:
+        """Give each of the heads that share a value head that one's scales."""
+        shared = self._heads_per_scale(group)
+        if shared == 1:
+            return scale
+        heads = scale.reshape(-1, 1, self.block.config.head_dim)
+        return np.repeat(heads, shared, axis=1).reshape(-1)
 
     def _change(self, name: str, array: Float32) -> None:
         if name.removesuffix(".weight") not in self._choices:

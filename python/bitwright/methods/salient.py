@@ -239,6 +239,7 @@ def pack_awq_weights(
         raise ValueError(f"codes: expected shape [in, out], got {list(array.shape)}")
     if array.min() < LOWEST or array.max() > HIGHEST:
         raise ValueError(f"codes: from {array.min()} to {array.max()}, expected -8 to 7")
+    _check_group_size(group_size)
     for name, each in (("scales", scales), ("zeros", zeros)):
         _check_groups(np.asarray(each), name, array.shape, group_size)
     padded = np.pad(array, ((0, -len(array) % group_size), (0, 0)))
@@ -564,7 +565,8 @@ def _check_group_size(group_size: int) -> None:
 
 
 def _check_groups(array: NDArray[Any], name: str, shape: tuple[int, ...], group_size: int) -> None:
-    _check_group_size(group_size)
+    if group_size < 1:
+        raise ValueError(f"group_size: expected at least 1, got {group_size}")
     groups = -(-shape[0] // group_size)
     if array.shape != (groups, shape[1]):
         raise ValueError(f"{name}: expected shape [{groups}, {shape[1]}], got {list(array.shape)}")
