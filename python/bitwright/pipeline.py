@@ -49,6 +49,7 @@ from bitwright.tensor import Grid, QuantizedTensor
 
 DEFAULT_SAMPLES = 128
 ERROR_ROWS = 64  # output rows that a layer's reported error is estimated on
+JUDGED_TOKENS = 1024  # that decide between a block with AWQ's scales and one without
 
 
 def quantize(
@@ -423,14 +424,16 @@ class _Run:
         facts = observe_block(block, original, rope, self.awq)
         for stage, fact in facts.items():
             self._require_finite(np.isfinite(fact.mean_abs).all(), stage, index)
-        # Rounding asks for no statistics, so those that are known do for the reported errors.
+        # Rounding asks for no statistics, so those that are known do for the reported errors, and some
+        # of the tokens for the comparison.
         regather = self.propagate and self.options.method != "awq"
         known = None if regather else {stage: fact.gram for stage, fact in facts.items()}
+        judged = len(hidden)
+        if not regather:
+            judged = min(judged, max(1, JUDGED_TOKENS // rope.length) * rope.length)
+        plain, plain_block = hidden[:judged].copy(), block.with_weights({})
         plain_layers: list[QuantizedLayer] = []
-        plain = hidden.copy()
-        self._pass(
-            block.with_weights({}), index, plain, rope, plain_layers.append, known, whole=True
-        )
+        self._pass(plain_block, index, plain, rope, plain_layers.append, known, whole=True)
         scaled = ScaledBlock(
             block, facts, self._grid_choices(block, prefix), self._dtypes(prefix), rope, self.awq
         )
@@ -441,20 +444,25 @@ class _Run:
             for name, solve in (scaled.clipping(stage) if self._clips else {}).items()
         }
         layers: list[QuantizedLayer] = []
-        self._pass(scaled.block, index, hidden, rope, layers.append, known, clipping, whole=True)
-        losses = [_mean_square(states, original) for states in (plain, hidden)]
-        kept = losses[1] < losses[0]
+        after = (hidden if self.propagate else hidden[:judged]).copy()
+        self._pass(scaled.block, index, after, rope, layers.append, known, clipping, whole=True)
+        before_loss, after_loss = (
+            _mean_square(states[:judged], original[:judged]) for states in (plain, after)
+        )
+        kept = after_loss < before_loss
         if kept:
             self.changed.update(
                 (prefix + name, scaled.block.weights[name]) for name in scaled.changed
             )
-        else:
-            hidden[:] = plain
         if not self.propagate:
             hidden[:] = original
+        elif kept:
+            hidden[:] = after
+        else:
+            plain_block.forward(hidden, rope)
         for layer in layers if kept else plain_layers:
             self._finish(layer)
-        self.blocks.append(BlockReport(index, losses[0], losses[1], kept, scaled.searches))
+        self.blocks.append(BlockReport(index, before_loss, after_loss, kept, scaled.searches))
 
     def _pass(
         self,

@@ -29,6 +29,7 @@ from bitwright.tensor import Grid, QuantizedTensor
 Objective = Literal["layer", "block"]
 OBJECTIVES: tuple[Objective, ...] = ("layer", "block")
 METRIC_TOKENS = 1024  # that outputs are computed on where the gram does not do
+SEARCH_ROWS = 512  # of each weight that a search from coarse to fine looks at
 BLOCK_TOKENS = 4096  # the same for sub-blocks, which need whole samples
 
 
@@ -97,6 +98,11 @@ def observe_block(
         )
         for stage, gathered in statistics.items()
     }
+
+
+def some_rows(weight: Float32) -> Float32:
+    """Return evenly spaced rows of a weight, enough to tell one ratio from another."""
+    return np.ascontiguousarray(weight[:: -(-len(weight) // SEARCH_ROWS)])
 
 
 class ScaledBlock:
@@ -237,11 +243,14 @@ class ScaledBlock:
         )
 
     def _loss(self, group: ScaleGroup, stage: Stage, facts: StageFacts) -> Loss:
+        states, options = facts.activations, self._options
+        block_objective = options.objective == "block" and group.sub_block
         names = [name for name in group.layers if name in self._choices]
         weights = [self.block.weights[f"{name}.weight"] for name in names]
+        if self._options.coarse_to_fine and not block_objective:
+            weights = [some_rows(weight) for weight in weights]
         choices = [self._choices[name] for name in names]
-        states, options = facts.activations, self._options
-        if states is not None and options.objective == "block" and group.sub_block:
+        if block_objective and states is not None:
             block, rope = self.block, self._rope
             measure, diagonal = find_metric(options.metric), facts.gram.diagonal()
             reference = block.sub_block(stage, states, rope)
