@@ -366,7 +366,8 @@ def test_each_option_does_something(tmp_path: Path) -> None:
     """Every option of AWQ changes the result, and by itself."""
     changed: dict[str, dict[str, Any]] = {
         "plain": {},
-        "no clip": {"clip": False},
+        "no clip": {"clip": "none"},
+        "clip all": {"clip": "all"},
         "n_grid": {"n_grid": 5},
         "all ratios": {"coarse_to_fine": False},
         "mae": {"metric": "mae"},
@@ -397,7 +398,7 @@ def test_blocks_fall_back_where_the_loss_is_not_reduced(
         return bitwright.ScaleSearch(scale, 1.0, {1.0: 0.0})
 
     monkeypatch.setattr(scaling, "search_scale", worst)
-    report = run(tmp_path / "awq", method="awq", clip=False)
+    report = run(tmp_path / "awq", method="awq", clip="none")
     assert not any(block.scaled for block in report.blocks)
     assert all(block.reduction > 1 for block in report.blocks)
     run(tmp_path / "rtn", method="rtn")
@@ -428,6 +429,7 @@ def test_constant_channels_and_dead_ones_do_no_harm(tmp_path: Path) -> None:
         ({"method": "awq", "metric": "psnr"}, "metric"),
         ({"method": "awq", "objective": "model"}, "objective"),
         ({"method": "awq", "n_grid": 0}, "n_grid"),
+        ({"method": "awq", "clip": "some"}, "clip"),
         ({"method": "awq", "metric": lambda a, b: np.nan}, "metric"),
         (
             {

@@ -20,7 +20,7 @@ from bitwright.methods.metrics import METRICS
 from bitwright.methods.salient import ACTIVATION_METHODS
 from bitwright.methods.solver import METHODS
 from bitwright.report import print_evaluations, print_report
-from bitwright.scaling import OBJECTIVES
+from bitwright.scaling import CLIPS, OBJECTIVES
 from bitwright.tensor import BITS, GRIDS
 
 FAILED, INTERRUPTED = 1, 130
@@ -113,7 +113,12 @@ def cli() -> None:
 @click.option(
     "--coarse-to-fine/--all-ratios", default=True, help="Skip ratios far from the best (awq)."
 )
-@click.option("--clip/--no-clip", default=True, help="Clip the weights of each group (awq).")
+@click.option(
+    "--clip",
+    type=click.Choice(CLIPS),
+    default="default",
+    help="Clip the ranges of all linears but query and key, of all, or of none (awq).",
+)
 @click.option(
     "--metric", type=click.Choice(list(METRICS)), default="mse", help="Error metric (awq)."
 )

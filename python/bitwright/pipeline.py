@@ -42,7 +42,7 @@ from bitwright.models.block import DecoderBlock, Float32, Rotation, Stage
 from bitwright.models.model import Model, load_model
 from bitwright.recipe import plan_layers
 from bitwright.report import BlockReport, LayerReport, QuantizationReport
-from bitwright.scaling import AwqOptions, Objective, ScaledBlock, observe_block
+from bitwright.scaling import AwqOptions, Clip, Objective, ScaledBlock, observe_block
 from bitwright.statistics import LayerStatistics, require_finite
 from bitwright.statistics import gram as gram_of
 from bitwright.tensor import Grid, QuantizedTensor
@@ -72,7 +72,7 @@ def quantize(
     grid_search: bool | None = None,
     n_grid: int = DEFAULT_GRID,
     coarse_to_fine: bool = True,
-    clip: bool = True,
+    clip: Clip = "default",
     metric: str | Metric = "mse",
     objective: Objective = "layer",
     salient_ratio: float = 0.01,
@@ -124,7 +124,8 @@ def quantize(
         AWQ's scales are searched over so many ratios, see `search_scale`; and clipping over half as many
         limits.
     clip
-        Clip the weights, see `quantize_clipped`; for awq+gptq the grid search takes its place.
+        Clip the range of each group, see `quantize_clipped`: by ``"default"`` of all linears but query and
+        key, of ``"all"`` or of ``"none"``. For awq+gptq the grid search takes its place.
     metric
         AWQ's error metric: ``"mse"``, ``"mae"``, ``"relative"``, ``"cosine"``, ``"huber"``, or a function
         of reference and candidate outputs ``[tokens, channels]`` that returns an error per channel. All but
@@ -335,7 +336,6 @@ class _Run:
         self.activations = activations
         self.propagate = propagate
         self.awq = awq if options.method in SCALED_METHODS else None
-        self._clips = awq.clip and options.method == "awq"  # GPTQ searches its ranges itself
         self.layers: list[LayerReport] = []
         self.blocks: list[BlockReport] = []
         self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
@@ -441,7 +441,8 @@ class _Run:
         clipping = {
             name: OwnSolver(solve, facts[stage].gram)
             for stage in block.stages
-            for name, solve in (scaled.clipping(stage) if self._clips else {}).items()
+            for name, solve in scaled.clipping(stage).items()
+            if self.options.method == "awq"  # GPTQ searches for ranges itself
         }
         layers: list[QuantizedLayer] = []
         after = (hidden if self.propagate else hidden[:judged]).copy()
@@ -522,6 +523,8 @@ class _Run:
             )
 
     def _grid_choices(self, block: DecoderBlock, prefix: str) -> dict[str, GridChoice]:
+        """Return the grid of each linear as AWQ's search rounds to it: with a search for ranges where one
+        will follow."""
         choices = {}
         for stage in block.stages:
             for name in stage.linears:
@@ -533,9 +536,14 @@ class _Run:
                         precision.group_size,
                         precision.grid,
                         self.scale_dtype,
-                        self._clips or self.options.method != "awq",
+                        self._searches_ranges(block, name),
                     )
         return choices
+
+    def _searches_ranges(self, block: DecoderBlock, name: str) -> bool:
+        if self.options.method != "awq":
+            return self.options.grid_search is not False
+        return self.awq is not None and self.awq.clips(block.architecture, name)
 
     def _dtypes(self, prefix: str) -> dict[str, np.dtype[Any]]:
         """Return the stored dtype of a block's tensors, by name within the block."""

@@ -20,7 +20,7 @@ from bitwright.methods.awq import (
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.metrics import Metric, find_metric, total_error
 from bitwright.methods.solver import Solver
-from bitwright.models.architecture import ScaleGroup
+from bitwright.models.architecture import Architecture, ScaleGroup
 from bitwright.models.block import DecoderBlock, Float32, Rotation, Stage
 from bitwright.models.fold import fold_scale
 from bitwright.statistics import LayerStatistics
@@ -28,6 +28,8 @@ from bitwright.tensor import Grid, QuantizedTensor
 
 Objective = Literal["layer", "block"]
 OBJECTIVES: tuple[Objective, ...] = ("layer", "block")
+Clip = Literal["default", "all", "none"]
+CLIPS: tuple[Clip, ...] = ("default", "all", "none")
 METRIC_TOKENS = 1024  # that outputs are computed on where the gram does not do
 SEARCH_ROWS = 512  # of each weight that a search from coarse to fine looks at
 BLOCK_TOKENS = 4096  # the same for sub-blocks, which need whole samples
@@ -39,7 +41,7 @@ class AwqOptions:
 
     n_grid: int = DEFAULT_GRID
     coarse_to_fine: bool = True
-    clip: bool = True
+    clip: Clip = "default"
     metric: str | Metric = "mse"
     objective: Objective = "layer"
 
@@ -47,10 +49,18 @@ class AwqOptions:
         find_metric(self.metric)
         if self.n_grid < 1:
             raise ValueError(f"n_grid: expected at least 1, got {self.n_grid}")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
-            )
+        for name, value, known in (
+            ("objective", self.objective, OBJECTIVES),
+            ("clip", self.clip, CLIPS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+    def clips(self, architecture: Architecture, name: str) -> bool:
+        """Tell whether the ranges of a linear are clipped."""
+        if self.clip == "default":
+            return name not in architecture.never_clipped()
+        return self.clip == "all"
 
 
 @dataclass
@@ -133,9 +143,8 @@ class ScaledBlock:
         options: AwqOptions,
     ) -> None:
         self.block = block.with_weights({})
-        self.changed: set[str] = (
-            set()
-        )  # names of tensors that stay in float and are not what they were
+        # Names of tensors that stay in float and are no longer what they were.
+        self.changed: set[str] = set()
         self.searches: dict[str, ScaleSearch] = {}  # by the last part of a group's first layer
         self._facts = facts
         self._choices = choices
@@ -151,13 +160,11 @@ class ScaledBlock:
                 self._scale_group(group)
 
     def clipping(self, stage: Stage) -> dict[str, Solver]:
-        """Return how to quantize a stage's linears that may be clipped: all but the architecture's
-        exceptions."""
-        exceptions = self.block.architecture.never_clipped()
+        """Return how to quantize those of a stage's linears whose ranges are clipped."""
         return {
             name: self._clip_solver(self._facts[stage])
             for name in stage.linears
-            if name in self._choices and name not in exceptions
+            if name in self._choices and self._options.clips(self.block.architecture, name)
         }
 
     def _clip_solver(self, facts: StageFacts) -> Solver:
@@ -238,16 +245,15 @@ class ScaledBlock:
         outputs = len(self.block.weights[f"{group.previous}.weight"])
         if outputs == channels:
             return 1
-        return (
-            0 if channels % outputs or outputs % self.block.config.head_dim else channels // outputs
-        )
+        whole_heads = channels % outputs == 0 and outputs % self.block.config.head_dim == 0
+        return channels // outputs if whole_heads else 0
 
     def _loss(self, group: ScaleGroup, stage: Stage, facts: StageFacts) -> Loss:
         states, options = facts.activations, self._options
         block_objective = options.objective == "block" and group.sub_block
         names = [name for name in group.layers if name in self._choices]
         weights = [self.block.weights[f"{name}.weight"] for name in names]
-        if self._options.coarse_to_fine and not block_objective:
+        if options.coarse_to_fine and not block_objective:
             weights = [some_rows(weight) for weight in weights]
         choices = [self._choices[name] for name in names]
         if block_objective and states is not None:

@@ -1,6 +1,6 @@
-"""KL of rounding and GPTQ on the models, tokens and settings of shared/QUALITY.md.
+"""KL of every method on the models, tokens and settings of shared/QUALITY.md.
 
-Usage: python bench/gptq_quality.py ../shared
+Usage: python bench/quality.py ../shared
 """
 
 import argparse
@@ -18,9 +18,11 @@ MODELS = {"story": ("story", 32), "small": ("small", 64), "small-outliers": ("sm
 SETTINGS = ((3, 64), (4, 64), (2, 32))
 METHODS = {
     "rtn": {"method": "rtn"},
-    "gptq, no act-order, no search": {"act_order": False, "grid_search": False},
+    "awq, no clip": {"method": "awq", "clip": "none"},
+    "awq": {"method": "awq"},
     "gptq, no search": {"grid_search": False},
     "gptq": {},
+    "awq+gptq": {"method": "awq+gptq"},
 }
 
 
@@ -30,7 +32,7 @@ def main() -> None:
     parser.add_argument("shared", type=Path)
     shared = parser.parse_args().shared
     table = Table()
-    for heading in ("model, bits, group", *METHODS, "seconds (gptq)"):
+    for heading in ("model, bits, group", *METHODS):
         table.add_column(heading)
     with tempfile.TemporaryDirectory() as scratch:
         for model, (text, samples) in MODELS.items():
@@ -39,7 +41,7 @@ def main() -> None:
             for bits, group_size in SETTINGS:
                 cells = [f"{model} {bits}, {group_size}"]
                 for options in METHODS.values():
-                    report = bitwright.quantize(
+                    bitwright.quantize(
                         original,
                         f"{scratch}/out",
                         bits=bits,
@@ -53,7 +55,8 @@ def main() -> None:
                         f"{scratch}/out", shared / "text" / f"{text}_eval.npy", reference=original
                     )
                     cells.append(f"{result.kl_divergence:.4f}")
-                table.add_row(*cells, f"{report.seconds:.1f}")
+                table.add_row(*cells)
+                print(*cells, flush=True)
     Console(width=120).print(table)
 
 
