@@ -18,6 +18,7 @@ from bitwright.errors import (
     UnsupportedModelError,
 )
 from bitwright.evaluate import Evaluation, evaluate
+from bitwright.inspection import Inspection, LayerKind, inspect_model
 from bitwright.methods.awq import (
     ScaleSearch,
     awq_scale,
@@ -62,6 +63,8 @@ __all__ = [
     "GptqTensor",
     "GramFactor",
     "GridChoice",
+    "Inspection",
+    "LayerKind",
     "LayerReport",
     "LayerStatistics",
     "Model",
@@ -88,6 +91,7 @@ __all__ = [
     "fold_scale",
     "gram",
     "gram_loss",
+    "inspect_model",
     "load_model",
     "load_tokens",
     "pack",

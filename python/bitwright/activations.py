@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bitwright.calibration import TokenSource, load_tokens
 from bitwright.errors import CalibrationError, OutputError, OutputExistsError, shown
-from bitwright.models.block import Float32, Stage
+from bitwright.models.block import ChunkStates, Float32
 from bitwright.models.model import load_model
 from bitwright.statistics import require_finite
 
@@ -122,7 +122,8 @@ def collect_activations(
         Checkpoint folder.
     out
         The .npz to write, whole or not at all: arrays ``[samples, length, in]`` float32, one for each group
-        of layers with one input, by the full name of the first of them.
+        of layers with one input, by the full name of the first of them; of an expert ``[tokens, in]``, the
+        tokens that it received, or all where it received none.
     calibration, samples, length, seed
         As for `quantize`; by default 8 samples. Every token takes ``4 * in`` bytes per group.
     overwrite
@@ -160,7 +161,7 @@ def collect_activations(
     )
     if samples is None and len(tokens) > DEFAULT_SAMPLES:
         tokens = load_tokens(tokens, samples=DEFAULT_SAMPLES, seed=seed)
-    hidden = source.embedding()[tokens.reshape(-1)]
+    hidden = source.embed(tokens)
     rope = source.rotation(tokens.shape[1])
     count = 0
     try:
@@ -169,15 +170,26 @@ def collect_activations(
             with zipfile.ZipFile(partial, "w") as archive:
                 for index in range(source.config.num_hidden_layers):
                     block = source.block(index)
-                    seen: dict[Stage, list[Float32]] = {stage: [] for stage in block.stages}
-                    block.forward(hidden, rope, lambda stage, x: seen[stage].append(x.copy()))  # noqa: B023
-                    for stage, chunks in seen.items():
-                        name = source.block_prefix(index) + stage.linears[0]
-                        array = np.concatenate(chunks).reshape(*tokens.shape, -1)
-                        require_finite(array, f"{source.checkpoint.folder}: the inputs of {name}")
-                        with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                            np.lib.format.write_array(entry, array, allow_pickle=False)
-                        count += 1
+                    chunks = [ChunkStates(rows) for rows in rope.chunks(hidden)]
+                    for stage in block.stages:
+                        inputs = [block.stage_input(stage, chunk) for chunk in chunks]
+                        if stage.linears:
+                            name = source.block_prefix(index) + stage.linears[0]
+                            array = np.concatenate(inputs)
+                            if len(array) == 0:  # an expert that no token was routed to
+                                every = [block.as_if_routed(stage, chunk) for chunk in chunks]
+                                array = np.concatenate(every)
+                            if stage.expert is None:
+                                array = array.reshape(*tokens.shape, -1)
+                            require_finite(
+                                array, f"{source.checkpoint.folder}: the inputs of {name}"
+                            )
+                            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                                np.lib.format.write_array(entry, array, allow_pickle=False)
+                            count += 1
+                        for states, chunk in zip(inputs, chunks, strict=True):
+                            block.advance(stage, states, chunk, rope)
+                        block.release(stage)
             os.replace(partial, target)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from error

@@ -19,7 +19,7 @@ from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.metrics import METRICS
 from bitwright.methods.salient import ACTIVATION_METHODS
 from bitwright.methods.solver import METHODS
-from bitwright.report import print_evaluations, print_report
+from bitwright.report import print_evaluations, print_inspection, print_report
 from bitwright.scaling import CLIPS, OBJECTIVES
 from bitwright.tensor import BITS, GRIDS
 
@@ -297,6 +297,26 @@ def evaluate(
         click.echo(json.dumps(asdict(result)))
     else:
         print_evaluations({str(model): result}, Console())
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--method", type=click.Choice(list(METHODS)), default="gptq")
+@click.option("--samples", type=click.IntRange(1), default=128, help="Calibration samples.")
+@click.option("--length", type=click.IntRange(1), default=512, help="Tokens per sample.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_threads
+def inspect(
+    model: Path, method: str, samples: int, length: int, as_json: bool, threads: int | None
+) -> None:
+    """Describe MODEL: its layers, what would be quantized, and what a run would take."""
+    if threads is not None:
+        bitwright.set_num_threads(threads)
+    found = bitwright.inspect_model(model, method=method, samples=samples, length=length)
+    if as_json:
+        click.echo(json.dumps(asdict(found), default=str))
+    else:
+        print_inspection(found, Console())
 
 
 @cli.command()

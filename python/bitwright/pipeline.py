@@ -2,11 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -38,7 +37,8 @@ from bitwright.methods.solver import (
     Solver,
     salient_solver,
 )
-from bitwright.models.block import DecoderBlock, Float32, Rotation, Stage
+from bitwright.models.block import ChunkStates, DecoderBlock, Float32, Rotation
+from bitwright.models.layout import Stage
 from bitwright.models.model import Model, load_model
 from bitwright.recipe import plan_layers
 from bitwright.report import BlockReport, LayerReport, QuantizationReport
@@ -49,7 +49,8 @@ from bitwright.tensor import Grid, QuantizedTensor
 
 DEFAULT_SAMPLES = 128
 ERROR_ROWS = 64  # output rows that a layer's reported error is estimated on
-JUDGED_TOKENS = 1024  # that decide between a block with AWQ's scales and one without
+FEW_TOKENS = 128  # below so many an expert's gram is that of all tokens
+JUDGED_TOKENS = 512  # that decide between a block with AWQ's scales and one without
 
 
 def quantize(
@@ -213,7 +214,7 @@ def quantize(
     )
     if method == "salient":
         for name, planned in plan.items():
-            rounded = name == original.architecture.embedding
+            rounded = name == original.names.embedding
             if planned and planned.bits != SALIENT_BITS and not rounded:
                 raise ValueError(
                     f"{name}: method salient stores {SALIENT_BITS} bits, no other number"
@@ -226,7 +227,10 @@ def quantize(
         tokens = _calibration_tokens(original, calibration, samples, length, seed)
 
     config = dict(original.checkpoint.config)
-    config.update(kind.config(default, plan, original.architecture.block.format("")))
+    _check_experts(original, kind, plan)
+    config.update(
+        kind.config(default, _as_written(original, kind, plan), original.names.block.format(""))
+    )
     with (
         nullcontext() if activations is None else ActivationFile(activations) as inputs,
         CheckpointWriter(
@@ -249,6 +253,32 @@ def quantize(
         writer.write_json("config.json", config)
         copy_side_files(original.checkpoint, writer)
     return run.report(Path(out), time.perf_counter() - start)
+
+
+def _as_written(
+    model: Model, format: type[Format], plan: Mapping[str, Precision | None]
+) -> dict[str, Precision | None]:
+    """Return the plan by the names that are written: of experts that are stacked, those of the stacks."""
+    places = model.expert_places() if format.stacks_experts else {}
+    return {
+        places[name].stacked_name if name in places else name: precision
+        for name, precision in plan.items()
+    }
+
+
+def _check_experts(
+    model: Model, format: type[Format], plan: Mapping[str, Precision | None]
+) -> None:
+    """Raise ValueError unless the experts of a layer that are stored as one tensor are planned alike."""
+    if not format.stacks_experts:
+        return
+    seen: dict[str, Precision | None] = {}
+    for name, place in model.expert_places().items():
+        if seen.setdefault(place.stacked_name, plan[name]) != plan[name]:
+            raise ValueError(
+                f"{name}: the {format.name} format stores all experts of a layer in one tensor, so "
+                f"include, exclude and overrides must treat them alike"
+            )
 
 
 def _check_inputs(
@@ -299,6 +329,7 @@ class QuantizedLayer:
     name: str
     tensor: QuantizedTensor
     error: float
+    few_tokens: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,6 +373,12 @@ class _Run:
         self.layer_bytes = 0.0
         self.layer_weights = 0
         self.written_bytes = 0
+        # Experts that the format stores as one tensor are collected until all are there.
+        self.experts = model.expert_places() if format.stacks_experts else {}
+        self.expert_count = model.config.experts.count if model.config.experts else 0
+        self.stacked = model.stacked_tensors()
+        self.shapes = model.linear_shapes()
+        self.stacks: dict[str, dict[int, dict[str, NDArray[Any]]]] = {}
 
     def go(self, progress: bool) -> None:
         """Quantize and write all tensors."""
@@ -368,8 +405,9 @@ class _Run:
                     for stage in block.stages:
                         solvers = self._solvers_from_file(block, prefix, stage)
                         self._quantize_stage(
-                            block, prefix, stage, None, self._finish, solvers, False
+                            block, prefix, stage, None, self._finish, solvers.get, False
                         )
+                        block.release(stage)
                 else:
                     self._calibrate_block(block, index, hidden, rope)
                 self._carry(name for name in model.checkpoint.names() if name.startswith(prefix))
@@ -398,7 +436,7 @@ class _Run:
 
     def _embed(self) -> Float32 | None:
         """Quantize the embedding if it is planned, and look up the tokens in it."""
-        name = self.model.architecture.embedding
+        name = self.model.names.embedding
         precision = self.plan.get(name)
         if self.tokens is None and precision is None:
             return None
@@ -406,7 +444,7 @@ class _Run:
         if precision is not None:
             solver = METHODS["rtn"](None, self.options)
             matrix = self._quantize(name, matrix, solver, precision, None, self._finish)
-        return None if self.tokens is None else matrix[self.tokens.reshape(-1)]
+        return None if self.tokens is None else self.model.embed(self.tokens, matrix)
 
     def _calibrate_block(
         self, block: DecoderBlock, index: int, hidden: Float32, rope: Rotation
@@ -416,37 +454,38 @@ class _Run:
         if self.awq is None or not any(
             self.plan[prefix + name] for stage in block.stages for name in stage.linears
         ):
-            self._pass(block, index, hidden, rope, self._finish)
+            self._pass(block, index, hidden, rope, self._finish, release=True)
             return
         # AWQ judges scales on what the float block sees and computes, and the block as a whole by
         # how far the quantized one then is from it.
-        original = hidden.copy()
-        facts = observe_block(block, original, rope, self.awq)
-        for stage, fact in facts.items():
-            self._require_finite(np.isfinite(fact.mean_abs).all(), stage, index)
         # Rounding asks for no statistics, so those that are known do for the reported errors, and some
         # of the tokens for the comparison.
         regather = self.propagate and self.options.method != "awq"
-        known = None if regather else {stage: fact.gram for stage, fact in facts.items()}
         judged = len(hidden)
         if not regather:
             judged = min(judged, max(1, JUDGED_TOKENS // rope.length) * rope.length)
+        original = hidden.copy()
+        facts = observe_block(block, original, rope, self.awq, judged if self.propagate else None)
+        for stage, fact in facts.items():
+            self._require_finite(np.isfinite(fact.mean_abs).all(), stage, index)
+        known = None if regather else {stage: fact.gram for stage, fact in facts.items()}
         plain, plain_block = hidden[:judged].copy(), block.with_weights({})
         plain_layers: list[QuantizedLayer] = []
         self._pass(plain_block, index, plain, rope, plain_layers.append, known, whole=True)
         scaled = ScaledBlock(
-            block, facts, self._grid_choices(block, prefix), self._dtypes(prefix), rope, self.awq
+            block,
+            facts,
+            self._grid_choices(block, prefix),
+            lambda name: self.model.stored_dtype(prefix + name),
+            rope,
+            self.awq,
         )
         scaled.scale()
-        clipping = {
-            name: OwnSolver(solve, facts[stage].gram)
-            for stage in block.stages
-            for name, solve in scaled.clipping(stage).items()
-            if self.options.method == "awq"  # GPTQ searches for ranges itself
-        }
+        clips = scaled if self.options.method == "awq" else None  # GPTQ searches for ranges itself
         layers: list[QuantizedLayer] = []
-        after = (hidden if self.propagate else hidden[:judged]).copy()
-        self._pass(scaled.block, index, after, rope, layers.append, known, clipping, whole=True)
+        goes_on = self.propagate and self._is_followed(index)
+        after = (hidden if goes_on or regather else hidden[:judged]).copy()
+        self._pass(scaled.block, index, after, rope, layers.append, known, clips, whole=True)
         before_loss, after_loss = (
             _mean_square(states[:judged], original[:judged]) for states in (plain, after)
         )
@@ -457,9 +496,9 @@ class _Run:
             )
         if not self.propagate:
             hidden[:] = original
-        elif kept:
+        elif goes_on and kept:
             hidden[:] = after
-        else:
+        elif goes_on:
             plain_block.forward(hidden, rope)
         for layer in layers if kept else plain_layers:
             self._finish(layer)
@@ -473,53 +512,80 @@ class _Run:
         rope: Rotation,
         finish: Callable[[QuantizedLayer], None],
         known: Mapping[Stage, Float32] | None = None,
-        solvers: Mapping[str, OwnSolver] = MappingProxyType({}),
+        clips: ScaledBlock | None = None,
         whole: bool = False,
+        release: bool = False,
     ) -> None:
         """Quantize a block stage by stage and move `hidden` past it.
 
         While a stage is computed chunk by chunk, the next stage's statistics are gathered from the same
-        chunk: every product of the forward pass is done once, and on warm data. Where the grams are
-        `known` nothing is gathered. Some linears may have `solvers` of their own. With `whole`, what is
-        computed is what the quantized block does, to the end, whoever reads it.
+        chunk: every product of the forward pass is done once, and on warm data. Where grams are `known`
+        they are not gathered. With `clips`, some linears are quantized as it says. With `whole`, what is
+        computed is what the quantized block does, to the end, whoever reads it. With `release`, experts
+        are forgotten when they are done.
         """
-        prefix = self.model.block_prefix(index)
-        inner = np.empty((0, 0), np.float32)
+        prefix, known = self.model.block_prefix(index), known or {}
 
         def gatherer(stage: Stage | None) -> LayerStatistics | None:
-            if stage is None or not any(self.plan[prefix + name] for name in stage.linears):
+            if stage is None or stage in known:
                 return None
-            return LayerStatistics(block.weights[f"{stage.linears[0]}.weight"].shape[1])
+            planned = [name for name in stage.linears if self.plan[prefix + name]]
+            return LayerStatistics(block.layout.linears[planned[0]][1]) if planned else None
 
-        statistics = None if known else gatherer(block.stages[0])
+        chunks = [ChunkStates(rows) for rows in rope.chunks(hidden)]
+        statistics = gatherer(block.stages[0])
         if statistics is not None:
-            for chunk in self._chunks(hidden, rope):
-                statistics.add(block.stage_input(block.stages[0], hidden[chunk], inner))
+            for chunk in chunks:
+                statistics.add(block.stage_input(block.stages[0], chunk))
         for stage, following in zip(block.stages, (*block.stages[1:], None), strict=True):
-            gram = None if known is None else known[stage]
+            gram = known.get(stage)
+            fallback = False
             if statistics is not None:
                 self._require_finite(statistics.is_finite(), stage, index)
+                fallback = stage.expert is not None and statistics.tokens < FEW_TOKENS
+                if fallback:
+                    statistics = self._gram_of_all(block, stage, chunks)
                 gram = statistics.gram()
+
+            def own_solver(
+                name: str, stage: Stage = stage, gram: Float32 | None = gram
+            ) -> OwnSolver | None:
+                solve = None if clips is None else clips.clip_solver(stage, name, gram)
+                return None if solve is None else OwnSolver(solve, gram)
+
             self._quantize_stage(
-                block, prefix, stage, gram, finish, solvers, whole or self.propagate
+                block, prefix, stage, gram, finish, own_solver, whole or self.propagate, fallback
             )
             if following is None and not whole and not self._is_followed(index):
                 return  # nobody reads the last hidden states
-            if stage.norm is not None:
-                inner = np.empty((len(hidden), stage.inner_width), np.float32)
-            statistics = None if known else gatherer(following)
-            for chunk in self._chunks(hidden, rope):
-                states = block.stage_input(stage, hidden[chunk], inner[chunk])
-                block.advance(stage, states, hidden[chunk], inner[chunk], rope)
+            statistics = gatherer(following)
+            for chunk in chunks:
+                states = block.stage_input(stage, chunk)
+                block.advance(stage, states, chunk, rope)
                 if following is not None and statistics is not None:
-                    statistics.add(block.stage_input(following, hidden[chunk], inner[chunk]))
+                    statistics.add(block.stage_input(following, chunk))
+            if release:
+                block.release(stage)
+
+    @staticmethod
+    def _gram_of_all(
+        block: DecoderBlock, stage: Stage, chunks: Iterable[ChunkStates]
+    ) -> LayerStatistics:
+        """Gather what an expert that is hardly ever chosen would see if it always were: the gram of its few
+        tokens says little of those to come."""
+        statistics = None
+        for chunk in chunks:
+            states = block.as_if_routed(stage, chunk)
+            statistics = statistics or LayerStatistics(states.shape[1])
+            statistics.add(states)
+        return statistics or LayerStatistics(0)
 
     def _require_finite(self, finite: bool | np.bool_, stage: Stage, index: int) -> None:
         if not finite:
             raise NonFiniteError(
                 f"{self.model.checkpoint.folder}: the inputs of "
-                f"{self.model.block_prefix(index)}{stage.linears[0]} (block {index}) are NaN or "
-                f"infinite; check the model with bitwright evaluate"
+                f"{self.model.block_prefix(index)}{(*stage.linears, stage.norm)[0]} (block {index}) are "
+                f"NaN or infinite; check the model with bitwright evaluate"
             )
 
     def _grid_choices(self, block: DecoderBlock, prefix: str) -> dict[str, GridChoice]:
@@ -543,26 +609,12 @@ class _Run:
     def _searches_ranges(self, block: DecoderBlock, name: str) -> bool:
         if self.options.method != "awq":
             return self.options.grid_search is not False
-        return self.awq is not None and self.awq.clips(block.architecture, name)
-
-    def _dtypes(self, prefix: str) -> dict[str, np.dtype[Any]]:
-        """Return the stored dtype of a block's tensors, by name within the block."""
-        checkpoint = self.model.checkpoint
-        return {
-            name.removeprefix(prefix): checkpoint.dtype(name)
-            for name in checkpoint.names()
-            if name.startswith(prefix)
-        }
+        return self.awq is not None and self.awq.clips(block.layout, name)
 
     def _is_followed(self, index: int) -> bool:
         """Tell whether something after block `index` is calibrated."""
         last = index + 1 == self.model.config.num_hidden_layers
-        return not last or self.plan.get(self.model.architecture.head) is not None
-
-    @staticmethod
-    def _chunks(hidden: Float32, rope: Rotation) -> Iterator[slice]:
-        for first in range(0, len(hidden), rope.chunk_rows):
-            yield slice(first, first + rope.chunk_rows)
+        return not last or self.plan.get(self.model.names.head) is not None
 
     def _quantize_stage(
         self,
@@ -571,8 +623,9 @@ class _Run:
         stage: Stage,
         gram: Float32 | None,
         finish: Callable[[QuantizedLayer], None],
-        solvers: Mapping[str, OwnSolver],
+        own_solver: Callable[[str], "OwnSolver | None"],
         replace: bool,
+        fallback: bool = False,
     ) -> None:
         """Quantize what is planned of a stage; `replace` the block's weights by what is stored."""
         planned = [name for name in stage.linears if self.plan[prefix + name]]
@@ -583,11 +636,11 @@ class _Run:
             precision = self.plan[prefix + name]
             weight = block.weights[f"{name}.weight"]
             if precision is not None:
-                own = solvers.get(name) or shared
+                own = own_solver(name) or shared
                 if own is None:
                     own = shared = OwnSolver(METHODS[self.options.method](gram, self.options), gram)
                 stored = self._quantize(
-                    prefix + name, weight, own.solve, precision, own.gram, finish
+                    prefix + name, weight, own.solve, precision, own.gram, finish, fallback
                 )
                 if replace:
                     block.weights[f"{name}.weight"] = stored
@@ -619,7 +672,7 @@ class _Run:
         return OwnSolver(METHODS[self.options.method](gram, self.options), gram)
 
     def _quantize_head(self, hidden: Float32 | None) -> None:
-        name = self.model.architecture.head
+        name = self.model.names.head
         precision = self.plan.get(name)
         if precision is None:
             return
@@ -638,6 +691,7 @@ class _Run:
         precision: Precision,
         gram: Float32 | None,
         finish: Callable[[QuantizedLayer], None],
+        fallback: bool = False,
     ) -> Float32:
         """Quantize one layer and hand it on; return the weights that a reader will see."""
         try:
@@ -649,19 +703,31 @@ class _Run:
         except ValueError as error:
             raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: {error}") from error
         stored = tensor.dequantize()
-        finish(QuantizedLayer(name, tensor, relative_error(weight, stored, gram)))
+        finish(QuantizedLayer(name, tensor, relative_error(weight, stored, gram), fallback))
         return stored
 
     def _finish(self, layer: QuantizedLayer) -> None:
         """Write and report a layer."""
         tensor = layer.tensor
-        for part, array in self.format.pack(layer.name, tensor).items():
-            self._add(part, array)
+        place = self.experts.get(layer.name)
+        if place is None:
+            for part, array in self.format.pack(layer.name, tensor).items():
+                self._add(part, array)
+        else:
+            stack = self.stacks.setdefault(place.stacked_name, {})
+            stack[place.index] = self.format.pack(place.stacked_name, tensor)
+            if len(stack) == self.expert_count:
+                parts = [stack[index] for index in sorted(stack)]
+                del self.stacks[place.stacked_name]
+                for part in parts[0]:
+                    self._add(part, np.stack([each[part] for each in parts]))
         self.layer_bytes += tensor.nbytes
         self.layer_weights += tensor.codes.size
         damping = tensor.damping if isinstance(tensor, GptqTensor) else None
         self.layers.append(
-            LayerReport(layer.name, tensor.bits, tensor.group_size, layer.error, damping)
+            LayerReport(
+                layer.name, tensor.bits, tensor.group_size, layer.error, damping, layer.few_tokens
+            )
         )
 
     def _carry(self, names: Iterable[str]) -> None:
@@ -671,10 +737,19 @@ class _Run:
         for name in names:
             target = name
             if model.tied:
-                target = f"{model.architecture.embedding}.weight" if name == matrix else name
-                if name == f"{model.architecture.head}.weight" and name != matrix:
+                target = f"{model.names.embedding}.weight" if name == matrix else name
+                if name == f"{model.names.head}.weight" and name != matrix:
                     continue
-            if self.plan.get(target.removesuffix(".weight")) is not None:
+            layers = self.stacked.get(name, [target.removesuffix(".weight")])
+            if all(self.plan.get(layer) is not None for layer in layers):
+                continue
+            if name in self.stacked and any(
+                self.plan.get(layer) is not None or f"{layer}.weight" in self.changed
+                for layer in layers
+            ):
+                for layer in layers:
+                    if self.plan.get(layer) is None:
+                        self._carry_expert(layer, model.checkpoint.dtype(name))
                 continue
             array = model.checkpoint.read(name)
             if name in self.changed:
@@ -682,6 +757,15 @@ class _Run:
             if array.dtype in FLOAT_DTYPES:
                 require_finite(array, f"{model.checkpoint.file(name)}: tensor {name}")
             self._add(target, array)
+
+    def _carry_expert(self, layer: str, dtype: np.dtype[Any]) -> None:
+        """Write one expert of a stack by itself, in float."""
+        tensor = f"{layer}.weight"
+        if tensor in self.changed:
+            array = self.changed.pop(tensor)
+        else:
+            array = self.model.weight(layer, self.shapes[layer])
+        self._add(tensor, array.astype(dtype))
 
     def _add(self, name: str, array: NDArray[Any]) -> None:
         self.writer.add(name, array)

@@ -48,10 +48,11 @@ def plan_layers(
             if fnmatchcase(name, pattern):
                 precision = _changed(default, pattern, changes)
         plan[name] = precision
+    plan.update(dict.fromkeys(model.never_quantized()))
     matrix = (model.config.vocab_size, model.config.hidden_size)
     for name, bits, option in (
-        (model.architecture.embedding, embedding_bits, "embedding_bits"),
-        (model.architecture.head, head_bits, "head_bits"),
+        (model.names.embedding, embedding_bits, "embedding_bits"),
+        (model.names.head, head_bits, "head_bits"),
     ):
         if bits is None:
             continue

@@ -1,6 +1,6 @@
 """AWQ on one decoder block: what its layers see, scales searched and folded, weights clipped."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,9 +20,9 @@ from bitwright.methods.awq import (
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.metrics import Metric, find_metric, total_error
 from bitwright.methods.solver import Solver
-from bitwright.models.architecture import Architecture, ScaleGroup
-from bitwright.models.block import DecoderBlock, Float32, Rotation, Stage
+from bitwright.models.block import DecoderBlock, Float32, Rotation
 from bitwright.models.fold import fold_scale
+from bitwright.models.layout import BlockLayout, ScaleGroup, Stage
 from bitwright.statistics import LayerStatistics
 from bitwright.tensor import Grid, QuantizedTensor
 
@@ -31,7 +31,8 @@ OBJECTIVES: tuple[Objective, ...] = ("layer", "block")
 Clip = Literal["default", "all", "none"]
 CLIPS: tuple[Clip, ...] = ("default", "all", "none")
 METRIC_TOKENS = 1024  # that outputs are computed on where the gram does not do
-SEARCH_ROWS = 512  # of each weight that a search from coarse to fine looks at
+SEARCH_ROWS = 128  # of each weight that a search from coarse to fine looks at
+FEWEST_ROWS = 8  # of each of many experts
 BLOCK_TOKENS = 4096  # the same for sub-blocks, which need whole samples
 
 
@@ -56,10 +57,10 @@ class AwqOptions:
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
-    def clips(self, architecture: Architecture, name: str) -> bool:
+    def clips(self, layout: BlockLayout, name: str) -> bool:
         """Tell whether the ranges of a linear are clipped."""
         if self.clip == "default":
-            return name not in architecture.never_clipped()
+            return name not in layout.never_clipped
         return self.clip == "all"
 
 
@@ -80,9 +81,13 @@ class StageFacts:
 
 
 def observe_block(
-    block: DecoderBlock, hidden: Float32, rope: Rotation, options: AwqOptions
+    block: DecoderBlock,
+    hidden: Float32,
+    rope: Rotation,
+    options: AwqOptions,
+    finished: int | None = None,
 ) -> dict[Stage, StageFacts]:
-    """Move `hidden` past a block and return what each stage's linears saw."""
+    """Move `hidden` past a block and return what each stage's linears saw; see `DecoderBlock.forward`."""
     if options.objective == "block":
         step, most = 1, max(1, BLOCK_TOKENS // rope.length) * rope.length
     elif options.metric == "mse":
@@ -90,16 +95,22 @@ def observe_block(
     else:
         step, most = -(-len(hidden) // METRIC_TOKENS), METRIC_TOKENS
     statistics: dict[Stage, LayerStatistics] = {}
-    kept: dict[Stage, list[Float32]] = {stage: [] for stage in block.stages}
+    # The experts' inputs are some of the router's; of those that they receive, they see too few each for
+    # a scale of their own, and all their grams would not fit in memory.
+    kept: dict[Stage, list[Float32]] = {
+        stage: [] for stage in block.stages if stage.kind not in ("shared", "expert")
+    }
 
     def observe(stage: Stage, states: Float32) -> None:
+        if stage not in kept or len(states) == 0:
+            return
         gathered = statistics.setdefault(stage, LayerStatistics(states.shape[1], magnitudes=True))
         room = most - sum(map(len, kept[stage]))
         if room > 0:
             kept[stage].append(states[-gathered.tokens % step :: step][:room].copy())
         gathered.add(states)
 
-    block.forward(hidden, rope, observe)
+    block.forward(hidden, rope, observe, finished)
     return {
         stage: StageFacts(
             gathered.gram(),
@@ -110,9 +121,9 @@ def observe_block(
     }
 
 
-def some_rows(weight: Float32) -> Float32:
+def some_rows(weight: Float32, most: int = SEARCH_ROWS) -> Float32:
     """Return evenly spaced rows of a weight, enough to tell one ratio from another."""
-    return np.ascontiguousarray(weight[:: -(-len(weight) // SEARCH_ROWS)])
+    return np.ascontiguousarray(weight[:: -(-len(weight) // most)])
 
 
 class ScaledBlock:
@@ -126,9 +137,9 @@ class ScaledBlock:
         From `observe_block`; they are changed into those of the scaled block.
     choices
         The grid of every linear that will be quantized, by name.
-    dtypes
-        What the tensors of the block are stored in, by name: those that stay in float are rounded
-        as soon as they change.
+    dtype_of
+        What a tensor of the block is stored in: those that stay in float are rounded as soon as they
+        change.
     rope, options
         As for the block and the search.
     """
@@ -138,7 +149,7 @@ class ScaledBlock:
         block: DecoderBlock,
         facts: Mapping[Stage, StageFacts],
         choices: Mapping[str, GridChoice],
-        dtypes: Mapping[str, np.dtype[Any]],
+        dtype_of: Callable[[str], np.dtype[Any]],
         rope: Rotation,
         options: AwqOptions,
     ) -> None:
@@ -148,37 +159,36 @@ class ScaledBlock:
         self.searches: dict[str, ScaleSearch] = {}  # by the last part of a group's first layer
         self._facts = facts
         self._choices = choices
-        self._dtypes = dtypes
+        self._dtype_of = dtype_of
         self._rope = rope
         self._options = options
 
     def scale(self) -> None:
         """Search the scale of every group and fold it."""
-        for group in self.block.architecture.scale_groups():
+        for group in self.block.layout.groups:
             planned = any(name in self._choices for name in group.layers)
-            if planned and self._heads_per_scale(group) > 0:
+            if planned and self._stage(group) in self._facts and self._heads_per_scale(group) > 0:
                 self._scale_group(group)
 
-    def clipping(self, stage: Stage) -> dict[str, Solver]:
-        """Return how to quantize those of a stage's linears whose ranges are clipped."""
-        return {
-            name: self._clip_solver(self._facts[stage])
-            for name in stage.linears
-            if name in self._choices and self._options.clips(self.block.architecture, name)
-        }
+    def clip_solver(self, stage: Stage, name: str, gram: Float32 | None) -> Solver | None:
+        """Return how to quantize a linear whose ranges are clipped, by what is known of its input or else
+        by the gram given; None for the others."""
+        facts = self._facts.get(stage)
+        known, activations = (facts.gram, facts.activations) if facts else (gram, None)
+        if known is None or not self._options.clips(self.block.layout, name):
+            return None
 
-    def _clip_solver(self, facts: StageFacts) -> Solver:
         def solve(
             weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
         ) -> QuantizedTensor:
             return quantize_clipped(
                 weight,
-                facts.gram,
+                known,
                 bits,
                 size,
                 grid=grid,
                 scale_dtype=dtype,
-                activations=facts.activations,
+                activations=activations,
                 metric=self._options.metric,
                 n_grid=self._options.n_grid,
             )
@@ -188,26 +198,34 @@ class ScaledBlock:
     def fold(self, group: ScaleGroup, scale: Float32) -> None:
         """Multiply a group's layers by a scale of each output of what precedes them, and divide that."""
         weights = self.block.weights
-        names = [f"{group.previous}.{part}" for part in ("weight", "bias")]
+        name = f"{group.previous}.weight"
+        bias_name = f"{group.previous}.bias"
+        whole, offset = weights[name], None
+        if bias_name in self.block.layout.vectors:
+            offset = weights[bias_name]
+        rows = slice(None) if group.outputs is None else np.asarray(group.outputs)
         weight, bias, scale = fold_scale(
             group.kind,
             scale,
-            weights[names[0]],
-            weights.get(names[1]),
-            np.float32 if group.kind == "linear" else self._dtypes[names[0]],
+            np.ascontiguousarray(whole[rows]),
+            None if offset is None else np.ascontiguousarray(offset[rows]),
+            np.float32 if group.kind == "linear" else self._dtype_of(name),
         )
-        self._change(names[0], weight)
-        if bias is not None:
-            self._change(names[1], bias)
+        self._change(name, _with_rows(whole, rows, weight))
+        if offset is not None and bias is not None:
+            self._change(bias_name, _with_rows(offset, rows, bias))
         scale = self._spread(group, scale)
-        for layer in group.layers:
+        for layer in (*group.layers, *group.floats):
             self._change(f"{layer}.weight", weights[f"{layer}.weight"] * scale)
-        self._facts[self._stage(group)].divide(scale)
+        facts = self._facts.get(self._stage(group))
+        if facts is not None:
+            facts.divide(scale)
 
     def _scale_group(self, group: ScaleGroup) -> None:
         stage = self._stage(group)
-        loss = self._loss(group, stage, self._facts[stage])
-        shared, mean_abs = self._heads_per_scale(group), self._facts[stage].mean_abs
+        facts = self._facts[stage]
+        loss = self._loss(group, stage, facts)
+        shared, mean_abs = self._heads_per_scale(group), facts.mean_abs
         if shared > 1:
             heads = mean_abs.reshape(-1, shared, self.block.config.head_dim)
             mean_abs = heads.mean(axis=1).reshape(-1)
@@ -217,12 +235,16 @@ class ScaledBlock:
             n_grid=self._options.n_grid,
             coarse_to_fine=self._options.coarse_to_fine,
         )
-        self.searches[group.layers[0].rpartition(".")[2]] = search
+        self.searches[_label(group.layers[0])] = search
         if search.ratio > 0:
             self.fold(group, search.scale)
 
     def _stage(self, group: ScaleGroup) -> Stage:
-        return next(each for each in self.block.stages if group.layers[0] in each.linears)
+        """Return the stage that reads what the group's previous layer computes."""
+        stages = self.block.stages
+        after_norm = (each for each in stages if each.norm == group.previous)
+        reading = (each for each in stages if group.layers[0] in each.linears)
+        return next(after_norm, None) or next(reading)
 
     def _spread(self, group: ScaleGroup, scale: Float32) -> Float32:
         """Give each of the heads that share a value head that one's scales."""
@@ -234,7 +256,7 @@ class ScaledBlock:
 
     def _change(self, name: str, array: Float32) -> None:
         if name.removesuffix(".weight") not in self._choices:
-            array = array.astype(self._dtypes[name]).astype(np.float32)
+            array = array.astype(self._dtype_of(name)).astype(np.float32)
             self.changed.add(name)
         self.block.weights[name] = array
 
@@ -243,6 +265,8 @@ class ScaledBlock:
         between grouped values and the attention's output, 0 where shapes allow no scale."""
         channels = self.block.weights[f"{group.layers[0]}.weight"].shape[1]
         outputs = len(self.block.weights[f"{group.previous}.weight"])
+        if group.outputs is not None:
+            outputs = len(group.outputs)
         if outputs == channels:
             return 1
         whole_heads = channels % outputs == 0 and outputs % self.block.config.head_dim == 0
@@ -254,7 +278,8 @@ class ScaledBlock:
         names = [name for name in group.layers if name in self._choices]
         weights = [self.block.weights[f"{name}.weight"] for name in names]
         if options.coarse_to_fine and not block_objective:
-            weights = [some_rows(weight) for weight in weights]
+            most = max(FEWEST_ROWS, 4 * SEARCH_ROWS // max(4, len(weights)))
+            weights = [some_rows(weight, most) for weight in weights]
         choices = [self._choices[name] for name in names]
         if block_objective and states is not None:
             block, rope = self.block, self._rope
@@ -274,3 +299,16 @@ class ScaledBlock:
         if states is None or options.metric == "mse":
             return gram_loss(weights, choices, facts.gram)
         return token_loss(weights, choices, states, options.metric)
+
+
+def _with_rows(whole: Float32, rows: slice | NDArray[np.intp], part: Float32) -> Float32:
+    """Return `whole` with some of its rows replaced."""
+    changed = whole.copy()
+    changed[rows] = part
+    return changed
+
+
+def _label(name: str) -> str:
+    """Return the short name of a linear, with the index of its expert if it has one."""
+    *_, before, last = name.split(".")
+    return f"{before}.{last}" if before.isdigit() else last

@@ -6,7 +6,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint import Checkpoint
+from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.format import Format, Precision, read_shaped
 from bitwright.tensor import QuantizedTensor, pack, unpack
@@ -88,7 +88,7 @@ class AwqFormat(Format):
             }
         }
 
-    def read(self, checkpoint: Checkpoint, name: str) -> QuantizedTensor | None:
+    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
         if f"{name}.qweight" not in checkpoint:
             return None
         words = read_shaped(checkpoint, f"{name}.qweight", INT32)
