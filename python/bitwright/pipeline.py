@@ -49,7 +49,7 @@ from bitwright.tensor import Grid, QuantizedTensor
 
 DEFAULT_SAMPLES = 128
 ERROR_ROWS = 64  # output rows that a layer's reported error is estimated on
-JUDGED_TOKENS = 1024  # that decide between a block with AWQ's scales and one without
+JUDGED_TOKENS = 512  # that decide between a block with AWQ's scales and one without
 
 
 def quantize(
@@ -121,7 +121,7 @@ def quantize(
     damping, act_order, block_size, grid_search
         As for `quantize_gptq`; `grid_search` is on by default for gptq and awq+gptq, off for the others.
     n_grid, coarse_to_fine
-        AWQ's scales are searched over so many ratios, see `search_scale`; and clipping over half as many
+        AWQ's scales are searched over so many ratios, see `search_scale`; and clipping over a quarter as many
         limits.
     clip
         Clip the range of each group, see `quantize_clipped`: by ``"default"`` of all linears but query and
@@ -420,17 +420,17 @@ class _Run:
             return
         # AWQ judges scales on what the float block sees and computes, and the block as a whole by
         # how far the quantized one then is from it.
-        original = hidden.copy()
-        facts = observe_block(block, original, rope, self.awq)
-        for stage, fact in facts.items():
-            self._require_finite(np.isfinite(fact.mean_abs).all(), stage, index)
         # Rounding asks for no statistics, so those that are known do for the reported errors, and some
         # of the tokens for the comparison.
         regather = self.propagate and self.options.method != "awq"
-        known = None if regather else {stage: fact.gram for stage, fact in facts.items()}
         judged = len(hidden)
         if not regather:
             judged = min(judged, max(1, JUDGED_TOKENS // rope.length) * rope.length)
+        original = hidden.copy()
+        facts = observe_block(block, original, rope, self.awq, judged if self.propagate else None)
+        for stage, fact in facts.items():
+            self._require_finite(np.isfinite(fact.mean_abs).all(), stage, index)
+        known = None if regather else {stage: fact.gram for stage, fact in facts.items()}
         plain, plain_block = hidden[:judged].copy(), block.with_weights({})
         plain_layers: list[QuantizedLayer] = []
         self._pass(plain_block, index, plain, rope, plain_layers.append, known, whole=True)
@@ -445,7 +445,8 @@ class _Run:
             if self.options.method == "awq"  # GPTQ searches for ranges itself
         }
         layers: list[QuantizedLayer] = []
-        after = (hidden if self.propagate else hidden[:judged]).copy()
+        goes_on = self.propagate and self._is_followed(index)
+        after = (hidden if goes_on or regather else hidden[:judged]).copy()
         self._pass(scaled.block, index, after, rope, layers.append, known, clipping, whole=True)
         before_loss, after_loss = (
             _mean_square(states[:judged], original[:judged]) for states in (plain, after)
@@ -457,9 +458,9 @@ class _Run:
             )
         if not self.propagate:
             hidden[:] = original
-        elif kept:
+        elif goes_on and kept:
             hidden[:] = after
-        else:
+        elif goes_on:
             plain_block.forward(hidden, rope)
         for layer in layers if kept else plain_layers:
             self._finish(layer)

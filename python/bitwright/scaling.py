@@ -31,7 +31,7 @@ OBJECTIVES: tuple[Objective, ...] = ("layer", "block")
 Clip = Literal["default", "all", "none"]
 CLIPS: tuple[Clip, ...] = ("default", "all", "none")
 METRIC_TOKENS = 1024  # that outputs are computed on where the gram does not do
-SEARCH_ROWS = 512  # of each weight that a search from coarse to fine looks at
+SEARCH_ROWS = 128  # of each weight that a search from coarse to fine looks at
 BLOCK_TOKENS = 4096  # the same for sub-blocks, which need whole samples
 
 
@@ -80,9 +80,13 @@ class StageFacts:
 
 
 def observe_block(
-    block: DecoderBlock, hidden: Float32, rope: Rotation, options: AwqOptions
+    block: DecoderBlock,
+    hidden: Float32,
+    rope: Rotation,
+    options: AwqOptions,
+    finished: int | None = None,
 ) -> dict[Stage, StageFacts]:
-    """Move `hidden` past a block and return what each stage's linears saw."""
+    """Move `hidden` past a block and return what each stage's linears saw; see `DecoderBlock.forward`."""
     if options.objective == "block":
         step, most = 1, max(1, BLOCK_TOKENS // rope.length) * rope.length
     elif options.metric == "mse":
@@ -99,7 +103,7 @@ def observe_block(
             kept[stage].append(states[-gathered.tokens % step :: step][:room].copy())
         gathered.add(states)
 
-    block.forward(hidden, rope, observe)
+    block.forward(hidden, rope, observe, finished)
     return {
         stage: StageFacts(
             gathered.gram(),

@@ -11,7 +11,7 @@ from bitwright.checkpoint import ModelConfig
 from bitwright.models.architecture import Architecture
 
 Float32 = NDArray[np.float32]
-MOST_CHUNK_TOKENS = 2048
+MOST_CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,24 @@ class DecoderBlock:
         hidden: Float32,
         rope: "Rotation",
         observe: Callable[[Stage, Float32], None] | None = None,
+        finished: int | None = None,
     ) -> None:
         """Run the whole block over `hidden` ``[batch * length, hidden_size]``, in place.
 
-        `observe` is shown each stage's input, chunk by chunk.
+        `observe` is shown each stage's input, chunk by chunk. Where only the first so many rows are to be
+        `finished`, the last product of the others is left out.
         """
-        for chunk in rope.chunks(hidden):
+        for number, chunk in enumerate(rope.chunks(hidden)):
             inner = np.empty((0, 0), np.float32)
+            unfinished = finished is not None and number * rope.chunk_rows >= finished
             for stage in self.stages:
                 if stage.norm is not None:
                     inner = np.empty((len(chunk), stage.inner_width), np.float32)
                 states = self.stage_input(stage, chunk, inner)
                 if observe is not None:
                     observe(stage, states)
-                self.advance(stage, states, chunk, inner, rope)
+                if not (unfinished and stage is self.stages[-1]):
+                    self.advance(stage, states, chunk, inner, rope)
 
     def sub_block(self, stage: Stage, states: Float32, rope: "Rotation") -> Float32:
         """Return what a stage that follows a norm, and the one after it, add to the hidden states."""

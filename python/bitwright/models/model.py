@@ -94,8 +94,9 @@ class Model:
             raise CheckpointError(
                 f"{self.checkpoint.file(name)}: tensor {name} is {array.dtype}, expected floats"
             )
+        array = np.ascontiguousarray(array, np.float32)
         require_finite(array, f"{self.checkpoint.file(name)}: tensor {name}")
-        return np.ascontiguousarray(array, np.float32)
+        return array
 
     def block(self, index: int) -> DecoderBlock:
         """Read block `index`."""
