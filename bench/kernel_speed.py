@@ -1,4 +1,6 @@
-"""Kernels as fractions of what NumPy's OpenBLAS reaches on this machine, measured in the same run.
+"""Kernels as fractions of what OpenBLAS reaches on this machine, measured in the same run.
+
+SGEMM is NumPy's; SSYRK is called directly, since NumPy's ``x.T @ x`` also fills the other triangle.
 
 Usage: python bench/kernel_speed.py [--size 4096] [--repeats 7]
 
@@ -7,16 +9,31 @@ has medians, and medians of each round's ratio.
 """
 
 import argparse
+import ctypes
 import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import numpy as np
+import scipy_openblas32
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 import bitwright
+
+
+def ssyrk(inputs: NDArray[np.float32], out: NDArray[np.float32]) -> Callable[[], Any]:
+    """Return a call of OpenBLAS' SSYRK: the lower triangle of ``inputs.T @ inputs``."""
+    folder, name = scipy_openblas32.get_lib_dir(), scipy_openblas32.get_library(fullname=True)
+    function = ctypes.CDLL(f"{folder}/{name.removesuffix('.so')}.so").scipy_cblas_ssyrk
+    row_major, lower, transposed = 101, 122, 112
+    tokens, channels = inputs.shape
+    sizes = (ctypes.c_int(channels), ctypes.c_int(tokens))
+    x, g = (array.ctypes.data_as(ctypes.c_void_p) for array in (inputs, out))
+    one, zero, step = ctypes.c_float(1), ctypes.c_float(0), ctypes.c_int(channels)
+    return lambda: function(row_major, lower, transposed, *sizes, one, x, step, zero, g, step)
 
 
 def main() -> None:
@@ -41,7 +58,7 @@ def main() -> None:
     # name -> (what runs, floating-point operations or bytes, what it is compared with)
     runs: dict[str, tuple[Callable[[], Any], float, str]] = {
         "SGEMM (NumPy)": (lambda: np.matmul(inputs, weight, out=out), 2 * cube, ""),
-        "SSYRK (NumPy, half the products)": (lambda: inputs.T @ inputs, cube, ""),
+        "SSYRK (OpenBLAS)": (ssyrk(inputs, np.empty_like(gram)), cube, ""),
         "gram": (lambda: bitwright.gram(inputs, out=gram), cube, "SSYRK"),
         "factor_gram": (lambda: bitwright.factor_gram(gram), 2 / 3 * cube, "SGEMM"),
         "quantize_gptq, factor given": (

@@ -219,7 +219,7 @@ def clipped_by_hand(weight: Array, gram: Array, bits: int, size: int) -> Array:
             best_high = np.where(better, above, best_high)
 
     best_low, best_high = low, high
-    shares = [np.float32(1 - step / 20) for step in range(10)]
+    shares = [np.float32(1 - step / 10) for step in range(5)]
     for share in shares:
         try_range(np.maximum(low, -share * widest), np.minimum(high, share * widest))
     above = best_high
