@@ -122,8 +122,8 @@ def quantize(
     damping, act_order, block_size, grid_search
         As for `quantize_gptq`; `grid_search` is on by default for gptq and awq+gptq, off for the others.
     n_grid, coarse_to_fine
-        AWQ's scales are searched over so many ratios, see `search_scale`; and clipping over a quarter as many
-        limits.
+        AWQ's scales are searched over so many ratios, see `search_scale`; and clipping over a quarter as
+        many limits.
     clip
         Clip the range of each group, see `quantize_clipped`: by ``"default"`` of all linears but query and
         key, of ``"all"`` or of ``"none"``. For awq+gptq the grid search takes its place.
