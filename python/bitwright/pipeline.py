@@ -121,7 +121,7 @@ def quantize(
     damping, act_order, block_size, grid_search
         As for `quantize_gptq`; `grid_search` is on by default for gptq and awq+gptq, off for the others.
     n_grid, coarse_to_fine
-        AWQ's scales are searched over so many ratios, see `search_scale`; and clipping over a quarter as many
+        AWQ's scales are searched over so many ratios, see `search_scale`; and clipping over half as many
         limits.
     clip
         Clip the range of each group, see `quantize_clipped`: by ``"default"`` of all linears but query and
@@ -537,14 +537,15 @@ class _Run:
                         precision.group_size,
                         precision.grid,
                         self.scale_dtype,
-                        self._searches_ranges(block, name),
+                        self._searches_ranges(),
                     )
         return choices
 
-    def _searches_ranges(self, block: DecoderBlock, name: str) -> bool:
+    def _searches_ranges(self) -> bool:
         if self.options.method != "awq":
             return self.options.grid_search is not False
-        return self.awq is not None and self.awq.clips(block.architecture, name)
+        # Also for the linears that are not clipped: scales chosen so are better (docs/design.md).
+        return self.awq is not None and self.awq.clip != "none"
 
     def _dtypes(self, prefix: str) -> dict[str, np.dtype[Any]]:
         """Return the stored dtype of a block's tensors, by name within the block."""
