@@ -99,9 +99,9 @@ void quantize_clipped(ConstMatrixView<float> weight, ConstMatrixView<float> gram
         for (int step = 0; step < steps; ++step)
             try_range(low.max(-share(step) * widest), high.min(share(step) * widest));
         const Lanes top = best_high;
-        for (int step = 0; step < steps; ++step) try_range(share(step) * low, top);
+        for (int step = 0; step < steps; step += 2) try_range(share(step) * low, top);
         const Lanes bottom = best_low;
-        for (int step = 0; step < steps; ++step) try_range(bottom, share(step) * high);
+        for (int step = 0; step < steps; step += 2) try_range(bottom, share(step) * high);
         return best.grid;
     });
 }

@@ -122,8 +122,8 @@ def quantize(
     damping, act_order, block_size, grid_search
         As for `quantize_gptq`; `grid_search` is on by default for gptq and awq+gptq, off for the others.
     n_grid, coarse_to_fine
-        AWQ's scales are searched over so many ratios, see `search_scale`; and clipping over a quarter as
-        many limits.
+        AWQ's scales are searched over so many ratios, see `search_scale`; and clipping over half as many
+        limits.
     clip
         Clip the range of each group, see `quantize_clipped`: by ``"default"`` of all linears but query and
         key, of ``"all"`` or of ``"none"``. For awq+gptq the grid search takes its place.
@@ -602,14 +602,15 @@ class _Run:
                         precision.group_size,
                         precision.grid,
                         self.scale_dtype,
-                        self._searches_ranges(block, name),
+                        self._searches_ranges(),
                     )
         return choices
 
-    def _searches_ranges(self, block: DecoderBlock, name: str) -> bool:
+    def _searches_ranges(self) -> bool:
         if self.options.method != "awq":
             return self.options.grid_search is not False
-        return self.awq is not None and self.awq.clips(block.layout, name)
+        # Also for the linears that are not clipped: scales chosen so are better (docs/design.md).
+        return self.awq is not None and self.awq.clip != "none"
 
     def _is_followed(self, index: int) -> bool:
         """Tell whether something after block `index` is calibrated."""

@@ -274,8 +274,8 @@ def quantize_clipped(
     metric
         Its name, or a function of reference and candidate outputs ``[tokens, rows]`` of a group.
     n_grid
-        Ranges from 1 down to 0.5 of a group's largest magnitude, in steps of 2 / n_grid: first both
-        ends together, then each by itself.
+        Ranges from 1 down to 0.5 of a group's largest magnitude: first both ends together, in steps of
+        1 / n_grid, then each by itself, in twice these steps.
 
     Returns
     -------
@@ -307,7 +307,7 @@ def quantize_clipped(
     require_finite(weight, "weight")
     if n_grid < 1:
         raise ValueError(f"n_grid: expected at least 1, got {n_grid}")
-    steps = max(1, int(MOST_CLIP * n_grid / 2))
+    steps = max(1, int(MOST_CLIP * n_grid))
     if metric == "mse" and gram is not None:
         found = _kernels.quantize_clipped(
             weight,
@@ -317,10 +317,10 @@ def quantize_clipped(
             choice.grid,
             choice.scale_dtype.name,
             steps,
-            1 - 2 * steps / n_grid,
+            1 - steps / n_grid,
         )
     elif activations is not None:
-        shares = [1 - 2 * step / n_grid for step in range(steps)]
+        shares = [1 - step / n_grid for step in range(steps)]
         found = _clip_on_tokens(weight, activations, choice, find_metric(metric), shares)
     else:
         raise ValueError("activations: metrics other than mse need them; mse takes gram as well")
@@ -386,9 +386,9 @@ def _clip_group(
     for share in shares:
         try_range(np.maximum(low, -share * widest), np.minimum(high, share * widest))
     top = best_high.copy()
-    for share in shares:
+    for share in shares[::2]:
         try_range(share * low, top)
     bottom = best_low.copy()
-    for share in shares:
+    for share in shares[::2]:
         try_range(bottom, share * high)
     return best_codes, best_scales, best_offsets
