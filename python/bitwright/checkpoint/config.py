@@ -11,6 +11,10 @@ import numpy as np
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 
 ACTIVATIONS = ("silu",)
+OTHER_MODELS = (
+    "What transformers runs can be quantized all the same, by --backend transformers or "
+    "bitwright.quantize_with_transformers"
+)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 MODEL_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -203,9 +207,10 @@ class _Section:
         if not isinstance(value, str):
             raise self.wrong(key, "must be a string")
         if value not in choices:
+            hint = f". {OTHER_MODELS}" if key == "model_type" else ""
             raise UnsupportedModelError(
                 f"{self.source}: {self.quoted(key)} is {shown(value)}, which is not supported; "
-                f"supported are: {', '.join(choices)}"
+                f"supported are: {', '.join(choices)}{hint}"
             )
         return value
 
