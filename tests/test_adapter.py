@@ -569,6 +569,15 @@ def test_experts_without_tokens_are_rounded_with_a_warning(tmp_path: Path) -> No
     assert sum(not gram.any() for gram in grams.values()) >= 3
 
 
+def test_old_transformers_are_refused(
+    tmp_path: Path, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers replaces its own module while it loads.
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.56.2")
+    with pytest.raises(bitwright.MissingExtraError, match="4.56.2 is too old"):
+        run(folders("llama-biases"), tmp_path / "out")
+
+
 def test_the_command(tmp_path: Path, folders: Callable[[str], Path]) -> None:
     np.save(tmp_path / "tokens.npy", tokens(96))
     command = [

@@ -26,6 +26,7 @@ from bitwright.statistics import LayerStatistics, require_finite
 
 Float32 = NDArray[np.float32]
 
+OLDEST_TRANSFORMERS = 5
 CHUNK_TOKENS = 1024  # that a block sees at a time, in whole samples
 ROUTERS = (
     "gate",
@@ -110,14 +111,22 @@ class TorchBlock:
 
 
 def import_torch() -> tuple[Any, Any]:
-    """Import torch and transformers, or raise MissingExtraError."""
+    """Import torch and transformers; MissingExtraError if they are absent or too old."""
     try:
-        return importlib.import_module("torch"), importlib.import_module("transformers")
+        torch, transformers = map(importlib.import_module, ("torch", "transformers"))
     except ImportError as error:
         raise MissingExtraError(
             f"models outside bitwright's own list need torch and transformers, which are not installed "
             f'({error}): pip install "bitwright[transformers]"'
         ) from error
+    # Older ones silently ignore what 5 writes into config.json, such as rope_parameters.
+    version = str(transformers.__version__)
+    if int(version.partition(".")[0]) < OLDEST_TRANSFORMERS:
+        raise MissingExtraError(
+            f"transformers {version} is too old, {OLDEST_TRANSFORMERS} is needed: "
+            f'pip install "bitwright[transformers]"'
+        )
+    return torch, transformers
 
 
 class TorchModel:
