@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from bitwright.activations import collect_activations
+from bitwright.adapter import collect_grams, quantize_with_transformers
 from bitwright.build import BuildInfo, build_info, set_num_threads
 from bitwright.calibration import load_tokens
 from bitwright.checkpoint import Checkpoint
@@ -12,6 +13,7 @@ from bitwright.errors import (
     CalibrationError,
     CheckpointError,
     CheckpointNotFoundError,
+    MissingExtraError,
     NonFiniteError,
     OutputError,
     OutputExistsError,
@@ -67,6 +69,7 @@ __all__ = [
     "LayerKind",
     "LayerReport",
     "LayerStatistics",
+    "MissingExtraError",
     "Model",
     "NonFiniteError",
     "OutputError",
@@ -81,6 +84,7 @@ __all__ = [
     "awq_scale",
     "build_info",
     "collect_activations",
+    "collect_grams",
     "compute_activation_stats",
     "compute_salient_scaling",
     "demo_folder",
@@ -100,6 +104,7 @@ __all__ = [
     "quantize_clipped",
     "quantize_gptq",
     "quantize_rtn",
+    "quantize_with_transformers",
     "search_scale",
     "set_num_threads",
     "token_loss",

@@ -1,5 +1,6 @@
 """The ``bitwright`` command."""
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import bitwright
 from bitwright.activations import DEFAULT_SAMPLES
 from bitwright.demo import run_demo
+from bitwright.errors import MissingExtraError
 from bitwright.formats import FORMATS
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.metrics import METRICS
@@ -156,13 +159,31 @@ def cli() -> None:
     help="Other settings for these layers; the last match wins.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@click.option(
+    "--backend",
+    type=click.Choice(["native", "transformers"]),
+    default="native",
+    help="What runs the model: bitwright, block by block, or transformers (any architecture, the whole "
+    "model in memory; pip install bitwright[transformers]).",
+)
 @_threads
-def quantize(overrides: tuple[tuple[str, dict[str, int]], ...], **options: Any) -> None:
+def quantize(
+    backend: str, overrides: tuple[tuple[str, dict[str, int]], ...], **options: Any
+) -> None:
     """Quantize the checkpoint folder MODEL.
 
     Globs match full layer names, such as model.layers.0.self_attn.q_proj.
     """
-    report = bitwright.quantize(overrides=dict(overrides), **options)
+    run: Callable[..., bitwright.QuantizationReport] = bitwright.quantize
+    if backend == "transformers":
+        run = bitwright.quantize_with_transformers
+        context = click.get_current_context()
+        for name in sorted(set(options) - set(inspect.signature(run).parameters)):
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                option = name.replace("_", "-")
+                raise click.UsageError(f"--{option} is not an option of --backend transformers")
+            del options[name]
+    report = run(overrides=dict(overrides), **options)
     console = Console()
     print_report(report, console)
     raised = report.dampings_raised(options["damping"])
@@ -299,14 +320,14 @@ def evaluate(
         print_evaluations({str(model): result}, Console())
 
 
-@cli.command()
+@cli.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--method", type=click.Choice(list(METHODS)), default="gptq")
 @click.option("--samples", type=click.IntRange(1), default=128, help="Calibration samples.")
 @click.option("--length", type=click.IntRange(1), default=512, help="Tokens per sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_threads
-def inspect(
+def inspect_command(
     model: Path, method: str, samples: int, length: int, as_json: bool, threads: int | None
 ) -> None:
     """Describe MODEL: its layers, what would be quantized, and what a run would take."""
@@ -348,7 +369,7 @@ def main() -> None:
     except KeyboardInterrupt:
         click.echo("interrupted; nothing was written", err=True)
         sys.exit(INTERRUPTED)
-    except (ValueError, TypeError, OSError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, MissingExtraError) as error:
         click.echo(f"bitwright: {error or type(error).__name__}", err=True)
         sys.exit(FAILED)
     sys.exit(status)

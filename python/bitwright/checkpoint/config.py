@@ -13,6 +13,10 @@ from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+OTHER_MODELS = (
+    "What transformers runs can be quantized all the same, by --backend transformers or "
+    "bitwright.quantize_with_transformers"
+)
 MODEL_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -442,9 +446,10 @@ class Keys:
             raise self.wrong(key, "must be a string")
         value = self.rules.meanings.get(key, {}).get(value, value)
         if value not in choices:
+            hint = f". {OTHER_MODELS}" if key == "model_type" else ""
             raise UnsupportedModelError(
                 f"{self.source}: {self.quoted(key)} is {shown(value)}, which is not supported; "
-                f"supported are: {', '.join(choices)}"
+                f"supported are: {', '.join(choices)}{hint}"
             )
         return value
 
