@@ -12,15 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_tokens
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.errors import BitwrightError, NonFiniteError
-from bitwright.evaluate import peak_memory_bytes
-from bitwright.formats import FORMATS, Format, Precision
+from bitwright.formats import FORMATS, Precision
 from bitwright.methods.awq import (
     DEFAULT_GRID,
     ScaleSearch,
@@ -28,14 +25,13 @@ from bitwright.methods.awq import (
     quantize_clipped,
     search_scale,
 )
-from bitwright.methods.gptq import GptqTensor
-from bitwright.methods.grid import FLOAT_DTYPES, GridChoice
+from bitwright.methods.grid import GridChoice
 from bitwright.methods.solver import METHODS, SCALED_METHODS, MethodOptions, Solver
 from bitwright.models.fold import fold_scale
-from bitwright.pipeline import DEFAULT_SAMPLES, JUDGED_TOKENS, QuantizedLayer, relative_error
+from bitwright.output import Output, QuantizedLayer, block_error, progress_bar, relative_error
+from bitwright.pipeline import DEFAULT_SAMPLES, JUDGED_TOKENS
 from bitwright.recipe import check_plan, plan_shapes
-from bitwright.report import BlockReport, LayerReport, QuantizationReport
-from bitwright.statistics import require_finite
+from bitwright.report import BlockReport, QuantizationReport
 from bitwright.tensor import Grid, QuantizedTensor
 from bitwright.torch_model import Input, Linear, Norm, Stream, TorchBlock, TorchModel
 
@@ -172,14 +168,17 @@ def quantize_with_transformers(
     config = dict(original.checkpoint.config)
     in_float: dict[str, Precision | None] = dict.fromkeys(original.routers())
     config.update(kind.config(default, {**in_float, **plan}, ""))
-    run = _Run(original, kind, plan, options, n_grid, dtype, tokens)
     with CheckpointWriter(
         out, overwrite, metadata={"format": kind.metadata}, source=original.folder
     ) as writer:
-        run.go(writer, progress)
+        run = _Run(original, Output(writer, kind), plan, options, n_grid, dtype, tokens)
+        run.go(progress)
         writer.write_json("config.json", config)
         copy_side_files(original.checkpoint, writer)
-    return run.report(Path(out), time.perf_counter() - start)
+    checkpoint = original.checkpoint
+    weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    seconds = time.perf_counter() - start
+    return run.output.report(Path(out), method, checkpoint, weights, tokens, seconds)
 
 
 def collect_grams(
@@ -271,7 +270,7 @@ class _Run:
     def __init__(
         self,
         model: TorchModel,
-        format: type[Format],
+        output: Output,
         plan: Mapping[str, Precision | None],
         options: MethodOptions,
         n_grid: int,
@@ -279,22 +278,17 @@ class _Run:
         tokens: NDArray[np.int32] | None,
     ) -> None:
         self.model = model
-        self.format = format
+        self.output = output
         self.plan = plan
         self.wanted = {name for name, precision in plan.items() if precision is not None}
         self.options = options
         self.n_grid = n_grid
         self.scale_dtype = scale_dtype
         self.tokens = tokens
-        self.layers: list[LayerReport] = []
-        self.blocks: list[BlockReport] = []
         self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
         self.unread: list[str] = []  # layers that no token reached
-        self.layer_bytes = 0.0
-        self.layer_weights = 0
-        self.written_bytes = 0
 
-    def go(self, writer: CheckpointWriter, progress: bool) -> None:
+    def go(self, progress: bool) -> None:
         """Quantize and write all tensors."""
         model = self.model
         stream = None if self.tokens is None else Stream(model, self.tokens)
@@ -305,65 +299,32 @@ class _Run:
                 f"{type(model.module).__name__} that only linears read, so it has nothing to scale; "
                 f"use gptq"
             )
-        bar = Progress(
-            TextColumn("quantizing"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("blocks, time left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[error]}"),
-            console=Console(stderr=True),
-        )
-
-        def finish(layer: QuantizedLayer) -> None:
-            self._finish(layer, writer)
-
+        bar = progress_bar()
         with bar if progress else nullcontext():
             task = bar.add_task("", total=len(model.blocks), error="")
             for block in model.blocks:
-                reported = len(self.layers)
+                reported = len(self.output.layers)
                 linears = block.all_linears()
                 if stream is None:
-                    self._solve([Input([linear]) for linear in linears], finish)
+                    self._solve([Input([linear]) for linear in linears], self.output.finish)
                 else:
                     if self.wanted.isdisjoint(linear.name for linear in linears):
                         pass
                     elif scaled:
-                        self._quantize_scaled(block, stream, finish)
+                        self._quantize_scaled(block, stream, self.output.finish)
                     else:
                         inputs, _ = self._observe(block, stream)
-                        self._solve(inputs, finish)
+                        self._solve(inputs, self.output.finish)
                     if block is not model.blocks[-1]:  # nobody reads the last hidden states
                         stream.advance(block)
-                errors = [layer.error for layer in self.layers[reported:]]
-                shown = f"block error {max(errors):.2e}" if errors else "block left in float"
-                bar.update(task, advance=1, error=shown)
-        self._carry(writer)
+                bar.update(task, advance=1, error=block_error(self.output.layers[reported:]))
+        self._carry()
         if self.unread:
             warnings.warn(
                 f"{model.folder}: no token of the calibration data reached {len(self.unread)} layers, "
                 f"such as {self.unread[0]}; they were rounded to nearest",
                 stacklevel=3,
             )
-
-    def report(self, out: Path, seconds: float) -> QuantizationReport:
-        """Sum up the run."""
-        checkpoint = self.model.checkpoint
-        weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-        return QuantizationReport(
-            out=out,
-            method=self.options.method,
-            format=self.format.name,
-            layers=tuple(self.layers),
-            blocks=tuple(self.blocks),
-            layer_bits_per_weight=8 * self.layer_bytes / self.layer_weights,
-            bits_per_weight=8 * self.written_bytes / weights,
-            size_bytes=self.written_bytes,
-            original_bytes=checkpoint.nbytes(),
-            calibration_tokens=0 if self.tokens is None else self.tokens.size,
-            seconds=seconds,
-            peak_memory_bytes=peak_memory_bytes(),
-        )
 
     def _observe(
         self, block: TorchBlock, stream: Stream, kept: int = 0
@@ -456,7 +417,9 @@ class _Run:
         better = loss_after < loss_before
         for layer in scaled if better else plain:
             finish(layer)
-        self.blocks.append(BlockReport(block.index, loss_before, loss_after, better, searches))
+        self.output.blocks.append(
+            BlockReport(block.index, loss_before, loss_after, better, searches)
+        )
 
     def _scale(
         self, block: TorchBlock, stream: Stream, inputs: Sequence[Input]
@@ -542,34 +505,13 @@ class _Run:
                 changed[name] = linear.weight
         return changed
 
-    def _finish(self, layer: QuantizedLayer, writer: CheckpointWriter) -> None:
-        """Write and report a layer."""
-        tensor = layer.tensor
-        for part, array in self.format.pack(layer.name, tensor).items():
-            self._add(writer, part, array)
-        self.layer_bytes += tensor.nbytes
-        self.layer_weights += tensor.codes.size
-        damping = tensor.damping if isinstance(tensor, GptqTensor) else None
-        self.layers.append(
-            LayerReport(layer.name, tensor.bits, tensor.group_size, layer.error, damping)
-        )
-
-    def _carry(self, writer: CheckpointWriter) -> None:
+    def _carry(self) -> None:
         """Write the tensors that stay as they are, and the norms that are changed."""
         checkpoint = self.model.checkpoint
         for name in checkpoint.names():
             if name.removesuffix(".weight") in self.wanted:
                 continue
-            array = checkpoint.read(name)
-            if name in self.changed:
-                array = self.changed.pop(name).astype(array.dtype)
-            if array.dtype in FLOAT_DTYPES:
-                require_finite(array, f"{checkpoint.file(name)}: tensor {name}")
-            self._add(writer, name, array)
-
-    def _add(self, writer: CheckpointWriter, name: str, array: NDArray[Any]) -> None:
-        writer.add(name, array)
-        self.written_bytes += array.nbytes
+            self.output.carry(checkpoint, name, self.changed)
 
 
 def _is_clipped(linear: Linear) -> bool:

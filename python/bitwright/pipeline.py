@@ -10,19 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bitwright import _kernels
 from bitwright.activations import ActivationFile
 from bitwright.calibration import TokenSource, load_tokens
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.errors import BitwrightError, NonFiniteError
-from bitwright.evaluate import parameter_count, peak_memory_bytes
+from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, Precision
 from bitwright.methods.awq import DEFAULT_GRID
-from bitwright.methods.gptq import GptqTensor
-from bitwright.methods.grid import FLOAT_DTYPES, GridChoice
+from bitwright.methods.grid import GridChoice
 from bitwright.methods.metrics import Metric
 from bitwright.methods.salient import (
     ACTIVATION_METHODS,
@@ -40,15 +37,15 @@ from bitwright.methods.solver import (
 from bitwright.models.block import ChunkStates, DecoderBlock, Float32, Rotation
 from bitwright.models.layout import Stage
 from bitwright.models.model import Model, load_model
+from bitwright.output import Output, QuantizedLayer, block_error, progress_bar, relative_error
 from bitwright.recipe import plan_layers
-from bitwright.report import BlockReport, LayerReport, QuantizationReport
+from bitwright.report import BlockReport, QuantizationReport
 from bitwright.scaling import AwqOptions, Clip, Objective, ScaledBlock, observe_block
-from bitwright.statistics import LayerStatistics, require_finite
+from bitwright.statistics import LayerStatistics
 from bitwright.statistics import gram as gram_of
-from bitwright.tensor import Grid, QuantizedTensor
+from bitwright.tensor import Grid
 
 DEFAULT_SAMPLES = 128
-ERROR_ROWS = 64  # output rows that a layer's reported error is estimated on
 FEW_TOKENS = 128  # below so many an expert's gram is that of all tokens
 JUDGED_TOKENS = 512  # that decide between a block with AWQ's scales and one without
 
@@ -252,7 +249,14 @@ def quantize(
         run.go(progress)
         writer.write_json("config.json", config)
         copy_side_files(original.checkpoint, writer)
-    return run.report(Path(out), time.perf_counter() - start)
+    return run.output.report(
+        Path(out),
+        method,
+        original.checkpoint,
+        parameter_count(original),
+        tokens,
+        time.perf_counter() - start,
+    )
 
 
 def _as_written(
@@ -323,16 +327,6 @@ def _calibration_tokens(
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedLayer:
-    """A layer that is ready to be written."""
-
-    name: str
-    tensor: QuantizedTensor
-    error: float
-    few_tokens: bool
-
-
-@dataclass(frozen=True, eq=False)
 class OwnSolver:
     """How to quantize a layer, and the gram that its error is reported by."""
 
@@ -358,8 +352,6 @@ class _Run:
         propagate: bool,
     ) -> None:
         self.model = model
-        self.writer = writer
-        self.format = format
         self.plan = plan
         self.options = options
         self.scale_dtype = scale_dtype
@@ -367,18 +359,12 @@ class _Run:
         self.activations = activations
         self.propagate = propagate
         self.awq = awq if options.method in SCALED_METHODS else None
-        self.layers: list[LayerReport] = []
-        self.blocks: list[BlockReport] = []
         self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
-        self.layer_bytes = 0.0
-        self.layer_weights = 0
-        self.written_bytes = 0
-        # Experts that the format stores as one tensor are collected until all are there.
-        self.experts = model.expert_places() if format.stacks_experts else {}
-        self.expert_count = model.config.experts.count if model.config.experts else 0
+        experts = model.expert_places() if format.stacks_experts else None
+        stack_size = model.config.experts.count if model.config.experts else 0
+        self.output = Output(writer, format, experts, stack_size)
         self.stacked = model.stacked_tensors()
         self.shapes = model.linear_shapes()
-        self.stacks: dict[str, dict[int, dict[str, NDArray[Any]]]] = {}
 
     def go(self, progress: bool) -> None:
         """Quantize and write all tensors."""
@@ -387,52 +373,25 @@ class _Run:
         prefixes = tuple(model.block_prefix(index) for index in range(count))
         hidden = self._embed()
         rope = None if self.tokens is None else model.rotation(self.tokens.shape[1])
-        bar = Progress(
-            TextColumn("quantizing"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("blocks, time left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[error]}"),
-            console=Console(stderr=True),
-        )
+        bar = progress_bar()
         with bar if progress else nullcontext():
             task = bar.add_task("", total=count, error="")
             for index, prefix in enumerate(prefixes):
-                reported = len(self.layers)
+                reported = len(self.output.layers)
                 block = model.block(index)
                 if hidden is None or rope is None:
                     for stage in block.stages:
                         solvers = self._solvers_from_file(block, prefix, stage)
                         self._quantize_stage(
-                            block, prefix, stage, None, self._finish, solvers.get, False
+                            block, prefix, stage, None, self.output.finish, solvers.get, False
                         )
                         block.release(stage)
                 else:
                     self._calibrate_block(block, index, hidden, rope)
                 self._carry(name for name in model.checkpoint.names() if name.startswith(prefix))
-                errors = [layer.error for layer in self.layers[reported:]]
-                shown = f"block error {max(errors):.2e}" if errors else "block left in float"
-                bar.update(task, advance=1, error=shown)
+                bar.update(task, advance=1, error=block_error(self.output.layers[reported:]))
         self._quantize_head(hidden)
         self._carry(name for name in model.checkpoint.names() if not name.startswith(prefixes))
-
-    def report(self, out: Path, seconds: float) -> QuantizationReport:
-        """Sum up the run."""
-        return QuantizationReport(
-            out=out,
-            method=self.options.method,
-            format=self.format.name,
-            layers=tuple(self.layers),
-            blocks=tuple(self.blocks),
-            layer_bits_per_weight=8 * self.layer_bytes / self.layer_weights,
-            bits_per_weight=8 * self.written_bytes / parameter_count(self.model),
-            size_bytes=self.written_bytes,
-            original_bytes=self.model.checkpoint.nbytes(),
-            calibration_tokens=0 if self.tokens is None else self.tokens.size,
-            seconds=seconds,
-            peak_memory_bytes=peak_memory_bytes(),
-        )
 
     def _embed(self) -> Float32 | None:
         """Quantize the embedding if it is planned, and look up the tokens in it."""
@@ -443,7 +402,7 @@ class _Run:
         matrix = self.model.embedding()
         if precision is not None:
             solver = METHODS["rtn"](None, self.options)
-            matrix = self._quantize(name, matrix, solver, precision, None, self._finish)
+            matrix = self._quantize(name, matrix, solver, precision, None, self.output.finish)
         return None if self.tokens is None else self.model.embed(self.tokens, matrix)
 
     def _calibrate_block(
@@ -454,7 +413,7 @@ class _Run:
         if self.awq is None or not any(
             self.plan[prefix + name] for stage in block.stages for name in stage.linears
         ):
-            self._pass(block, index, hidden, rope, self._finish, release=True)
+            self._pass(block, index, hidden, rope, self.output.finish, release=True)
             return
         # AWQ judges scales on what the float block sees and computes, and the block as a whole by
         # how far the quantized one then is from it.
@@ -501,8 +460,10 @@ class _Run:
         elif goes_on:
             plain_block.forward(hidden, rope)
         for layer in layers if kept else plain_layers:
-            self._finish(layer)
-        self.blocks.append(BlockReport(index, before_loss, after_loss, kept, scaled.searches))
+            self.output.finish(layer)
+        self.output.blocks.append(
+            BlockReport(index, before_loss, after_loss, kept, scaled.searches)
+        )
 
     def _pass(
         self,
@@ -682,7 +643,7 @@ class _Run:
         else:
             gram = None if hidden is None else gram_of(self.model.final_norm(hidden))
             own = OwnSolver(METHODS[self.options.method](gram, self.options), gram)
-        self._quantize(name, self.model.head(), own.solve, precision, own.gram, self._finish)
+        self._quantize(name, self.model.head(), own.solve, precision, own.gram, self.output.finish)
 
     def _quantize(
         self,
@@ -707,30 +668,6 @@ class _Run:
         finish(QuantizedLayer(name, tensor, relative_error(weight, stored, gram), fallback))
         return stored
 
-    def _finish(self, layer: QuantizedLayer) -> None:
-        """Write and report a layer."""
-        tensor = layer.tensor
-        place = self.experts.get(layer.name)
-        if place is None:
-            for part, array in self.format.pack(layer.name, tensor).items():
-                self._add(part, array)
-        else:
-            stack = self.stacks.setdefault(place.stacked_name, {})
-            stack[place.index] = self.format.pack(place.stacked_name, tensor)
-            if len(stack) == self.expert_count:
-                parts = [stack[index] for index in sorted(stack)]
-                del self.stacks[place.stacked_name]
-                for part in parts[0]:
-                    self._add(part, np.stack([each[part] for each in parts]))
-        self.layer_bytes += tensor.nbytes
-        self.layer_weights += tensor.codes.size
-        damping = tensor.damping if isinstance(tensor, GptqTensor) else None
-        self.layers.append(
-            LayerReport(
-                layer.name, tensor.bits, tensor.group_size, layer.error, damping, layer.few_tokens
-            )
-        )
-
     def _carry(self, names: Iterable[str]) -> None:
         """Write the tensors that stay as they are; a tied matrix once, under the embedding's name."""
         model = self.model
@@ -752,12 +689,7 @@ class _Run:
                     if self.plan.get(layer) is None:
                         self._carry_expert(layer, model.checkpoint.dtype(name))
                 continue
-            array = model.checkpoint.read(name)
-            if name in self.changed:
-                array = self.changed.pop(name).astype(array.dtype)
-            if array.dtype in FLOAT_DTYPES:
-                require_finite(array, f"{model.checkpoint.file(name)}: tensor {name}")
-            self._add(target, array)
+            self.output.carry(model.checkpoint, name, self.changed, target)
 
     def _carry_expert(self, layer: str, dtype: np.dtype[Any]) -> None:
         """Write one expert of a stack by itself, in float."""
@@ -766,28 +698,7 @@ class _Run:
             array = self.changed.pop(tensor)
         else:
             array = self.model.weight(layer, self.shapes[layer])
-        self._add(tensor, array.astype(dtype))
-
-    def _add(self, name: str, array: NDArray[Any]) -> None:
-        self.writer.add(name, array)
-        self.written_bytes += array.nbytes
-
-
-def relative_error(weight: Float32, stored: Float32, gram: Float32 | None) -> float:
-    """Return ``tr(Δ G Δᵀ) / tr(W G Wᵀ)``, Δ = `stored` − `weight`, over at most 64 evenly spaced rows.
-
-    Without a gram the identity takes its place. A layer of zeros has error 0.
-    """
-    step = -(-len(weight) // ERROR_ROWS)
-    rows = np.ascontiguousarray(weight[::step])
-    change = stored[::step] - rows
-    energies = [
-        float(
-            np.vdot(each, each) if gram is None else _kernels.row_quadratic_forms(each, gram).sum()
-        )
-        for each in (change, rows)
-    ]
-    return energies[0] / energies[1] if energies[1] > 0 else 0.0
+        self.output.add(tensor, array.astype(dtype))
 
 
 def _mean_square(states: Float32, original: Float32) -> float:

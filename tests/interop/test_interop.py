@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,41 @@ def test_small_model(tmp_path: Path, client: str, options: dict[str, Any]) -> No
 
 
 @needs_shared
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe", "mixtral", "deepseek_v2", "qwen2_moe", "gemma2", "phi3"]
+)
+def test_families_load_in_mlx(tmp_path: Path, name: str) -> None:
+    """Experts are stacked, routers and fused tensors named as mlx-lm wants them."""
+    folder = SHARED / "models" / "arch" / name
+    tokens = np.random.default_rng(0).integers(0, 320, (8, 48)).astype(np.int32)
+    narrow = ["*.kv_a_proj_with_mqa"] if name == "deepseek_v2" else []
+    options: dict[str, Any] = {"group_size": 32, "exclude": narrow, "scale_dtype": "float32"}
+    check(tmp_path, "mlx", folder, tokens, tokens, **options)
+
+
+@needs_shared
 def test_story_model_loads_in_mlx(tmp_path: Path) -> None:
     calibration = np.load(SHARED / "text" / "story_calibration.npy")[:16]
     tokens = np.load(SHARED / "text" / "story_eval.npy")[:16]
     check(tmp_path, "mlx", SHARED / "models" / "story", calibration, tokens, bits=4)
+
+
+def test_adapter_where_transformers_is_installed() -> None:
+    """tests/test_adapter.py skips without torch, which the environment of a client has."""
+    try:
+        python = client_python("gptqmodel")
+    except subprocess.CalledProcessError as error:
+        if "CI" in os.environ:
+            raise
+        pytest.skip(f"the client gptqmodel cannot be installed here: {error}")
+    paths = [str(Path(bitwright.__file__).parents[1]), sysconfig.get_path("purelib")]
+    done = subprocess.run(
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_adapter.py"],
+        cwd=HERE.parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
