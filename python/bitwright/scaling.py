@@ -31,7 +31,7 @@ OBJECTIVES: tuple[Objective, ...] = ("layer", "block")
 Clip = Literal["default", "all", "none"]
 CLIPS: tuple[Clip, ...] = ("default", "all", "none")
 METRIC_TOKENS = 1024  # that outputs are computed on where the gram does not do
-SEARCH_ROWS = 128  # of each weight that a search from coarse to fine looks at
+SEARCH_ROWS = 64  # of each weight that a search from coarse to fine looks at
 FEWEST_ROWS = 8  # of each of many experts
 BLOCK_TOKENS = 4096  # the same for sub-blocks, which need whole samples
 

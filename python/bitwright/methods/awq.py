@@ -187,14 +187,16 @@ def gram_loss(weights: Sequence[Float32], choices: Sequence[GridChoice], gram: F
     >>> bitwright.search_scale(np.abs(inputs).mean(axis=0), loss).ratio > 0
     True
     """
-    outputs = sum(len(weight) for weight in weights)
+    diagonal = gram.diagonal()
 
     def loss(scale: Float32) -> float:
-        total = 0.0
-        for weight, choice in zip(weights, choices, strict=True):
-            change = scaled_rounding(weight, scale, choice, gram.diagonal())
-            total += float(_kernels.row_quadratic_forms(change, gram).sum())
-        return total / outputs
+        changes = [
+            scaled_rounding(weight, scale, choice, diagonal)
+            for weight, choice in zip(weights, choices, strict=True)
+        ]
+        # One product of many rows is faster than several of few.
+        change = changes[0] if len(changes) == 1 else np.concatenate(changes)
+        return float(_kernels.row_quadratic_forms(change, gram).mean())
 
     return loss
 
