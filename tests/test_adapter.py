@@ -235,7 +235,8 @@ def native_grams(folder: Path, ids: NDArray[Any]) -> Grams:
 )
 def test_grams_are_those_of_the_native_path(folders: Callable[[str], Path], name: str) -> None:
     folder = folders(name)
-    ids = tokens(vocabulary(folder), 40, 48)
+    # Token 0 pads: its embedding is zero, so that all experts tie for it.
+    ids = 1 + tokens(vocabulary(folder) - 1, 40, 48)
     assert_same_grams(bitwright.collect_grams(folder, ids), native_grams(folder, ids))
 
 
@@ -429,7 +430,9 @@ def test_a_norm_with_another_reader_is_left_alone(
     plain = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x) + torch.tanh(x))
     report = run(folders("llama-biases"), tmp_path / "out", method="awq")
-    assert all("gate_proj" not in block.searches for block in report.blocks)
+    # Where the best ratio is 0 there is nothing to undo.
+    found = [block.searches.get("gate_proj") for block in report.blocks]
+    assert all(search is None or search.ratio == 0 for search in found)
     assert any("q_proj" in block.searches for block in report.blocks)
     before = load_file(folders("llama-biases") / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")

@@ -317,7 +317,7 @@ def test_awq_beats_rounding_at_equal_size(tmp_path: Path) -> None:
     divergences = {name: divergence(tmp_path / name.replace("+", "")) for name in reports}
     assert len({report.size_bytes for report in reports.values()}) == 1
     assert divergences["awq"] < 0.85 * divergences["rtn"]
-    assert divergences["awq+gptq"] < 0.9 * divergences["awq"]
+    assert divergences["awq+gptq"] < 0.95 * divergences["awq"]
     assert reports["rtn"].blocks == reports["gptq"].blocks == ()
     for block in reports["awq"].blocks:
         assert block.scaled

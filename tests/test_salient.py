@@ -258,7 +258,7 @@ def test_what_is_collected_is_what_the_layers_see(activations_file: Path) -> Non
     tokens = bitwright.load_tokens(TEXT, tokenizer=DEMO, length=128, samples=8, seed=0)
     embedded = model.embedding()[tokens]
     gain = model.vector("model.layers.0.input_layernorm.weight", (embedded.shape[2],))
-    power = np.square(embedded).mean(axis=2, keepdims=True) + model.config.rms_norm_eps
+    power = np.square(embedded).mean(axis=2, keepdims=True) + model.config.norm_eps
     np.testing.assert_allclose(found, embedded / np.sqrt(power) * gain, rtol=1e-4, atol=1e-5)
 
 

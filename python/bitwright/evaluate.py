@@ -161,7 +161,8 @@ def parameter_count(model: Model) -> int:
         for shapes in (layout.linears, layout.floats, layout.vectors):
             parameters += sum(math.prod(shape) for shape in shapes.values())
     others = (name for name in checkpoint.names() if not name.startswith(known))
-    return parameters + config.hidden_size + sum(math.prod(checkpoint.shape(n)) for n in others)
+    final_norm = config.hidden_size * (2 if model.architecture.norm_kind == "layer_norm" else 1)
+    return parameters + final_norm + sum(math.prod(checkpoint.shape(n)) for n in others)
 
 
 def peak_memory_bytes() -> int:
