@@ -1,4 +1,4 @@
-"""Quantizes one model with bitwright and with llm-compressor in turn, on the same tokens and threads.
+"""Quantizes one model with bitwright and with a peer in turn, on the same tokens and threads.
 
 Usage::
 
@@ -6,8 +6,13 @@ Usage::
     /tmp/peer/bin/pip install llmcompressor==0.14.0.1
     python bench/make_llama.py /tmp/llama98
     python bench/end_to_end.py /tmp/llama98 --peer-python /tmp/peer/bin/python [--rounds 3]
+    python bench/end_to_end.py /tmp/llama98 --peer-python /tmp/peer/bin/python --method awq --samples 8
 
-bitwright's time is that of the whole run, reading and writing included; the peer's that of its `oneshot`
+    python3 -m venv /tmp/mlx && /tmp/mlx/bin/pip install "mlx[cpu]==0.32.4" mlx-lm==0.32.2
+    python bench/end_to_end.py ../shared/models/story --peer-python /tmp/mlx/bin/python --peer mlx \\
+        --method awq --bits 3 --group-size 64 --tokens ../shared/text/story_calibration.npy --samples 16
+
+bitwright's time is that of the whole run, reading and writing included; the peer's that of its algorithm
 alone. Memory is the peak of each process.
 """
 
@@ -44,6 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--peer-python", required=True)
+    parser.add_argument("--peer", choices=["llmcompressor", "mlx"], default="llmcompressor")
+    parser.add_argument("--method", choices=["gptq", "awq"], default="gptq")
+    parser.add_argument("--tokens", type=Path, help="token ids, .npy; random ones by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
@@ -52,17 +60,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
-    peer_script = str(Path(__file__).parent / "peer_llmcompressor.py")
+    peer_script = str(Path(__file__).parent / f"peer_{options.peer}.py")
+    # The peers' grids: llm-compressor's as its users have them, MLX's own.
+    formats = {"gptq": "gptq", "awq": "awq"} if options.peer == "llmcompressor" else {"awq": "mlx"}
+    symmetric = ["--symmetric"] if options.method == "gptq" else []
     results: list[tuple[dict[str, Any], dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as scratch:
         tokens = Path(scratch, "tokens.npy")
         shape = (options.samples, options.length)
-        np.save(tokens, np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int32))
+        ids = np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int32)
+        np.save(tokens, np.load(options.tokens)[: options.samples] if options.tokens else ids)
         settings = {
             "model": str(options.model),
             "bits": options.bits,
             "group_size": options.group_size,
-            "format": "gptq",
+            "method": options.method,
+            "format": formats[options.method],
             "calibration": str(tokens),
             "threads": options.threads,
         }
@@ -72,7 +85,7 @@ def main() -> None:
             peer = run(
                 [
                     *(options.peer_python, peer_script, str(options.model), str(tokens)),
-                    *(f"{scratch}/peer-{round_number}", "--symmetric"),
+                    *(f"{scratch}/peer-{round_number}", "--method", options.method, *symmetric),
                     *("--bits", str(options.bits), "--group-size", str(options.group_size)),
                     *("--threads", str(options.threads)),
                 ]

@@ -8,13 +8,16 @@ import json
 import resource
 import time
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM
 
 
@@ -31,7 +34,7 @@ def main() -> None:
     # A CPU without bfloat16 instructions multiplies bfloat16 several times slower than float32, so
     # the peer gets the faster of the two; "auto" is the checkpoint's own, as its users have it.
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "auto"], default="float32")
-    parser.add_argument("--method", choices=["gptq"], default="gptq")
+    parser.add_argument("--method", choices=["gptq", "awq"], default="gptq")
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
@@ -43,11 +46,15 @@ def main() -> None:
         group_size=options.group_size,
         symmetric=options.symmetric,
     )
-    recipe = GPTQModifier(
-        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
-        ignore=["lm_head"],
-        dampening_frac=0.01,
-    )
+    scheme: dict[str, Any] = {
+        "config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
+        "ignore": ["lm_head"],
+    }
+    recipe: Any = GPTQModifier(**scheme, dampening_frac=0.01)
+    if options.method == "awq":
+        # It pins memory for an accelerator, and stops where there is none.
+        IntermediatesCache._pin_intermediate = classmethod(lambda cls, intermediate: None)
+        recipe = [AWQModifier(), QuantizationModifier(**scheme)]
     dtype = getattr(torch, options.dtype) if options.dtype != "auto" else "auto"
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     start = time.perf_counter()

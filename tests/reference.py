@@ -170,31 +170,64 @@ def rms_norm(states: Array, weight: Array, epsilon: float) -> Array:
     return result
 
 
-def rotate(states: Array, cosines: Array, sines: Array, heads: int) -> Array:
+def layer_norm(states: Array, weight: Array, bias: Array, epsilon: float) -> Array:
+    """Ba et al. 2016, float64."""
+    states = states.astype(np.float64)
+    states = states - states.mean(-1, keepdims=True)
+    result: Array = weight * states / np.sqrt((states**2).mean(-1, keepdims=True) + epsilon) + bias
+    return result
+
+
+def rotate(
+    states: Array,
+    cosines: Array,
+    sines: Array,
+    heads: int,
+    first: int = 0,
+    interleaved: bool = False,
+) -> Array:
     """Return states ``[batch * length, heads * width]`` turned by their positions, float64.
 
-    Channel i of a head's first half and of its second are one complex number.
+    Of each head's channels from ``first`` on, channel i of the first half and of the second are one
+    complex number or, interleaved, channels 2i and 2i + 1.
     """
     length, half = cosines.shape
-    pairs = states.astype(np.float64).reshape(-1, length, heads, 2, half)
-    turned = (pairs[..., 0, :] + 1j * pairs[..., 1, :]) * (cosines + 1j * sines)[:, None]
-    return np.stack([turned.real, turned.imag], axis=3).reshape(states.shape)
+    result = states.astype(np.float64).reshape(len(states) // length, length, heads, -1)
+    part = result[..., first : first + 2 * half]
+    left, right = (
+        (part[..., ::2], part[..., 1::2]) if interleaved else (part[..., :half], part[..., half:])
+    )
+    turned = (left + 1j * right) * (cosines + 1j * sines)[:, None]
+    left[:], right[:] = turned.real, turned.imag
+    return result.reshape(states.shape)
 
 
 def attention(
-    query: Array, key: Array, value: Array, length: int, heads: int, key_heads: int, scale: float
+    query: Array,
+    key: Array,
+    value: Array,
+    length: int,
+    heads: int,
+    key_heads: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> Array:
     """Return causal attention with grouped queries, ``[batch * length, heads * width]`` float64."""
-    width = query.shape[1] // heads
 
     def split(states: Array, count: int) -> Array:
-        per_head = states.astype(np.float64).reshape(-1, length, count, width).transpose(0, 2, 1, 3)
-        return np.repeat(per_head, heads // count, axis=1)
+        per_head = states.astype(np.float64).reshape(-1, length, count, states.shape[1] // count)
+        return np.repeat(per_head.transpose(0, 2, 1, 3), heads // count, axis=1)
 
     scores = scale * split(query, heads) @ split(key, key_heads).transpose(0, 1, 3, 2)
-    scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+    seen = np.tri(length, dtype=bool)
+    if window:
+        seen &= ~np.tri(length, k=-window, dtype=bool)
+    scores = np.where(seen, scores, -np.inf)
     mixed = np.exp(log_softmax(scores)) @ split(value, key_heads)
-    return mixed.transpose(0, 2, 1, 3).reshape(query.shape)
+    return mixed.transpose(0, 2, 1, 3).reshape(len(query), -1)
 
 
 def log_softmax(logits: Array) -> Array:

@@ -79,6 +79,10 @@ def test_info_and_version() -> None:
         (("quantize", str(DEMO), "--out", "OUT", "--bits", "7"), "7"),
         (("quantize", str(DEMO), "--out", "OUT", "--override", "a=b"), "a=b"),
         (("quantize", str(DEMO), "--out", "/proc/out", "--method", "rtn"), "/proc/out"),
+        (
+            ("quantize", str(DEMO), "--out", "OUT", "--backend", "transformers", "--metric", "mae"),
+            "--metric is not an option",
+        ),
         (("evaluate", str(DEMO), "--text", TEXT, "--reference", "nowhere"), "nowhere"),
         (("evaluate", str(DEMO), "--text", TEXT, "--samples", "99999"), "99999"),
     ],
@@ -92,6 +96,18 @@ def test_errors_are_one_message_without_a_traceback(
     assert word in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_missing_torch_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for call in (
+        lambda: bitwright.quantize_with_transformers(DEMO, tmp_path / "out", method="rtn"),
+        lambda: bitwright.collect_grams(DEMO, np.zeros((1, 4), np.int32)),
+    ):
+        with pytest.raises(bitwright.MissingExtraError, match=r"bitwright\[transformers\]"):
+            call()
 
 
 def long_run(out: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """config.json: both spellings mean the same, and wrong values are named."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 from bitwright.checkpoint.config import ModelConfig, RopeConfig
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.errors import BitwrightError, CheckpointError, UnsupportedModelError
+from bitwright.models import ARCHITECTURES
 
 SHARED = Path(__file__).parents[2] / "shared"
 SOURCE = Path("folder/config.json")
+RULES = {name: family.rules for name, family in ARCHITECTURES.items()}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -26,7 +29,7 @@ LLAMA3 = {
 
 
 def parse(**raw: Any) -> ModelConfig:
-    return ModelConfig.from_dict({"model_type": "llama", **raw}, SOURCE, {"llama"})
+    return ModelConfig.from_dict({"model_type": "llama", **raw}, SOURCE, RULES)
 
 
 def test_defaults_are_those_of_llama() -> None:
@@ -34,8 +37,9 @@ def test_defaults_are_those_of_llama() -> None:
     assert (config.hidden_size, config.intermediate_size, config.vocab_size) == (4096, 11008, 32000)
     assert (config.num_hidden_layers, config.num_attention_heads) == (32, 32)
     assert (config.num_key_value_heads, config.head_dim) == (32, 128)
-    assert (config.rms_norm_eps, config.max_position_embeddings) == (1e-6, 2048)
-    assert not any([config.tie_word_embeddings, config.attention_bias, config.mlp_bias])
+    assert (config.norm_eps, config.max_position_embeddings) == (1e-6, 2048)
+    assert not any([config.tie_word_embeddings, config.query_bias, config.output_bias])
+    assert not config.mlp_bias
     assert (config.hidden_act, config.dtype, config.rope) == ("silu", None, RopeConfig())
     assert config.raw == {"model_type": "llama", "unknown": 1}
 
@@ -158,6 +162,8 @@ def test_wrong_values_are_named(key: str, value: Any) -> None:
         ({"rope_type": "yarn", "truncate": 1}, 'truncate" is 1'),
         ({"rope_type": "yarn", "mscale": "1"}, "mscale\" is '1'"),
         ({"rope_type": 3}, 'rope_type" is 3'),
+        ({"rope_type": "longrope"}, 'short_factor" is absent, but must be a list of 64'),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [0]}, "long_factor"),
     ],
 )
 def test_wrong_rope_values_are_named(change: dict[str, Any], message: str) -> None:
@@ -171,11 +177,10 @@ def test_wrong_rope_values_are_named(change: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba', which is not supported; supported are: llama"),
-        ({"hidden_act": "gelu"}, "'gelu'.*supported are: silu"),
+        ({"model_type": "mamba"}, "'mamba', which is not supported; supported are: deepseek_v2"),
+        ({"hidden_act": "gelu_new"}, "'gelu_new'.*supported are: silu"),
         ({"dtype": "float8_e4m3fn"}, "'float8_e4m3fn'.*float32, float16, bfloat16"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*default, linear"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "layer to layer"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
@@ -187,15 +192,18 @@ def test_unsupported_choices_list_the_supported(raw: dict[str, Any], message: st
     assert str(SOURCE) in str(caught.value)
 
 
-KEYS = [name for name in ModelConfig.__dataclass_fields__ if name not in ("rope", "raw")]
-KEYS += ["torch_dtype", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"]
+KEYS = sorted({key for rules in RULES.values() for key in rules.defaults})
+KEYS += ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "model_type"]
+KEYS += ["torch_dtype", "dtype", "partial_rotary_factor", "original_max_position_embeddings"]
+KEYS += ["num_local_experts", "text_config", "hidden_activation", "norm_epsilon"]
 SCALAR = (
     st.none()
     | st.booleans()
     | st.integers()
     | st.integers(1, 64)
     | st.floats()
-    | st.sampled_from(["llama", "silu", "float16", "linear", "llama3", "yarn", "default"])
+    | st.lists(st.integers(0, 9), max_size=3)
+    | st.sampled_from(["silu", "float16", "linear", "llama3", "yarn", "default", "greedy"])
 )
 ROPE = st.dictionaries(
     st.sampled_from([*RopeConfig.__dataclass_fields__, "type"]), SCALAR | st.text()
@@ -204,13 +212,16 @@ ROPE = st.dictionaries(
 
 @settings(deadline=None, max_examples=300)
 @given(
+    model_type=st.sampled_from(sorted(RULES)),
     raw=st.dictionaries(st.sampled_from(KEYS), SCALAR),
     rope=st.dictionaries(st.sampled_from(["rope_scaling", "rope_parameters"]), SCALAR | ROPE),
 )
-def test_strange_values_never_surprise(raw: dict[str, Any], rope: dict[str, Any]) -> None:
+def test_strange_values_never_surprise(
+    model_type: str, raw: dict[str, Any], rope: dict[str, Any]
+) -> None:
     with suppress(BitwrightError):
-        config = parse(**{**raw, **rope})
-        assert config.head_dim % 2 == 0
+        config = parse(**{"model_type": model_type, **raw, **rope})
+        assert config.rotary_dim % 2 == 0
         assert config.num_attention_heads % config.num_key_value_heads == 0
 
 
@@ -220,11 +231,105 @@ def test_shared_models() -> None:
     assert paths
     for path in paths:
         raw = read_json_object(path)
-        if raw["model_type"] != "llama":
-            with pytest.raises(UnsupportedModelError, match="supported are: llama"):
-                ModelConfig.from_dict(raw, path, {"llama"})
-            continue
-        config = ModelConfig.from_dict(raw, path, {"llama"})
+        config = ModelConfig.from_dict(raw, path, RULES)
         assert config.hidden_size == raw["hidden_size"]
         assert str(config.dtype) == raw.get("dtype", raw.get("torch_dtype"))
-        assert config.rope.theta == (raw.get("rope_parameters") or raw)["rope_theta"]
+        rope = raw.get("rope_parameters") or raw
+        assert config.rope.theta == rope.get("full_attention", rope)["rope_theta"]
+
+
+OLD_AND_NEW: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "gemma3_text",
+        {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "sliding_window_pattern": 2},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            },
+            "layer_types": ["sliding_attention", "full_attention"] * 13,
+        },
+    ),
+    (
+        "gemma2",
+        {"sliding_window": 100},
+        {
+            "sliding_window": 100,
+            "layer_types": ["sliding_attention", "full_attention"] * 13,
+        },
+    ),
+    (
+        "qwen2",
+        {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 0},
+        {
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 32,
+        },
+    ),
+    (
+        "phi3",
+        {
+            "rope_scaling": {
+                "type": "su",
+                "short_factor": [1.0] * 48,
+                "long_factor": [2.0] * 48,
+            },
+            "max_position_embeddings": 131072,
+            "original_max_position_embeddings": 4096,
+        },
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 1.0,
+                "short_factor": [1.0] * 48,
+                "long_factor": [2.0] * 48,
+                "original_max_position_embeddings": 4096,
+            },
+            "max_position_embeddings": 131072,
+        },
+    ),
+    (
+        "glm4",
+        {"partial_rotary_factor": 0.25},
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+    ),
+    ("qwen3_moe", {"num_experts": 16}, {"num_local_experts": 16}),
+    ("gemma", {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}),
+    (
+        "mixtral",
+        {"rope_theta": 1e6, "torch_dtype": "bfloat16"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "dtype": "bfloat16"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("model_type", "old", "new"), OLD_AND_NEW)
+def test_old_and_new_spelling_of_families(
+    model_type: str, old: dict[str, Any], new: dict[str, Any]
+) -> None:
+    before, after = (parse(model_type=model_type, **raw) for raw in (old, new))
+    if before.sliding_window != after.sliding_window:
+        assert "sliding_attention" not in before.layer_types
+        before = replace(before, sliding_window=after.sliding_window)
+    assert replace(before, raw={}) == replace(after, raw={})
+
+
+def test_null_means_none_where_transformers_says_so() -> None:
+    config = parse(model_type="gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert config.attention_softcap is None
+    assert config.final_softcap is None
+    config = parse(model_type="deepseek_v3", q_lora_rank=None)
+    assert config.latent is not None
+    assert config.latent.query_rank is None
+    config = parse(model_type="mistral", sliding_window=None)
+    assert set(config.layer_types) == {"full_attention"}
+    assert set(parse(model_type="mistral").layer_types) == {"sliding_attention"}
+
+
+def test_text_section_of_multimodal_configs() -> None:
+    config = parse(model_type="gemma3", dtype="bfloat16", text_config={"hidden_size": 128})
+    assert (config.hidden_size, config.dtype) == (128, ml_dtypes.bfloat16)
+    with pytest.raises(CheckpointError, match=r'"text_config.hidden_size" is 0'):
+        parse(model_type="gemma3", text_config={"hidden_size": 0})

@@ -17,6 +17,7 @@ from bitwright import QuantizedTensor
 from bitwright.checkpoint import Checkpoint, CheckpointWriter
 from bitwright.errors import CheckpointError, UnsupportedModelError
 from bitwright.formats import FORMATS, Format, Precision, detect_format
+from bitwright.formats.awq import AwqFormat
 from bitwright.formats.gptq import GptqFormat
 from bitwright.formats.mlx import MlxFormat
 from bitwright.tensor import Grid
@@ -284,7 +285,8 @@ def test_mlx_settings_that_do_not_fit_the_tensors(tmp_path: Path, settings: dict
 @pytest.mark.parametrize(
     "config",
     [
-        {"quantization_config": {"quant_method": "awq"}},
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        {"quantization_config": {"quant_method": "awq", "version": "gemv"}},
         {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}},
         {"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}},
         {"quantization": "nf4"},
@@ -334,3 +336,41 @@ def test_scale_dtypes() -> None:
     assert GptqFormat.scale_dtype(bfloat16) == np.float16
     with pytest.raises(ValueError, match="scale_dtype: .*gptq.*float32"):
         GptqFormat.check_scale_dtype(np.dtype(np.float32))
+
+
+def test_awq_words_hold_output_channels_in_their_order() -> None:
+    """AutoAWQ's GEMM layout, spelled out: nibble i of a word is output channel 0, 2, 4, 6, 1, 3, 5, 7."""
+    tensor = quantized(4, 64, "zero_point")
+    packed = AwqFormat.pack(LAYER, tensor)
+    words = packed[f"{LAYER}.qweight"].view(np.uint32)
+    assert words.shape == (CHANNELS, OUT // 8)
+    zeros = packed[f"{LAYER}.qzeros"].view(np.uint32)
+    assert tensor.zeros is not None
+    for nibble, channel in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+        np.testing.assert_array_equal(
+            (words >> np.uint32(4 * nibble)) & 15, tensor.codes.T[:, channel::8]
+        )
+        np.testing.assert_array_equal(
+            (zeros >> np.uint32(4 * nibble)) & 15, tensor.zeros.T[:, channel::8]
+        )
+    np.testing.assert_array_equal(packed[f"{LAYER}.scales"], tensor.scales.T)
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
+def test_awq_tensors_that_contradict_each_other_are_refused(tmp_path: Path, part: str) -> None:
+    tensors = AwqFormat.pack(LAYER, quantized(4, 64, "zero_point"))
+    tensors[f"{LAYER}.{part}"] = np.ascontiguousarray(tensors[f"{LAYER}.{part}"][:, :-1])
+    config = settings_for(AwqFormat, Precision(4, 64, "zero_point"))
+    with (
+        written(tmp_path / "out", tensors, config) as checkpoint,
+        pytest.raises(CheckpointError, match="contradict"),
+    ):
+        read_layer(checkpoint)
+
+
+def test_symmetric_tensors_are_affine_ones_too() -> None:
+    tensor = quantized(4, 64, "symmetric")
+    affine = tensor.as_affine()
+    np.testing.assert_array_equal(affine.dequantize(), tensor.dequantize())
+    with pytest.raises(ValueError, match="grid"):
+        affine.as_affine()

@@ -1,5 +1,6 @@
 """The kernels of a decoder block, against NumPy in float64."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from reference import Array
 
 from bitwright import _kernels
+from bitwright.checkpoint import config
 
 LONG = [1, 3, 63, 64, 65, 130]  # attention works on tiles of 64 positions
 
@@ -57,6 +59,16 @@ def test_rms_norm(tokens: int, magnitude: float) -> None:
     assert_close(result, reference.rms_norm(states, weight, 1e-5))
 
 
+@pytest.mark.parametrize("tokens", [1, 33, 100])
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e4])
+def test_layer_norm(tokens: int, magnitude: float) -> None:
+    states = (gaussian(tokens, 67) + 3) * np.float32(magnitude)
+    weight, bias = gaussian(67, seed=1), gaussian(67, seed=2)
+    result = np.empty_like(states)
+    _kernels.layer_norm(states, weight, bias, 1e-5, result)
+    assert_close(result, reference.layer_norm(states, weight, bias, 1e-5), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "half"), [(1, 1, 1, 1), (2, 5, 3, 8), (3, 40, 2, 13)]
 )
@@ -67,6 +79,35 @@ def test_rotate(batch: int, length: int, heads: int, half: int) -> None:
     wanted = reference.rotate(states, cosines, sines, heads)
     _kernels.rotate(states, cosines, sines, heads)
     assert_close(states, wanted)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("first", "half", "width"), [(0, 3, 6), (2, 3, 8), (5, 8, 30), (0, 1, 9)])
+def test_rotate_part_of_a_head(interleaved: bool, first: int, half: int, width: int) -> None:
+    length, heads = 7, 3
+    states = gaussian(2 * length, heads * width)
+    angles = np.random.default_rng(1).uniform(0, 9, (length, half))
+    tables = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    wanted = reference.rotate(states, *tables, heads, first, interleaved)
+    _kernels.rotate(states, *tables, heads, first, interleaved)
+    assert_close(states, wanted)
+
+
+@pytest.mark.parametrize("length", LONG)
+@pytest.mark.parametrize("window", [0, 1, 5, 64, 65, 100])
+@pytest.mark.parametrize(("softcap", "value_width"), [(0.0, 10), (1.5, 7)])
+def test_attention_in_windows_and_capped(
+    length: int, window: int, softcap: float, value_width: int
+) -> None:
+    batch, width, heads, key_heads = 2, 10, 4, 2
+    query = gaussian(batch * length, heads * width)
+    key = gaussian(batch * length, key_heads * width, seed=1)
+    value = gaussian(batch * length, key_heads * value_width, seed=2)
+    result = np.full((batch * length, heads * value_width), np.nan, np.float32)
+    sizes = length, heads, key_heads, 0.4
+    _kernels.attention(query, key, value, *sizes, result, window, softcap)
+    wanted = reference.attention(query, key, value, *sizes, window, softcap)
+    assert_close(result, wanted, 1e-5)
 
 
 @pytest.mark.parametrize("length", LONG)
@@ -104,14 +145,38 @@ def test_attention_does_not_see_the_future() -> None:
     np.testing.assert_array_equal(result[:64], changed[:64])  # a whole tile lies before the change
 
 
+def silu(x: Array) -> Array:
+    return x * 0.5 * (1 + np.tanh(x / 2))
+
+
+def gelu(x: Array) -> Array:
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def gelu_tanh(x: Array) -> Array:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+ACTIVATIONS = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": lambda x: np.maximum(x, 0),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, 9])
-def test_silu_multiply(rows: int) -> None:
+def test_activations(name: str, rows: int) -> None:
+    assert tuple(sorted(ACTIVATIONS)) == tuple(sorted(config.ACTIVATIONS))
     gate, up = 5 * gaussian(rows, 130), gaussian(rows, 130, seed=1)
     gate[0, :4] = [-1e4, 1e4, 0, -80]
-    wide = gate.astype(np.float64)
-    wanted = wide * 0.5 * (1 + np.tanh(wide / 2)) * up
-    _kernels.silu_multiply(gate, up)
-    np.testing.assert_allclose(gate, wanted, rtol=3e-6, atol=1e-6)
+    wanted = ACTIVATIONS[name](gate.astype(np.float64))
+    alone = gate.copy()
+    _kernels.activate(alone, name)
+    np.testing.assert_allclose(alone, wanted, rtol=3e-6, atol=3e-6)
+    _kernels.activate_multiply(gate, up, name)
+    np.testing.assert_allclose(gate, wanted * up, rtol=3e-6, atol=1e-5)
 
 
 @settings(deadline=None, max_examples=40)
@@ -205,8 +270,15 @@ READ_ONLY.flags.writeable = False
         ("attention", (MATRIX, MATRIX, SQUARE, 3, 2, 2, 1.0, OUT), ValueError, "value: "),
         ("attention", (MATRIX, MATRIX, MATRIX, 0, 2, 2, 1.0, OUT), ValueError, "length: "),
         ("attention", (MATRIX, MATRIX, MATRIX, 3, 2, 2, 1.0, SQUARE), ValueError, "out: "),
-        ("silu_multiply", (OUT, SQUARE), ValueError, "up: "),
-        ("silu_multiply", (READ_ONLY, MATRIX), ValueError, "gate: .*read-only"),
+        ("attention", (MATRIX, MATRIX, MATRIX, 3, 2, 2, 1.0, OUT, -1), ValueError, "window"),
+        ("attention", (MATRIX, MATRIX, MATRIX, 3, 2, 2, 1.0, OUT, 0, -1.0), ValueError, "window"),
+        ("rotate", (OUT, TABLE, TABLE, 2, 1), ValueError, "states: .*do not fit"),
+        ("rotate", (OUT, TABLE, TABLE, 1, -1), ValueError, "states: "),
+        ("layer_norm", (MATRIX, MATRIX[0], MATRIX[0, :7], 1e-5, OUT), ValueError, "bias: "),
+        ("activate", (READ_ONLY, "silu"), ValueError, "states: .*read-only"),
+        ("activate", (OUT, "swish"), ValueError, "activation: .*silu.*swish"),
+        ("activate_multiply", (OUT, SQUARE, "silu"), ValueError, "up: "),
+        ("activate_multiply", (READ_ONLY, MATRIX, "silu"), ValueError, "gate: .*read-only"),
         ("cross_entropy", (MATRIX, np.zeros(5, np.int32)), ValueError, "targets: "),
         ("cross_entropy", (MATRIX, np.zeros(6, np.int64)), TypeError, "targets: .*int64"),
         ("cross_entropy", (MATRIX, np.full(6, 8, np.int32)), ValueError, "targets: .*0 to 7"),
@@ -243,12 +315,16 @@ def test_results_do_not_depend_on_where_arrays_lie() -> None:
         states, normed = placed(gate), np.empty_like(gate)
         _kernels.rms_norm(gate, placed(others[:width]), 1e-6, normed)
         _kernels.rotate(states, cosines, sines, 1)
+        centred = np.empty_like(gate)
+        _kernels.layer_norm(gate, placed(others[:width]), placed(values[:width]), 1e-6, centred)
         losses = _kernels.cross_entropy(gate, np.arange(rows, dtype=np.int32))
         divergences = _kernels.kl_divergence(gate, up)
         attended = placed(np.zeros_like(gate))
         _kernels.attention(gate, up, states, rows, 3, 3, 0.2, attended)
-        _kernels.silu_multiply(gate, up)
-        return [each.tobytes() for each in (gate, states, normed, losses, divergences, attended)]
+        _kernels.activate_multiply(gate, up, "silu")
+        _kernels.activate(up, "gelu_pytorch_tanh")
+        found = (gate, up, states, normed, centred, losses, divergences, attended)
+        return [each.tobytes() for each in found]
 
     aligned = results(0)
     for offset in range(1, 16):

@@ -121,7 +121,7 @@ def test_overrides_embedding_and_head(tmp_path: Path) -> None:
 
 
 def test_untied_head_is_quantized(tmp_path: Path) -> None:
-    tiny = TESTS / "data" / "llama-llama3"
+    tiny = TESTS / "data" / "tiny" / "llama-llama3"
     tokens = np.load(tiny / "expected.npz")["input_ids"]
     report = run(
         tmp_path / "out",
@@ -299,4 +299,4 @@ def test_perplexity_and_divergence_equal_numpy(tmp_path: Path) -> None:
 
 def test_evaluate_names_different_vocabularies() -> None:
     with pytest.raises(ValueError, match="vocabulary"):
-        bitwright.evaluate(DEMO, EVALUATION, reference=TESTS / "data" / "llama-yarn")
+        bitwright.evaluate(DEMO, EVALUATION, reference=TESTS / "data" / "tiny" / "llama-yarn")

@@ -2,6 +2,7 @@
 #include "bindings/bind.hpp"
 #include "linalg/gram.hpp"
 #include "linalg/inverse_factor.hpp"
+#include "linalg/quadratic_form.hpp"
 #include "linalg/threads.hpp"
 
 namespace bitwright {
@@ -57,6 +58,21 @@ void bind_linalg(py::module_& module) {
             return definite ? py::object(result) : py::none();
         },
         py::arg("gram"), py::arg("order"), py::arg("damping"));
+
+    module.def(
+        "row_quadratic_forms",
+        [](const py::object& change, const py::object& gram) {
+            const auto d = matrix<float>(change, "change");
+            const auto g = matrix<float>(gram, "gram", d.cols(), d.cols());
+            py::array_t<double> forms(d.rows());
+            VectorView<double> target(forms.mutable_data(), d.rows());
+            {
+                const py::gil_scoped_release release;
+                row_quadratic_forms(d, g, target);
+            }
+            return forms;
+        },
+        py::arg("change"), py::arg("gram"));
 }
 
 }  // namespace bitwright

@@ -14,6 +14,15 @@ void require_positive(Index value, const char* name) {
                               std::to_string(value));
 }
 
+Activation activation_named(const std::string& name) {
+    if (name == "silu") return Activation::silu;
+    if (name == "gelu_pytorch_tanh") return Activation::gelu_tanh;
+    if (name == "gelu") return Activation::gelu;
+    if (name == "relu") return Activation::relu;
+    throw py::value_error("activation: expected silu, gelu_pytorch_tanh, gelu or relu, got " +
+                          name);
+}
+
 void bind_block(py::module_& module) {
     module.def(
         "linear",
@@ -42,51 +51,87 @@ void bind_block(py::module_& module) {
         py::arg("input"), py::arg("weight"), py::arg("epsilon"), py::arg("out"));
 
     module.def(
+        "layer_norm",
+        [](const py::object& input, const py::object& weight, const py::object& bias, float epsilon,
+           const py::object& out) {
+            const auto x = matrix<float>(input, "input");
+            const auto w = vector<float>(weight, "weight", x.cols());
+            const auto b = vector<float>(bias, "bias", x.cols());
+            auto y = writable_matrix<float>(out, "out", x.rows(), x.cols());
+            const py::gil_scoped_release release;
+            layer_norm(x, w, b, epsilon, y);
+        },
+        py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("epsilon"), py::arg("out"));
+
+    module.def(
         "rotate",
         [](const py::object& states, const py::object& cosines, const py::object& sines,
-           Index heads) {
+           Index heads, Index first, bool interleaved) {
             require_positive(heads, "heads");
             const auto c = matrix<float>(cosines, "cosines");
             const auto s = matrix<float>(sines, "sines", c.rows(), c.cols());
-            auto x = writable_matrix<float>(states, "states", -1, heads * 2 * c.cols());
+            auto x = writable_matrix<float>(states, "states");
+            if (x.cols() % heads != 0 || first < 0 || first + 2 * c.cols() > x.cols() / heads)
+                throw py::value_error("states: " + std::to_string(heads) + " heads of " +
+                                      std::to_string(first + 2 * c.cols()) +
+                                      " channels or more do not fit in " +
+                                      std::to_string(x.cols()) + " columns");
             if (c.rows() == 0 || x.rows() % c.rows() != 0)
                 throw py::value_error("states: " + std::to_string(x.rows()) +
                                       " rows are not whole samples of " + std::to_string(c.rows()) +
                                       " positions");
             const py::gil_scoped_release release;
-            rotate(x, c, s, heads);
+            rotate(x, c, s, heads, first, interleaved);
         },
-        py::arg("states"), py::arg("cosines"), py::arg("sines"), py::arg("heads"));
+        py::arg("states"), py::arg("cosines"), py::arg("sines"), py::arg("heads"),
+        py::arg("first") = 0, py::arg("interleaved") = false);
 
     module.def(
         "attention",
         [](const py::object& query, const py::object& key, const py::object& value, Index length,
-           Index heads, Index key_heads, float scale, const py::object& out) {
+           Index heads, Index key_heads, float scale, const py::object& out, Index window,
+           float softcap) {
             require_positive(length, "length");
             require_positive(heads, "heads");
             require_positive(key_heads, "key_heads");
+            if (window < 0 || !(softcap >= 0.0f))
+                throw py::value_error("window and softcap: expected 0 or more");
             const auto q = matrix<float>(query, "query");
             if (heads % key_heads != 0 || q.cols() % heads != 0 || q.rows() % length != 0)
                 throw py::value_error(
                     "query: key_heads must divide heads, heads the columns and length the rows");
             const auto k = matrix<float>(key, "key", q.rows(), q.cols() / heads * key_heads);
-            const auto v = matrix<float>(value, "value", k.rows(), k.cols());
-            auto y = writable_matrix<float>(out, "out", q.rows(), q.cols());
+            const auto v = matrix<float>(value, "value", k.rows());
+            if (v.cols() % key_heads != 0)
+                throw py::value_error("value: key_heads must divide its columns");
+            auto y = writable_matrix<float>(out, "out", q.rows(), v.cols() / key_heads * heads);
             const py::gil_scoped_release release;
-            attention(q, k, v, length, heads, key_heads, scale, y);
+            attention(q, k, v, {length, heads, key_heads, window, scale, softcap}, y);
         },
         py::arg("query"), py::arg("key"), py::arg("value"), py::arg("length"), py::arg("heads"),
-        py::arg("key_heads"), py::arg("scale"), py::arg("out"));
+        py::arg("key_heads"), py::arg("scale"), py::arg("out"), py::arg("window") = 0,
+        py::arg("softcap") = 0.0f);
 
     module.def(
-        "silu_multiply",
-        [](const py::object& gate, const py::object& up) {
+        "activate",
+        [](const py::object& states, const std::string& activation) {
+            const Activation kind = activation_named(activation);
+            auto x = writable_matrix<float>(states, "states");
+            const py::gil_scoped_release release;
+            activate(x, kind);
+        },
+        py::arg("states"), py::arg("activation"));
+
+    module.def(
+        "activate_multiply",
+        [](const py::object& gate, const py::object& up, const std::string& activation) {
+            const Activation kind = activation_named(activation);
             auto g = writable_matrix<float>(gate, "gate");
             const auto u = matrix<float>(up, "up", g.rows(), g.cols());
             const py::gil_scoped_release release;
-            silu_multiply(g, u);
+            activate_multiply(g, u, kind);
         },
-        py::arg("gate"), py::arg("up"));
+        py::arg("gate"), py::arg("up"), py::arg("activation"));
 }
 
 void bind_losses(py::module_& module) {

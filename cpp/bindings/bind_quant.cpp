@@ -1,8 +1,10 @@
 #include "bindings/arrays.hpp"
 #include "bindings/bind.hpp"
+#include "quant/awq.hpp"
 #include "quant/dequantize.hpp"
 #include "quant/packing.hpp"
 #include "quant/quantize.hpp"
+#include "quant/slab.hpp"
 
 namespace bitwright {
 namespace {
@@ -27,6 +29,13 @@ GridRule rule_from(int bits, const std::string& grid, const std::string& scale_d
     return rule;
 }
 
+void check_group_size(Index group_size, Index in) {
+    if (group_size < 1 || in % group_size != 0)
+        throw py::value_error("group_size: " + std::to_string(group_size) +
+                              " does not divide the " + std::to_string(in) +
+                              " input channels of weight");
+}
+
 struct Result {
     py::array_t<std::uint8_t> codes;
     py::array_t<float> scales, offsets;
@@ -34,9 +43,7 @@ struct Result {
 
     Result(Index out, Index in, Index size)
         : codes(new_matrix<std::uint8_t>(out, in)), group_size(size) {
-        if (size < 1 || in % size != 0)
-            throw py::value_error("group_size: " + std::to_string(size) + " does not divide the " +
-                                  std::to_string(in) + " input channels of weight");
+        check_group_size(size, in);
         scales = new_matrix<float>(out, in / size);
         offsets = new_matrix<float>(out, in / size);
     }
@@ -97,6 +104,93 @@ void bind_methods(py::module_& module) {
         py::arg("weight"), py::arg("upper"), py::arg("order"), py::arg("importance"),
         py::arg("bits"), py::arg("group_size"), py::arg("grid"), py::arg("scale_dtype"),
         py::arg("search"), py::arg("block_size"), py::arg("static_groups"));
+}
+
+void bind_awq(py::module_& module) {
+    module.def(
+        "scaled_rounding_change",
+        [](const py::object& weight, const py::object& scale, const py::object& importance,
+           int bits, Index group_size, const std::string& grid, const std::string& scale_dtype,
+           bool search, const py::object& out) {
+            const GridRule rule = rule_from(bits, grid, scale_dtype, search);
+            const auto w = matrix<float>(weight, "weight");
+            check_group_size(group_size, w.cols());
+            const auto s = vector<float>(scale, "scale", w.cols());
+            const auto h = vector<float>(importance, "importance", w.cols());
+            auto change = writable_matrix<float>(out, "out", w.rows(), w.cols());
+            const py::gil_scoped_release release;
+            scaled_rounding_change(w, s, h, rule, group_size, change);
+        },
+        py::arg("weight"), py::arg("scale"), py::arg("importance"), py::arg("bits"),
+        py::arg("group_size"), py::arg("grid"), py::arg("scale_dtype"), py::arg("search"),
+        py::arg("out"));
+
+    module.def(
+        "quantize_clipped",
+        [](const py::object& weight, const py::object& gram, int bits, Index group_size,
+           const std::string& grid, const std::string& scale_dtype, int steps, float least) {
+            const GridRule rule = rule_from(bits, grid, scale_dtype, false);
+            const auto w = matrix<float>(weight, "weight");
+            const auto g = matrix<float>(gram, "gram", w.cols(), w.cols());
+            Result result(w.rows(), w.cols(), group_size);
+            auto quantized = result.quantized();
+            {
+                const py::gil_scoped_release release;
+                quantize_clipped(w, g, rule, steps, least, quantized);
+            }
+            return py::make_tuple(result.codes, result.scales, result.offsets);
+        },
+        py::arg("weight"), py::arg("gram"), py::arg("bits"), py::arg("group_size"), py::arg("grid"),
+        py::arg("scale_dtype"), py::arg("steps"), py::arg("least"));
+
+    module.def(
+        "range_grids",
+        [](const py::object& low, const py::object& high, int bits, const std::string& grid,
+           const std::string& scale_dtype) {
+            const GridRule rule = rule_from(bits, grid, scale_dtype, false);
+            const auto bottom = vector<float>(low, "low");
+            const auto top = vector<float>(high, "high", bottom.size());
+            py::list grids;
+            for (Index row = 0; row < bottom.size(); row += lane_count) {
+                const Index count = std::min<Index>(lane_count, bottom.size() - row);
+                Lanes lows = Lanes::Zero(), highs = Lanes::Zero();
+                lows.head(count) = bottom.segment(row, count);
+                highs.head(count) = top.segment(row, count);
+                py::ssize_t number = 0;
+                range_grids(rule, lows, highs, [&](const GridLanes& candidate) {
+                    if (row == 0)
+                        grids.append(py::make_tuple(new_matrix<float>(bottom.size(), 1),
+                                                    new_matrix<float>(bottom.size(), 1)));
+                    const auto pair = grids[static_cast<size_t>(number++)].cast<py::tuple>();
+                    auto scales = pair[0].cast<py::array_t<float>>();
+                    auto offsets = pair[1].cast<py::array_t<float>>();
+                    auto scale = view(scales), offset = view(offsets);
+                    store_grid(rule.grid, candidate, row, 0, scale, offset);
+                });
+            }
+            return grids;
+        },
+        py::arg("low"), py::arg("high"), py::arg("bits"), py::arg("grid"), py::arg("scale_dtype"));
+
+    module.def(
+        "encode",
+        [](const py::object& weight, const py::object& scales, const py::object& offsets, int bits,
+           Index group_size, const std::string& grid) {
+            const GridRule rule = rule_from(bits, grid, "float32", false);
+            const auto w = matrix<float>(weight, "weight");
+            Result result(w.rows(), w.cols(), group_size);
+            auto quantized = result.quantized();
+            quantized.scales = matrix<float>(scales, "scales", w.rows(), quantized.scales.cols());
+            quantized.offsets =
+                matrix<float>(offsets, "offsets", w.rows(), quantized.scales.cols());
+            {
+                const py::gil_scoped_release release;
+                encode(w, rule, quantized);
+            }
+            return result.codes;
+        },
+        py::arg("weight"), py::arg("scales"), py::arg("offsets"), py::arg("bits"),
+        py::arg("group_size"), py::arg("grid"));
 }
 
 void bind_codes(py::module_& module) {
@@ -176,6 +270,7 @@ void bind_codes(py::module_& module) {
 
 void bind_quant(py::module_& module) {
     bind_methods(module);
+    bind_awq(module);
     bind_codes(module);
 }
 

@@ -23,17 +23,6 @@ struct Solve {
 
     Index slabs() const { return work.rows() / lane_count; }
 
-    GridLanes load_grid(Index row, Index group) const {
-        GridLanes lanes{Lanes::Ones(), Lanes::Zero(), Lanes::Zero()};
-        Lanes& offset = rule.grid == Grid::affine ? lanes.bias : lanes.zero;
-        const Index rows = std::min<Index>(lane_count, result.scales.rows() - row);
-        for (Index lane = 0; lane < rows; ++lane) {
-            lanes.scale[lane] = result.scales(row + lane, group);
-            offset[lane] = result.offsets(row + lane, group);
-        }
-        return lanes;
-    }
-
     // Columns [low, high), whose weights have received the errors of all columns before `low`.
     void columns(Index low, Index high) {
         if (high - low > block) {
@@ -78,7 +67,7 @@ struct Solve {
                 grid = fit_grid(rule, weights + j * lane_count, importance_here + j, group_size);
                 store_grid(rule.grid, grid, row, group, result.scales, result.offsets);
             } else if (static_groups && group != loaded) {
-                grid = load_grid(row, group);
+                grid = load_grid(rule.grid, row, group, result.scales, result.offsets);
                 loaded = group;
             }
             const Lanes code = grid.encode(lanes(weights, j), rule.top());

@@ -35,6 +35,11 @@ inline Lanes round_to(ScaleType type, const Lanes& values) {
     }
 }
 
+// The smallest normal number of the dtype: a scale that rounds to zero would divide by it.
+inline float smallest_scale(ScaleType type) {
+    return type == ScaleType::float16 ? 0x1p-14f : 0x1p-126f;
+}
+
 // All three grids are w = s·(c − z) + b: affine has z = 0, the other two b = 0.
 struct GridLanes {
     Lanes scale, zero, bias;
@@ -58,8 +63,7 @@ struct GridRule {
 // that stores them: codes are chosen on the grid that a reader will see.
 inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& high) {
     const float top = rule.top();
-    // The smallest normal number of the dtype: a scale that rounds to zero would divide by it.
-    const float tiny = rule.scale_type == ScaleType::float16 ? 0x1p-14f : 0x1p-126f;
+    const float tiny = smallest_scale(rule.scale_type);
     GridLanes lanes{Lanes::Ones(), Lanes::Zero(), Lanes::Zero()};
     if (rule.grid == Grid::affine) {
         // As MLX does: the end of the range with the larger magnitude is on the grid exactly, and
@@ -89,6 +93,56 @@ inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& 
     return lanes;
 }
 
+// The grids that a search over ranges tries for [low, high]. An affine grid may have its ends
+// there, or be moved by up to half a step so that zero is one of its points: that is what groups
+// need in which tiny weights meet huge inputs. What span_grid makes of a range is neither; it gives
+// up part of the range for both, which costs more than either (figures in docs/design.md).
+template <typename Try>
+void range_grids(const GridRule& rule, const Lanes& low, const Lanes& high, Try&& try_grid) {
+    if (rule.grid != Grid::affine) {
+        try_grid(span_grid(rule, low, high));
+        return;
+    }
+    const float tiny = smallest_scale(rule.scale_type);
+    GridLanes lanes{round_to(rule.scale_type, ((high - low) / rule.top()).max(tiny)), Lanes::Zero(),
+                    Lanes::Zero()};
+    lanes.bias = round_to(rule.scale_type, (low / lanes.scale).rint() * lanes.scale);
+    try_grid(lanes);
+    lanes.bias = round_to(rule.scale_type, low);
+    try_grid(lanes);
+}
+
+// The best of the grids that were tried, lane by lane; `grid` to begin with.
+struct BestGrid {
+    GridLanes grid;
+    Lanes error = Lanes::Constant(INFINITY);
+
+    // Returns where the candidate is better than all before it.
+    auto offer(const GridLanes& candidate, const Lanes& candidate_error) {
+        const auto better = (candidate_error < error).eval();
+        error = better.select(candidate_error, error);
+        grid.scale = better.select(candidate.scale, grid.scale);
+        grid.zero = better.select(candidate.zero, grid.zero);
+        grid.bias = better.select(candidate.bias, grid.bias);
+        return better;
+    }
+};
+
+// What rounding to a grid takes from a weight. As encode() and decode(), with one division for all
+// weights of a group instead of one for each: a tie that falls the other way does not change the
+// error.
+struct GridError {
+    const GridLanes& grid;
+    float top;
+    Lanes inverse_scale = grid.scale.inverse();
+
+    Lanes operator()(const Lanes& weight) const {
+        const Lanes code =
+            (((weight - grid.bias) * inverse_scale).rint() + grid.zero).max(0.0f).min(top);
+        return grid.decode(code) - weight;
+    }
+};
+
 // Fits the grid to `count` weights of 16 rows, weights[i · lane_count + lane]. The search shrinks
 // the range towards zero step by step and keeps, row by row, what has the smallest
 //     Σᵢ hᵢ(wᵢ − ŵᵢ)² + penalty · (Σᵢ hᵢ|wᵢ|eᵢ)² / Σᵢ hᵢwᵢ²,      h = importance,
@@ -110,37 +164,28 @@ inline GridLanes fit_grid(const GridRule& rule, const float* weights, const floa
     }
     low = (low > high).select(0.0f, low);
     high = (high == -INFINITY).select(0.0f, high);
-    GridLanes best = span_grid(rule, low, high);
-    if (!rule.search) return best;
+    if (!rule.search) return span_grid(rule, low, high);
 
-    const float top = rule.top();
-    Lanes best_error = Lanes::Constant(INFINITY), energy = Lanes::Zero();
+    BestGrid found{span_grid(rule, low, high)};
+    Lanes energy = Lanes::Zero();
     for (Index i = 0; i < count; ++i) energy += importance[i] * weight(i).square();
-    for (int step = 0; step < steps; ++step) {
-        const float shrink = 1.0f - (1.0f - last_shrink) * static_cast<float>(step) / (steps - 1);
-        const GridLanes candidate = span_grid(rule, low * shrink, high * shrink);
-        const Lanes inverse_scale = candidate.scale.inverse();
+    const auto try_grid = [&](const GridLanes& candidate) {
+        const GridError error_of{candidate, rule.top()};
         const Lanes half_step = 0.5f * candidate.scale.abs();
         Lanes error = Lanes::Zero(), clipped = Lanes::Zero();
         for (Index i = 0; i < count; ++i) {
-            // As encode() and decode(), with one division for all weights instead of one for each:
-            // a tie that falls the other way does not change the error.
-            const Lanes code =
-                (((weight(i) - candidate.bias) * inverse_scale).rint() + candidate.zero)
-                    .max(0.0f)
-                    .min(top);
-            const Lanes change = weight(i) - candidate.decode(code);
+            const Lanes change = error_of(weight(i));
             error += importance[i] * change.square();
             clipped += importance[i] * weight(i).abs() * (change.abs() - half_step).max(0.0f);
         }
-        error += penalty * (energy > 0.0f).select(clipped.square() / energy, 0.0f);
-        const auto better = (error < best_error).eval();
-        best_error = better.select(error, best_error);
-        best.scale = better.select(candidate.scale, best.scale);
-        best.zero = better.select(candidate.zero, best.zero);
-        best.bias = better.select(candidate.bias, best.bias);
+        error += penalty * (energy > 0.0f).select(clipped * (clipped / energy), 0.0f);
+        found.offer(candidate, error);
+    };
+    for (int step = 0; step < steps; ++step) {
+        const float shrink = 1.0f - (1.0f - last_shrink) * static_cast<float>(step) / (steps - 1);
+        range_grids(rule, low * shrink, high * shrink, try_grid);
     }
-    return best;
+    return found.grid;
 }
 
 }  // namespace bitwright

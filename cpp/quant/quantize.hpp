@@ -21,6 +21,9 @@ template <typename Weight>
 void quantize_rtn(ConstMatrixView<Weight> weight, ConstVectorView<float> importance,
                   const GridRule& rule, QuantizedView result);
 
+// Every weight of `weight` [out, in] to the nearest point of the grid that `result` holds.
+void encode(ConstMatrixView<float> weight, const GridRule& rule, QuantizedView result);
+
 // GPTQ (Frantar et al. 2023): columns in the given order, each one's rounding error spread over the
 // columns still to come. `upper` [in, in] is the factor of the permuted gram (inverse_factor.hpp),
 // `importance` [in] the gram's diagonal, `block` the number of columns between two lazy updates.

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
-#include "quant/grid.hpp"
+#include "linalg/threads.hpp"
+#include "quant/quantize.hpp"
 
 namespace bitwright {
 
@@ -31,6 +33,41 @@ inline void store_grid(Grid grid, const GridLanes& lanes, Index row, Index group
                        MatrixView<float>& scales, MatrixView<float>& offsets) {
     store_column(lanes.scale, row, group, scales);
     store_column(grid == Grid::affine ? lanes.bias : lanes.zero, row, group, offsets);
+}
+
+inline GridLanes load_grid(Grid grid, Index row, Index group, const MatrixView<float>& scales,
+                           const MatrixView<float>& offsets) {
+    GridLanes lanes{Lanes::Ones(), Lanes::Zero(), Lanes::Zero()};
+    Lanes& offset = grid == Grid::affine ? lanes.bias : lanes.zero;
+    const Index rows = std::min<Index>(lane_count, scales.rows() - row);
+    for (Index lane = 0; lane < rows; ++lane) {
+        lanes.scale[lane] = scales(row + lane, group);
+        offset[lane] = offsets(row + lane, group);
+    }
+    return lanes;
+}
+
+// Rounds every group of the weight to the grid that fit(slab, row, group) returns for 16 rows of
+// it.
+template <typename Weight, typename Fit>
+void round_groups(const ConstMatrixView<Weight>& weight, const GridRule& rule,
+                  QuantizedView& result, const Fit& fit) {
+    const Index slabs = (weight.rows() + lane_count - 1) / lane_count, size = result.group_size;
+    parallel_for(slabs, 1, [&](Index first, Index last) {
+        std::vector<float> slab(static_cast<size_t>(size * lane_count));
+        for (Index row = first * lane_count; row < last * lane_count; row += lane_count) {
+            for (Index group = 0; group < result.scales.cols(); ++group) {
+                load_slab(weight, row, group * size, size, slab.data());
+                const GridLanes grid = fit(slab.data(), row, group);
+                store_grid(rule.grid, grid, row, group, result.scales, result.offsets);
+                for (Index i = 0; i < size; ++i) {
+                    const Eigen::Map<const Lanes> values(slab.data() + i * lane_count);
+                    store_column(grid.encode(values, rule.top()), row, group * size + i,
+                                 result.codes);
+                }
+            }
+        }
+    });
 }
 
 }  // namespace bitwright

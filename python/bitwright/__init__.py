@@ -2,6 +2,8 @@
 
 from importlib.metadata import version as _version
 
+from bitwright.activations import collect_activations
+from bitwright.adapter import collect_grams, quantize_with_transformers
 from bitwright.build import BuildInfo, build_info, set_num_threads
 from bitwright.calibration import load_tokens
 from bitwright.checkpoint import Checkpoint
@@ -11,24 +13,49 @@ from bitwright.errors import (
     CalibrationError,
     CheckpointError,
     CheckpointNotFoundError,
+    MissingExtraError,
     NonFiniteError,
     OutputError,
     OutputExistsError,
     UnsupportedModelError,
 )
 from bitwright.evaluate import Evaluation, evaluate
+from bitwright.inspection import Inspection, LayerKind, inspect_model
+from bitwright.methods.awq import (
+    ScaleSearch,
+    awq_scale,
+    gram_loss,
+    quantize_clipped,
+    search_scale,
+    token_loss,
+)
 from bitwright.methods.gptq import GptqTensor, GramFactor, factor_gram, quantize_gptq
+from bitwright.methods.grid import GridChoice
 from bitwright.methods.rtn import quantize_rtn
+from bitwright.methods.salient import (
+    AWQResult,
+    awq_dequantize,
+    awq_quantize,
+    compute_activation_stats,
+    compute_salient_scaling,
+    find_salient_weights,
+    pack_awq_weights,
+    unpack_awq_weights,
+)
+from bitwright.models.fold import fold_scale
 from bitwright.models.model import Model, load_model
 from bitwright.pipeline import quantize
-from bitwright.report import LayerReport, QuantizationReport
+from bitwright.report import BlockReport, LayerReport, QuantizationReport
+from bitwright.salient_model import awq_quantize_model
 from bitwright.statistics import LayerStatistics, gram
 from bitwright.tensor import QuantizedTensor, dequantize, pack, unpack
 
 __version__ = _version("bitwright")
 
 __all__ = [
+    "AWQResult",
     "BitwrightError",
+    "BlockReport",
     "BuildInfo",
     "CalibrationError",
     "Checkpoint",
@@ -37,27 +64,50 @@ __all__ = [
     "Evaluation",
     "GptqTensor",
     "GramFactor",
+    "GridChoice",
+    "Inspection",
+    "LayerKind",
     "LayerReport",
     "LayerStatistics",
+    "MissingExtraError",
     "Model",
     "NonFiniteError",
     "OutputError",
     "OutputExistsError",
     "QuantizationReport",
     "QuantizedTensor",
+    "ScaleSearch",
     "UnsupportedModelError",
+    "awq_dequantize",
+    "awq_quantize",
+    "awq_quantize_model",
+    "awq_scale",
     "build_info",
+    "collect_activations",
+    "collect_grams",
+    "compute_activation_stats",
+    "compute_salient_scaling",
     "demo_folder",
     "dequantize",
     "evaluate",
     "factor_gram",
+    "find_salient_weights",
+    "fold_scale",
     "gram",
+    "gram_loss",
+    "inspect_model",
     "load_model",
     "load_tokens",
     "pack",
+    "pack_awq_weights",
     "quantize",
+    "quantize_clipped",
     "quantize_gptq",
     "quantize_rtn",
+    "quantize_with_transformers",
+    "search_scale",
     "set_num_threads",
+    "token_loss",
     "unpack",
+    "unpack_awq_weights",
 ]

@@ -1,5 +1,6 @@
 """The ``bitwright`` command."""
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -8,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import bitwright
+from bitwright.activations import DEFAULT_SAMPLES
 from bitwright.demo import run_demo
+from bitwright.errors import MissingExtraError
 from bitwright.formats import FORMATS
+from bitwright.methods.awq import DEFAULT_GRID
+from bitwright.methods.metrics import METRICS
+from bitwright.methods.salient import ACTIVATION_METHODS
 from bitwright.methods.solver import METHODS
-from bitwright.report import print_evaluations, print_report
+from bitwright.report import print_evaluations, print_inspection, print_report
+from bitwright.scaling import CLIPS, OBJECTIVES
 from bitwright.tensor import BITS, GRIDS
 
 FAILED, INTERRUPTED = 1, 130
@@ -74,7 +82,7 @@ def cli() -> None:
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Text (.txt, .jsonl) or token ids (.npy); gptq needs it.",
+    help="Text (.txt, .jsonl) or token ids (.npy); all methods but rtn need it.",
 )
 @click.option(
     "--samples", type=click.IntRange(1), help="Calibration samples; by default up to 128."
@@ -100,7 +108,34 @@ def cli() -> None:
 @click.option(
     "--grid-search/--no-grid-search",
     default=None,
-    help="Search each group's range for the least error; by default on for gptq, off for rtn.",
+    help="Search each group's range for the least error; by default on for gptq and awq+gptq.",
+)
+@click.option(
+    "--n-grid", type=click.IntRange(1), default=DEFAULT_GRID, help="Ratios to choose from (awq)."
+)
+@click.option(
+    "--coarse-to-fine/--all-ratios", default=True, help="Skip ratios far from the best (awq)."
+)
+@click.option(
+    "--clip",
+    type=click.Choice(CLIPS),
+    default="default",
+    help="Clip the ranges of all linears but query and key, of all, or of none (awq).",
+)
+@click.option(
+    "--metric", type=click.Choice(list(METRICS)), default="mse", help="Error metric (awq)."
+)
+@click.option(
+    "--objective",
+    type=click.Choice(OBJECTIVES),
+    default="layer",
+    help="Judge each layer's outputs, or attention's and the MLP's (awq).",
+)
+@click.option(
+    "--salient-ratio",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    help="Share of the weights to protect (salient).",
 )
 @click.option(
     "--block-size", type=click.IntRange(1), default=128, help="Columns per lazy update (gptq)."
@@ -124,13 +159,31 @@ def cli() -> None:
     help="Other settings for these layers; the last match wins.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@click.option(
+    "--backend",
+    type=click.Choice(["native", "transformers"]),
+    default="native",
+    help="What runs the model: bitwright, block by block, or transformers (any architecture, the whole "
+    "model in memory; pip install bitwright[transformers]).",
+)
 @_threads
-def quantize(overrides: tuple[tuple[str, dict[str, int]], ...], **options: Any) -> None:
+def quantize(
+    backend: str, overrides: tuple[tuple[str, dict[str, int]], ...], **options: Any
+) -> None:
     """Quantize the checkpoint folder MODEL.
 
     Globs match full layer names, such as model.layers.0.self_attn.q_proj.
     """
-    report = bitwright.quantize(overrides=dict(overrides), **options)
+    run: Callable[..., bitwright.QuantizationReport] = bitwright.quantize
+    if backend == "transformers":
+        run = bitwright.quantize_with_transformers
+        context = click.get_current_context()
+        for name in sorted(set(options) - set(inspect.signature(run).parameters)):
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                option = name.replace("_", "-")
+                raise click.UsageError(f"--{option} is not an option of --backend transformers")
+            del options[name]
+    report = run(overrides=dict(overrides), **options)
     console = Console()
     print_report(report, console)
     raised = report.dampings_raised(options["damping"])
@@ -139,6 +192,82 @@ def quantize(overrides: tuple[tuple[str, dict[str, int]], ...], **options: Any) 
             f"{len(raised)} layers needed more damping than {options['damping']:g}, for example "
             f"{raised[0].name}: {raised[0].damping:g}. More calibration data would help."
         )
+
+
+@cli.command()
+@click.option(
+    "--model-path", required=True, type=click.Path(path_type=Path), help="Checkpoint folder."
+)
+@click.option("--output-path", type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--activations-path",
+    required=True,
+    type=click.Path(path_type=Path),
+    help=".npz of layer inputs; made from --calibration where it is given.",
+)
+@click.option("--group-size", type=int, default=128, help="Input channels per scale.")
+@click.option(
+    "--salient-ratio",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    help="Share of the weights to protect.",
+)
+@click.option(
+    "--activation-method",
+    type=click.Choice(ACTIVATION_METHODS),
+    default="rms",
+    help="How inputs are measured to find these weights.",
+)
+@click.option("--format", type=click.Choice(list(FORMATS)), default="awq")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Run the model on this text (.txt, .jsonl) or token ids (.npy) and write the activations first.",
+)
+@click.option(
+    "--samples", type=click.IntRange(1), help=f"Calibration samples; by default {DEFAULT_SAMPLES}."
+)
+@click.option("--length", type=click.IntRange(1), help="Tokens per sample.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Chooses the samples.")
+@click.option("--dry-run", is_flag=True, help="Only write the activations.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@_threads
+def salient(
+    model_path: Path,
+    output_path: Path | None,
+    activations_path: Path,
+    calibration: Path | None,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    dry_run: bool,
+    overwrite: bool,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Quantize to symmetric INT4, protecting the weights that large activations meet."""
+    if threads is not None:
+        bitwright.set_num_threads(threads)
+    if dry_run and calibration is None:
+        raise click.UsageError("--dry-run writes the activations, so it needs --calibration")
+    if not dry_run and output_path is None:
+        raise click.UsageError("--output-path is missing; only --dry-run does without")
+    if calibration is not None:
+        count = bitwright.collect_activations(
+            model_path,
+            activations_path,
+            calibration,
+            samples=samples,
+            length=length,
+            seed=seed,
+            overwrite=overwrite,
+        )
+        click.echo(f"wrote the inputs of {count} groups of layers to {activations_path}")
+    if output_path is not None and not dry_run:
+        report = bitwright.awq_quantize_model(
+            model_path, output_path, activations_path, overwrite=overwrite, **options
+        )
+        print_report(report, Console())
 
 
 @cli.command()
@@ -191,6 +320,26 @@ def evaluate(
         print_evaluations({str(model): result}, Console())
 
 
+@cli.command("inspect")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--method", type=click.Choice(list(METHODS)), default="gptq")
+@click.option("--samples", type=click.IntRange(1), default=128, help="Calibration samples.")
+@click.option("--length", type=click.IntRange(1), default=512, help="Tokens per sample.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_threads
+def inspect_command(
+    model: Path, method: str, samples: int, length: int, as_json: bool, threads: int | None
+) -> None:
+    """Describe MODEL: its layers, what would be quantized, and what a run would take."""
+    if threads is not None:
+        bitwright.set_num_threads(threads)
+    found = bitwright.inspect_model(model, method=method, samples=samples, length=length)
+    if as_json:
+        click.echo(json.dumps(asdict(found), default=str))
+    else:
+        print_inspection(found, Console())
+
+
 @cli.command()
 @_threads
 def demo(threads: int | None) -> None:
@@ -220,7 +369,7 @@ def main() -> None:
     except KeyboardInterrupt:
         click.echo("interrupted; nothing was written", err=True)
         sys.exit(INTERRUPTED)
-    except (ValueError, TypeError, OSError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, MissingExtraError) as error:
         click.echo(f"bitwright: {error or type(error).__name__}", err=True)
         sys.exit(FAILED)
     sys.exit(status)

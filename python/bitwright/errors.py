@@ -37,6 +37,10 @@ class NonFiniteError(BitwrightError, ValueError):
     """NaN or infinity where a finite number is needed."""
 
 
+class MissingExtraError(BitwrightError, ImportError):
+    """Something needs packages that are only installed on request."""
+
+
 class OutputError(BitwrightError, OSError):
     """Results cannot be written."""
 

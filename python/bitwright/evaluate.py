@@ -1,5 +1,6 @@
 """How good a model is, alone and next to the original."""
 
+import math
 import os
 import resource
 import sys
@@ -150,11 +151,18 @@ def bits_per_weight(model: Model) -> float:
 
 
 def parameter_count(model: Model) -> int:
-    """Return the number of weights of the model in float, a tied matrix counted once."""
-    parameters = sum(out * channels for out, channels in model.linear_shapes().values())
-    config = model.config
-    parameters += config.vocab_size * config.hidden_size * (1 if model.tied else 2)
-    return parameters + config.hidden_size * (2 * config.num_hidden_layers + 1)
+    """Return the number of weights of the model in float, a tied matrix counted once; parts that are not
+    the decoder's, such as a vision tower, as they are stored."""
+    config, checkpoint = model.config, model.checkpoint
+    parameters = config.vocab_size * config.hidden_size * (1 if model.tied else 2)
+    known: tuple[str, ...] = (model.names.embedding, model.names.head, model.names.final_norm)
+    for index, layout in enumerate(model.layouts):
+        known += (model.block_prefix(index),)
+        for shapes in (layout.linears, layout.floats, layout.vectors):
+            parameters += sum(math.prod(shape) for shape in shapes.values())
+    others = (name for name in checkpoint.names() if not name.startswith(known))
+    final_norm = config.hidden_size * (2 if model.architecture.norm_kind == "layer_norm" else 1)
+    return parameters + final_norm + sum(math.prod(checkpoint.shape(n)) for n in others)
 
 
 def peak_memory_bytes() -> int:
@@ -187,7 +195,10 @@ def _compare(
     for first in range(0, samples, chunk):
         ids = tokens[first : first + chunk]
         rows = slice(first * length, first * length + ids.size)
-        logits = [_logits(states[rows], head) for states, head in zip(hidden, heads, strict=True)]
+        logits = [
+            each.head_logits(states[rows], head)
+            for each, states, head in zip(models, hidden, heads, strict=True)
+        ]
         # The last position of a sample has no next token: its loss is left out of the mean.
         targets = np.roll(ids, -1, axis=1).reshape(-1)
         losses = _kernels.cross_entropy(logits[0], targets).reshape(ids.shape)
@@ -199,9 +210,3 @@ def _compare(
     if len(models) == 1:
         return mean_loss, None, None
     return mean_loss, divergence / tokens.size, agreed / tokens.size
-
-
-def _logits(states: Float32, head: Float32) -> Float32:
-    logits = np.empty((len(states), len(head)), np.float32)
-    _kernels.linear(states, head, None, logits, False)
-    return logits

@@ -2,43 +2,61 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bitwright import _kernels
+from bitwright.activations import ActivationFile
 from bitwright.calibration import TokenSource, load_tokens
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.errors import BitwrightError, NonFiniteError
-from bitwright.evaluate import parameter_count, peak_memory_bytes
+from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, Precision
-from bitwright.methods.gptq import GptqTensor
-from bitwright.methods.grid import FLOAT_DTYPES
-from bitwright.methods.solver import METHODS, MethodOptions, Solver
-from bitwright.models.block import DecoderBlock, Float32, Rotation, Stage
+from bitwright.methods.awq import DEFAULT_GRID
+from bitwright.methods.grid import GridChoice
+from bitwright.methods.metrics import Metric
+from bitwright.methods.salient import (
+    ACTIVATION_METHODS,
+    ActivationMethod,
+    compute_activation_stats,
+)
+from bitwright.methods.salient import BITS as SALIENT_BITS
+from bitwright.methods.solver import (
+    METHODS,
+    SCALED_METHODS,
+    MethodOptions,
+    Solver,
+    salient_solver,
+)
+from bitwright.models.block import ChunkStates, DecoderBlock, Float32, Rotation
+from bitwright.models.layout import Stage
 from bitwright.models.model import Model, load_model
+from bitwright.output import Output, QuantizedLayer, block_error, progress_bar, relative_error
 from bitwright.recipe import plan_layers
-from bitwright.report import LayerReport, QuantizationReport
-from bitwright.statistics import LayerStatistics, require_finite
+from bitwright.report import BlockReport, QuantizationReport
+from bitwright.scaling import AwqOptions, Clip, Objective, ScaledBlock, observe_block
+from bitwright.statistics import LayerStatistics
+from bitwright.statistics import gram as gram_of
 from bitwright.tensor import Grid
 
 DEFAULT_SAMPLES = 128
-ERROR_ROWS = 64  # output rows that a layer's reported error is estimated on
+FEW_TOKENS = 128  # below so many an expert's gram is that of all tokens
+JUDGED_TOKENS = 512  # that decide between a block with AWQ's scales and one without
 
 
 def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    method: Literal["gptq", "rtn"] = "gptq",
+    method: Literal["gptq", "rtn", "awq", "awq+gptq", "salient"] = "gptq",
     bits: int = 4,
     group_size: int | None = 64,
-    format: Literal["mlx", "gptq"] = "mlx",
+    format: Literal["mlx", "gptq", "awq"] = "mlx",
     calibration: TokenSource | None = None,
     *,
     samples: int | None = None,
@@ -50,6 +68,14 @@ def quantize(
     act_order: bool = True,
     block_size: int = 128,
     grid_search: bool | None = None,
+    n_grid: int = DEFAULT_GRID,
+    coarse_to_fine: bool = True,
+    clip: Clip = "default",
+    metric: str | Metric = "mse",
+    objective: Objective = "layer",
+    salient_ratio: float = 0.01,
+    activation_method: ActivationMethod = "rms",
+    activations: str | os.PathLike[str] | None = None,
     propagate: Literal["quantized", "original"] = "quantized",
     embedding_bits: int | None = None,
     head_bits: int | None = None,
@@ -73,11 +99,12 @@ def quantize(
     out
         Folder to write; it appears when everything is done, or not at all.
     method
-        ``"gptq"`` (needs `calibration`) or ``"rtn"``.
+        ``"gptq"``, ``"rtn"``, ``"awq"``, ``"awq+gptq"`` (AWQ's scales, then GPTQ on the scaled weights) or
+        ``"salient"`` (see `awq_quantize`; 4 bits). All but rtn need `calibration`.
     bits, group_size
         Of every linear layer in the decoder blocks; group size None or -1 is the whole row.
     format
-        ``"mlx"`` (mlx-lm) or ``"gptq"`` (transformers, GPTQModel, vLLM).
+        ``"mlx"`` (mlx-lm), ``"gptq"`` or ``"awq"`` (transformers, GPTQModel, vLLM).
     calibration
         A ``.txt``, ``.jsonl`` or ``.npy`` file, token ids ``[samples, length]``, or a list of texts; see
         `bitwright.load_tokens`. For ``"rtn"`` it only serves the grid search and the reported errors.
@@ -85,11 +112,29 @@ def quantize(
         Take so many samples of so many tokens, chosen by the seed. By default at most 128 samples, of 512
         tokens where `calibration` is text.
     grid
-        One that the format stores; its first by default (mlx: affine; gptq: symmetric, or zero_point).
+        One that the format stores; its first by default (mlx: affine; gptq: symmetric, or zero_point;
+        awq: zero_point, or symmetric).
     scale_dtype
         Dtype of scales and biases, by default what the format asks for.
     damping, act_order, block_size, grid_search
-        As for `quantize_gptq`; `grid_search` is on by default for gptq and off for rtn.
+        As for `quantize_gptq`; `grid_search` is on by default for gptq and awq+gptq, off for the others.
+    n_grid, coarse_to_fine
+        AWQ's scales are searched over so many ratios, see `search_scale`; and clipping over half as many
+        limits.
+    clip
+        Clip the range of each group, see `quantize_clipped`: by ``"default"`` of all linears but query and
+        key, of ``"all"`` or of ``"none"``. For awq+gptq the grid search takes its place.
+    metric
+        AWQ's error metric: ``"mse"``, ``"mae"``, ``"relative"``, ``"cosine"``, ``"huber"``, or a function
+        of reference and candidate outputs ``[tokens, channels]`` that returns an error per channel. All but
+        mse are computed on some of the tokens.
+    objective
+        What AWQ's metric judges: the outputs of each ``"layer"``, which is exact through the gram, or
+        the real outputs of attention and MLP (``"block"``).
+    salient_ratio, activation_method
+        As for `awq_quantize`; methods other than rms need `activations`.
+    activations
+        An .npz of layer inputs (see `collect_activations`) in place of `calibration`; not for AWQ's scales.
     propagate
         What feeds the next layers: the ``"quantized"`` ones or the ``"original"`` ones.
     embedding_bits, head_bits
@@ -137,9 +182,11 @@ def quantize(
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
     if threads is not None:
         _kernels.set_num_threads(threads)
-    options = MethodOptions(method, damping, act_order, block_size, grid_search)
-    if method == "gptq" and calibration is None:
-        raise ValueError("calibration: gptq needs text or token ids; method rtn does without")
+    awq = AwqOptions(n_grid, coarse_to_fine, clip, metric, objective)
+    options = MethodOptions(
+        method, damping, act_order, block_size, grid_search, salient_ratio, activation_method
+    )
+    _check_inputs(options, calibration, activations)
 
     original = load_model(model)
     if original.format is not None:
@@ -148,7 +195,10 @@ def quantize(
             f"start from the original"
         )
     kind = FORMATS[format]
-    default = Precision(bits, None if group_size == -1 else group_size, grid or kind.grids[0])
+    if grid is None:
+        wanted = method == "salient" and "symmetric" in kind.grids
+        grid = "symmetric" if wanted else kind.grids[0]
+    default = Precision(bits, None if group_size == -1 else group_size, grid)
     plan = plan_layers(
         original,
         kind,
@@ -159,6 +209,13 @@ def quantize(
         embedding_bits=embedding_bits,
         head_bits=head_bits,
     )
+    if method == "salient":
+        for name, planned in plan.items():
+            rounded = name == original.names.embedding
+            if planned and planned.bits != SALIENT_BITS and not rounded:
+                raise ValueError(
+                    f"{name}: method salient stores {SALIENT_BITS} bits, no other number"
+                )
     dtype = kind.scale_dtype(original.dtype)
     if scale_dtype is not None:
         dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
@@ -166,16 +223,91 @@ def quantize(
     if calibration is not None:
         tokens = _calibration_tokens(original, calibration, samples, length, seed)
 
-    with CheckpointWriter(
-        out, overwrite, metadata={"format": kind.metadata}, source=original.checkpoint.folder
-    ) as writer:
-        run = _Run(original, writer, kind, plan, options, dtype, tokens, propagate == "quantized")
+    config = dict(original.checkpoint.config)
+    _check_experts(original, kind, plan)
+    config.update(
+        kind.config(default, _as_written(original, kind, plan), original.names.block.format(""))
+    )
+    with (
+        nullcontext() if activations is None else ActivationFile(activations) as inputs,
+        CheckpointWriter(
+            out, overwrite, metadata={"format": kind.metadata}, source=original.checkpoint.folder
+        ) as writer,
+    ):
+        run = _Run(
+            original,
+            writer,
+            kind,
+            plan,
+            options,
+            awq,
+            dtype,
+            tokens,
+            inputs,
+            propagate == "quantized",
+        )
         run.go(progress)
-        config = dict(original.checkpoint.config)
-        config.update(kind.config(default, plan, original.architecture.block.format("")))
         writer.write_json("config.json", config)
         copy_side_files(original.checkpoint, writer)
-    return run.report(Path(out), time.perf_counter() - start)
+    return run.output.report(
+        Path(out),
+        method,
+        original.checkpoint,
+        parameter_count(original),
+        tokens,
+        time.perf_counter() - start,
+    )
+
+
+def _as_written(
+    model: Model, format: type[Format], plan: Mapping[str, Precision | None]
+) -> dict[str, Precision | None]:
+    """Return the plan by the names that are written: of experts that are stacked, those of the stacks."""
+    places = model.expert_places() if format.stacks_experts else {}
+    return {
+        places[name].stacked_name if name in places else name: precision
+        for name, precision in plan.items()
+    }
+
+
+def _check_experts(
+    model: Model, format: type[Format], plan: Mapping[str, Precision | None]
+) -> None:
+    """Raise ValueError unless the experts of a layer that are stored as one tensor are planned alike."""
+    if not format.stacks_experts:
+        return
+    seen: dict[str, Precision | None] = {}
+    for name, place in model.expert_places().items():
+        if seen.setdefault(place.stacked_name, plan[name]) != plan[name]:
+            raise ValueError(
+                f"{name}: the {format.name} format stores all experts of a layer in one tensor, so "
+                f"include, exclude and overrides must treat them alike"
+            )
+
+
+def _check_inputs(
+    options: MethodOptions,
+    calibration: TokenSource | None,
+    activations: str | os.PathLike[str] | None,
+) -> None:
+    method = options.method
+    if method != "rtn" and calibration is None and activations is None:
+        raise ValueError(f"calibration: {method} needs text or token ids; method rtn does without")
+    if activations is not None and calibration is not None:
+        raise ValueError("activations: take the place of calibration; pass one of the two")
+    if activations is not None and method in SCALED_METHODS:
+        raise ValueError(f"activations: {method} runs the model, so it needs calibration instead")
+    if method != "salient":
+        return
+    if not 0 <= options.salient_ratio <= 1:
+        raise ValueError(f"salient_ratio: expected 0 to 1, got {options.salient_ratio}")
+    if options.activation_method not in ACTIVATION_METHODS:
+        raise ValueError(
+            f"activation_method: expected one of {', '.join(ACTIVATION_METHODS)}, "
+            f"got {options.activation_method!r}"
+        )
+    if activations is None and options.activation_method != "rms":
+        raise ValueError("activation_method: mean and max need activations; calibration gives rms")
 
 
 def _calibration_tokens(
@@ -194,6 +326,14 @@ def _calibration_tokens(
     return tokens
 
 
+@dataclass(frozen=True, eq=False)
+class OwnSolver:
+    """How to quantize a layer, and the gram that its error is reported by."""
+
+    solve: Solver
+    gram: Float32 | None
+
+
 class _Run:
     """One pass over a model. Of the calibration it holds the hidden states before the current block and the
     inner states of the current stage, for all tokens; of the weights, one block."""
@@ -205,22 +345,26 @@ class _Run:
         format: type[Format],
         plan: Mapping[str, Precision | None],
         options: MethodOptions,
+        awq: AwqOptions,
         scale_dtype: np.dtype[Any],
         tokens: NDArray[np.int32] | None,
+        activations: ActivationFile | None,
         propagate: bool,
     ) -> None:
         self.model = model
-        self.writer = writer
-        self.format = format
         self.plan = plan
         self.options = options
         self.scale_dtype = scale_dtype
         self.tokens = tokens
+        self.activations = activations
         self.propagate = propagate
-        self.layers: list[LayerReport] = []
-        self.layer_bytes = 0.0
-        self.layer_weights = 0
-        self.written_bytes = 0
+        self.awq = awq if options.method in SCALED_METHODS else None
+        self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
+        experts = model.expert_places() if format.stacks_experts else None
+        stack_size = model.config.experts.count if model.config.experts else 0
+        self.output = Output(writer, format, experts, stack_size)
+        self.stacked = model.stacked_tensors()
+        self.shapes = model.linear_shapes()
 
     def go(self, progress: bool) -> None:
         """Quantize and write all tensors."""
@@ -229,139 +373,277 @@ class _Run:
         prefixes = tuple(model.block_prefix(index) for index in range(count))
         hidden = self._embed()
         rope = None if self.tokens is None else model.rotation(self.tokens.shape[1])
-        bar = Progress(
-            TextColumn("quantizing"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("blocks, time left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[error]}"),
-            console=Console(stderr=True),
-        )
+        bar = progress_bar()
         with bar if progress else nullcontext():
             task = bar.add_task("", total=count, error="")
             for index, prefix in enumerate(prefixes):
-                reported = len(self.layers)
+                reported = len(self.output.layers)
                 block = model.block(index)
                 if hidden is None or rope is None:
                     for stage in block.stages:
-                        self._quantize_stage(block, prefix, stage, None)
+                        solvers = self._solvers_from_file(block, prefix, stage)
+                        self._quantize_stage(
+                            block, prefix, stage, None, self.output.finish, solvers.get, False
+                        )
+                        block.release(stage)
                 else:
                     self._calibrate_block(block, index, hidden, rope)
                 self._carry(name for name in model.checkpoint.names() if name.startswith(prefix))
-                errors = [layer.error for layer in self.layers[reported:]]
-                shown = f"block error {max(errors):.2e}" if errors else "block left in float"
-                bar.update(task, advance=1, error=shown)
+                bar.update(task, advance=1, error=block_error(self.output.layers[reported:]))
         self._quantize_head(hidden)
         self._carry(name for name in model.checkpoint.names() if not name.startswith(prefixes))
 
-    def report(self, out: Path, seconds: float) -> QuantizationReport:
-        """Sum up the run."""
-        return QuantizationReport(
-            out=out,
-            method=self.options.method,
-            format=self.format.name,
-            layers=tuple(self.layers),
-            layer_bits_per_weight=8 * self.layer_bytes / self.layer_weights,
-            bits_per_weight=8 * self.written_bytes / parameter_count(self.model),
-            size_bytes=self.written_bytes,
-            original_bytes=self.model.checkpoint.nbytes(),
-            calibration_tokens=0 if self.tokens is None else self.tokens.size,
-            seconds=seconds,
-            peak_memory_bytes=peak_memory_bytes(),
-        )
-
     def _embed(self) -> Float32 | None:
         """Quantize the embedding if it is planned, and look up the tokens in it."""
-        name = self.model.architecture.embedding
+        name = self.model.names.embedding
         precision = self.plan.get(name)
         if self.tokens is None and precision is None:
             return None
         matrix = self.model.embedding()
         if precision is not None:
             solver = METHODS["rtn"](None, self.options)
-            matrix = self._quantize(name, matrix, solver, precision, None)
-        return None if self.tokens is None else matrix[self.tokens.reshape(-1)]
+            matrix = self._quantize(name, matrix, solver, precision, None, self.output.finish)
+        return None if self.tokens is None else self.model.embed(self.tokens, matrix)
 
     def _calibrate_block(
         self, block: DecoderBlock, index: int, hidden: Float32, rope: Rotation
     ) -> None:
+        """Quantize a block and move `hidden` past it."""
+        prefix = self.model.block_prefix(index)
+        if self.awq is None or not any(
+            self.plan[prefix + name] for stage in block.stages for name in stage.linears
+        ):
+            self._pass(block, index, hidden, rope, self.output.finish, release=True)
+            return
+        # AWQ judges scales on what the float block sees and computes, and the block as a whole by
+        # how far the quantized one then is from it.
+        # Rounding asks for no statistics, so those that are known do for the reported errors, and some
+        # of the tokens for the comparison.
+        regather = self.propagate and self.options.method != "awq"
+        judged = len(hidden)
+        if not regather:
+            judged = min(judged, max(1, JUDGED_TOKENS // rope.length) * rope.length)
+        original = hidden.copy()
+        facts = observe_block(block, original, rope, self.awq, judged if self.propagate else None)
+        for stage, fact in facts.items():
+            self._require_finite(np.isfinite(fact.mean_abs).all(), stage, index)
+        known = None if regather else {stage: fact.gram for stage, fact in facts.items()}
+        plain, plain_block = hidden[:judged].copy(), block.with_weights({})
+        plain_layers: list[QuantizedLayer] = []
+        self._pass(plain_block, index, plain, rope, plain_layers.append, known, whole=True)
+        scaled = ScaledBlock(
+            block,
+            facts,
+            self._grid_choices(block, prefix),
+            lambda name: self.model.stored_dtype(prefix + name),
+            rope,
+            self.awq,
+        )
+        scaled.scale()
+        clips = scaled if self.options.method == "awq" else None  # GPTQ searches for ranges itself
+        layers: list[QuantizedLayer] = []
+        goes_on = self.propagate and self._is_followed(index)
+        after = (hidden if goes_on or regather else hidden[:judged]).copy()
+        self._pass(scaled.block, index, after, rope, layers.append, known, clips, whole=True)
+        before_loss, after_loss = (
+            _mean_square(states[:judged], original[:judged]) for states in (plain, after)
+        )
+        kept = after_loss < before_loss
+        if kept:
+            self.changed.update(
+                (prefix + name, scaled.block.weights[name]) for name in scaled.changed
+            )
+        if not self.propagate:
+            hidden[:] = original
+        elif goes_on and kept:
+            hidden[:] = after
+        elif goes_on:
+            plain_block.forward(hidden, rope)
+        for layer in layers if kept else plain_layers:
+            self.output.finish(layer)
+        self.output.blocks.append(
+            BlockReport(index, before_loss, after_loss, kept, scaled.searches)
+        )
+
+    def _pass(
+        self,
+        block: DecoderBlock,
+        index: int,
+        hidden: Float32,
+        rope: Rotation,
+        finish: Callable[[QuantizedLayer], None],
+        known: Mapping[Stage, Float32] | None = None,
+        clips: ScaledBlock | None = None,
+        whole: bool = False,
+        release: bool = False,
+    ) -> None:
         """Quantize a block stage by stage and move `hidden` past it.
 
         While a stage is computed chunk by chunk, the next stage's statistics are gathered from the same
-        chunk: every product of the forward pass is done once, and on warm data.
+        chunk: every product of the forward pass is done once, and on warm data. Where grams are `known`
+        they are not gathered. With `clips`, some linears are quantized as it says. With `whole`, what is
+        computed is what the quantized block does, to the end, whoever reads it. With `release`, experts
+        are forgotten when they are done.
         """
-        prefix = self.model.block_prefix(index)
-        inner = np.empty((0, 0), np.float32)
-        statistics = self._statistics(block, prefix, block.stages[0])
+        prefix, known = self.model.block_prefix(index), known or {}
+
+        def gatherer(stage: Stage | None) -> LayerStatistics | None:
+            if stage is None or stage in known:
+                return None
+            planned = [name for name in stage.linears if self.plan[prefix + name]]
+            return LayerStatistics(block.layout.linears[planned[0]][1]) if planned else None
+
+        chunks = [ChunkStates(rows) for rows in rope.chunks(hidden)]
+        statistics = gatherer(block.stages[0])
         if statistics is not None:
-            for chunk in self._chunks(hidden, rope):
-                statistics.add(block.stage_input(block.stages[0], hidden[chunk], inner))
+            for chunk in chunks:
+                statistics.add(block.stage_input(block.stages[0], chunk))
         for stage, following in zip(block.stages, (*block.stages[1:], None), strict=True):
-            if statistics is not None and not statistics.is_finite():
-                raise NonFiniteError(
-                    f"{self.model.checkpoint.folder}: the inputs of {prefix}{stage.linears[0]} "
-                    f"(block {index}) are NaN or infinite; check the model with bitwright evaluate"
-                )
-            self._quantize_stage(block, prefix, stage, statistics)
-            if following is None and not self._is_followed(index):
+            gram = known.get(stage)
+            fallback = False
+            if statistics is not None:
+                self._require_finite(statistics.is_finite(), stage, index)
+                fallback = stage.expert is not None and statistics.tokens < FEW_TOKENS
+                if fallback:
+                    statistics = self._gram_of_all(block, stage, chunks)
+                gram = statistics.gram()
+
+            def own_solver(
+                name: str, stage: Stage = stage, gram: Float32 | None = gram
+            ) -> OwnSolver | None:
+                solve = None if clips is None else clips.clip_solver(stage, name, gram)
+                return None if solve is None else OwnSolver(solve, gram)
+
+            self._quantize_stage(
+                block, prefix, stage, gram, finish, own_solver, whole or self.propagate, fallback
+            )
+            if following is None and not whole and not self._is_followed(index):
                 return  # nobody reads the last hidden states
-            if stage.norm is not None:
-                inner = np.empty((len(hidden), stage.inner_width), np.float32)
-            statistics = self._statistics(block, prefix, following)
-            for chunk in self._chunks(hidden, rope):
-                states = block.stage_input(stage, hidden[chunk], inner[chunk])
-                block.advance(stage, states, hidden[chunk], inner[chunk], rope)
+            statistics = gatherer(following)
+            for chunk in chunks:
+                states = block.stage_input(stage, chunk)
+                block.advance(stage, states, chunk, rope)
                 if following is not None and statistics is not None:
-                    statistics.add(block.stage_input(following, hidden[chunk], inner[chunk]))
+                    statistics.add(block.stage_input(following, chunk))
+            if release:
+                block.release(stage)
+
+    @staticmethod
+    def _gram_of_all(
+        block: DecoderBlock, stage: Stage, chunks: Iterable[ChunkStates]
+    ) -> LayerStatistics:
+        """Gather what an expert that is hardly ever chosen would see if it always were: the gram of its few
+        tokens says little of those to come."""
+        statistics = None
+        for chunk in chunks:
+            states = block.as_if_routed(stage, chunk)
+            statistics = statistics or LayerStatistics(states.shape[1])
+            statistics.add(states)
+        return statistics or LayerStatistics(0)
+
+    def _require_finite(self, finite: bool | np.bool_, stage: Stage, index: int) -> None:
+        if not finite:
+            raise NonFiniteError(
+                f"{self.model.checkpoint.folder}: the inputs of "
+                f"{self.model.block_prefix(index)}{(*stage.linears, stage.norm)[0]} (block {index}) are "
+                f"NaN or infinite; check the model with bitwright evaluate"
+            )
+
+    def _grid_choices(self, block: DecoderBlock, prefix: str) -> dict[str, GridChoice]:
+        """Return the grid of each linear as AWQ's search rounds to it: with a search for ranges where one
+        will follow."""
+        choices = {}
+        for stage in block.stages:
+            for name in stage.linears:
+                precision = self.plan[prefix + name]
+                if precision is not None:
+                    choices[name] = GridChoice.check(
+                        block.weights[f"{name}.weight"],
+                        precision.bits,
+                        precision.group_size,
+                        precision.grid,
+                        self.scale_dtype,
+                        self._searches_ranges(),
+                    )
+        return choices
+
+    def _searches_ranges(self) -> bool:
+        if self.options.method != "awq":
+            return self.options.grid_search is not False
+        # Also for the linears that are not clipped: scales chosen so are better (docs/design.md).
+        return self.awq is not None and self.awq.clip != "none"
 
     def _is_followed(self, index: int) -> bool:
         """Tell whether something after block `index` is calibrated."""
         last = index + 1 == self.model.config.num_hidden_layers
-        return not last or self.plan.get(self.model.architecture.head) is not None
-
-    def _statistics(
-        self, block: DecoderBlock, prefix: str, stage: Stage | None
-    ) -> LayerStatistics | None:
-        """Return empty statistics for a stage, None where nothing of it will be quantized."""
-        if stage is None or not any(self.plan[prefix + name] for name in stage.linears):
-            return None
-        return LayerStatistics(block.weights[f"{stage.linears[0]}.weight"].shape[1])
-
-    @staticmethod
-    def _chunks(hidden: Float32, rope: Rotation) -> Iterator[slice]:
-        for first in range(0, len(hidden), rope.chunk_rows):
-            yield slice(first, first + rope.chunk_rows)
+        return not last or self.plan.get(self.model.names.head) is not None
 
     def _quantize_stage(
-        self, block: DecoderBlock, prefix: str, stage: Stage, statistics: LayerStatistics | None
+        self,
+        block: DecoderBlock,
+        prefix: str,
+        stage: Stage,
+        gram: Float32 | None,
+        finish: Callable[[QuantizedLayer], None],
+        own_solver: Callable[[str], "OwnSolver | None"],
+        replace: bool,
+        fallback: bool = False,
     ) -> None:
-        """Quantize and write what is planned of a stage, and put the new weights into the block."""
+        """Quantize what is planned of a stage; `replace` the block's weights by what is stored."""
         planned = [name for name in stage.linears if self.plan[prefix + name]]
         if not planned:
             return
-        gram = None if statistics is None else statistics.gram()
-        solver = METHODS[self.options.method](gram, self.options)
+        shared = None
         for name in planned:
             precision = self.plan[prefix + name]
             weight = block.weights[f"{name}.weight"]
             if precision is not None:
-                stored = self._quantize(prefix + name, weight, solver, precision, gram)
-                if self.propagate:
+                own = own_solver(name) or shared
+                if own is None:
+                    own = shared = OwnSolver(METHODS[self.options.method](gram, self.options), gram)
+                stored = self._quantize(
+                    prefix + name, weight, own.solve, precision, own.gram, finish, fallback
+                )
+                if replace:
                     block.weights[f"{name}.weight"] = stored
 
+    def _solvers_from_file(
+        self, block: DecoderBlock, prefix: str, stage: Stage
+    ) -> dict[str, OwnSolver]:
+        """Return how to quantize a stage's linears by the activations file; nothing without one."""
+        if self.activations is None:
+            return {}
+        return {
+            name: self._solver_from_file(
+                self.activations,
+                (prefix + name, *(prefix + other for other in stage.linears)),
+                block.weights[f"{name}.weight"].shape[1],
+            )
+            for name in stage.linears
+            if self.plan[prefix + name]
+        }
+
+    def _solver_from_file(
+        self, activations: ActivationFile, names: Sequence[str], channels: int
+    ) -> OwnSolver:
+        inputs = activations.tokens(names, channels)
+        gram = gram_of(inputs)
+        if self.options.method == "salient":
+            stats = compute_activation_stats(inputs, self.options.activation_method)
+            return OwnSolver(salient_solver(gram, self.options, stats), gram)
+        return OwnSolver(METHODS[self.options.method](gram, self.options), gram)
+
     def _quantize_head(self, hidden: Float32 | None) -> None:
-        name = self.model.architecture.head
+        name = self.model.names.head
         precision = self.plan.get(name)
         if precision is None:
             return
-        gram = None
-        if hidden is not None:
-            statistics = LayerStatistics(self.model.config.hidden_size)
-            statistics.add(self.model.final_norm(hidden))
-            gram = statistics.gram()
-        solver = METHODS[self.options.method](gram, self.options)
-        self._quantize(name, self.model.head(), solver, precision, gram)
+        if self.activations is not None:
+            own = self._solver_from_file(self.activations, (name,), self.model.config.hidden_size)
+        else:
+            gram = None if hidden is None else gram_of(self.model.final_norm(hidden))
+            own = OwnSolver(METHODS[self.options.method](gram, self.options), gram)
+        self._quantize(name, self.model.head(), own.solve, precision, own.gram, self.output.finish)
 
     def _quantize(
         self,
@@ -370,8 +652,10 @@ class _Run:
         solver: Solver,
         precision: Precision,
         gram: Float32 | None,
+        finish: Callable[[QuantizedLayer], None],
+        fallback: bool = False,
     ) -> Float32:
-        """Quantize, write and report one layer; return the weights that a reader will see."""
+        """Quantize one layer and hand it on; return the weights that a reader will see."""
         try:
             tensor = solver(
                 weight, precision.bits, precision.group_size, precision.grid, self.scale_dtype
@@ -380,20 +664,8 @@ class _Run:
             raise
         except ValueError as error:
             raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: {error}") from error
-        for part, array in self.format.pack(name, tensor).items():
-            self._add(part, array)
         stored = tensor.dequantize()
-        self.layer_bytes += tensor.nbytes
-        self.layer_weights += weight.size
-        self.layers.append(
-            LayerReport(
-                name,
-                tensor.bits,
-                tensor.group_size,
-                relative_error(weight, stored, gram),
-                tensor.damping if isinstance(tensor, GptqTensor) else None,
-            )
-        )
+        finish(QuantizedLayer(name, tensor, relative_error(weight, stored, gram), fallback))
         return stored
 
     def _carry(self, names: Iterable[str]) -> None:
@@ -403,34 +675,32 @@ class _Run:
         for name in names:
             target = name
             if model.tied:
-                target = f"{model.architecture.embedding}.weight" if name == matrix else name
-                if name == f"{model.architecture.head}.weight" and name != matrix:
+                target = f"{model.names.embedding}.weight" if name == matrix else name
+                if name == f"{model.names.head}.weight" and name != matrix:
                     continue
-            if self.plan.get(target.removesuffix(".weight")) is not None:
+            layers = self.stacked.get(name, [target.removesuffix(".weight")])
+            if all(self.plan.get(layer) is not None for layer in layers):
                 continue
-            array = model.checkpoint.read(name)
-            if array.dtype in FLOAT_DTYPES:
-                require_finite(array, f"{model.checkpoint.file(name)}: tensor {name}")
-            self._add(target, array)
+            if name in self.stacked and any(
+                self.plan.get(layer) is not None or f"{layer}.weight" in self.changed
+                for layer in layers
+            ):
+                for layer in layers:
+                    if self.plan.get(layer) is None:
+                        self._carry_expert(layer, model.checkpoint.dtype(name))
+                continue
+            self.output.carry(model.checkpoint, name, self.changed, target)
 
-    def _add(self, name: str, array: NDArray[Any]) -> None:
-        self.writer.add(name, array)
-        self.written_bytes += array.nbytes
+    def _carry_expert(self, layer: str, dtype: np.dtype[Any]) -> None:
+        """Write one expert of a stack by itself, in float."""
+        tensor = f"{layer}.weight"
+        if tensor in self.changed:
+            array = self.changed.pop(tensor)
+        else:
+            array = self.model.weight(layer, self.shapes[layer])
+        self.output.add(tensor, array.astype(dtype))
 
 
-def relative_error(weight: Float32, stored: Float32, gram: Float32 | None) -> float:
-    """Return ``tr(Δ G Δᵀ) / tr(W G Wᵀ)``, Δ = `stored` − `weight`, over at most 64 evenly spaced rows.
-
-    Without a gram the identity takes its place. A layer of zeros has error 0.
-    """
-    step = -(-len(weight) // ERROR_ROWS)
-    rows = np.ascontiguousarray(weight[::step])
-    change = stored[::step] - rows
-    energies = []
-    for matrix in (change, rows):
-        product = matrix
-        if gram is not None:
-            product = np.empty_like(matrix)
-            _kernels.linear(matrix, gram, None, product, False)
-        energies.append(float(np.vdot(product, matrix)))
-    return energies[0] / energies[1] if energies[1] > 0 else 0.0
+def _mean_square(states: Float32, original: Float32) -> float:
+    change = states - original
+    return float(np.vdot(change, change)) / change.size

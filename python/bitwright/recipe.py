@@ -30,7 +30,37 @@ def plan_layers(
     ValueError
         If a pattern matches no layer, or the format cannot store what is asked for.
     """
-    shapes = model.linear_shapes()
+    shapes = dict(model.linear_shapes())
+    plan = plan_shapes(shapes, default, include=include, exclude=exclude, overrides=overrides)
+    plan.update(dict.fromkeys(model.never_quantized()))
+    matrix = (model.config.vocab_size, model.config.hidden_size)
+    for name, bits, option in (
+        (model.names.embedding, embedding_bits, "embedding_bits"),
+        (model.names.head, head_bits, "head_bits"),
+    ):
+        if bits is None:
+            continue
+        if not format.embeddings:
+            raise ValueError(
+                f"{option}: the {format.name} format keeps embeddings and head in float"
+            )
+        if model.tied and option == "head_bits":
+            raise ValueError("head_bits: the head is the embedding; use embedding_bits")
+        plan[name] = Precision(bits, default.group_size, default.grid)
+        shapes[name] = matrix
+    check_plan(plan, shapes, format)
+    return plan
+
+
+def plan_shapes(
+    shapes: Mapping[str, tuple[int, int]],
+    default: Precision,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overrides: Overrides | None = None,
+) -> dict[str, Precision | None]:
+    """Return the precision of every layer in `shapes`; see `plan_layers`."""
     overrides = overrides or {}
     for pattern in (*include, *exclude, *overrides):
         if not any(fnmatchcase(name, pattern) for name in shapes):
@@ -48,27 +78,20 @@ def plan_layers(
             if fnmatchcase(name, pattern):
                 precision = _changed(default, pattern, changes)
         plan[name] = precision
-    matrix = (model.config.vocab_size, model.config.hidden_size)
-    for name, bits, option in (
-        (model.architecture.embedding, embedding_bits, "embedding_bits"),
-        (model.architecture.head, head_bits, "head_bits"),
-    ):
-        if bits is None:
-            continue
-        if not format.embeddings:
-            raise ValueError(
-                f"{option}: the {format.name} format keeps embeddings and head in float"
-            )
-        if model.tied and option == "head_bits":
-            raise ValueError("head_bits: the head is the embedding; use embedding_bits")
-        plan[name] = Precision(bits, default.group_size, default.grid)
-        shapes[name] = matrix
+    return plan
+
+
+def check_plan(
+    plan: Mapping[str, Precision | None],
+    shapes: Mapping[str, tuple[int, int]],
+    format: type[Format],
+) -> None:
+    """Raise ValueError unless something is quantized, and to what the format can store."""
     for name, planned in plan.items():
         if planned is not None:
             format.check(name, shapes[name], planned)
     if not any(plan.values()):
         raise ValueError("include and exclude leave no layer to quantize")
-    return plan
 
 
 def _changed(default: Precision, pattern: str, changes: Mapping[str, int]) -> Precision:

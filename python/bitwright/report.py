@@ -8,6 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bitwright.evaluate import Evaluation
+from bitwright.inspection import Inspection
+from bitwright.methods.awq import ScaleSearch
+
+SHOWN_EXPERTS = 12
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,9 @@ class LayerReport:
         without calibration data the same of the weights, ``‖Ŵ − W‖² / ‖W‖²``.
     damping
         What GPTQ needed, relative to the mean of the gram's diagonal; None for other methods.
+    few_tokens
+        Whether this is an expert that received too few of the calibration tokens, so that its gram is that
+        of all tokens, as if each had been routed to it.
     """
 
     name: str
@@ -32,6 +39,36 @@ class LayerReport:
     group_size: int
     error: float
     damping: float | None
+    few_tokens: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class BlockReport:
+    """What AWQ did to one decoder block.
+
+    Parameters
+    ----------
+    index
+        Of the block.
+    loss_before, loss_after
+        Mean squared difference between the quantized and the float block's output over the calibration
+        tokens, without and with AWQ.
+    scaled
+        Whether AWQ's weights were kept; where the loss is not reduced the block falls back to its own.
+    searches
+        The search of each scale group, by the short name of its first layer.
+    """
+
+    index: int
+    loss_before: float
+    loss_after: float
+    scaled: bool
+    searches: dict[str, ScaleSearch]
+
+    @property
+    def reduction(self) -> float:
+        """``loss_after / loss_before``."""
+        return self.loss_after / self.loss_before if self.loss_before > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +83,8 @@ class QuantizationReport:
         As asked for.
     layers
         The quantized layers in the order of the computation.
+    blocks
+        What AWQ did, block by block; empty for other methods.
     layer_bits_per_weight
         Bits stored per weight of the quantized layers, scales and zeros or biases included.
     bits_per_weight
@@ -64,6 +103,7 @@ class QuantizationReport:
     method: str
     format: str
     layers: tuple[LayerReport, ...]
+    blocks: tuple[BlockReport, ...]
     layer_bits_per_weight: float
     bits_per_weight: float
     size_bytes: int
@@ -79,6 +119,10 @@ class QuantizationReport:
     def dampings_raised(self, asked: float) -> list[LayerReport]:
         """Return the layers that needed more damping than asked for."""
         return [layer for layer in self.layers if layer.damping and layer.damping > asked]
+
+    def experts_with_few_tokens(self) -> list[str]:
+        """Return the names of the experts' layers whose statistics are those of all tokens."""
+        return [layer.name for layer in self.layers if layer.few_tokens]
 
 
 def print_report(report: QuantizationReport, console: Console) -> None:
@@ -109,6 +153,34 @@ def print_report(report: QuantizationReport, console: Console) -> None:
             layer.name, str(layer.bits), str(layer.group_size), f"{layer.error:.2e}", damping
         )
     console.print(worst)
+    few = report.experts_with_few_tokens()
+    if few:
+        shown = ", ".join(few[:SHOWN_EXPERTS]) + (", …" if len(few) > SHOWN_EXPERTS else "")
+        console.print(
+            f"{len(few)} layers of experts received too few calibration tokens and share their "
+            f"layer's statistics: {shown}"
+        )
+    if report.blocks:
+        print_blocks(report.blocks, console)
+
+
+def print_blocks(blocks: tuple[BlockReport, ...], console: Console) -> None:
+    """Print what AWQ did to each block."""
+    table = Table(box=box.SIMPLE, title="AWQ, block by block", title_justify="left")
+    table.add_column("block", justify="right")
+    for heading in ("loss before", "after", "ratio"):
+        table.add_column(heading, justify="right")
+    table.add_column("exponents of the activations")
+    for block in blocks:
+        found = ", ".join(f"{name} {search.ratio:g}" for name, search in block.searches.items())
+        table.add_row(
+            str(block.index),
+            f"{block.loss_before:.3e}",
+            f"{block.loss_after:.3e}",
+            f"{block.reduction:.3f}",
+            found if block.scaled else "loss is not reduced: weights kept as they were",
+        )
+    console.print(table)
 
 
 def print_evaluations(rows: dict[str, Evaluation], console: Console) -> None:
@@ -126,6 +198,39 @@ def print_evaluations(rows: dict[str, Evaluation], console: Console) -> None:
             f"{result.bits_per_weight:.3f}",
             f"{result.tokens_per_second:,.0f}",
             megabytes(result.peak_memory_bytes),
+        )
+    console.print(table)
+
+
+def print_inspection(found: Inspection, console: Console) -> None:
+    """Print what a checkpoint holds and what quantizing it would take."""
+    summary = Table(box=box.SIMPLE, show_header=False)
+    experts = f", {found.experts} experts" if found.experts else ""
+    for label, value in (
+        ("model", f"{found.folder} ({found.model_type}, {found.dtype})"),
+        ("stored in", found.format or "float"),
+        ("blocks", f"{found.blocks}{experts}"),
+        (
+            "parameters",
+            f"{found.parameters:,}, {found.bits_per_weight:.3f} bits each"
+            f"{', embedding and head are one matrix' if found.tied else ''}",
+        ),
+        (
+            f"{found.method} would take",
+            f"about {megabytes(found.memory_bytes)} of memory and {found.seconds:,.0f} s here, with "
+            f"{found.tokens:,} calibration tokens",
+        ),
+    ):
+        summary.add_row(label, value)
+    console.print(summary)
+    table = Table(box=box.SIMPLE, title="matrices in the blocks", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    for heading in ("out × in", "count", "quantized"):
+        table.add_column(heading, justify="right")
+    for layer in found.layers:
+        out, channels = layer.shape
+        table.add_row(
+            layer.name, f"{out} × {channels}", str(layer.count), "yes" if layer.quantized else "no"
         )
     console.print(table)
 

@@ -60,16 +60,27 @@ class LayerStatistics:
     ----------
     channels
         Number of input channels of the layer.
+    magnitudes
+        Gather the mean magnitude of each channel too.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, magnitudes: bool = False) -> None:
         self.tokens = 0
         self._sum = np.zeros((channels, channels), np.float32)  # lower triangle only
+        self._magnitudes = np.zeros(channels) if magnitudes else None
 
     def add(self, activations: NDArray[np.float32]) -> None:
         """Add the activations ``[tokens, channels]`` float32 of a chunk."""
         _kernels.accumulate_gram(activations, self._sum)
+        if self._magnitudes is not None:
+            self._magnitudes += np.abs(activations).sum(axis=0)
         self.tokens += len(activations)
+
+    def mean_abs(self) -> NDArray[np.float64]:
+        """Return ``mean|x|`` ``[channels]``; ValueError if it was not gathered."""
+        if self._magnitudes is None:
+            raise ValueError("magnitudes: were not gathered")
+        return self._magnitudes / max(self.tokens, 1)
 
     def is_finite(self) -> bool:
         """Tell whether every activation so far was finite: a square is never negative, so NaN and
@@ -86,6 +97,10 @@ class LayerStatistics:
 
 def require_finite(array: NDArray[Any], name: str) -> None:
     """Raise NonFiniteError, naming `name` and the first bad position, unless all values are finite."""
+    # A sum is NaN or infinite if a term is, and takes a fraction of the time; it may overflow, though.
+    with np.errstate(all="ignore"):
+        if array.dtype == np.float32 and np.isfinite(array.sum()):
+            return
     finite = np.isfinite(array)
     if finite.all():
         return

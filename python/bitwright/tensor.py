@@ -1,6 +1,6 @@
 """The result of every method and the content of every format: a quantized matrix."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -116,6 +116,14 @@ class QuantizedTensor:
             weight,
         )
         return weight
+
+    def as_affine(self) -> "QuantizedTensor":
+        """Return a tensor with a symmetric grid as one with an affine grid, and the same weights."""
+        if self.grid != "symmetric":
+            raise ValueError(f"grid: expected symmetric, got {self.grid}")
+        # A power of two times a scale is exact in the scale's dtype.
+        biases = self.scales * self.scales.dtype.type(-(2 ** (self.bits - 1)))
+        return replace(self, grid="affine", zeros=None, biases=biases)
 
     def rows(self, start: int, stop: int) -> "QuantizedTensor":
         """Return the tensor of output rows ``start`` to ``stop``, as views."""

@@ -1,16 +1,17 @@
-"""Perplexity of a saved GPTQ folder, as transformers and GPTQModel load it. Usage: MODEL TOKENS.npy"""
+"""Perplexity of a saved GPTQ or AWQ folder, as transformers loads it. Usage: MODEL TOKENS.npy"""
 
 import json
 import math
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, GPTQConfig
+from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
 
 def main(folder: str, tokens_file: str) -> None:
@@ -20,13 +21,16 @@ def main(folder: str, tokens_file: str) -> None:
     torch.compiler.set_stance("force_eager")
     # Of this config only the kernel counts; the rest comes from the folder. The kernel GPTQModel
     # picks by itself for 4 bits on a CPU computes in bfloat16, too coarse to judge by.
-    kernel = GPTQConfig(bits=4, backend="gptq_torch")
+    config = json.loads(Path(folder, "config.json").read_text())["quantization_config"]
+    kernel: GPTQConfig = GPTQConfig(bits=4, backend="gptq_torch")
+    if config["quant_method"] == "awq":
+        kernel = AwqConfig(backend="torch_awq")  # always computes in float16
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=kernel
     )
     # Unpacking multiplies in the dtype of the scales, float16 as stored, and would round each weight.
     for module in model.modules():
-        if isinstance(module, BaseQuantLinear):
+        if isinstance(module, BaseQuantLinear) and not isinstance(kernel, AwqConfig):
             module.float()
     total = 0.0
     with torch.inference_mode():

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 DEMO = bitwright.demo_folder()
 GPTQ = {"format": "gptq", "group_size": 64}
+AWQ = {"format": "awq", "group_size": 64}
 
 
 def client_perplexity(client: str, script: str, model: Path, tokens: Path) -> float:
@@ -57,6 +59,11 @@ def check(
         ("gptqmodel", {"bits": 3, **GPTQ, "grid": "zero_point"}),
         ("gptqmodel", {"bits": 8, **GPTQ, "group_size": None, "exclude": ["*.o_proj"]}),
         ("gptqmodel", {"bits": 2, **GPTQ, "group_size": 32}),
+        ("gptqmodel", {"method": "awq", **AWQ}),
+        ("gptqmodel", {"method": "awq+gptq", **AWQ, "exclude": ["*.0.*", "*.v_proj"]}),
+        ("gptqmodel", {"method": "salient", **AWQ, "group_size": 32}),
+        ("mlx", {"method": "awq", "bits": 3}),
+        ("mlx", {"method": "salient"}),
     ],
 )
 def test_demo_model(tmp_path: Path, client: str, options: dict[str, Any]) -> None:
@@ -67,12 +74,33 @@ def test_demo_model(tmp_path: Path, client: str, options: dict[str, Any]) -> Non
 
 @needs_shared
 @pytest.mark.parametrize(
-    ("client", "options"), [("mlx", {"bits": 3}), ("gptqmodel", {"bits": 4, **GPTQ})]
+    ("client", "options"),
+    [
+        ("mlx", {"bits": 3}),
+        ("gptqmodel", {"bits": 4, **GPTQ}),
+        ("gptqmodel", {"method": "awq", **AWQ}),
+        ("mlx", {"method": "awq", "bits": 3}),
+    ],
 )
 def test_small_model(tmp_path: Path, client: str, options: dict[str, Any]) -> None:
     calibration = np.load(SHARED / "text" / "small_calibration.npy")
     tokens = np.load(SHARED / "text" / "small_eval.npy")
-    check(tmp_path, client, SHARED / "models" / "small", calibration, tokens[:32], **options)
+    # Both clients are slow here: fewer samples where only another method made the same format.
+    tokens = tokens[:6] if "method" in options else tokens[:32]
+    check(tmp_path, client, SHARED / "models" / "small", calibration, tokens, **options)
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe", "mixtral", "deepseek_v2", "qwen2_moe", "gemma2", "phi3"]
+)
+def test_families_load_in_mlx(tmp_path: Path, name: str) -> None:
+    """Experts are stacked, routers and fused tensors named as mlx-lm wants them."""
+    folder = SHARED / "models" / "arch" / name
+    tokens = np.random.default_rng(0).integers(0, 320, (8, 48)).astype(np.int32)
+    narrow = ["*.kv_a_proj_with_mqa"] if name == "deepseek_v2" else []
+    options: dict[str, Any] = {"group_size": 32, "exclude": narrow, "scale_dtype": "float32"}
+    check(tmp_path, "mlx", folder, tokens, tokens, **options)
 
 
 @needs_shared
@@ -80,3 +108,24 @@ def test_story_model_loads_in_mlx(tmp_path: Path) -> None:
     calibration = np.load(SHARED / "text" / "story_calibration.npy")[:16]
     tokens = np.load(SHARED / "text" / "story_eval.npy")[:16]
     check(tmp_path, "mlx", SHARED / "models" / "story", calibration, tokens, bits=4)
+
+
+def test_adapter_where_transformers_is_installed() -> None:
+    """tests/test_adapter.py skips without torch, which the environment of a client has."""
+    try:
+        python = client_python("gptqmodel")
+    except subprocess.CalledProcessError as error:
+        if "CI" in os.environ:
+            raise
+        pytest.skip(f"the client gptqmodel cannot be installed here: {error}")
+    paths = [str(Path(bitwright.__file__).parents[1]), sysconfig.get_path("purelib")]
+    done = subprocess.run(
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_adapter.py"],
+        cwd=HERE.parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout

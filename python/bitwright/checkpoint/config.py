@@ -1,23 +1,55 @@
 """config.json, in its old and its new spelling, as one checked description of a decoder."""
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, cast
 
 import ml_dtypes
 import numpy as np
 
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 
-ACTIVATIONS = ("silu",)
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+OTHER_MODELS = (
+    "What transformers runs can be quantized all the same, by --backend transformers or "
+    "bitwright.quantize_with_transformers"
+)
 MODEL_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+LayerType = Literal["full_attention", "sliding_attention"]
+_LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 _LARGEST_INTEGER = 2**31 - 1
+_MOST_LAYERS = 10_000
+_SPELLINGS: dict[str, tuple[str, ...]] = {
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "dtype": ("dtype", "torch_dtype"),
+}
+_LLAMA_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "original_max_position_embeddings": None,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "model_type": None,
+    "dtype": None,
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +72,95 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Sizes of latent attention (DeepSeek V2): ranks of the latents, and of a head's parts."""
+
+    query_rank: int | None
+    key_value_rank: int
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Sizes of a mixture of experts, and how its router chooses.
+
+    ``scores`` turns the router's logits into scores. Of ``groups`` groups of experts the ``kept_groups``
+    best are looked at, by their best score (``"max"``) or the sum of their two best (``"top2"``).
+    ``shared_size`` is 0 where no expert serves every token.
+    """
+
+    count: int
+    chosen: int
+    intermediate_size: int
+    shared_size: int
+    scores: Literal["softmax", "sigmoid"]
+    normalized: bool
+    scale: float
+    groups: int
+    kept_groups: int
+    group_score: Literal["max", "top2"]
+
+
+@dataclass(frozen=True)
+class ConfigRules:
+    """What a family's config.json means beyond what it says.
+
+    Parameters
+    ----------
+    defaults
+        What transformers takes for each key that is absent, where it is not what it takes for a Llama. A
+        key that is neither here nor known to every family is not looked at.
+    spellings
+        Keys that the family spells its own way.
+    section
+        The object that describes the text part, in multimodal models.
+    query_bias, output_bias, mlp_bias
+        Whether linears have biases, or the key that says so: query, key and value; attention's output;
+        the MLP's.
+    interleaved
+        Whether rotary pairs are neighbours rather than half a head apart, or the key that says so.
+    slides
+        Whether a layer attends to the last ``sliding_window`` tokens only, where ``layer_types`` does not
+        say so.
+    rotates
+        Whether a layer turns queries and keys by their positions.
+    is_sparse
+        Whether a layer has a mixture of experts.
+    topk_methods
+        Ways to choose experts that the family knows, by their names in config.json; the first is the
+        default.
+    meanings
+        Values that mean others: ``{key: {value: value meant}}``.
+    router_scores
+        See `ExpertsConfig`.
+    always_normalized
+        Whether the weights of a token's experts add up to 1, whatever config.json says.
+    latent_attention
+        Whether queries, keys and values come from latents.
+    """
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    section: str | None = None
+    query_bias: bool | str = "attention_bias"
+    output_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = False
+    interleaved: bool | str = False
+    slides: "Callable[[Keys, int], bool]" = lambda _keys, _layer: False
+    rotates: "Callable[[Keys, int], bool]" = lambda _keys, _layer: True
+    is_sparse: "Callable[[Keys, int], bool]" = lambda _keys, _layer: False
+    topk_methods: tuple[str, ...] = ()
+    meanings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    always_normalized: bool = False
+    latent_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,21 +179,39 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
-    rms_norm_eps: float
+    norm_eps: float
     rope: RopeConfig
+    sliding_rope: RopeConfig
+    rotary_dim: int
+    interleaved: bool
     max_position_embeddings: int
     tie_word_embeddings: bool
-    attention_bias: bool
+    query_bias: bool
+    output_bias: bool
     mlp_bias: bool
     hidden_act: str
+    layer_types: tuple[LayerType, ...]
+    rotates: tuple[bool, ...]
+    is_sparse: tuple[bool, ...]
+    sliding_window: int | None
+    attention_scale: float
+    attention_softcap: float | None
+    final_softcap: float | None
+    embedding_scale: float
+    residual_scale: float
+    logits_divisor: float
+    latent: LatentConfig | None
+    experts: ExpertsConfig | None
     dtype: np.dtype[Any] | None
     raw: Mapping[str, Any] = field(repr=False)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: Path, supported: Collection[str]) -> Self:
+    def from_dict(
+        cls, raw: Mapping[str, Any], source: Path, families: Mapping[str, ConfigRules]
+    ) -> Self:
         """Check and complete a parsed config.json.
 
-        Keys that are absent or null take the defaults of transformers' Llama.
+        Keys that are absent or null take the defaults of transformers, save where null means none.
 
         Parameters
         ----------
@@ -80,8 +219,8 @@ class ModelConfig:
             The parsed file, spelled as transformers 4 or 5 does.
         source : pathlib.Path
             The file, for messages.
-        supported : collection of str
-            The values of ``model_type`` that are accepted.
+        families : mapping of str to ConfigRules
+            What the supported values of ``model_type`` stand for.
 
         Returns
         -------
@@ -97,165 +236,391 @@ class ModelConfig:
 
         Examples
         --------
-        >>> ModelConfig.from_dict({"model_type": "llama"}, Path("config.json"), {"llama"}).head_dim
+        >>> rules = {"llama": ConfigRules()}
+        >>> ModelConfig.from_dict({"model_type": "llama"}, Path("config.json"), rules).head_dim
         128
         """
-        top = _Section(raw, source)
-        model_type = top.choice("model_type", sorted(supported))
-        hidden_size = top.integer("hidden_size", 4096)
-        heads = top.integer("num_attention_heads", 32)
+        outer = Keys(raw, source)
+        model_type = outer.choice("model_type", sorted(families))
+        rules = families[model_type]
+        values = raw
+        if rules.section is not None:
+            section = outer.section(rules.section)
+            # What the outer object says of the whole, such as its dtype, holds for the part as well.
+            values = {**raw, **(section.values if section else {})}
+        top = Keys(
+            values,
+            source,
+            f"{rules.section}." if rules.section else "",
+            _LLAMA_DEFAULTS | dict(rules.defaults),
+            rules,
+        )
+        hidden_size, layers = top.integer("hidden_size"), top.integer("num_hidden_layers")
+        if layers > _MOST_LAYERS:
+            raise top.wrong("num_hidden_layers", f"must be at most {_MOST_LAYERS}")
+        heads = top.integer("num_attention_heads")
         key_value_heads = top.integer("num_key_value_heads", heads)
         if heads % key_value_heads:
             raise CheckpointError(
                 f'{source}: "num_attention_heads" is {heads}, which is not a multiple of '
                 f'"num_key_value_heads", {key_value_heads}'
             )
-        if top.get("head_dim") is None and hidden_size % heads:
+        latent = _latent(top) if rules.latent_attention else None
+        if latent is not None:
+            head_dim, rotary_dim = latent.plain_dim + latent.rotary_dim, latent.rotary_dim
+            if key_value_heads != heads:
+                raise UnsupportedModelError(
+                    f'{source}: "num_key_value_heads" is {key_value_heads}; with latent attention '
+                    f'it must be that of "num_attention_heads", {heads}'
+                )
+        else:
+            head_dim = top.integer("head_dim", 0)
+            if head_dim == 0 and hidden_size % heads:
+                raise CheckpointError(
+                    f'{source}: "hidden_size" is {hidden_size}, which is not a multiple of '
+                    f'"num_attention_heads", {heads}, and there is no "head_dim"'
+                )
+            head_dim = head_dim or hidden_size // heads
+            rotary_dim = int(head_dim * _partial_rotary_factor(top))
+        if rotary_dim % 2 or rotary_dim == 0:
             raise CheckpointError(
-                f'{source}: "hidden_size" is {hidden_size}, which is not a multiple of '
-                f'"num_attention_heads", {heads}, and there is no "head_dim"'
+                f'{source}: "head_dim" is {head_dim}, of which {rotary_dim} channels are rotated, but '
+                f"rotary position embeddings need an even number of channels"
             )
-        head_dim = top.integer("head_dim", hidden_size // heads)
-        if head_dim % 2:
-            raise CheckpointError(
-                f'{source}: "head_dim" is {head_dim}, but rotary position embeddings need an even '
-                f"number of channels"
-            )
-        max_position_embeddings = top.integer("max_position_embeddings", 2048)
-        dtype_key = "torch_dtype" if top.get("dtype") is None else "dtype"
-        dtype = None
-        if top.get(dtype_key) is not None:
-            dtype = MODEL_DTYPES[top.choice(dtype_key, list(MODEL_DTYPES))]
+        rope, sliding_rope = _ropes(top, top.integer("max_position_embeddings"), rotary_dim)
+        sliding_window = top.optional_integer("sliding_window")
+        layer_types = _layer_types(top, rules, layers, sliding_window)
+        scalar = top.optional_number("query_pre_attn_scalar")
+        attention_scale = (head_dim if scalar is None else scalar) ** -0.5
+        if latent is not None:
+            attention_scale *= _latent_scale(rope)
+        sparse = tuple(rules.is_sparse(top, layer) for layer in range(layers))
+        activation = top.choice("hidden_act", ACTIVATIONS)
         return cls(
             model_type=model_type,
             hidden_size=hidden_size,
-            intermediate_size=top.integer("intermediate_size", 11008),
-            num_hidden_layers=top.integer("num_hidden_layers", 32),
+            intermediate_size=top.integer("intermediate_size"),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=key_value_heads,
             head_dim=head_dim,
-            vocab_size=top.integer("vocab_size", 32000),
-            rms_norm_eps=top.number("rms_norm_eps", 1e-6, zero=True),
-            rope=_rope(top, max_position_embeddings),
-            max_position_embeddings=max_position_embeddings,
-            tie_word_embeddings=top.boolean("tie_word_embeddings", False),
-            attention_bias=top.boolean("attention_bias", False),
-            mlp_bias=top.boolean("mlp_bias", False),
-            hidden_act=top.choice("hidden_act", ACTIVATIONS, "silu"),
-            dtype=dtype,
+            vocab_size=top.integer("vocab_size"),
+            norm_eps=top.number("rms_norm_eps", zero=True),
+            rope=rope,
+            sliding_rope=sliding_rope,
+            rotary_dim=rotary_dim,
+            interleaved=top.flag(rules.interleaved),
+            max_position_embeddings=top.integer("max_position_embeddings"),
+            tie_word_embeddings=top.boolean("tie_word_embeddings"),
+            query_bias=top.flag(rules.query_bias),
+            output_bias=top.flag(rules.output_bias),
+            mlp_bias=top.flag(rules.mlp_bias),
+            hidden_act=activation,
+            layer_types=layer_types,
+            rotates=tuple(rules.rotates(top, layer) for layer in range(layers)),
+            is_sparse=sparse,
+            sliding_window=sliding_window,
+            attention_scale=top.number("attention_multiplier", attention_scale),
+            attention_softcap=top.optional_number("attn_logit_softcapping"),
+            final_softcap=top.optional_number("final_logit_softcapping"),
+            embedding_scale=_embedding_scale(top, hidden_size),
+            residual_scale=top.number("residual_multiplier", 1.0),
+            logits_divisor=top.number("logits_scaling", 1.0),
+            latent=latent,
+            experts=_experts(top, rules) if any(sparse) else None,
+            dtype=_dtype(top),
             raw=raw,
         )
 
 
-class _Section:
-    """A JSON object and the words for what is wrong in it; null counts as absent."""
+class Keys:
+    """A JSON object, what stands in for absent keys, and the words for what is wrong; null is absent.
 
-    def __init__(self, values: Mapping[str, Any], source: Path, name: str = "") -> None:
+    Parameters
+    ----------
+    values, source, name
+        The object, the file it is from and, in messages, the start of its keys.
+    defaults
+        By key; others are not looked at. None looks at all of them and stands in for nothing.
+    rules
+        Spellings and meanings of a family.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        source: Path,
+        name: str = "",
+        defaults: Mapping[str, Any] | None = None,
+        rules: ConfigRules | None = None,
+    ) -> None:
         self.values = values
         self.source = source
         self.name = name
+        self.defaults = defaults
+        self.rules = rules or ConfigRules()
 
-    def get(self, key: str) -> Any:
-        return self.values.get(key)
+    def spelling(self, key: str) -> str:
+        """The spelling of a key that the object uses."""
+        known = (self.rules.spellings.get(key, key), key, *_SPELLINGS.get(key, ()))
+        return next((each for each in known if self.values.get(each) is not None), known[0])
 
-    def section(self, key: str) -> "_Section | None":
+    def get(self, key: str, *, null: bool = False) -> Any:
+        """The value at a key or its default; with `null`, null is a value."""
+        if self.defaults is not None and key not in self.defaults:
+            return None
+        spelling = self.spelling(key)
+        value = self.values.get(spelling)
+        if value is None and self.defaults is not None and not (null and spelling in self.values):
+            return self.defaults[key]
+        return value
+
+    def section(self, key: str) -> "Keys | None":
         """The object at a key, or None where it is absent, null or empty."""
         values = self.get(key)
         if values is not None and not isinstance(values, dict):
             raise self.wrong(key, "must be an object")
-        return _Section(values, self.source, f"{key}.") if values else None
+        return Keys(values, self.source, f"{key}.") if values else None
 
-    def integer(self, key: str, default: int) -> int:
+    def integer(self, key: str, default: int | None = None, *, zero: bool = False) -> int:
         value = self.get(key)
-        if value is None:
+        if value is None and default is not None:
             return default
-        if type(value) is not int or not 0 < value <= _LARGEST_INTEGER:
-            raise self.wrong(key, f"must be an integer from 1 to {_LARGEST_INTEGER}")
+        least = 0 if zero else 1
+        if type(value) is not int or not least <= value <= _LARGEST_INTEGER:
+            raise self.wrong(key, f"must be an integer from {least} to {_LARGEST_INTEGER}")
         return value
 
-    def number(self, key: str, default: float | None, *, zero: bool = False) -> float:
-        value = self.optional_number(key, zero=zero)
-        if value is not None:
-            return value
-        if default is None:
-            raise self.wrong(key, "must be a number")
-        return default
+    def optional_integer(self, key: str) -> int | None:
+        """As `integer`, but null and 0 mean none."""
+        value = self.get(key, null=True)
+        return None if value is None else self.integer(key, zero=True) or None
 
-    def optional_number(self, key: str, *, zero: bool = False) -> float | None:
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
         value = self.get(key)
-        if value is None:
-            return None
+        if value is None and default is not None:
+            return default
         # Compared before it is converted: float() of a huge integer overflows.
         if type(value) not in (int, float) or not (0 if zero else 1e-30) <= value <= 1e30:
             raise self.wrong(key, f"must be a {'non-negative' if zero else 'positive'} number")
         return float(value)
 
-    def boolean(self, key: str, default: bool) -> bool:
+    def optional_number(self, key: str, *, zero: bool = False) -> float | None:
+        """As `number`, but null means none."""
+        return None if self.get(key, null=True) is None else self.number(key, zero=zero)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        value = self.get(key)
+        if (
+            not isinstance(value, list)
+            or len(value) != count
+            or not all(type(each) in (int, float) and 1e-30 <= each <= 1e30 for each in value)
+        ):
+            raise self.wrong(key, f"must be a list of {count} positive numbers")
+        return tuple(map(float, value))
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A list of integers, empty where there is none."""
         value = self.get(key)
         if value is None:
+            return ()
+        if not isinstance(value, list) or not all(type(each) in (int, bool) for each in value):
+            raise self.wrong(key, "must be a list of integers")
+        return tuple(map(int, value))
+
+    def boolean(self, key: str, default: bool | None = None) -> bool:
+        value = self.get(key)
+        if value is None and default is not None:
             return default
         if type(value) is not bool:
             raise self.wrong(key, "must be true or false")
         return value
 
+    def flag(self, rule: bool | str) -> bool:
+        """A truth that a family fixes, or the value of the key that it names."""
+        return self.boolean(rule, False) if isinstance(rule, str) else rule
+
     def choice(self, key: str, choices: Collection[str], default: str | None = None) -> str:
         value = default if self.get(key) is None else self.get(key)
         if not isinstance(value, str):
             raise self.wrong(key, "must be a string")
+        value = self.rules.meanings.get(key, {}).get(value, value)
         if value not in choices:
+            hint = f". {OTHER_MODELS}" if key == "model_type" else ""
             raise UnsupportedModelError(
                 f"{self.source}: {self.quoted(key)} is {shown(value)}, which is not supported; "
-                f"supported are: {', '.join(choices)}"
+                f"supported are: {', '.join(choices)}{hint}"
             )
         return value
 
     def quoted(self, key: str) -> str:
-        return f'"{self.name}{key}"'
+        return f'"{self.name}{self.spelling(key)}"'
 
     def wrong(self, key: str, rule: str) -> CheckpointError:
-        state = f"is {shown(self.get(key))}" if key in self.values else "is absent"
+        spelling = self.spelling(key)
+        state = f"is {shown(self.values[spelling])}" if spelling in self.values else "is absent"
         return CheckpointError(f"{self.source}: {self.quoted(key)} {state}, but {rule}")
 
 
-def _rope(top: _Section, max_position_embeddings: int) -> RopeConfig:
+def _dtype(top: Keys) -> np.dtype[Any] | None:
+    if top.get("dtype") is None:
+        return None
+    return MODEL_DTYPES[top.choice("dtype", list(MODEL_DTYPES))]
+
+
+def _embedding_scale(top: Keys, hidden_size: int) -> float:
+    if top.get("scaled_embedding"):
+        return float(np.float32(math.sqrt(hidden_size)))
+    return top.number("embedding_multiplier", 1.0)
+
+
+def _partial_rotary_factor(top: Keys) -> float:
+    rope = top.section("rope_scaling") or top.section("rope_parameters")
+    factor = top.number("partial_rotary_factor")
+    if rope is not None:
+        factor = rope.number("partial_rotary_factor", factor)
+    if factor > 1:
+        raise top.wrong("partial_rotary_factor", "must be at most 1")
+    if factor != 1 and not top.get("rotates_in_part"):
+        raise UnsupportedModelError(
+            f'{top.source}: "partial_rotary_factor" is {factor}, but for this model_type only 1 is '
+            f"supported"
+        )
+    return factor
+
+
+def _layer_types(
+    top: Keys, rules: ConfigRules, layers: int, sliding_window: int | None
+) -> tuple[LayerType, ...]:
+    types = top.get("layer_types")
+    if types is None:
+        slides = [sliding_window is not None and rules.slides(top, each) for each in range(layers)]
+        return tuple("sliding_attention" if each else "full_attention" for each in slides)
+    if not isinstance(types, list) or len(types) != layers:
+        raise top.wrong("layer_types", f"must be a list of {layers} strings")
+    for each in types:
+        if each not in _LAYER_TYPES:
+            raise UnsupportedModelError(
+                f"{top.source}: {top.quoted('layer_types')} holds {shown(each)}, which is not "
+                f"supported; supported are: {', '.join(_LAYER_TYPES)}"
+            )
+    if "sliding_attention" in types and sliding_window is None:
+        raise top.wrong("sliding_window", 'must be an integer: "layer_types" asks for it')
+    return tuple(cast(LayerType, each) for each in types)
+
+
+def _latent(top: Keys) -> LatentConfig:
+    return LatentConfig(
+        query_rank=top.optional_integer("q_lora_rank"),
+        key_value_rank=top.integer("kv_lora_rank"),
+        plain_dim=top.integer("qk_nope_head_dim"),
+        rotary_dim=top.integer("qk_rope_head_dim"),
+        value_dim=top.integer("v_head_dim"),
+    )
+
+
+def _latent_scale(rope: RopeConfig) -> float:
+    """What latent attention multiplies its scores by: the temperature of the stretched positions, which
+    cosines and sines leave out there."""
+    if rope.rope_type == "default" or not rope.mscale_all_dim or rope.factor <= 1:
+        return 1.0
+    return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
+
+
+def _experts(top: Keys, rules: ConfigRules) -> ExpertsConfig:
+    count, chosen = top.integer("num_experts"), top.integer("num_experts_per_tok")
+    if chosen > count:
+        raise top.wrong("num_experts_per_tok", f"must be at most {count}, the number of experts")
+    size = top.integer("moe_intermediate_size", top.integer("intermediate_size"))
+    groups = kept = 1
+    group_score: Literal["max", "top2"] = "max"
+    if rules.topk_methods:
+        method = top.choice("topk_method", rules.topk_methods, rules.topk_methods[0])
+        if method != "greedy":
+            groups, kept = top.integer("n_group", 1), top.integer("topk_group", 1)
+            group_score = "top2" if method == "noaux_tc" else "max"
+        if count % groups or kept > groups or count // groups * kept < chosen:
+            raise top.wrong(
+                "topk_group",
+                f"its {kept} of {groups} groups of {count} experts must hold {chosen} to choose",
+            )
+    shared = top.integer("shared_expert_intermediate_size", 0, zero=True)
+    return ExpertsConfig(
+        count=count,
+        chosen=chosen,
+        intermediate_size=size,
+        shared_size=shared or size * top.integer("n_shared_experts", 0, zero=True),
+        scores=rules.router_scores,
+        normalized=rules.always_normalized or top.boolean("norm_topk_prob", False),
+        scale=top.number("routed_scaling_factor", 1.0),
+        groups=groups,
+        kept_groups=kept,
+        group_score=group_score,
+    )
+
+
+def _ropes(
+    top: Keys, max_position_embeddings: int, rotary_dim: int
+) -> tuple[RopeConfig, RopeConfig]:
+    """Return what full and sliding layers turn by."""
     # transformers lets the old key win where a file has both.
     rope = (
         top.section("rope_scaling")
         or top.section("rope_parameters")
-        or _Section({}, top.source, "rope_parameters.")
+        or Keys({}, top.source, "rope_parameters.")
     )
-    theta = rope.number("rope_theta", top.number("rope_theta", 10000.0))
-    if theta <= 1:
-        raise CheckpointError(f'{top.source}: "rope_theta" is {theta}, but must be more than 1')
-    if any(isinstance(value, dict) for value in rope.values.values()):
+    sliding_theta = top.optional_number("rope_local_base_freq")
+    if not any(isinstance(value, dict) for value in rope.values.values()):
+        full = _rope(top, rope, max_position_embeddings, rotary_dim)
+        return full, full if sliding_theta is None else RopeConfig(theta=sliding_theta)
+    if sliding_theta is None:
         raise UnsupportedModelError(
             f"{top.source}: {rope.quoted('*')} differ from layer to layer, which is not supported"
         )
-    for section in (top, rope):
-        if section.number("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedModelError(
-                f"{top.source}: {section.quoted('partial_rotary_factor')} is "
-                f"{section.get('partial_rotary_factor')}, but only 1 is supported"
-            )
+    sections = [
+        rope.section(each) or Keys({}, top.source, f"{rope.name}{each}.") for each in _LAYER_TYPES
+    ]
+    full = _rope(top, sections[0], max_position_embeddings, rotary_dim)
+    local = Keys({"rope_theta": sliding_theta, **sections[1].values}, top.source, sections[1].name)
+    return full, _rope(top, local, max_position_embeddings, rotary_dim)
+
+
+def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) -> RopeConfig:
+    theta = rope.number("rope_theta", top.number("rope_theta"))
+    if theta <= 1:
+        raise CheckpointError(f'{top.source}: "rope_theta" is {theta}, but must be more than 1')
     type_key = "type" if rope.get("rope_type") is None else "rope_type"
-    rope_type = rope.choice(type_key, ROPE_TYPES, "default")
+    if rope.get(type_key) == "su" or (rope.get(type_key) == "yarn" and rope.get("short_factor")):
+        rope_type = "longrope"  # as early Phi-3 models call it
+    else:
+        rope_type = rope.choice(type_key, ROPE_TYPES, "default")
     if rope_type == "default":
         return RopeConfig(theta=theta)
     if rope_type == "linear":
-        return RopeConfig(rope_type, theta, rope.number("factor", None))
+        return RopeConfig(rope_type, theta, rope.number("factor"))
     # A length beside the rope section wins over the one inside, as in transformers.
     original = top.integer(
         "original_max_position_embeddings",
         rope.integer("original_max_position_embeddings", max_position_embeddings),
     )
+    if rope_type == "longrope":
+        return RopeConfig(
+            rope_type,
+            theta,
+            rope.number("factor", max_position_embeddings / original),
+            original_max_position_embeddings=original,
+            attention_factor=rope.optional_number("attention_factor"),
+            short_factor=rope.numbers("short_factor", rotary_dim // 2),
+            long_factor=rope.numbers("long_factor", rotary_dim // 2),
+        )
     if rope_type == "llama3":
-        low, high = rope.number("low_freq_factor", None), rope.number("high_freq_factor", None)
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if low >= high:
             raise CheckpointError(
                 f"{top.source}: {rope.quoted('low_freq_factor')} is {low}, but must be less than "
                 f"{rope.quoted('high_freq_factor')}, {high}"
             )
-        return RopeConfig(rope_type, theta, rope.number("factor", None), low, high, original)
+        return RopeConfig(rope_type, theta, rope.number("factor"), low, high, original)
     return RopeConfig(
         rope_type,
         theta,

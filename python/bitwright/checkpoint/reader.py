@@ -6,6 +6,7 @@ import math
 import os
 import re
 from bisect import bisect_left
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +214,42 @@ class Checkpoint:
             If there is no such tensor, its dtype is not supported, the checkpoint is closed, or
             the file changed underneath.
         """
+        return self._read(name, lambda shard: shard.get_tensor(name))
+
+    def read_part(self, name: str, index: int, rows: slice | None = None) -> NDArray[Any]:
+        """Read one matrix of a stack, or some of its rows, and nothing else.
+
+        Parameters
+        ----------
+        name : str
+            Name of a tensor with three axes.
+        index : int
+            Along its first axis.
+        rows : slice
+            Along its second axis; all by default.
+
+        Returns
+        -------
+        numpy.ndarray
+            A private C-contiguous copy in the stored dtype, with two axes.
+
+        Raises
+        ------
+        CheckpointError
+            As `read`, or if the tensor has no such part.
+        """
+        shape = self.shape(name)
+        if len(shape) != 3 or not 0 <= index < shape[0]:
+            raise CheckpointError(
+                f"{self.file(name)}: tensor {shown(name)} has shape {list(shape)}; expected three "
+                f"axes, the first longer than {index}"
+            )
+        part: NDArray[Any] = self._read(
+            name, lambda shard: shard.get_slice(name)[index : index + 1, rows or slice(None)]
+        )[0]
+        return part
+
+    def _read(self, name: str, get: Callable[[Any], NDArray[Any]]) -> NDArray[Any]:
         tensor = self._tensor(name)
         self.dtype(name)
         if tensor.file not in self._shards:
@@ -220,13 +257,12 @@ class Checkpoint:
                 f"{self.folder}: the checkpoint is closed; read {shown(name)} before closing it"
             )
         try:
-            array: NDArray[Any] = self._shards[tensor.file].get_tensor(name)
+            return get(self._shards[tensor.file])
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{tensor.file}: tensor {shown(name)} cannot be read: {shown(str(error))}. "
                 f"Was the file changed or removed meanwhile?"
             ) from error
-        return array
 
     def nbytes(self) -> int:
         """Add up the sizes of all tensors.
@@ -271,6 +307,33 @@ class Checkpoint:
                 f"{self.folder / INDEX_NAME}: tensor {shown(name)} should be in {file.name}, but "
                 f"is not. Download both files again"
             )
+
+
+class CheckpointSlice:
+    """A checkpoint whose tensors are stacks, seen at one index of their first axis.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The whole.
+    index : int
+        Along the first axis.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, index: int) -> None:
+        self._checkpoint = checkpoint
+        self._index = index
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._checkpoint
+
+    def file(self, name: str) -> Path:
+        """As `Checkpoint.file`."""
+        return self._checkpoint.file(name)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """As `Checkpoint.read_part`."""
+        return self._checkpoint.read_part(name, self._index)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

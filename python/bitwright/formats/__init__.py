@@ -2,11 +2,12 @@
 
 from bitwright.checkpoint import Checkpoint
 from bitwright.errors import UnsupportedModelError, shown
+from bitwright.formats.awq import AwqFormat
 from bitwright.formats.format import Format, Precision
 from bitwright.formats.gptq import GptqFormat
 from bitwright.formats.mlx import MlxFormat
 
-FORMATS: dict[str, type[Format]] = {"mlx": MlxFormat, "gptq": GptqFormat}
+FORMATS: dict[str, type[Format]] = {"mlx": MlxFormat, "gptq": GptqFormat, "awq": AwqFormat}
 
 __all__ = ["FORMATS", "Format", "Precision", "detect_format"]
 

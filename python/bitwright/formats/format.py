@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint import Checkpoint
+from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError
 from bitwright.tensor import Grid, QuantizedTensor
 
@@ -35,6 +35,7 @@ class Format:
     grids: ClassVar[tuple[Grid, ...]]  # the first is the default
     scale_dtypes: ClassVar[tuple[np.dtype[Any], ...]]
     embeddings: ClassVar[bool]  # whether embeddings and head can be quantized
+    stacks_experts: ClassVar[bool] = False  # whether all experts of a layer are one tensor
     metadata: ClassVar[str]  # the "format" that loaders look for in the header of weight files
 
     @classmethod
@@ -59,7 +60,7 @@ class Format:
         """Return what is added to config.json; `layers` maps every linear to None where in float."""
         raise NotImplementedError
 
-    def read(self, checkpoint: Checkpoint, name: str) -> QuantizedTensor | None:
+    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
         """Return layer `name`, None if it is not quantized."""
         raise NotImplementedError
 
@@ -99,7 +100,10 @@ class Format:
 
 
 def read_shaped(
-    checkpoint: Checkpoint, name: str, dtypes: tuple[Any, ...], dimensions: int = 2
+    checkpoint: Checkpoint | CheckpointSlice,
+    name: str,
+    dtypes: tuple[Any, ...],
+    dimensions: int = 2,
 ) -> NDArray[Any]:
     """Read a tensor and check its dtype and number of axes."""
     array = checkpoint.read(name)

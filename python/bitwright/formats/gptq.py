@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint import Checkpoint
+from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.format import Format, Precision, read_shaped
 from bitwright.tensor import QuantizedTensor, pack, unpack
@@ -114,7 +114,7 @@ class GptqFormat(Format):
             settings["dynamic"] = rules
         return {"quantization_config": settings}
 
-    def read(self, checkpoint: Checkpoint, name: str) -> QuantizedTensor | None:
+    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
         if f"{name}.qweight" not in checkpoint:
             return None
         words = read_shaped(checkpoint, f"{name}.qweight", INT32)
@@ -150,7 +150,7 @@ class GptqFormat(Format):
 
     @staticmethod
     def _group_index(
-        checkpoint: Checkpoint, name: str, channels: int, groups: int
+        checkpoint: Checkpoint | CheckpointSlice, name: str, channels: int, groups: int
     ) -> NDArray[np.int32] | None:
         if f"{name}.g_idx" not in checkpoint:
             return None

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint import Checkpoint
+from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.format import Format, Precision, read_shaped
 from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
@@ -25,6 +25,7 @@ class MlxFormat(Format):
     grids = ("affine",)
     scale_dtypes = FLOATS
     embeddings = True
+    stacks_experts = True
     metadata = "mlx"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -71,7 +72,7 @@ class MlxFormat(Format):
         # mlx-lm reads the first key; the second is the one that model hubs look at.
         return {"quantization": settings, "quantization_config": settings}
 
-    def read(self, checkpoint: Checkpoint, name: str) -> QuantizedTensor | None:
+    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
         if f"{name}.scales" not in checkpoint:
             return None
         words = read_shaped(checkpoint, f"{name}.weight", (np.dtype(np.uint32),))

@@ -34,11 +34,11 @@ class GridChoice:
     def check(
         cls,
         weight: NDArray[Any],
-        bits: int,
-        group_size: int | None,
-        grid: Grid,
-        scale_dtype: DTypeLike | None,
-        search: bool,
+        bits: int = 4,
+        group_size: int | None = 64,
+        grid: Grid = "affine",
+        scale_dtype: DTypeLike | None = None,
+        search: bool = False,
     ) -> "GridChoice":
         """Check the arguments of a method; ValueError or TypeError names the one that is wrong."""
         if not isinstance(weight, np.ndarray):

@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from bitwright.methods.gptq import factor_gram, quantize_gptq
 from bitwright.methods.rtn import quantize_rtn
+from bitwright.methods.salient import ActivationMethod, find_salient_weights, quantize_salient
 from bitwright.tensor import Grid, QuantizedTensor
 
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What a run sets once for all layers; see `quantize_gptq` for the meaning.
+    """What a run sets once for all layers; see `quantize_gptq` and `awq_quantize` for the meaning.
 
     `grid_search` None stands for the method's own default.
     """
@@ -24,6 +25,8 @@ class MethodOptions:
     act_order: bool = True
     block_size: int = 128
     grid_search: bool | None = None
+    salient_ratio: float = 0.01
+    activation_method: ActivationMethod = "rms"
 
 
 Solver = Callable[[NDArray[Any], int, int | None, Grid, np.dtype[Any]], QuantizedTensor]
@@ -72,7 +75,32 @@ def gptq_solver(gram: NDArray[np.float32] | None, options: MethodOptions) -> Sol
     return solve
 
 
+def salient_solver(
+    gram: NDArray[np.float32] | None,
+    options: MethodOptions,
+    stats: NDArray[np.float32] | None = None,
+) -> Solver:
+    """Symmetric 4 bits that protect the salient weights, found by `stats` or else by the gram's rms."""
+    if gram is None:
+        raise ValueError("method: salient needs calibration data or activations")
+    magnitudes = np.sqrt(gram.diagonal()) if stats is None else stats
+
+    def solve(
+        weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
+    ) -> QuantizedTensor:
+        mask, _ = find_salient_weights(weight.T, magnitudes, options.salient_ratio)
+        tensor = quantize_salient(weight, gram, mask.T, size or weight.shape[1], dtype)
+        # Where only affine grids are stored the same grid is written with its bias, which is exact: -8 s.
+        return tensor if grid != "affine" else tensor.as_affine()
+
+    return solve
+
+
 METHODS: dict[str, Callable[[NDArray[np.float32] | None, MethodOptions], Solver]] = {
     "gptq": gptq_solver,
     "rtn": rtn_solver,
+    "awq": rtn_solver,
+    "awq+gptq": gptq_solver,
+    "salient": salient_solver,
 }
+SCALED_METHODS = ("awq", "awq+gptq")  # these quantize weights that AWQ has scaled

@@ -1,8 +1,8 @@
 """Decoder families over the C++ kernels."""
 
 from bitwright.models.architecture import Architecture
-from bitwright.models.llama import LLAMA
+from bitwright.models.families import known_families
 
-ARCHITECTURES: dict[str, Architecture] = {family.model_type: family for family in (LLAMA,)}
+ARCHITECTURES: dict[str, Architecture] = known_families()
 
 __all__ = ["ARCHITECTURES", "Architecture"]

@@ -1,51 +1,128 @@
-"""What tells one decoder family from another, as data."""
+"""What tells one decoder family from another, as data. The defaults are the pattern of Llama, which most
+families follow: each states only where it differs."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from bitwright.checkpoint import ModelConfig
+from bitwright.checkpoint import ConfigRules
+from bitwright.models.fold import FoldKind
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names of the tensors around the blocks, without ``.weight``; ``block`` takes the index."""
+
+    embedding: str = "model.embed_tokens"
+    block: str = "model.layers.{}"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Linears of attention with a query, key and value per head; names within the block.
+
+    Where ``fused`` is set, it holds the rows of all three, queries first, and stands for them.
+    ``query_norm`` and ``key_norm`` are norms before the rotation, over each head or over ``whole`` rows.
+    """
+
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    fused: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Linears of latent attention (DeepSeek-V2, section 2.1); names within the block.
+
+    Queries come from ``query`` or, where there is a query rank, from ``query_down``, its norm and
+    ``query_up``.
+    """
+
+    query: str = "self_attn.q_proj"
+    query_down: str = "self_attn.q_a_proj"
+    query_norm: str = "self_attn.q_a_layernorm"
+    query_up: str = "self_attn.q_b_proj"
+    key_value_down: str = "self_attn.kv_a_proj_with_mqa"
+    key_value_norm: str = "self_attn.kv_a_layernorm"
+    key_value_up: str = "self_attn.kv_b_proj"
+    output: str = "self_attn.o_proj"
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Linears of an MLP. Without a ``gate`` it is activation(up), otherwise activation(gate) · up. Where
+    ``fused`` is set, it holds the rows of both, the gate's first, and stands for them."""
+
+    gate: str | None = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    fused: str | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Tensors of a mixture of experts; names within the block.
+
+    Parameters
+    ----------
+    router
+        The linear whose outputs rank the experts.
+    correction
+        What is added to the scores for the choice alone, if anything.
+    prefix
+        What comes before an expert's index.
+    mlp
+        Linears of one expert, named within it.
+    shared, shared_gate
+        The expert that every token passes, and the linear that weighs it, if there are any.
+    stacked
+        What comes before gate_proj, up_proj and down_proj where MLX stores all experts in one tensor.
+    """
+
+    router: str = "mlp.gate"
+    correction: str | None = None
+    prefix: str = "mlp.experts"
+    mlp: Mlp = field(default_factory=lambda: Mlp("gate_proj", "up_proj", "down_proj"))
+    shared: Mlp | None = None
+    shared_gate: str | None = None
+    stacked: str = "mlp.switch_mlp"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names of a family's tensors.
+    """One decoder family.
 
-    Names of a block are relative to ``block`` with its index; linears and norms are named without
-    ``.weight``.
+    Parameters
+    ----------
+    model_types
+        The values of ``model_type`` that mean it.
+    rules
+        How to read its config.json.
+    names
+        Where its tensors may be: the first whose embedding or head is stored.
+    attention, mlp, experts
+        The parts of its blocks; which layers have experts, ``rules`` says.
+    attention_norm, mlp_norm
+        Norms before attention and MLP, None where they read the hidden states as they are.
+    attention_post_norm, mlp_post_norm
+        Norms of what attention and MLP add to the hidden states, if there are any.
+    norm_kind
+        Of all norms.
     """
 
-    model_type: str
-    embedding: str
-    block: str
-    attention_norm: str
-    query: str
-    key: str
-    value: str
-    attention_output: str
-    mlp_norm: str
-    gate: str
-    up: str
-    down: str
-    final_norm: str
-    head: str
-
-    def linear_shapes(self, config: ModelConfig) -> Mapping[str, tuple[int, int]]:
-        """Return ``(out, in)`` of every linear of a block, in the order of the computation."""
-        hidden, inner = config.hidden_size, config.intermediate_size
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        return {
-            self.query: (queries, hidden),
-            self.key: (keys, hidden),
-            self.value: (keys, hidden),
-            self.attention_output: (hidden, queries),
-            self.gate: (inner, hidden),
-            self.up: (inner, hidden),
-            self.down: (hidden, inner),
-        }
-
-    def has_bias(self, linear: str, config: ModelConfig) -> bool:
-        """Tell whether a linear of a block has a bias."""
-        if linear in (self.gate, self.up, self.down):
-            return config.mlp_bias
-        return config.attention_bias
+    model_types: tuple[str, ...]
+    rules: ConfigRules = field(default_factory=ConfigRules)
+    names: tuple[Names, ...] = (Names(),)
+    attention: Attention | LatentAttention = field(default_factory=Attention)
+    mlp: Mlp = field(default_factory=Mlp)
+    experts: Experts | None = None
+    attention_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    attention_post_norm: str | None = None
+    mlp_post_norm: str | None = None
+    norm_kind: FoldKind = "rms_norm"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bitwright import _kernels
-from bitwright.checkpoint import Checkpoint, ModelConfig
+from bitwright.checkpoint import (
+    Checkpoint,
+    CheckpointSlice,
+    LayerType,
+    ModelConfig,
+    RopeConfig,
+)
+from bitwright.checkpoint.config import MODEL_DTYPES
 from bitwright.errors import CheckpointError
 from bitwright.formats import detect_format
 from bitwright.models import ARCHITECTURES
-from bitwright.models.block import DecoderBlock, Float32, Rotation
+from bitwright.models.architecture import Names
+from bitwright.models.block import BlockWeights, DecoderBlock, Float32, Rotation, apply_norm
+from bitwright.models.layout import ExpertPlace, block_layout
 from bitwright.models.rope import rope_tables
 from bitwright.statistics import require_finite
 from bitwright.tensor import QuantizedTensor
@@ -36,10 +46,17 @@ class Model:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         source = checkpoint.folder / "config.json"
-        self.config = ModelConfig.from_dict(checkpoint.config, source, ARCHITECTURES.keys())
+        rules = {name: family.rules for name, family in ARCHITECTURES.items()}
+        self.config = ModelConfig.from_dict(checkpoint.config, source, rules)
         self.architecture = ARCHITECTURES[self.config.model_type]
         self.format = detect_format(checkpoint)
+        self.names = self._find_names()
         self.embedding_name, self.head_name = self._embedding_and_head()
+        self.layouts = tuple(
+            block_layout(self.architecture, self.config, index)
+            for index in range(self.config.num_hidden_layers)
+        )
+        self._check_tensors()
 
     @property
     def tied(self) -> bool:
@@ -53,20 +70,70 @@ class Model:
 
     def block_prefix(self, index: int) -> str:
         """Return the start of the names of block `index`'s tensors."""
-        return self.architecture.block.format(index) + "."
+        return self.names.block.format(index) + "."
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Return ``(out, in)`` of every linear in the blocks, by full name without ``.weight``."""
-        shapes = self.architecture.linear_shapes(self.config)
         return {
             self.block_prefix(index) + name: shape
-            for index in range(self.config.num_hidden_layers)
-            for name, shape in shapes.items()
+            for index, layout in enumerate(self.layouts)
+            for name, shape in layout.linears.items()
+        }
+
+    def never_quantized(self) -> list[str]:
+        """Return the full names of the matrices that stay in float: routers, and what is not the
+        decoder's, such as a vision tower."""
+        routers = [
+            self.block_prefix(index) + name
+            for index, layout in enumerate(self.layouts)
+            for name in layout.floats
+        ]
+        decoder = (self.names.embedding, self.names.head, self.names.block.partition("{}")[0])
+        others = [
+            name.removesuffix(".weight")
+            for name in self.checkpoint.names()
+            if name.endswith(".weight")
+            and not name.startswith(decoder)
+            and len(self.checkpoint.shape(name)) == 2
+        ]
+        return routers + others
+
+    def expert_places(self) -> dict[str, ExpertPlace]:
+        """Return where every expert's linear is, with full names, by its full name."""
+        return {
+            self.block_prefix(index) + name: replace(
+                place,
+                prefix=self.block_prefix(index) + place.prefix,
+                stacked=self.block_prefix(index) + place.stacked,
+            )
+            for index, layout in enumerate(self.layouts)
+            for name, place in layout.experts.items()
         }
 
     def quantized(self, name: str) -> QuantizedTensor | None:
         """Return layer `name` as it is stored, None if it is in float."""
-        return self.format.read(self.checkpoint, name) if self.format else None
+        if self.format is None:
+            return None
+        place = self._experts.get(name)
+        if place is not None and f"{place.stacked_name}.weight" in self.checkpoint:
+            slices = CheckpointSlice(self.checkpoint, place.index)
+            return self.format.read(slices, place.stacked_name)
+        return self.format.read(self.checkpoint, name)
+
+    def stored_dtype(self, tensor: str) -> np.dtype[Any]:
+        """Return the dtype that a float tensor is stored in, by its full name."""
+        if tensor not in self.checkpoint and tensor.endswith(".weight"):
+            tensor = self._source(tensor.removesuffix(".weight"))[0]
+        return self.checkpoint.dtype(tensor)
+
+    def stacked_tensors(self) -> dict[str, list[str]]:
+        """Return the tensors that hold several experts, and the layers in each."""
+        stacks: dict[str, list[str]] = {}
+        for name in self._experts:
+            tensor, index, _ = self._source(name)
+            if index is not None:
+                stacks.setdefault(tensor, []).append(name)
+        return stacks
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Float32:
         """Return the weight of layer `name` in float32, dequantized if it must be.
@@ -84,51 +151,75 @@ class Model:
             weight = tensor.dequantize()
             require_finite(weight, f"{self.checkpoint.folder}: quantized layer {name}")
             return weight
-        return self.vector_or_matrix(f"{name}.weight", shape)
+        return self._floats(*self._source(name), shape)
 
-    def vector_or_matrix(self, name: str, shape: tuple[int, ...]) -> Float32:
+    def vector(self, name: str, shape: tuple[int, ...]) -> Float32:
         """Return tensor `name` in float32; raises as `weight`."""
-        self._check_shape(name, self.checkpoint.shape(name), shape)
-        array = self.checkpoint.read(name)
-        if array.dtype.kind not in "fV":
-            raise CheckpointError(
-                f"{self.checkpoint.file(name)}: tensor {name} is {array.dtype}, expected floats"
-            )
-        require_finite(array, f"{self.checkpoint.file(name)}: tensor {name}")
-        return np.ascontiguousarray(array, np.float32)
+        return self._floats(name, None, None, shape)
 
     def block(self, index: int) -> DecoderBlock:
-        """Read block `index`."""
-        prefix, names, config = self.block_prefix(index), self.architecture, self.config
-        weights = {}
-        for name, shape in names.linear_shapes(config).items():
-            weights[f"{name}.weight"] = self.weight(prefix + name, shape)
-            if names.has_bias(name, config):
-                weights[f"{name}.bias"] = self.vector_or_matrix(f"{prefix}{name}.bias", shape[:1])
-        for norm in (names.attention_norm, names.mlp_norm):
-            weights[f"{norm}.weight"] = self.weight(prefix + norm, (config.hidden_size,))
-        return DecoderBlock(weights, names, config)
+        """Return block `index`; its weights are read as they are needed."""
+        prefix, layout = self.block_prefix(index), self.layouts[index]
+
+        def read(name: str) -> Float32:
+            if name in layout.vectors:
+                return self.vector(prefix + name, layout.vectors[name])
+            linear = name.removesuffix(".weight")
+            shape = layout.linears.get(linear) or layout.floats[linear]
+            return self.weight(prefix + linear, shape)
+
+        weights = BlockWeights(read, {})
+        return DecoderBlock(weights, layout, self.architecture, self.config, index)
 
     def embedding(self) -> Float32:
         """Read the embedding matrix ``[vocabulary, hidden_size]``."""
         return self.weight(self.embedding_name, (self.config.vocab_size, self.config.hidden_size))
 
+    def embed(self, ids: NDArray[np.int32], matrix: Float32 | None = None) -> Float32:
+        """Return the first hidden states ``[tokens, hidden_size]`` of token ids of any shape."""
+        rows = (self.embedding() if matrix is None else matrix)[ids.reshape(-1)]
+        if self.config.embedding_scale != 1:
+            rows *= np.float32(self.config.embedding_scale)
+        return rows
+
     def head(self) -> Float32:
         """Read the output matrix ``[vocabulary, hidden_size]``."""
         return self.weight(self.head_name, (self.config.vocab_size, self.config.hidden_size))
 
+    def head_logits(self, states: Float32, head: Float32) -> Float32:
+        """Return the logits ``[tokens, vocabulary]`` of states after the last norm."""
+        logits = np.empty((len(states), len(head)), np.float32)
+        _kernels.linear(states, head, None, logits, False)
+        if self.config.logits_divisor != 1:
+            logits /= np.float32(self.config.logits_divisor)
+        if self.config.final_softcap is not None:
+            cap = np.float32(self.config.final_softcap)
+            np.tanh(np.divide(logits, cap, out=logits), out=logits)
+            logits *= cap
+        return logits
+
     def final_norm(self, hidden: Float32) -> Float32:
         """Return `hidden` after the last norm."""
-        weight = self.weight(self.architecture.final_norm, (self.config.hidden_size,))
-        normed = np.empty_like(hidden)
-        _kernels.rms_norm(hidden, weight, self.config.rms_norm_eps, normed)
-        return normed
+        kind, width = self.architecture.norm_kind, (self.config.hidden_size,)
+        weight = self.vector(f"{self.names.final_norm}.weight", width)
+        bias = None
+        if kind == "layer_norm":
+            bias = self.vector(f"{self.names.final_norm}.bias", width)
+        return apply_norm(kind, hidden, weight, bias, self.config.norm_eps)
 
     def rotation(self, length: int) -> Rotation:
         """Return the rotary tables for samples of `length` tokens."""
         config = self.config
+        ropes: dict[LayerType, RopeConfig] = {
+            "full_attention": config.rope,
+            "sliding_attention": config.sliding_rope,
+        }
         return Rotation(
-            *rope_tables(config.rope, config.head_dim, length, config.max_position_embeddings)
+            length,
+            {
+                kind: rope_tables(rope, config.rotary_dim, length, config.max_position_embeddings)
+                for kind, rope in ropes.items()
+            },
         )
 
     def check_ids(self, input_ids: ArrayLike) -> NDArray[np.int32]:
@@ -152,7 +243,7 @@ class Model:
         All but the last are views of one buffer: copy what must outlive the next step.
         """
         ids = self.check_ids(input_ids)
-        hidden = self.embedding()[ids.reshape(-1)]
+        hidden = self.embed(ids)
         shape = (*ids.shape, self.config.hidden_size)
         yield hidden.reshape(shape)
         rope = self.rotation(ids.shape[1])
@@ -190,13 +281,20 @@ class Model:
         (1, 3, 512)
         """
         *_, hidden = self.hidden_states(input_ids)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = np.empty((len(rows), self.config.vocab_size), np.float32)
-        _kernels.linear(rows, self.head(), None, logits, False)
+        logits = self.head_logits(hidden.reshape(-1, hidden.shape[-1]), self.head())
         return logits.reshape(*hidden.shape[:2], -1)
 
+    def _find_names(self) -> Names:
+        known = self.architecture.names
+        stored = [
+            names
+            for names in known
+            if self._is_stored(names.embedding) or self._is_stored(names.head)
+        ]
+        return (stored or known)[0]
+
     def _embedding_and_head(self) -> tuple[str, str]:
-        embedding, head = self.architecture.embedding, self.architecture.head
+        embedding, head = self.names.embedding, self.names.head
         if not self.config.tie_word_embeddings:
             return embedding, head
         # A tied matrix may be stored under either name; transformers takes the embedding's first.
@@ -210,12 +308,72 @@ class Model:
     def _is_stored(self, name: str) -> bool:
         return any(f"{name}.{part}" in self.checkpoint for part in ("weight", "qweight"))
 
+    def _source(self, name: str) -> tuple[str, int | None, slice | None]:
+        """Return the tensor that holds the weight of a layer and, of a stack of experts, which part."""
+        direct, place = f"{name}.weight", self._experts.get(name)
+        if direct in self.checkpoint or place is None:
+            return direct, None, None
+        stacked = f"{place.stacked_name}.weight"
+        if stacked in self.checkpoint:
+            return stacked, place.index, None
+        if place.role == "down" and f"{place.prefix}.down_proj" in self.checkpoint:
+            return f"{place.prefix}.down_proj", place.index, None
+        both = f"{place.prefix}.gate_up_proj"
+        if place.role != "down" and both in self.checkpoint:
+            half = self.checkpoint.shape(both)[1] // 2
+            return both, place.index, slice(0, half) if place.role == "gate" else slice(half, None)
+        return direct, None, None
+
+    def _floats(
+        self, name: str, index: int | None, rows: slice | None, shape: tuple[int, ...]
+    ) -> Float32:
+        checkpoint = self.checkpoint
+        self._check_shape(name, _part_shape(checkpoint.shape(name), index, rows), shape)
+        array = checkpoint.read(name) if index is None else checkpoint.read_part(name, index, rows)
+        if array.dtype.kind not in "fV":
+            raise CheckpointError(
+                f"{checkpoint.file(name)}: tensor {name} is {array.dtype}, expected floats"
+            )
+        array = np.ascontiguousarray(array, np.float32)
+        require_finite(array, f"{checkpoint.file(name)}: tensor {name}")
+        return array
+
+    def _check_tensors(self) -> None:
+        """Compare the shapes in the weight files' headers with what config.json asks for."""
+        self._experts = self.expert_places()
+        matrix = (self.config.vocab_size, self.config.hidden_size)
+        shapes: dict[str, tuple[int, ...]] = {self.embedding_name: matrix, self.head_name: matrix}
+        for index, layout in enumerate(self.layouts):
+            prefix = self.block_prefix(index)
+            for name, extent in layout.vectors.items():
+                tensor = prefix + name
+                self._check_shape(tensor, self.checkpoint.shape(tensor), extent)
+            shapes |= {prefix + name: shape for name, shape in layout.linears.items()}
+            shapes |= {prefix + name: shape for name, shape in layout.floats.items()}
+        for name, shape in shapes.items():
+            tensor, part, rows = self._source(name)
+            if self.format is not None and not self._is_float(tensor):
+                continue  # the format compares the sizes of packed tensors when it reads them
+            self._check_shape(tensor, _part_shape(self.checkpoint.shape(tensor), part, rows), shape)
+
+    def _is_float(self, tensor: str) -> bool:
+        return tensor in self.checkpoint and self.checkpoint.dtype(tensor) in MODEL_DTYPES.values()
+
     def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if tuple(found) != tuple(expected):
             raise CheckpointError(
                 f"{self.checkpoint.folder}: tensor {name} has shape {list(found)}, but config.json "
                 f"asks for {list(expected)}"
             )
+
+
+def _part_shape(shape: tuple[int, ...], index: int | None, rows: slice | None) -> tuple[int, ...]:
+    """Return the shape of one expert's part of a stacked tensor."""
+    if index is None:
+        return shape
+    if len(shape) != 3 or not 0 <= index < shape[0]:
+        return shape  # which is not that of any linear, and will be named
+    return (len(range(*(rows or slice(None)).indices(shape[1]))), shape[2])
 
 
 def load_model(path: str | os.PathLike[str]) -> Model:

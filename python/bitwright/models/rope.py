@@ -10,7 +10,7 @@ from bitwright.errors import CheckpointError
 
 
 def rope_frequencies(
-    rope: RopeConfig, head_dim: int, max_position_embeddings: int
+    rope: RopeConfig, rotary_dim: int, max_position_embeddings: int, length: int = 0
 ) -> tuple[NDArray[np.float64], float]:
     """Compute how far each pair of channels turns from one position to the next.
 
@@ -20,15 +20,17 @@ def rope_frequencies(
     ----------
     rope : RopeConfig
         Type and parameters.
-    head_dim : int
-        Channels of one attention head, even.
+    rotary_dim : int
+        Channels of one attention head that turn, even.
     max_position_embeddings : int
         Stands in for the original length where ``rope`` has none.
+    length : int
+        Of the text: longrope turns otherwise where it is longer than what the model was made for.
 
     Returns
     -------
     frequencies : numpy.ndarray
-        float64 [head_dim / 2] with float32 values, radians per position, decreasing.
+        float64 [rotary_dim / 2] with float32 values, radians per position, decreasing.
     attention_factor : float
         Multiplies cosines and sines.
 
@@ -42,7 +44,7 @@ def rope_frequencies(
     >>> rope_frequencies(RopeConfig(), 4, 2048)[0].round(6)
     array([1.  , 0.01])
     """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
     with np.errstate(all="ignore"):
         periods = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
         frequencies = np.float32(1) / periods
@@ -53,15 +55,19 @@ def rope_frequencies(
         elif rope.rope_type == "llama3":
             frequencies = _llama3(frequencies, rope, original)
         elif rope.rope_type == "yarn":
-            frequencies = _yarn(periods, rope, original, head_dim)
+            frequencies = _yarn(periods, rope, original, rotary_dim)
             attention_factor = _yarn_attention_factor(rope)
+        elif rope.rope_type == "longrope":
+            factors = rope.long_factor if length > original else rope.short_factor
+            frequencies = np.float32(1) / (np.asarray(factors, np.float32) * periods)
+            attention_factor = _longrope_attention_factor(rope, original)
     if not (np.isfinite(frequencies).all() and math.isfinite(attention_factor)):
         raise CheckpointError(f"the rotary frequencies are not finite; check config.json: {rope}")
     return frequencies.astype(np.float64), attention_factor
 
 
 def rope_tables(
-    rope: RopeConfig, head_dim: int, length: int, max_position_embeddings: int
+    rope: RopeConfig, rotary_dim: int, length: int, max_position_embeddings: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Tabulate the rotations of the first positions.
 
@@ -69,8 +75,8 @@ def rope_tables(
     ----------
     rope : RopeConfig
         Type and parameters.
-    head_dim : int
-        Channels of one attention head, even.
+    rotary_dim : int
+        Channels of one attention head that turn, even.
     length : int
         Number of positions, from 0.
     max_position_embeddings : int
@@ -79,7 +85,7 @@ def rope_tables(
     Returns
     -------
     cosines, sines : numpy.ndarray
-        float32 [length, head_dim / 2], multiplied by the attention factor.
+        float32 [length, rotary_dim / 2], multiplied by the attention factor.
 
     Raises
     ------
@@ -92,7 +98,9 @@ def rope_tables(
     >>> cosines.shape, float(cosines[0, 0]), float(sines[0, 0])
     ((512, 32), 1.0, 0.0)
     """
-    frequencies, attention_factor = rope_frequencies(rope, head_dim, max_position_embeddings)
+    frequencies, attention_factor = rope_frequencies(
+        rope, rotary_dim, max_position_embeddings, length
+    )
     positions = np.arange(length, dtype=np.float32)
     # The angle is rounded to float32, as in transformers; its cosine is not approximated in it.
     angles = (positions[:, None] * frequencies.astype(np.float32)).astype(np.float64)
@@ -118,21 +126,21 @@ def _llama3(
 
 
 def _yarn(
-    periods: NDArray[np.float32], rope: RopeConfig, original: int, head_dim: int
+    periods: NDArray[np.float32], rope: RopeConfig, original: int, rotary_dim: int
 ) -> NDArray[np.float32]:
     """Blend, by a ramp over the channels, the frequencies with those divided by the factor."""
 
     def channel(rotations: float) -> float:
         turns = original / (rotations * 2 * math.pi)
-        return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+        return rotary_dim * math.log(turns) / (2 * math.log(rope.theta))
 
     low, high = channel(rope.beta_fast), channel(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
     if low == high:
         high += 0.001
-    channels = np.arange(head_dim // 2, dtype=np.float32)
+    channels = np.arange(rotary_dim // 2, dtype=np.float32)
     ramp = np.clip((channels - np.float32(low)) / np.float32(high - low), 0, 1)
     kept = np.float32(1) - ramp
     divided = np.float32(1) / (np.float32(rope.factor) * periods)
@@ -149,3 +157,12 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
     if rope.mscale and rope.mscale_all_dim:
         return scale(rope.mscale) / scale(rope.mscale_all_dim)
     return scale(1.0)
+
+
+def _longrope_attention_factor(rope: RopeConfig, original: int) -> float:
+    """Longer texts spread the attention; Ding et al. 2024 sharpen it by this."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1 or original <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(rope.factor) / math.log(original))

@@ -1,0 +1,196 @@
+"""Files of layer inputs: an .npz with one array ``[samples, length, in]`` per layer."""
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.calibration import TokenSource, load_tokens
+from bitwright.errors import CalibrationError, OutputError, OutputExistsError, shown
+from bitwright.models.block import ChunkStates, Float32
+from bitwright.models.model import load_model
+from bitwright.statistics import require_finite
+
+DEFAULT_SAMPLES = 8
+SHOWN_NAMES = 5
+
+
+class ActivationFile:
+    """An .npz of activations, read layer by layer.
+
+    Parameters
+    ----------
+    path
+        Arrays ``[tokens, in]`` or ``[batch, length, in]`` by full layer name, with or without ``.weight``.
+        Layers that share their input may share the array of one of them.
+
+    Raises
+    ------
+    CalibrationError
+        If there is no such file, or it is not an .npz.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self._stream = self.path.open("rb")
+        except OSError as error:
+            raise CalibrationError(f"{self.path}: cannot be read ({error.strerror})") from error
+        try:
+            file = np.load(self._stream, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            self.close()
+            raise CalibrationError(
+                f"{self.path}: is not an .npz of numeric arrays ({error})"
+            ) from error
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            self.close()
+            raise CalibrationError(
+                f"{self.path}: is a single array; expected an .npz, one per layer"
+            )
+        self._file = file
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    def __enter__(self) -> "ActivationFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def tokens(self, layers: Iterable[str], channels: int) -> Float32:
+        """Return the inputs ``[tokens, channels]`` of the first of `layers` that the file has.
+
+        Raises
+        ------
+        CalibrationError
+            If none is there, or the array is pickled, damaged, or of the wrong width.
+        NonFiniteError
+            If a value is NaN or infinite.
+        """
+        layers = tuple(layers)
+        known = self._file.files
+        name = next(
+            (f"{n}{end}" for n in layers for end in ("", ".weight") if f"{n}{end}" in known), ""
+        )
+        if not name:
+            present = ", ".join(map(shown, known[:SHOWN_NAMES]))
+            more = f" and {len(known) - SHOWN_NAMES} more" if len(known) > SHOWN_NAMES else ""
+            raise CalibrationError(
+                f"{self.path}: has no activations of layer {layers[0]}; it has {present or 'none'}{more}"
+            )
+        try:
+            array: NDArray[Any] = self._file[name]
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise CalibrationError(
+                f"{self.path}: array {name} is pickled or damaged, and is not read ({error})"
+            ) from error
+        if array.dtype.kind != "f" or array.ndim not in (2, 3) or array.shape[-1] != channels:
+            raise CalibrationError(
+                f"{self.path}: array {name} is {array.dtype} of shape {list(array.shape)}; layer "
+                f"{layers[0]} needs floats [batch, length, {channels}]"
+            )
+        tokens = np.ascontiguousarray(array.reshape(-1, channels), np.float32)
+        if not tokens.any():
+            raise CalibrationError(f"{self.path}: array {name} is empty or all zero")
+        require_finite(tokens, f"{self.path}: array {name}")
+        return tokens
+
+
+def collect_activations(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    calibration: TokenSource,
+    *,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> int:
+    """Run a model on calibration text and write what its layers see.
+
+    Parameters
+    ----------
+    model
+        Checkpoint folder.
+    out
+        The .npz to write, whole or not at all: arrays ``[samples, length, in]`` float32, one for each group
+        of layers with one input, by the full name of the first of them; of an expert ``[tokens, in]``, the
+        tokens that it received, or all where it received none.
+    calibration, samples, length, seed
+        As for `quantize`; by default 8 samples. Every token takes ``4 * in`` bytes per group.
+    overwrite
+        Replace an existing file.
+
+    Returns
+    -------
+    int
+        The number of arrays.
+
+    Raises
+    ------
+    CheckpointError, CalibrationError, OutputError
+        If anything is wrong with what was given.
+
+    Examples
+    --------
+    >>> import bitwright, tempfile
+    >>> demo = bitwright.demo_folder()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     bitwright.collect_activations(demo, f"{folder}/a.npz", demo / "calibration.txt", length=64)
+    12
+    """
+    target = Path(out)
+    if target.exists() and not overwrite:
+        raise OutputExistsError(f"{target}: exists already; pass overwrite to replace it")
+    source = load_model(model)
+    tokens = load_tokens(
+        calibration,
+        tokenizer=source.checkpoint.folder,
+        length=length,
+        samples=samples,
+        seed=seed,
+        vocab_size=source.config.vocab_size,
+    )
+    if samples is None and len(tokens) > DEFAULT_SAMPLES:
+        tokens = load_tokens(tokens, samples=DEFAULT_SAMPLES, seed=seed)
+    hidden = source.embed(tokens)
+    rope = source.rotation(tokens.shape[1])
+    count = 0
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            partial = Path(folder, "activations.npz")
+            with zipfile.ZipFile(partial, "w") as archive:
+                for index in range(source.config.num_hidden_layers):
+                    block = source.block(index)
+                    chunks = [ChunkStates(rows) for rows in rope.chunks(hidden)]
+                    for stage in block.stages:
+                        inputs = [block.stage_input(stage, chunk) for chunk in chunks]
+                        if stage.linears:
+                            name = source.block_prefix(index) + stage.linears[0]
+                            array = np.concatenate(inputs)
+                            if len(array) == 0:  # an expert that no token was routed to
+                                every = [block.as_if_routed(stage, chunk) for chunk in chunks]
+                                array = np.concatenate(every)
+                            if stage.expert is None:
+                                array = array.reshape(*tokens.shape, -1)
+                            require_finite(
+                                array, f"{source.checkpoint.folder}: the inputs of {name}"
+                            )
+                            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                                np.lib.format.write_array(entry, array, allow_pickle=False)
+                            count += 1
+                        for states, chunk in zip(inputs, chunks, strict=True):
+                            block.advance(stage, states, chunk, rope)
+                        block.release(stage)
+            os.replace(partial, target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from error
+    return count

@@ -1,0 +1,528 @@
+"""Quantizes what the native path does not describe: any decoder that transformers runs."""
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from bitwright import _kernels
+from bitwright.calibration import TokenSource, load_tokens
+from bitwright.checkpoint import CheckpointWriter, copy_side_files
+from bitwright.errors import BitwrightError, NonFiniteError
+from bitwright.formats import FORMATS, Precision
+from bitwright.methods.awq import (
+    DEFAULT_GRID,
+    ScaleSearch,
+    gram_loss,
+    quantize_clipped,
+    search_scale,
+)
+from bitwright.methods.grid import GridChoice
+from bitwright.methods.solver import METHODS, SCALED_METHODS, MethodOptions, Solver
+from bitwright.models.fold import fold_scale
+from bitwright.output import Output, QuantizedLayer, block_error, progress_bar, relative_error
+from bitwright.pipeline import DEFAULT_SAMPLES, JUDGED_TOKENS
+from bitwright.recipe import check_plan, plan_shapes
+from bitwright.report import BlockReport, QuantizationReport
+from bitwright.tensor import Grid, QuantizedTensor
+from bitwright.torch_model import Input, Linear, Norm, Stream, TorchBlock, TorchModel
+
+Float32 = NDArray[np.float32]
+
+ADAPTER_METHODS = ("gptq", "rtn", "awq", "awq+gptq")
+# Relative change of what a block adds to the hidden states, above which a folded scale is undone: the norm
+# then has a reader that was not scaled.
+MOST_CHANGE = 1e-3
+# The scores are a product of queries and keys, whose errors a search on one of them does not see.
+NEVER_CLIPPED = ("q_proj", "k_proj", "query", "key", "qkv")
+
+
+def quantize_with_transformers(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    method: Literal["gptq", "rtn", "awq", "awq+gptq"] = "gptq",
+    bits: int = 4,
+    group_size: int | None = 64,
+    format: Literal["mlx", "gptq", "awq"] = "mlx",
+    calibration: TokenSource | None = None,
+    *,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    grid: Grid | None = None,
+    scale_dtype: DTypeLike | None = None,
+    damping: float = 0.01,
+    act_order: bool = True,
+    block_size: int = 128,
+    grid_search: bool | None = None,
+    n_grid: int = DEFAULT_GRID,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, Mapping[str, int]] | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: bool = True,
+) -> QuantizationReport:
+    """Quantize a checkpoint folder of any text model that transformers runs into another one.
+
+    For architectures that `quantize` does not know. torch computes, with hooks on the model's layers;
+    statistics, methods and formats are those of `quantize`. The whole model is in memory, in float32.
+
+    Parameters
+    ----------
+    model
+        Checkpoint folder in float (config.json and safetensors). Nothing is downloaded, and no code from
+        the folder is run.
+    out
+        Folder to write; it appears when everything is done, or not at all.
+    method
+        ``"gptq"``, ``"rtn"``, ``"awq"`` or ``"awq+gptq"``. All but rtn need `calibration`.
+    bits, group_size, format, calibration, samples, length, seed, grid, scale_dtype
+        As for `quantize`.
+    damping, act_order, block_size, grid_search, n_grid
+        As for `quantize`.
+    include, exclude, overrides
+        As for `quantize`; layers have the names that the checkpoint gives them.
+    overwrite, threads, progress
+        As for `quantize`.
+
+    Returns
+    -------
+    QuantizationReport
+
+    Raises
+    ------
+    MissingExtraError
+        If torch or transformers is not installed: ``pip install "bitwright[transformers]"``.
+    UnsupportedModelError
+        If the decoder blocks are not found or do not run one after the other, or transformers computes with
+        other weights than those that are stored.
+    CheckpointError, CalibrationError, NonFiniteError, OutputError, ValueError, TypeError
+        If anything is wrong with what was given; the message says what and where. Nothing is written then.
+
+    Notes
+    -----
+    Each block is run twice over the samples, in chunks of a few. First in float, while hooks gather the
+    second moments of what its linears read; then all its linears are quantized, and the quantized
+    block computes what the next one reads. So inside a block statistics are those of the float block (the
+    earlier blocks are quantized), other than in `quantize`, which goes on layer by layer.
+
+    Every nn.Linear in the blocks is quantized, and experts that are held in arrays ``gate_up_proj`` and
+    ``down_proj``, each with the tokens that are routed to it. What chooses experts, embedding and head
+    stay in float. Layers that no token reaches are rounded to nearest, with a warning.
+
+    AWQ's scales are folded into norms: into one whose output is read by linears only, where its formula is
+    that of rms_norm (with g or 1 + g) or layer_norm. A scale is undone if the block then computes something
+    else, and the block falls back to its own weights where AWQ does not reduce its error.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> report = bitwright.quantize_with_transformers(  # doctest: +SKIP
+    ...     "models/stablelm-2-1_6b", "stablelm-4bit", bits=4, calibration="text.txt", length=512,
+    ... )
+    >>> report.layer_bits_per_weight  # doctest: +SKIP
+    4.5
+    """
+    start = time.perf_counter()
+    for name, value, known in (
+        ("method", method, ADAPTER_METHODS),
+        ("format", format, tuple(FORMATS)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    if method != "rtn" and calibration is None:
+        raise ValueError(f"calibration: {method} needs text or token ids; method rtn does without")
+    if n_grid < 1:
+        raise ValueError(f"n_grid: expected at least 1, got {n_grid}")
+    options = MethodOptions(method, damping, act_order, block_size, grid_search)
+    original = TorchModel(model)
+    if threads is not None:
+        _kernels.set_num_threads(threads)
+        original.torch.set_num_threads(threads)
+    kind = FORMATS[format]
+    default = Precision(bits, None if group_size == -1 else group_size, grid or kind.grids[0])
+    linears = original.linears()
+    shapes = {
+        name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in linears.items()
+    }
+    plan = plan_shapes(shapes, default, include=include, exclude=exclude, overrides=overrides)
+    check_plan(plan, shapes, kind)
+    dtype = kind.scale_dtype(original.dtype)
+    if scale_dtype is not None:
+        dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
+    tokens = None
+    if calibration is not None:
+        tokens = _tokens(original, calibration, samples, length, seed)
+        if samples is None and len(tokens) > DEFAULT_SAMPLES:
+            tokens = load_tokens(tokens, samples=DEFAULT_SAMPLES, seed=seed)
+
+    config = dict(original.checkpoint.config)
+    in_float: dict[str, Precision | None] = dict.fromkeys(original.routers())
+    config.update(kind.config(default, {**in_float, **plan}, ""))
+    with CheckpointWriter(
+        out, overwrite, metadata={"format": kind.metadata}, source=original.folder
+    ) as writer:
+        run = _Run(original, Output(writer, kind), plan, options, n_grid, dtype, tokens)
+        run.go(progress)
+        writer.write_json("config.json", config)
+        copy_side_files(original.checkpoint, writer)
+    checkpoint = original.checkpoint
+    weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    seconds = time.perf_counter() - start
+    return run.output.report(Path(out), method, checkpoint, weights, tokens, seconds)
+
+
+def collect_grams(
+    model: str | os.PathLike[str], tokens: TokenSource
+) -> dict[str, NDArray[np.float32]]:
+    """Return the second moments of what every linear of a float model reads, as transformers computes it.
+
+    Parameters
+    ----------
+    model
+        Checkpoint folder of any text model that transformers runs; see `quantize_with_transformers`.
+    tokens
+        Token ids ``[samples, length]``, or what else `load_tokens` reads.
+
+    Returns
+    -------
+    dict
+        ``XᵀX / tokens`` ``[in, in]`` float32 by layer name as the checkpoint has it, of every layer that
+        `quantize_with_transformers` can quantize. Layers that read the same array share theirs. An
+        expert's is over the tokens routed to it, and of zeros if there is none.
+
+    Raises
+    ------
+    MissingExtraError, UnsupportedModelError, CheckpointError, CalibrationError, NonFiniteError
+        As `quantize_with_transformers`.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> demo = bitwright.demo_folder()
+    >>> grams = bitwright.collect_grams(demo, [[1, 2, 3]])  # doctest: +SKIP
+    >>> grams["model.layers.0.mlp.down_proj"].shape  # doctest: +SKIP
+    (384, 384)
+    """
+    loaded = TorchModel(model)
+    names = loaded.linears().keys()
+    stream = Stream(loaded, _tokens(loaded, tokens, None, None, 0))
+    grams: dict[str, Float32] = {}
+    for block in loaded.blocks:
+        watch, outputs = stream.observe(block, names, kept=len(stream.chunks))
+        inputs = watch.finish()
+        _require_finite(inputs, loaded, block)
+        for each in inputs:
+            for linear in each.readers:
+                if linear.name in names:
+                    channels = linear.weight.shape[1]
+                    empty = np.zeros((channels, channels), np.float32)
+                    grams[linear.name] = empty if each.gram is None else each.gram
+        stream.replace(outputs)
+    return {name: grams[name] for name in names}
+
+
+def _tokens(
+    model: TorchModel, source: TokenSource, samples: int | None, length: int | None, seed: int
+) -> NDArray[np.int32]:
+    return load_tokens(
+        source,
+        tokenizer=model.folder,
+        length=length,
+        samples=samples,
+        seed=seed,
+        vocab_size=model.vocab_size,
+    )
+
+
+def _require_finite(inputs: Sequence[Input], model: TorchModel, block: TorchBlock) -> None:
+    for each in inputs:
+        if each.gram is not None and not np.isfinite(each.gram.diagonal()).all():
+            raise NonFiniteError(
+                f"{model.folder}: the inputs of {each.readers[0].name} (block {block.index}) are NaN or "
+                f"infinite; check what transformers makes of the original with this text"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """An array of the model, and what it held when it was looked at."""
+
+    array: Float32
+    values: Float32
+
+    def restore(self) -> None:
+        self.array[...] = self.values
+
+
+class _Run:
+    """One pass over a model."""
+
+    def __init__(
+        self,
+        model: TorchModel,
+        output: Output,
+        plan: Mapping[str, Precision | None],
+        options: MethodOptions,
+        n_grid: int,
+        scale_dtype: np.dtype[Any],
+        tokens: NDArray[np.int32] | None,
+    ) -> None:
+        self.model = model
+        self.output = output
+        self.plan = plan
+        self.wanted = {name for name, precision in plan.items() if precision is not None}
+        self.options = options
+        self.n_grid = n_grid
+        self.scale_dtype = scale_dtype
+        self.tokens = tokens
+        self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
+        self.unread: list[str] = []  # layers that no token reached
+
+    def go(self, progress: bool) -> None:
+        """Quantize and write all tensors."""
+        model = self.model
+        stream = None if self.tokens is None else Stream(model, self.tokens)
+        scaled = self.options.method in SCALED_METHODS
+        if scaled and stream is not None and not stream.scale_groups:
+            raise ValueError(
+                f"method: {self.options.method} finds no norm in the blocks of "
+                f"{type(model.module).__name__} that only linears read, so it has nothing to scale; "
+                f"use gptq"
+            )
+        bar = progress_bar()
+        with bar if progress else nullcontext():
+            task = bar.add_task("", total=len(model.blocks), error="")
+            for block in model.blocks:
+                reported = len(self.output.layers)
+                linears = block.all_linears()
+                if stream is None:
+                    self._solve([Input([linear]) for linear in linears], self.output.finish)
+                else:
+                    if self.wanted.isdisjoint(linear.name for linear in linears):
+                        pass
+                    elif scaled:
+                        self._quantize_scaled(block, stream, self.output.finish)
+                    else:
+                        inputs, _ = self._observe(block, stream)
+                        self._solve(inputs, self.output.finish)
+                    if block is not model.blocks[-1]:  # nobody reads the last hidden states
+                        stream.advance(block)
+                bar.update(task, advance=1, error=block_error(self.output.layers[reported:]))
+        self._carry()
+        if self.unread:
+            warnings.warn(
+                f"{model.folder}: no token of the calibration data reached {len(self.unread)} layers, "
+                f"such as {self.unread[0]}; they were rounded to nearest",
+                stacklevel=3,
+            )
+
+    def _observe(
+        self, block: TorchBlock, stream: Stream, kept: int = 0
+    ) -> tuple[list[Input], list[Any]]:
+        """Return what a block's linears read, and what it makes of the first `kept` chunks."""
+        scaled = self.options.method in SCALED_METHODS
+        watch, outputs = stream.observe(block, self.wanted, magnitudes=scaled, kept=kept)
+        inputs = watch.finish()
+        _require_finite(inputs, self.model, block)
+        for each in inputs:
+            if each.gram is None:
+                self.unread += [
+                    linear.name for linear in each.readers if linear.name in self.wanted
+                ]
+        return inputs, outputs
+
+    def _solve(
+        self,
+        inputs: Sequence[Input],
+        finish: Callable[[QuantizedLayer], None],
+        clips: bool = False,
+    ) -> None:
+        """Quantize what is planned, put it in the place of the model's weights, and hand it on."""
+        for each in inputs:
+            shared: Solver | None = None
+            for linear in each.readers:
+                precision = self.plan.get(linear.name)
+                if precision is None:
+                    continue
+                try:
+                    if clips and each.gram is not None and _is_clipped(linear):
+                        solve = self._clipping(each.gram)
+                    else:
+                        if shared is None:
+                            method = "rtn" if each.gram is None else self.options.method
+                            shared = METHODS[method](each.gram, self.options)
+                        solve = shared
+                    tensor = solve(
+                        linear.weight,
+                        precision.bits,
+                        precision.group_size,
+                        precision.grid,
+                        self.scale_dtype,
+                    )
+                except BitwrightError:
+                    raise
+                except ValueError as error:
+                    raise ValueError(
+                        f"{self.model.folder}: layer {linear.name}: {error}"
+                    ) from error
+                stored = tensor.dequantize()
+                change = relative_error(linear.weight, stored, each.gram)
+                linear.weight[...] = stored
+                finish(QuantizedLayer(linear.name, tensor, change))
+
+    def _clipping(self, gram: Float32) -> Solver:
+        def solve(
+            weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
+        ) -> QuantizedTensor:
+            return quantize_clipped(
+                weight, gram, bits, size, grid=grid, scale_dtype=dtype, n_grid=self.n_grid
+            )
+
+        return solve
+
+    def _quantize_scaled(
+        self, block: TorchBlock, stream: Stream, finish: Callable[[QuantizedLayer], None]
+    ) -> None:
+        """Quantize a block with AWQ's scales, or without if they do not help."""
+        judged = stream.first_chunks(JUDGED_TOKENS)
+        inputs, originals = self._observe(block, stream, judged)
+        kept = [_Kept(array, array.copy()) for array in block.arrays()]
+        plain: list[QuantizedLayer] = []
+        self._solve(inputs, plain.append)
+        loss_before = _loss(block, stream, originals)
+        for each in kept:
+            each.restore()
+        searches, changed = self._scale(block, stream, inputs)
+        scaled: list[QuantizedLayer] = []
+        self._solve(inputs, scaled.append, clips=self.options.method == "awq")
+        loss_after = _loss(block, stream, originals)
+        if loss_after < loss_before:
+            self.changed.update({name: array.copy() for name, array in changed.items()})
+        else:
+            for each in kept:
+                each.restore()
+            arrays = {linear.name: linear.weight for linear in block.all_linears()}
+            for layer in plain:
+                arrays[layer.name][...] = layer.tensor.dequantize()
+        better = loss_after < loss_before
+        for layer in scaled if better else plain:
+            finish(layer)
+        self.output.blocks.append(
+            BlockReport(block.index, loss_before, loss_after, better, searches)
+        )
+
+    def _scale(
+        self, block: TorchBlock, stream: Stream, inputs: Sequence[Input]
+    ) -> tuple[dict[str, ScaleSearch], dict[str, Float32]]:
+        """Search scales and fold them; return the searches, and the float tensors that are changed."""
+        searches: dict[str, ScaleSearch] = {}
+        changed: dict[str, Float32] = {}
+        for each in inputs:
+            planned = [linear for linear in each.readers if linear.name in self.wanted]
+            if each.norm is None or not each.can_scale or not planned:
+                continue
+            if each.gram is None or each.mean_abs is None:
+                continue
+            loss = gram_loss(
+                [linear.weight for linear in planned], [*map(self._choice, planned)], each.gram
+            )
+            search = search_scale(each.mean_abs, loss, n_grid=self.n_grid, coarse_to_fine=True)
+            if search.ratio > 0:
+                folded = self._fold(block, stream, each, each.norm, search.scale)
+                if folded is None:
+                    continue
+                changed.update(folded)
+            searches[planned[0].name.rpartition(".")[2]] = search
+        return searches, changed
+
+    def _choice(self, linear: Linear) -> GridChoice:
+        """Return the grid of a linear, with a search for ranges where one will follow."""
+        precision = self.plan[linear.name]
+        assert precision is not None
+        if self.options.method == "awq":
+            ranges = _is_clipped(linear)
+        else:
+            ranges = self.options.grid_search is not False
+        return GridChoice.check(
+            linear.weight,
+            precision.bits,
+            precision.group_size,
+            precision.grid,
+            self.scale_dtype,
+            ranges,
+        )
+
+    def _fold(
+        self, block: TorchBlock, stream: Stream, read: Input, norm: Norm, scale: Float32
+    ) -> dict[str, Float32] | None:
+        """Fold a scale into a norm and its readers; return the float tensors that are changed, or None if
+        the block would compute something else then."""
+        checkpoint = self.model.checkpoint
+        arrays = [norm.weight, *([] if norm.bias is None else [norm.bias])]
+        kept = [
+            _Kept(array, array.copy())
+            for array in (*arrays, *(linear.weight for linear in read.readers))
+        ]
+
+        def fold(dtype: np.dtype[Any]) -> Float32:
+            weight, bias, exact = fold_scale(norm.kind, scale, norm.weight, norm.bias, dtype)
+            norm.weight[...] = weight
+            if norm.bias is not None and bias is not None:
+                norm.bias[...] = bias
+            for linear in read.readers:
+                linear.weight *= exact
+            return exact
+
+        # Whether someone else reads the norm is a question of algebra, so it is asked before rounding.
+        states = stream.before(0)
+        expected = stream.run(block, 0)
+        fold(np.dtype(np.float32))
+        change = float((stream.run(block, 0) - expected).norm())
+        for each in kept:
+            each.restore()
+        if not change <= MOST_CHANGE * float((expected - states).norm()):
+            return None
+        divisor = fold(checkpoint.dtype(f"{norm.name}.weight"))
+        assert read.gram is not None
+        read.gram = read.gram / divisor / divisor[:, None]
+        changed = {f"{norm.name}.weight": norm.weight}
+        if norm.bias is not None:
+            changed[f"{norm.name}.bias"] = norm.bias
+        for linear in read.readers:
+            if linear.name not in self.wanted:
+                name = f"{linear.name}.weight"
+                linear.weight[...] = linear.weight.astype(checkpoint.dtype(name))
+                changed[name] = linear.weight
+        return changed
+
+    def _carry(self) -> None:
+        """Write the tensors that stay as they are, and the norms that are changed."""
+        checkpoint = self.model.checkpoint
+        for name in checkpoint.names():
+            if name.removesuffix(".weight") in self.wanted:
+                continue
+            self.output.carry(checkpoint, name, self.changed)
+
+
+def _is_clipped(linear: Linear) -> bool:
+    last = linear.name.rpartition(".")[2].lower()
+    return not any(part in last for part in NEVER_CLIPPED)
+
+
+def _loss(block: TorchBlock, stream: Stream, originals: Sequence[Any]) -> float:
+    """Return the mean squared difference of a block's outputs from the original ones."""
+    total: float = sum(
+        float((stream.run(block, number) - original).square().double().sum())
+        for number, original in enumerate(originals)
+    )
+    return total / sum(int(original.numel()) for original in originals)

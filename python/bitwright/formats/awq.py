@@ -1,0 +1,129 @@
+"""AWQ GEMM: 4 bits, integer zero points, codes packed along the output channels (AutoAWQ, GPTQModel)."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.checkpoint import Checkpoint, CheckpointSlice
+from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.formats.format import Format, Precision, read_shaped
+from bitwright.tensor import QuantizedTensor, pack, unpack
+
+BITS = 4
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight output channels each nibble of a word holds
+INT32 = (np.dtype(np.int32),)
+
+
+class AwqFormat(Format):
+    """Reads and writes the layout that AutoAWQ calls GEMM: ``w = scale * (code - zero)``."""
+
+    name = "awq"
+    bits = (BITS,)
+    group_sizes = (32, 64, 128)
+    whole_row = False
+    grids = ("zero_point", "symmetric")
+    scale_dtypes = (np.dtype(np.float16),)
+    embeddings = False
+    metadata = "pt"
+
+    @classmethod
+    def detect(cls, checkpoint: Checkpoint) -> Self | None:
+        settings = checkpoint.config.get("quantization_config")
+        if not isinstance(settings, dict) or settings.get("quant_method") != "awq":
+            return None
+        version = settings.get("version", "gemm")
+        if not isinstance(version, str) or version.lower() != "gemm":
+            raise UnsupportedModelError(
+                f'{checkpoint.folder / "config.json"}: "quantization_config.version" is '
+                f"{shown(version)}; only gemm is supported"
+            )
+        return cls()
+
+    @classmethod
+    def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
+        return np.dtype(np.float16)
+
+    @classmethod
+    def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
+        super().check(name, shape, precision)
+        if shape[0] % len(ORDER):
+            raise ValueError(
+                f"{name}: the awq format stores multiples of 8 output channels, not {shape[0]}"
+            )
+
+    @classmethod
+    def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        if tensor.zeros is None or tensor.group_index is not None:
+            raise ValueError(
+                f"{name}: the awq format stores integer zeros and consecutive groups, "
+                f"not {tensor.grid} grids"
+            )
+        return {
+            f"{name}.qweight": _pack_columns(tensor.codes.T),
+            f"{name}.qzeros": _pack_columns(tensor.zeros.T),
+            f"{name}.scales": np.ascontiguousarray(tensor.scales.T),
+        }
+
+    @classmethod
+    def config(
+        cls, default: Precision, layers: Mapping[str, Precision | None], block_prefix: str
+    ) -> dict[str, Any]:
+        for name, precision in layers.items():
+            if precision not in (None, default):
+                raise ValueError(
+                    f"{name}: the awq format has one precision for all layers; an override can only "
+                    "be had in the mlx and gptq formats"
+                )
+        left = [name for name, precision in layers.items() if precision is None]
+        return {
+            "quantization_config": {
+                "quant_method": "awq",
+                "bits": BITS,
+                "group_size": default.group_size,
+                "zero_point": True,  # symmetric grids are stored with their zeros, too
+                "version": "gemm",
+                "modules_to_not_convert": left or None,
+            }
+        }
+
+    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
+        if f"{name}.qweight" not in checkpoint:
+            return None
+        words = read_shaped(checkpoint, f"{name}.qweight", INT32)
+        zero_words = read_shaped(checkpoint, f"{name}.qzeros", INT32)
+        scales = read_shaped(
+            checkpoint, f"{name}.scales", (*self.scale_dtypes, np.dtype(np.float32))
+        )
+        (channels, packed), (groups, out) = words.shape, scales.shape
+        if packed * len(ORDER) != out or zero_words.shape != (groups, packed) or channels % groups:
+            raise CheckpointError(
+                f"{checkpoint.file(f'{name}.qweight')}: layer {name}: qweight {list(words.shape)}, "
+                f"qzeros {list(zero_words.shape)} and scales {list(scales.shape)} contradict each other"
+            )
+        zeros = _unpack_columns(zero_words)
+        return QuantizedTensor(
+            codes=_unpack_columns(words),
+            scales=np.ascontiguousarray(scales.T),
+            biases=None,
+            zeros=zeros,
+            bits=BITS,
+            group_size=channels // groups,
+            grid="symmetric" if (zeros == 1 << (BITS - 1)).all() else "zero_point",
+        )
+
+
+def _pack_columns(values: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """Return ``[rows, out]`` codes as ``[rows, out / 8]`` words."""
+    rows, out = values.shape
+    nibbles = values.reshape(rows, out // len(ORDER), len(ORDER))[:, :, ORDER]
+    return pack(np.ascontiguousarray(nibbles).reshape(rows, out), BITS).view(np.int32)
+
+
+def _unpack_columns(words: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """Return the codes ``[out, rows]`` of words ``[rows, out / 8]``."""
+    nibbles = unpack(words.view(np.uint32), BITS).reshape(len(words), -1, len(ORDER))
+    values = np.empty_like(nibbles)
+    values[:, :, ORDER] = nibbles
+    return np.ascontiguousarray(values.reshape(len(words), -1).T)

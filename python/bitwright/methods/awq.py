@@ -1,0 +1,396 @@
+"""AWQ: activation-aware weight quantization (Lin et al. 2024, arXiv:2306.00978)."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from bitwright import _kernels
+from bitwright.methods.grid import GridChoice, check_importance
+from bitwright.methods.metrics import Metric, channel_errors, find_metric, total_error
+from bitwright.statistics import require_finite
+from bitwright.tensor import Grid, QuantizedTensor
+
+Float32 = NDArray[np.float32]
+Loss = Callable[[Float32], float]
+
+DEFAULT_GRID = 20
+MOST_CLIP = 0.5  # of a group's largest magnitude, as far as the search goes
+CLIP_ROWS = 256  # rows whose outputs are in memory at one time
+SMALLEST_SCALE = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleSearch:
+    """What a search over ratios found.
+
+    Parameters
+    ----------
+    scale
+        ``[channels]`` float32: what the columns of the weights are to be multiplied by.
+    ratio
+        The exponent of the activations that gave it; 0 is no scaling at all.
+    losses
+        The loss of every ratio that was tried.
+    """
+
+    scale: Float32
+    ratio: float
+    losses: Mapping[float, float]
+
+
+def awq_scale(mean_abs: ArrayLike, ratio: float) -> Float32:
+    """Return the scale of each input channel, ``mean|x| ** ratio`` (eq. 5 of the paper).
+
+    Parameters
+    ----------
+    mean_abs
+        ``[channels]`` mean magnitude of each input channel.
+    ratio
+        From 0 (no scaling) to 1.
+
+    Returns
+    -------
+    NDArray
+        ``[channels]`` float32, divided by ``sqrt(max * min)`` as the paper's code does, so that
+        weights grow and shrink about equally. Channels that never were active have scale 1.
+
+    Raises
+    ------
+    ValueError
+        If a magnitude is negative, NaN or infinite, or the ratio is out of range.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> bitwright.awq_scale([1, 4, 16], 0.5)
+    array([0.5, 1. , 2. ], dtype=float32)
+    """
+    magnitudes = np.asarray(mean_abs, np.float64)
+    if magnitudes.ndim != 1 or not np.isfinite(magnitudes).all() or (magnitudes < 0).any():
+        raise ValueError("mean_abs: expected one finite magnitude per channel")
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio: expected 0 to 1, got {ratio}")
+    scale = np.ones(magnitudes.shape)
+    live = magnitudes > 0
+    if live.any():
+        powers = np.maximum(magnitudes[live] ** ratio, SMALLEST_SCALE)
+        scale[live] = powers / np.sqrt(powers.max() * powers.min())
+    return scale.astype(np.float32)
+
+
+def search_scale(
+    mean_abs: ArrayLike, loss: Loss, *, n_grid: int = DEFAULT_GRID, coarse_to_fine: bool = False
+) -> ScaleSearch:
+    """Find the ratio whose scale has the least loss.
+
+    Parameters
+    ----------
+    mean_abs
+        ``[channels]`` mean magnitude of each input channel.
+    loss
+        From a scale ``[channels]`` float32 to a number, for example `gram_loss` or `token_loss`.
+    n_grid
+        The ratios are 0, 1 / n_grid, …, (n_grid - 1) / n_grid.
+    coarse_to_fine
+        Try every fourth ratio first, then the neighbours of the best at half the step, twice: 9
+        losses instead of 20. The loss is smooth in the ratio, as a rule.
+
+    Returns
+    -------
+    ScaleSearch
+
+    Raises
+    ------
+    ValueError
+        If an argument is wrong.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> bitwright.search_scale([1, 4], lambda scale: abs(scale[1] - 1.6), n_grid=10).ratio
+    0.7
+    """
+    if n_grid < 1:
+        raise ValueError(f"n_grid: expected at least 1, got {n_grid}")
+    losses: dict[int, float] = {}
+
+    def try_out(steps: Iterable[int]) -> int:
+        for step in steps:
+            if 0 <= step < n_grid and step not in losses:
+                losses[step] = float(loss(awq_scale(mean_abs, step / n_grid)))
+        return min(losses, key=lambda step: (losses[step], step))
+
+    if coarse_to_fine and n_grid > 4:
+        best = try_out(range(0, n_grid, 4))
+        for width in (2, 1):
+            best = try_out((best - width, best + width))
+    else:
+        best = try_out(range(n_grid))
+    return ScaleSearch(
+        scale=awq_scale(mean_abs, best / n_grid),
+        ratio=best / n_grid,
+        losses={step / n_grid: losses[step] for step in sorted(losses)},
+    )
+
+
+def scaled_rounding(
+    weight: Float32, scale: Float32, choice: GridChoice, importance: Float32 | None = None
+) -> Float32:
+    """Return ``Q(W diag(s)) diag(1/s) - W``: what rounding does to a weight that is scaled for it.
+
+    Where `choice` searches for ranges, `importance` ``[in]`` weighs the squared errors.
+    """
+    change = np.empty_like(weight)
+    _kernels.scaled_rounding_change(
+        weight,
+        scale,
+        check_importance(importance, weight.shape[1]),
+        choice.bits,
+        choice.group_size,
+        choice.grid,
+        choice.scale_dtype.name,
+        choice.search,
+        change,
+    )
+    return change
+
+
+def gram_loss(weights: Sequence[Float32], choices: Sequence[GridChoice], gram: Float32) -> Loss:
+    """Return the layers' mean squared output error as a function of their common scale.
+
+    Parameters
+    ----------
+    weights
+        Of the linears that share an input, ``[out, in]`` float32.
+    choices
+        The grid of each.
+    gram
+        ``[in, in]`` float32, the second moments of the input. With it the loss is exact without the
+        tokens: ``mean |ΔX|² = tr(Δ G Δᵀ) / out``, Δ the change of the weights.
+
+    Returns
+    -------
+    Loss
+        For `search_scale`.
+
+    Examples
+    --------
+    >>> import numpy as np, bitwright
+    >>> rng = np.random.default_rng(0)
+    >>> weight = rng.standard_normal((8, 64), dtype=np.float32)
+    >>> inputs = rng.standard_normal((256, 64), dtype=np.float32)
+    >>> inputs[:, 3] *= 50
+    >>> rounding = bitwright.GridChoice.check(weight, bits=3)
+    >>> loss = bitwright.gram_loss([weight], [rounding], bitwright.gram(inputs))
+    >>> bitwright.search_scale(np.abs(inputs).mean(axis=0), loss).ratio > 0
+    True
+    """
+    diagonal = gram.diagonal()
+
+    def loss(scale: Float32) -> float:
+        changes = [
+            scaled_rounding(weight, scale, choice, diagonal)
+            for weight, choice in zip(weights, choices, strict=True)
+        ]
+        # One product of many rows is faster than several of few.
+        change = changes[0] if len(changes) == 1 else np.concatenate(changes)
+        return float(_kernels.row_quadratic_forms(change, gram).mean())
+
+    return loss
+
+
+def token_loss(
+    weights: Sequence[Float32],
+    choices: Sequence[GridChoice],
+    activations: Float32,
+    metric: str | Metric = "mse",
+) -> Loss:
+    """Return the layers' output error on tokens, in any metric, as a function of their common scale.
+
+    Parameters
+    ----------
+    weights, choices
+        As for `gram_loss`.
+    activations
+        ``[tokens, in]`` float32.
+    metric
+        Its name, or a function of reference and candidate outputs ``[tokens, out]``.
+
+    Returns
+    -------
+    Loss
+        For `search_scale`.
+
+    Examples
+    --------
+    >>> import numpy as np, bitwright
+    >>> weight, inputs = np.eye(32, dtype=np.float32), np.ones((4, 32), np.float32)
+    >>> rounding = bitwright.GridChoice.check(weight, group_size=32)
+    >>> loss = bitwright.token_loss([weight], [rounding], inputs, metric="mae")
+    >>> loss(np.ones(32, np.float32)) < 1e-5
+    True
+    """
+    measure = find_metric(metric)
+    references = [activations @ weight.T for weight in weights]
+    energies = np.square(activations).mean(axis=0)
+    outputs = sum(len(weight) for weight in weights)
+
+    def loss(scale: Float32) -> float:
+        total = 0.0
+        for weight, choice, reference in zip(weights, choices, references, strict=True):
+            change = scaled_rounding(weight, scale, choice, energies)
+            error = total_error(measure, reference, reference + activations @ change.T)
+            total += error * len(weight) / outputs
+        return total
+
+    return loss
+
+
+def quantize_clipped(
+    weight: Float32,
+    gram: Float32 | None = None,
+    bits: int = 4,
+    group_size: int | None = 64,
+    *,
+    grid: Grid = "affine",
+    scale_dtype: DTypeLike | None = None,
+    activations: Float32 | None = None,
+    metric: str | Metric = "mse",
+    n_grid: int = DEFAULT_GRID,
+) -> QuantizedTensor:
+    """Round weights to grids whose ranges are clipped for the least error of each group's output.
+
+    Parameters
+    ----------
+    weight
+        ``[out, in]`` float32, C-contiguous.
+    gram
+        ``[in, in]`` float32 second moments of the inputs; of it the groups' blocks on the diagonal are
+        read. For the metric ``"mse"``.
+    bits, group_size, grid, scale_dtype
+        As for `quantize_rtn`.
+    activations
+        ``[tokens, in]`` float32, for the other metrics.
+    metric
+        Its name, or a function of reference and candidate outputs ``[tokens, rows]`` of a group.
+    n_grid
+        Ranges from 1 down to 0.5 of a group's largest magnitude: first both ends together, in steps of
+        1 / n_grid, then each by itself, in twice these steps.
+
+    Returns
+    -------
+    QuantizedTensor
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is wrong, or a value is NaN or infinite.
+
+    Notes
+    -----
+    The paper's code clips symmetrically and rounds between what is then the least and the largest
+    weight. Here each end has its own limit, and an affine grid may have zero as a point or not.
+
+    Examples
+    --------
+    >>> import numpy as np, bitwright
+    >>> rng = np.random.default_rng(0)
+    >>> weight = rng.standard_normal((8, 64), dtype=np.float32)
+    >>> inputs = rng.standard_normal((256, 64), dtype=np.float32)
+    >>> def error(tensor):
+    ...     return float(np.square(inputs @ (tensor.dequantize() - weight).T).sum())
+    >>> clipped = bitwright.quantize_clipped(weight, bitwright.gram(inputs), bits=2)
+    >>> error(clipped) < 0.8 * error(bitwright.quantize_rtn(weight, bits=2))
+    True
+    """
+    choice = GridChoice.check(weight, bits, group_size, grid, scale_dtype, False)
+    require_finite(weight, "weight")
+    if n_grid < 1:
+        raise ValueError(f"n_grid: expected at least 1, got {n_grid}")
+    steps = max(1, int(MOST_CLIP * n_grid))
+    if metric == "mse" and gram is not None:
+        found = _kernels.quantize_clipped(
+            weight,
+            gram,
+            choice.bits,
+            choice.group_size,
+            choice.grid,
+            choice.scale_dtype.name,
+            steps,
+            1 - steps / n_grid,
+        )
+    elif activations is not None:
+        shares = [1 - step / n_grid for step in range(steps)]
+        found = _clip_on_tokens(weight, activations, choice, find_metric(metric), shares)
+    else:
+        raise ValueError("activations: metrics other than mse need them; mse takes gram as well")
+    return QuantizedTensor(**choice.fields(*found))
+
+
+def _clip_on_tokens(
+    weight: Float32,
+    activations: Float32,
+    choice: GridChoice,
+    metric: Metric,
+    shares: Sequence[float],
+) -> tuple[NDArray[np.uint8], Float32, Float32]:
+    """Search as the kernel does, group by group, but compute the outputs and ask the metric."""
+    size = choice.group_size
+    codes = np.zeros(weight.shape, np.uint8)
+    scales, offsets = np.ones((2, len(weight), weight.shape[1] // size), np.float32)
+    for group in range(scales.shape[1]):
+        columns = slice(group * size, (group + 1) * size)
+        inputs = np.ascontiguousarray(activations[:, columns])
+        for first in range(0, len(weight), CLIP_ROWS):
+            here = slice(first, first + CLIP_ROWS)
+            found = _clip_group(
+                np.ascontiguousarray(weight[here, columns]), inputs, choice, metric, shares
+            )
+            codes[here, columns], scales[here, group], offsets[here, group] = found
+    return codes, scales, offsets
+
+
+def _clip_group(
+    rows: Float32, inputs: Float32, choice: GridChoice, metric: Metric, shares: Sequence[float]
+) -> tuple[NDArray[np.uint8], Float32, Float32]:
+    """Return codes, scales and offsets of the rows of one group."""
+    reference = inputs @ rows.T
+    low, high = rows.min(axis=1), rows.max(axis=1)
+    best_low, best_high = low.copy(), high.copy()
+    best_errors = np.full(len(rows), np.inf)
+    best_codes = np.zeros(rows.shape, np.uint8)
+    best_scales, best_offsets = np.ones((2, len(rows)), np.float32)
+
+    def try_range(bottom: Float32, top: Float32) -> None:
+        bottom, top = (np.ascontiguousarray(end, np.float32) for end in (bottom, top))
+        for scales, offsets in _kernels.range_grids(
+            bottom, top, choice.bits, choice.grid, choice.scale_dtype.name
+        ):
+            codes = _kernels.encode(
+                rows, scales, offsets, choice.bits, choice.group_size, choice.grid
+            )
+            tensor = QuantizedTensor(**choice.fields(codes, scales, offsets))
+            errors = channel_errors(metric, reference, inputs @ tensor.dequantize().T)
+            better = errors < best_errors
+            for best, new in (
+                (best_errors, errors),
+                (best_codes, codes),
+                (best_scales, scales[:, 0]),
+                (best_offsets, offsets[:, 0]),
+                (best_low, bottom),
+                (best_high, top),
+            ):
+                best[better] = new[better]
+
+    widest = np.maximum(high, -low)
+    for share in shares:
+        try_range(np.maximum(low, -share * widest), np.minimum(high, share * widest))
+    top = best_high.copy()
+    for share in shares[::2]:
+        try_range(share * low, top)
+    bottom = best_low.copy()
+    for share in shares[::2]:
+        try_range(bottom, share * high)
+    return best_codes, best_scales, best_offsets

@@ -1,0 +1,65 @@
+"""Gemma 3: as Gemma 2 with norms of queries and keys in place of soft caps, and one rotary base for full
+layers, another for sliding ones. Of multimodal checkpoints the text part."""
+
+from dataclasses import replace
+
+from bitwright.checkpoint import ConfigRules
+from bitwright.models.architecture import Architecture, Attention, Names
+
+_TEXT = Architecture(
+    model_types=("gemma3_text",),
+    rules=ConfigRules(
+        defaults={
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh",
+            "max_position_embeddings": 131072,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "scaled_embedding": True,
+            "query_pre_attn_scalar": 256,
+            "rope_theta": 1000000.0,
+            "rope_local_base_freq": 10000.0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "layer_types": None,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+        spellings={"hidden_act": "hidden_activation"},
+        slides=lambda keys, layer: (layer + 1) % keys.integer("sliding_window_pattern") != 0,
+    ),
+    attention=Attention(query_norm="self_attn.q_norm", key_norm="self_attn.k_norm"),
+    mlp_norm="pre_feedforward_layernorm",
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+    norm_kind="offset_rms_norm",
+)
+
+FAMILIES = (
+    _TEXT,
+    replace(
+        _TEXT,
+        model_types=("gemma3",),
+        rules=replace(_TEXT.rules, section="text_config"),
+        names=(
+            Names(
+                "language_model.model.embed_tokens",
+                "language_model.model.layers.{}",
+                "language_model.model.norm",
+                "language_model.lm_head",
+            ),
+            Names(
+                "model.language_model.embed_tokens",
+                "model.language_model.layers.{}",
+                "model.language_model.norm",
+                "lm_head",
+            ),
+        ),
+    ),
+)

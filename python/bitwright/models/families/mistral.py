@@ -1,0 +1,19 @@
+"""Mistral: a Llama whose tokens see a window of those before them."""
+
+from bitwright.checkpoint import ConfigRules
+from bitwright.models.architecture import Architecture
+
+FAMILIES = (
+    Architecture(
+        model_types=("mistral",),
+        rules=ConfigRules(
+            defaults={
+                "intermediate_size": 14336,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 131072,
+                "sliding_window": 4096,
+            },
+            slides=lambda _keys, _layer: True,
+        ),
+    ),
+)

@@ -1,0 +1,306 @@
+"""One decoder block of a model as stages, tensors and scale groups: what an `Architecture` comes to in a
+layer of a given config."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from bitwright.checkpoint import ModelConfig
+from bitwright.models.architecture import Architecture, Attention, Experts, LatentAttention, Mlp
+from bitwright.models.fold import FoldKind
+
+StageKind = Literal[
+    "attention",  # queries, keys and values, and attention itself
+    "latent",  # down to the latents, and queries where those have none
+    "latent_query",
+    "latent_attention",  # keys and values from their latent, and attention itself
+    "attention_output",
+    "mlp",
+    "mlp_output",
+    "router",  # no linear that is quantized; all experts read its input
+    "shared",
+    "shared_output",
+    "expert",
+    "expert_output",
+]
+Role = Literal["gate", "up", "down"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linears that share one input, and what their outputs are turned into.
+
+    A stage reads the hidden states, through `norm` if it has one, or what a stage before it has left;
+    see `DecoderBlock`. `mlp` names the linears of an MLP or expert, `expert` is the expert's index.
+    """
+
+    kind: StageKind
+    linears: tuple[str, ...]
+    norm: str | None = None
+    mlp: Mlp | None = None
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class ScaleGroup:
+    """Linears that share an input and what computes it, between which AWQ can move a scale.
+
+    Parameters
+    ----------
+    previous
+        The norm or linear that the scale is folded into.
+    kind
+        What it is.
+    layers
+        The linears that are scaled.
+    floats
+        Others with the same input that are never quantized, such as a router: they are scaled along.
+    outputs
+        Which rows of the previous linear compute the input; None for all.
+    sub_block
+        Whether the block objective judges what the layers' sub-block (attention, MLP) adds to the hidden
+        states, instead of the layers' own outputs.
+    """
+
+    previous: str
+    kind: FoldKind
+    layers: tuple[str, ...]
+    floats: tuple[str, ...] = ()
+    outputs: range | tuple[int, ...] | None = None
+    sub_block: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """Which expert a linear belongs to, and what it does there."""
+
+    prefix: str  # what comes before the expert's index
+    stacked: str  # what comes before the role where MLX stores all experts in one tensor
+    index: int
+    role: Role
+
+    @property
+    def stacked_name(self) -> str:
+        """The tensor of all experts, without ``.weight``."""
+        return f"{self.stacked}.{self.role}_proj"
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Stages, tensors and scale groups of one block; names are relative to it.
+
+    ``linears`` and ``floats`` map names without ``.weight`` to shapes, in the order of the computation:
+    what may be quantized, and what never is. ``vectors`` maps full names of all other tensors.
+    """
+
+    stages: tuple[Stage, ...]
+    linears: Mapping[str, tuple[int, int]]
+    floats: Mapping[str, tuple[int, int]]
+    vectors: Mapping[str, tuple[int]]
+    groups: tuple[ScaleGroup, ...]
+    never_clipped: tuple[str, ...]
+    experts: Mapping[str, ExpertPlace]
+
+
+def block_layout(architecture: Architecture, config: ModelConfig, index: int) -> BlockLayout:
+    """Return the layout of block `index`."""
+    builder = _Builder(architecture, config)
+    if isinstance(architecture.attention, LatentAttention):
+        builder.add_latent_attention(architecture.attention)
+    else:
+        builder.add_attention(architecture.attention)
+    if config.is_sparse[index] and architecture.experts is not None:
+        builder.add_experts(architecture.experts)
+    else:
+        builder.add_mlp(architecture.mlp)
+    return builder.layout()
+
+
+class _Builder:
+    def __init__(self, architecture: Architecture, config: ModelConfig) -> None:
+        self.architecture = architecture
+        self.config = config
+        self.stages: list[Stage] = []
+        self.linears: dict[str, tuple[int, int]] = {}
+        self.floats: dict[str, tuple[int, int]] = {}
+        self.vectors: dict[str, tuple[int]] = {}
+        self.groups: list[ScaleGroup] = []
+        self.never_clipped: tuple[str, ...] = ()
+        self.experts: dict[str, ExpertPlace] = {}
+
+    def layout(self) -> BlockLayout:
+        return BlockLayout(
+            stages=tuple(self.stages),
+            linears=self.linears,
+            floats=self.floats,
+            vectors=self.vectors,
+            groups=tuple(self.groups),
+            never_clipped=self.never_clipped,
+            experts=self.experts,
+        )
+
+    def add_attention(self, names: Attention) -> None:
+        config, hidden = self.config, self.config.hidden_size
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        outputs = None
+        if names.fused is None:
+            linears: tuple[str, ...] = (names.query, names.key, names.value)
+            for name, width in zip(linears, (queries, keys, keys), strict=True):
+                self._linear(name, (width, hidden), config.query_bias)
+            value, self.never_clipped = names.value, (names.query, names.key)
+        else:
+            linears = (names.fused,)
+            self._linear(names.fused, (queries + 2 * keys, hidden), config.query_bias)
+            value, self.never_clipped = names.fused, (names.fused,)
+            outputs = range(queries + keys, queries + 2 * keys)
+        for norm, width in ((names.query_norm, queries), (names.key_norm, keys)):
+            if norm is not None:
+                self.vectors[f"{norm}.weight"] = (width if names.whole else config.head_dim,)
+        self._linear(names.output, (hidden, queries), config.output_bias)
+        norm = self._norm(self.architecture.attention_norm)
+        self._norm(self.architecture.attention_post_norm)
+        self.stages += [
+            Stage("attention", linears, norm),
+            Stage("attention_output", (names.output,)),
+        ]
+        self._norm_group(norm, linears)
+        # Attention mixes tokens but not channels: a scale passes through it.
+        self.groups.append(ScaleGroup(value, "linear", (names.output,), outputs=outputs))
+
+    def add_latent_attention(self, names: LatentAttention) -> None:
+        config, hidden, latent = self.config, self.config.hidden_size, self.config.latent
+        if latent is None:
+            raise ValueError("latent attention: the config has no sizes for it")
+        heads, bias = config.num_attention_heads, config.query_bias
+        queries = heads * config.head_dim
+        norm = self._norm(self.architecture.attention_norm)
+        first = names.query if latent.query_rank is None else names.query_down
+        linears = (first, names.key_value_down)
+        self.stages.append(Stage("latent", linears, norm))
+        self._norm_group(norm, linears)
+        if latent.query_rank is None:
+            self._linear(names.query, (queries, hidden), False)
+        else:
+            self._linear(names.query_down, (latent.query_rank, hidden), bias)
+        down = (latent.key_value_rank + latent.rotary_dim, hidden)
+        self._linear(names.key_value_down, down, bias)
+        if latent.query_rank is not None:
+            self.vectors[f"{names.query_norm}.weight"] = (latent.query_rank,)
+            self._linear(names.query_up, (queries, latent.query_rank), False)
+            self.stages.append(Stage("latent_query", (names.query_up,)))
+            self._norm_group(names.query_norm, (names.query_up,))
+        self.vectors[f"{names.key_value_norm}.weight"] = (latent.key_value_rank,)
+        head = latent.plain_dim + latent.value_dim
+        self._linear(names.key_value_up, (heads * head, latent.key_value_rank), False)
+        self._linear(names.output, (hidden, heads * latent.value_dim), config.output_bias)
+        self.stages += [
+            Stage("latent_attention", (names.key_value_up,)),
+            Stage("attention_output", (names.output,)),
+        ]
+        self._norm_group(names.key_value_norm, (names.key_value_up,))
+        values = tuple(
+            start + channel
+            for start in range(latent.plain_dim, heads * head, head)
+            for channel in range(latent.value_dim)
+        )
+        group = ScaleGroup(names.key_value_up, "linear", (names.output,), outputs=values)
+        self.groups.append(group)
+        self.never_clipped = (*linears, names.query_up)
+        self._norm(self.architecture.attention_post_norm)
+
+    def add_mlp(self, names: Mlp) -> None:
+        norm = self._norm(self.architecture.mlp_norm)
+        self._norm(self.architecture.mlp_post_norm)
+        linears = self._mlp(names, self.config.intermediate_size)
+        self.stages += [
+            Stage("mlp", linears, norm, names),
+            Stage("mlp_output", (names.down,), mlp=names),
+        ]
+        self._norm_group(norm, linears)
+        self._down_group(names, self.config.intermediate_size)
+
+    def add_experts(self, names: Experts) -> None:
+        config = self.config.experts
+        norm = self._norm(self.architecture.mlp_norm)
+        if config is None or norm is None or self.architecture.mlp_post_norm is not None:
+            raise ValueError("experts: the config has no sizes for them, or the norms do not fit")
+        self.stages.append(Stage("router", (), norm))
+        self.floats[names.router] = (config.count, self.config.hidden_size)
+        floats = [names.router]
+        readers: list[str] = []
+        if names.correction is not None:
+            self.vectors[names.correction] = (config.count,)
+        mlps: list[tuple[int | None, Mlp, int]] = []
+        if names.shared is not None and config.shared_size:
+            mlps.append((None, names.shared, config.shared_size))
+            if names.shared_gate is not None:
+                self.floats[names.shared_gate] = (1, self.config.hidden_size)
+                floats.append(names.shared_gate)
+        for expert in range(config.count):
+            prefix = f"{names.prefix}.{expert}."
+            roles: dict[Role, str] = {
+                "gate": f"{prefix}{names.mlp.gate}",
+                "up": prefix + names.mlp.up,
+                "down": prefix + names.mlp.down,
+            }
+            for role, name in roles.items():
+                self.experts[name] = ExpertPlace(names.prefix, names.stacked, expert, role)
+            own = Mlp(roles["gate"], roles["up"], roles["down"])
+            mlps.append((expert, own, config.intermediate_size))
+        down_groups = []
+        for index, mlp, size in mlps:
+            linears = self._mlp(mlp, size)
+            readers += linears
+            kind: StageKind = "shared" if index is None else "expert"
+            output: StageKind = "shared_output" if index is None else "expert_output"
+            self.stages += [
+                Stage(kind, linears, None, mlp, index),
+                Stage(output, (mlp.down,), None, mlp, index),
+            ]
+            down_groups.append((mlp, size))
+        self._norm_group(norm, tuple(readers), tuple(floats))
+        for mlp, size in down_groups:
+            self._down_group(mlp, size)
+
+    def _mlp(self, names: Mlp, size: int) -> tuple[str, ...]:
+        """Add the linears of an MLP; return those that read its input."""
+        hidden, bias = self.config.hidden_size, self.config.mlp_bias
+        if names.fused is not None:
+            linears: tuple[str, ...] = (names.fused,)
+            self._linear(names.fused, (2 * size, hidden), bias)
+        else:
+            linears = (names.up,) if names.gate is None else (names.gate, names.up)
+            for name in linears:
+                self._linear(name, (size, hidden), bias)
+        self._linear(names.down, (hidden, size), bias)
+        return linears
+
+    def _down_group(self, names: Mlp, size: int) -> None:
+        """The gate only multiplies, so a scale passes; nothing passes an activation."""
+        if names.fused is not None:
+            rows = range(size, 2 * size)
+            self.groups.append(ScaleGroup(names.fused, "linear", (names.down,), outputs=rows))
+        elif names.gate is not None:
+            self.groups.append(ScaleGroup(names.up, "linear", (names.down,)))
+
+    def _norm_group(
+        self, norm: str | None, layers: tuple[str, ...], floats: tuple[str, ...] = ()
+    ) -> None:
+        if norm is None:
+            return
+        kind = self.architecture.norm_kind
+        whole = norm in (self.architecture.attention_norm, self.architecture.mlp_norm)
+        self.groups.append(ScaleGroup(norm, kind, layers, floats, sub_block=whole))
+
+    def _norm(self, name: str | None) -> str | None:
+        if name is not None:
+            self.vectors[f"{name}.weight"] = (self.config.hidden_size,)
+            if self.architecture.norm_kind == "layer_norm":
+                self.vectors[f"{name}.bias"] = (self.config.hidden_size,)
+        return name
+
+    def _linear(self, name: str, shape: tuple[int, int], bias: bool) -> None:
+        self.linears[name] = shape
+        if bias:
+            self.vectors[f"{name}.bias"] = shape[:1]

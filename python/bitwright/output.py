@@ -1,0 +1,173 @@
+"""What a run writes, layer by layer, and what is reported of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bitwright import _kernels
+from bitwright.checkpoint import Checkpoint, CheckpointWriter
+from bitwright.evaluate import peak_memory_bytes
+from bitwright.formats import Format
+from bitwright.methods.gptq import GptqTensor
+from bitwright.methods.grid import FLOAT_DTYPES
+from bitwright.models.layout import ExpertPlace
+from bitwright.report import BlockReport, LayerReport, QuantizationReport
+from bitwright.statistics import require_finite
+from bitwright.tensor import QuantizedTensor
+
+Float32 = NDArray[np.float32]
+ERROR_ROWS = 64  # output rows that a layer's reported error is estimated on
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLayer:
+    """A layer that is ready to be written."""
+
+    name: str
+    tensor: QuantizedTensor
+    error: float
+    few_tokens: bool = False
+
+
+class Output:
+    """The layers and tensors that a run has written so far.
+
+    Parameters
+    ----------
+    writer, format
+        Where they go, and as what.
+    experts
+        Layers that the format stores as one tensor per stack: they are collected until all are there.
+    stack_size
+        The number of experts in a stack.
+    """
+
+    def __init__(
+        self,
+        writer: CheckpointWriter,
+        format: type[Format],
+        experts: Mapping[str, ExpertPlace] | None = None,
+        stack_size: int = 0,
+    ) -> None:
+        self.format = format
+        self.layers: list[LayerReport] = []
+        self.blocks: list[BlockReport] = []
+        self._writer = writer
+        self._experts = experts or {}
+        self._stack_size = stack_size
+        self._stacks: dict[str, dict[int, dict[str, NDArray[Any]]]] = {}
+        self._layer_bytes = 0.0
+        self._layer_weights = 0
+        self._written_bytes = 0
+
+    def finish(self, layer: QuantizedLayer) -> None:
+        """Write and report a layer."""
+        tensor = layer.tensor
+        place = self._experts.get(layer.name)
+        if place is None:
+            for part, array in self.format.pack(layer.name, tensor).items():
+                self.add(part, array)
+        else:
+            stack = self._stacks.setdefault(place.stacked_name, {})
+            stack[place.index] = self.format.pack(place.stacked_name, tensor)
+            if len(stack) == self._stack_size:
+                parts = [stack[index] for index in sorted(stack)]
+                del self._stacks[place.stacked_name]
+                for part in parts[0]:
+                    self.add(part, np.stack([each[part] for each in parts]))
+        self._layer_bytes += tensor.nbytes
+        self._layer_weights += tensor.codes.size
+        damping = tensor.damping if isinstance(tensor, GptqTensor) else None
+        self.layers.append(
+            LayerReport(
+                layer.name, tensor.bits, tensor.group_size, layer.error, damping, layer.few_tokens
+            )
+        )
+
+    def carry(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        changed: dict[str, Float32],
+        target: str | None = None,
+    ) -> None:
+        """Write a tensor as it is, or as it was `changed`, rounded to the dtype that it is stored in."""
+        array = checkpoint.read(name)
+        if name in changed:
+            array = changed.pop(name).astype(array.dtype)
+        if array.dtype in FLOAT_DTYPES:
+            require_finite(array, f"{checkpoint.file(name)}: tensor {name}")
+        self.add(target or name, array)
+
+    def add(self, name: str, array: NDArray[Any]) -> None:
+        """Write a tensor."""
+        self._writer.add(name, array)
+        self._written_bytes += array.nbytes
+
+    def report(
+        self,
+        out: Path,
+        method: str,
+        checkpoint: Checkpoint,
+        parameters: int,
+        tokens: NDArray[np.int32] | None,
+        seconds: float,
+    ) -> QuantizationReport:
+        """Sum up the run."""
+        return QuantizationReport(
+            out=out,
+            method=method,
+            format=self.format.name,
+            layers=tuple(self.layers),
+            blocks=tuple(self.blocks),
+            layer_bits_per_weight=8 * self._layer_bytes / self._layer_weights,
+            bits_per_weight=8 * self._written_bytes / parameters,
+            size_bytes=self._written_bytes,
+            original_bytes=checkpoint.nbytes(),
+            calibration_tokens=0 if tokens is None else tokens.size,
+            seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+
+def progress_bar() -> Progress:
+    """Return a bar over blocks, on standard error, with the time left and each block's error."""
+    return Progress(
+        TextColumn("quantizing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("blocks, time left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[error]}"),
+        console=Console(stderr=True),
+    )
+
+
+def block_error(layers: Sequence[LayerReport]) -> str:
+    """Say how large the errors of a block's layers are."""
+    if not layers:
+        return "block left in float"
+    return f"block error {max(layer.error for layer in layers):.2e}"
+
+
+def relative_error(weight: Float32, stored: Float32, gram: Float32 | None) -> float:
+    """Return ``tr(Δ G Δᵀ) / tr(W G Wᵀ)``, Δ = `stored` − `weight`, over at most 64 evenly spaced rows.
+
+    Without a gram the identity takes its place. A layer of zeros has error 0.
+    """
+    step = -(-len(weight) // ERROR_ROWS)
+    rows = np.ascontiguousarray(weight[::step])
+    change = stored[::step] - rows
+    energies = [
+        float(
+            np.vdot(each, each) if gram is None else _kernels.row_quadratic_forms(each, gram).sum()
+        )
+        for each in (change, rows)
+    ]
+    return energies[0] / energies[1] if energies[1] > 0 else 0.0

@@ -1,0 +1,202 @@
+"""Makes tests/data/tiny/NAME: random models with the hidden states and logits that transformers computes.
+
+Run once, in an environment of its own, and commit the result::
+
+    python3 -m venv /tmp/hf && /tmp/hf/bin/pip install torch==2.13.0
+    /tmp/hf/bin/pip install transformers==5.23.0 safetensors
+    /tmp/hf/bin/python tests/make_tiny_models.py [NAME ...]
+
+They are those of the model as ``from_pretrained`` loads it, in float32.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+DATA = Path(__file__).parent / "data" / "tiny"
+SHAPE: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
+    "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 8.0],
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.75,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+}
+VARIANTS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
+    "llama-biases": (
+        "llama",
+        torch.float32,
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 8, "tie_word_embeddings": True},
+    ),
+    "llama-llama3": ("llama", torch.bfloat16, {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("llama", torch.float16, {"rope_parameters": YARN}),
+    "llama-linear": (
+        "llama",
+        torch.float32,
+        {"rope_parameters": LINEAR, "num_key_value_heads": 4},
+    ),
+    "mistral": ("mistral", torch.bfloat16, {"sliding_window": 7}),
+    "qwen2": (
+        "qwen2",
+        torch.float16,
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        torch.bfloat16,
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "mlp_only_layers": [0],
+            "norm_topk_prob": True,
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        torch.bfloat16,
+        {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24},
+    ),
+    "gemma3": (
+        "gemma3",
+        torch.bfloat16,
+        {
+            "text_config": {
+                **SHAPE,
+                "num_hidden_layers": 3,
+                "head_dim": 16,
+                "sliding_window": 9,
+                "sliding_window_pattern": 3,
+                "query_pre_attn_scalar": 16,
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            "mm_tokens_per_image": 4,
+            "image_token_index": 95,
+            "boi_token_index": 93,
+            "eoi_token_index": 94,
+        },
+    ),
+    "phi3-longrope": (
+        "phi3",
+        torch.bfloat16,
+        {"rope_parameters": LONG, "original_max_position_embeddings": 64, "sliding_window": 30},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        torch.bfloat16,
+        {**LATENT, "q_lora_rank": None, "n_group": 4, "topk_group": 2},
+    ),
+    "deepseek_v3-qlora": (
+        "deepseek_v3",
+        torch.float16,
+        {
+            **LATENT,
+            "q_lora_rank": 24,
+            "n_group": 2,
+            "topk_group": 1,
+            "attention_bias": True,
+            "rope_interleave": False,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8},
+        },
+    ),
+    "olmo2": ("olmo2", torch.bfloat16, {}),
+    "granite": (
+        "granite",
+        torch.bfloat16,
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 2.5,
+            "mlp_bias": True,
+        },
+    ),
+    "smollm3": ("smollm3", torch.bfloat16, {"num_hidden_layers": 4}),
+    "glm4": ("glm4", torch.bfloat16, {"head_dim": 16}),
+    "starcoder2": ("starcoder2", torch.float16, {"sliding_window": 20}),
+}
+
+
+def main() -> None:
+    """Make the variants named, or all."""
+    for seed, (name, (model_type, dtype, settings)) in enumerate(VARIANTS.items()):
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
+        torch.manual_seed(seed)
+        multimodal = "text_config" in settings
+        config = AutoConfig.for_model(model_type, **({} if multimodal else SHAPE) | settings)
+        kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        made = kind.from_config(config)
+        for key, parameter in (*made.named_parameters(), *made.named_buffers()):
+            if key.endswith("norm.weight") or key.endswith("bias"):
+                offset = 1.0 if "norm.w" in key and not model_type.startswith("gemma") else 0.0
+                torch.nn.init.normal_(parameter, offset, 0.2)
+        folder = DATA / name
+        shutil.rmtree(folder, ignore_errors=True)
+        made.to(dtype).save_pretrained(folder)
+        model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        ids = torch.randint(3, 90, (2, 70))
+        with torch.no_grad():
+            result = model(ids, output_hidden_states=True)
+        np.savez_compressed(
+            folder / "expected.npz",
+            input_ids=ids.numpy().astype(np.int32),
+            logits=result.logits.numpy(),
+            **{f"hidden_{i}": states.numpy() for i, states in enumerate(result.hidden_states)},
+        )
+        print(name, float(result.logits.std()), [*folder.iterdir()])
+
+
+main()
