@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,7 @@ def test_saved_weights_are_the_rounded_ones(folder: Path, format: Any, tmp_path:
         exclude=exclude,
     )
     saved = bitwright.load_model(tmp_path / "out")
+    assert replace(saved.config, raw={}) == replace(original.config, raw={})
     for name, shape in original.linear_shapes().items():
         stored = saved.quantized(name)
         if name in exclude:

@@ -165,7 +165,7 @@ def quantize_with_transformers(
         if samples is None and len(tokens) > DEFAULT_SAMPLES:
             tokens = load_tokens(tokens, samples=DEFAULT_SAMPLES, seed=seed)
 
-    config = dict(original.checkpoint.config)
+    config = {**kind.spell(original.checkpoint.config), **original.checkpoint.config}
     in_float: dict[str, Precision | None] = dict.fromkeys(original.routers())
     config.update(kind.config(default, {**in_float, **plan}, ""))
     with CheckpointWriter(

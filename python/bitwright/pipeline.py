@@ -223,7 +223,7 @@ def quantize(
     if calibration is not None:
         tokens = _calibration_tokens(original, calibration, samples, length, seed)
 
-    config = dict(original.checkpoint.config)
+    config = {**kind.spell(original.checkpoint.config), **original.checkpoint.config}
     _check_experts(original, kind, plan)
     config.update(
         kind.config(default, _as_written(original, kind, plan), original.names.block.format(""))

@@ -60,6 +60,11 @@ class Format:
         """Return what is added to config.json; `layers` maps every linear to None where in float."""
         raise NotImplementedError
 
+    @classmethod
+    def spell(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what its loaders need to find in config.json in another spelling than the source has."""
+        return {}
+
     def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
         """Return layer `name`, None if it is not quantized."""
         raise NotImplementedError

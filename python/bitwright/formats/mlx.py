@@ -72,6 +72,23 @@ class MlxFormat(Format):
         # mlx-lm reads the first key; the second is the one that model hubs look at.
         return {"quantization": settings, "quantization_config": settings}
 
+    @classmethod
+    def spell(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """mlx-lm reads the keys of transformers 4, and takes its defaults in silence where version 5 has
+        written others."""
+        old: dict[str, Any] = {}
+        rope = config.get("rope_parameters")
+        if isinstance(rope, dict):
+            full = rope.get("full_attention", rope)
+            old["rope_theta"] = full.get("rope_theta")
+            if full.get("rope_type", "default") != "default":
+                old["rope_scaling"] = {**full, "type": full["rope_type"]}
+            if isinstance(rope.get("sliding_attention"), dict):
+                old["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+            old["partial_rotary_factor"] = full.get("partial_rotary_factor")
+        old["num_experts"] = config.get("num_local_experts")
+        return {key: value for key, value in old.items() if value is not None}
+
     def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
         if f"{name}.scales" not in checkpoint:
             return None
