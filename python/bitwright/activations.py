@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.calibration import TokenSource, load_tokens
+from bitwright.calibration import TokenSource, load_at_most
 from bitwright.errors import CalibrationError, OutputError, OutputExistsError, shown
 from bitwright.models.block import ChunkStates, Float32
 from bitwright.models.model import load_model
@@ -151,7 +151,8 @@ def collect_activations(
     if target.exists() and not overwrite:
         raise OutputExistsError(f"{target}: exists already; pass overwrite to replace it")
     source = load_model(model)
-    tokens = load_tokens(
+    tokens = load_at_most(
+        DEFAULT_SAMPLES,
         calibration,
         tokenizer=source.checkpoint.folder,
         length=length,
@@ -159,8 +160,6 @@ def collect_activations(
         seed=seed,
         vocab_size=source.config.vocab_size,
     )
-    if samples is None and len(tokens) > DEFAULT_SAMPLES:
-        tokens = load_tokens(tokens, samples=DEFAULT_SAMPLES, seed=seed)
     hidden = source.embed(tokens)
     rope = source.rotation(tokens.shape[1])
     count = 0

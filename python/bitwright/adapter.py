@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
-from bitwright.calibration import TokenSource, load_tokens
+from bitwright.calibration import TokenSource, load_at_most, load_tokens
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.errors import BitwrightError, NonFiniteError
 from bitwright.formats import FORMATS, Precision
@@ -113,7 +113,8 @@ def quantize_with_transformers(
     Each block is run twice over the samples, in chunks of a few. First in float, while hooks gather the
     second moments of what its linears read; then all its linears are quantized, and the quantized
     block computes what the next one reads. So inside a block statistics are those of the float block (the
-    earlier blocks are quantized), other than in `quantize`, which goes on layer by layer.
+    earlier blocks are quantized), other than in `quantize`, which goes on layer by layer. In memory are the
+    whole model in float32 and the statistics of one block, with those of all its experts.
 
     Every nn.Linear in the blocks is quantized, and experts that are held in arrays ``gate_up_proj`` and
     ``down_proj``, each with the tokens that are routed to it. What chooses experts, embedding and head
@@ -161,9 +162,15 @@ def quantize_with_transformers(
         dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
     tokens = None
     if calibration is not None:
-        tokens = _tokens(original, calibration, samples, length, seed)
-        if samples is None and len(tokens) > DEFAULT_SAMPLES:
-            tokens = load_tokens(tokens, samples=DEFAULT_SAMPLES, seed=seed)
+        tokens = load_at_most(
+            DEFAULT_SAMPLES,
+            calibration,
+            tokenizer=original.folder,
+            length=length,
+            samples=samples,
+            seed=seed,
+            vocab_size=original.vocab_size,
+        )
 
     config = {**kind.spell(original.checkpoint.config), **original.checkpoint.config}
     in_float: dict[str, Precision | None] = dict.fromkeys(original.routers())
@@ -215,7 +222,8 @@ def collect_grams(
     """
     loaded = TorchModel(model)
     names = loaded.linears().keys()
-    stream = Stream(loaded, _tokens(loaded, tokens, None, None, 0))
+    ids = load_tokens(tokens, tokenizer=loaded.folder, vocab_size=loaded.vocab_size)
+    stream = Stream(loaded, ids)
     grams: dict[str, Float32] = {}
     for block in loaded.blocks:
         watch, outputs = stream.observe(block, names, kept=len(stream.chunks))
@@ -229,19 +237,6 @@ def collect_grams(
                     grams[linear.name] = empty if each.gram is None else each.gram
         stream.replace(outputs)
     return {name: grams[name] for name in names}
-
-
-def _tokens(
-    model: TorchModel, source: TokenSource, samples: int | None, length: int | None, seed: int
-) -> NDArray[np.int32]:
-    return load_tokens(
-        source,
-        tokenizer=model.folder,
-        length=length,
-        samples=samples,
-        seed=seed,
-        vocab_size=model.vocab_size,
-    )
 
 
 def _require_finite(inputs: Sequence[Input], model: TorchModel, block: TorchBlock) -> None:

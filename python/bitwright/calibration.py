@@ -93,6 +93,30 @@ def load_tokens(
     return np.ascontiguousarray(tokens, dtype=np.int32)
 
 
+def load_at_most(
+    most: int,
+    source: TokenSource,
+    *,
+    tokenizer: str | os.PathLike[str],
+    length: int | None,
+    samples: int | None,
+    seed: int,
+    vocab_size: int,
+) -> NDArray[np.int32]:
+    """Load the samples asked for, as `load_tokens`; where no number is, at most so many."""
+    tokens = load_tokens(
+        source,
+        tokenizer=tokenizer,
+        length=length,
+        samples=samples,
+        seed=seed,
+        vocab_size=vocab_size,
+    )
+    if samples is None and len(tokens) > most:
+        return load_tokens(tokens, samples=most, seed=seed)
+    return tokens
+
+
 def _check_integer(name: str, value: object, smallest: int) -> None:
     if value is None:
         return

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.activations import ActivationFile
-from bitwright.calibration import TokenSource, load_tokens
+from bitwright.calibration import TokenSource, load_at_most
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.errors import BitwrightError, NonFiniteError
 from bitwright.evaluate import parameter_count
@@ -221,7 +221,15 @@ def quantize(
         dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
     tokens = None
     if calibration is not None:
-        tokens = _calibration_tokens(original, calibration, samples, length, seed)
+        tokens = load_at_most(
+            DEFAULT_SAMPLES,
+            calibration,
+            tokenizer=original.checkpoint.folder,
+            length=length,
+            samples=samples,
+            seed=seed,
+            vocab_size=original.config.vocab_size,
+        )
 
     config = {**kind.spell(original.checkpoint.config), **original.checkpoint.config}
     _check_experts(original, kind, plan)
@@ -308,22 +316,6 @@ def _check_inputs(
         )
     if activations is None and options.activation_method != "rms":
         raise ValueError("activation_method: mean and max need activations; calibration gives rms")
-
-
-def _calibration_tokens(
-    model: Model, source: TokenSource, samples: int | None, length: int | None, seed: int
-) -> NDArray[np.int32]:
-    tokens = load_tokens(
-        source,
-        tokenizer=model.checkpoint.folder,
-        length=length,
-        samples=samples,
-        seed=seed,
-        vocab_size=model.config.vocab_size,
-    )
-    if samples is None and len(tokens) > DEFAULT_SAMPLES:
-        tokens = load_tokens(tokens, samples=DEFAULT_SAMPLES, seed=seed)
-    return tokens
 
 
 @dataclass(frozen=True, eq=False)
