@@ -15,6 +15,7 @@ from bitwright.methods.solver import METHODS, SCALED_METHODS
 from bitwright.models.model import Model, load_model
 
 PROCESS_BYTES = 90_000_000  # the interpreter and its libraries
+CARRIED_BYTES_PER_SECOND = 2e8  # read, checked, converted, packed and written
 MEASURED_SIZE = 1024  # of the product that the machine's speed is measured on
 
 
@@ -138,7 +139,8 @@ def inspect_model(
         method=method,
         tokens=tokens,
         memory_bytes=_memory(opened, method, tokens),
-        seconds=_products(opened, method, tokens) / _speed(),
+        seconds=_products(opened, method, tokens) / _speed()
+        + opened.checkpoint.nbytes() / CARRIED_BYTES_PER_SECOND,
     )
 
 
