@@ -316,6 +316,18 @@ def test_an_experts_gram_is_that_of_its_tokens(
     assert len(poor) == 2 * 3
 
 
+def test_awq_gathers_what_experts_see_from_all_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the last block, where only some tokens are needed to judge the scales."""
+    tokens = calibration(bitwright.load_model(MOE), 40)
+    monkeypatch.setattr(bitwright.pipeline, "FEW_TOKENS", 400)
+    settings: Any = {"group_size": 32, "calibration": tokens, "progress": False}
+    for method in ("gptq", "awq"):
+        report = bitwright.quantize(MOE, tmp_path / method, method=method, **settings)
+        assert not report.experts_with_few_tokens()
+
+
 def test_experts_without_tokens_are_quantized(tmp_path: Path) -> None:
     """One calibration token leaves two of four experts without any."""
     report = bitwright.quantize(

@@ -271,7 +271,7 @@ def _as_written(
     model: Model, format: type[Format], plan: Mapping[str, Precision | None]
 ) -> dict[str, Precision | None]:
     """Return the plan by the names that are written: of experts that are stacked, those of the stacks."""
-    places = model.expert_places() if format.stacks_experts else {}
+    places = model.experts if format.stacks_experts else {}
     return {
         places[name].stacked_name if name in places else name: precision
         for name, precision in plan.items()
@@ -285,7 +285,7 @@ def _check_experts(
     if not format.stacks_experts:
         return
     seen: dict[str, Precision | None] = {}
-    for name, place in model.expert_places().items():
+    for name, place in model.experts.items():
         if seen.setdefault(place.stacked_name, plan[name]) != plan[name]:
             raise ValueError(
                 f"{name}: the {format.name} format stores all experts of a layer in one tensor, so "
@@ -352,7 +352,7 @@ class _Run:
         self.propagate = propagate
         self.awq = awq if options.method in SCALED_METHODS else None
         self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
-        experts = model.expert_places() if format.stacks_experts else None
+        experts = model.experts if format.stacks_experts else None
         stack_size = model.config.experts.count if model.config.experts else 0
         self.output = Output(writer, format, experts, stack_size)
         self.stacked = model.stacked_tensors()
@@ -413,7 +413,8 @@ class _Run:
         # of the tokens for the comparison.
         regather = self.propagate and self.options.method != "awq"
         judged = len(hidden)
-        if not regather:
+        # What experts see is not among the facts: the passes gather it, and from all tokens.
+        if not regather and not block.layout.experts:
             judged = min(judged, max(1, JUDGED_TOKENS // rope.length) * rope.length)
         original = hidden.copy()
         facts = observe_block(block, original, rope, self.awq, judged if self.propagate else None)
@@ -526,12 +527,10 @@ class _Run:
     ) -> LayerStatistics:
         """Gather what an expert that is hardly ever chosen would see if it always were: the gram of its few
         tokens says little of those to come."""
-        statistics = None
+        statistics = LayerStatistics(block.layout.linears[stage.linears[0]][1])
         for chunk in chunks:
-            states = block.as_if_routed(stage, chunk)
-            statistics = statistics or LayerStatistics(states.shape[1])
-            statistics.add(states)
-        return statistics or LayerStatistics(0)
+            statistics.add(block.as_if_routed(stage, chunk))
+        return statistics
 
     def _require_finite(self, finite: bool | np.bool_, stage: Stage, index: int) -> None:
         if not finite:

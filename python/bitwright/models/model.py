@@ -56,6 +56,7 @@ class Model:
             block_layout(self.architecture, self.config, index)
             for index in range(self.config.num_hidden_layers)
         )
+        self.experts = self._expert_places()
         self._check_tensors()
 
     @property
@@ -98,23 +99,11 @@ class Model:
         ]
         return routers + others
 
-    def expert_places(self) -> dict[str, ExpertPlace]:
-        """Return where every expert's linear is, with full names, by its full name."""
-        return {
-            self.block_prefix(index) + name: replace(
-                place,
-                prefix=self.block_prefix(index) + place.prefix,
-                stacked=self.block_prefix(index) + place.stacked,
-            )
-            for index, layout in enumerate(self.layouts)
-            for name, place in layout.experts.items()
-        }
-
     def quantized(self, name: str) -> QuantizedTensor | None:
         """Return layer `name` as it is stored, None if it is in float."""
         if self.format is None:
             return None
-        place = self._experts.get(name)
+        place = self.experts.get(name)
         if place is not None and f"{place.stacked_name}.weight" in self.checkpoint:
             slices = CheckpointSlice(self.checkpoint, place.index)
             return self.format.read(slices, place.stacked_name)
@@ -129,7 +118,7 @@ class Model:
     def stacked_tensors(self) -> dict[str, list[str]]:
         """Return the tensors that hold several experts, and the layers in each."""
         stacks: dict[str, list[str]] = {}
-        for name in self._experts:
+        for name in self.experts:
             tensor, index, _ = self._source(name)
             if index is not None:
                 stacks.setdefault(tensor, []).append(name)
@@ -308,9 +297,21 @@ class Model:
     def _is_stored(self, name: str) -> bool:
         return any(f"{name}.{part}" in self.checkpoint for part in ("weight", "qweight"))
 
+    def _expert_places(self) -> dict[str, ExpertPlace]:
+        """Return where every expert's linear is, with full names, by its full name."""
+        return {
+            self.block_prefix(index) + name: replace(
+                place,
+                prefix=self.block_prefix(index) + place.prefix,
+                stacked=self.block_prefix(index) + place.stacked,
+            )
+            for index, layout in enumerate(self.layouts)
+            for name, place in layout.experts.items()
+        }
+
     def _source(self, name: str) -> tuple[str, int | None, slice | None]:
         """Return the tensor that holds the weight of a layer and, of a stack of experts, which part."""
-        direct, place = f"{name}.weight", self._experts.get(name)
+        direct, place = f"{name}.weight", self.experts.get(name)
         if direct in self.checkpoint or place is None:
             return direct, None, None
         stacked = f"{place.stacked_name}.weight"
@@ -340,7 +341,6 @@ class Model:
 
     def _check_tensors(self) -> None:
         """Compare the shapes in the weight files' headers with what config.json asks for."""
-        self._experts = self.expert_places()
         matrix = (self.config.vocab_size, self.config.hidden_size)
         shapes: dict[str, tuple[int, ...]] = {self.embedding_name: matrix, self.head_name: matrix}
         for index, layout in enumerate(self.layouts):
