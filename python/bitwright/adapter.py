@@ -22,17 +22,16 @@ from bitwright.methods.awq import (
     DEFAULT_GRID,
     ScaleSearch,
     gram_loss,
-    quantize_clipped,
     search_scale,
 )
 from bitwright.methods.grid import GridChoice
-from bitwright.methods.solver import METHODS, SCALED_METHODS, MethodOptions, Solver
+from bitwright.methods.solver import METHODS, SCALED_METHODS, MethodOptions, Solver, clip_solver
 from bitwright.models.fold import fold_scale
 from bitwright.output import Output, QuantizedLayer, block_error, progress_bar, relative_error
 from bitwright.pipeline import DEFAULT_SAMPLES, JUDGED_TOKENS
 from bitwright.recipe import check_plan, plan_shapes
 from bitwright.report import BlockReport, QuantizationReport
-from bitwright.tensor import Grid, QuantizedTensor
+from bitwright.tensor import Grid
 from bitwright.torch_model import Input, Linear, Norm, Stream, TorchBlock, TorchModel
 
 Float32 = NDArray[np.float32]
@@ -351,7 +350,7 @@ class _Run:
                     continue
                 try:
                     if clips and each.gram is not None and _is_clipped(linear):
-                        solve = self._clipping(each.gram)
+                        solve = clip_solver(each.gram, self.n_grid)
                     else:
                         if shared is None:
                             method = "rtn" if each.gram is None else self.options.method
@@ -375,16 +374,6 @@ class _Run:
                 linear.weight[...] = stored
                 finish(QuantizedLayer(linear.name, tensor, change))
 
-    def _clipping(self, gram: Float32) -> Solver:
-        def solve(
-            weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
-        ) -> QuantizedTensor:
-            return quantize_clipped(
-                weight, gram, bits, size, grid=grid, scale_dtype=dtype, n_grid=self.n_grid
-            )
-
-        return solve
-
     def _quantize_scaled(
         self, block: TorchBlock, stream: Stream, finish: Callable[[QuantizedLayer], None]
     ) -> None:
@@ -401,7 +390,8 @@ class _Run:
         scaled: list[QuantizedLayer] = []
         self._solve(inputs, scaled.append, clips=self.options.method == "awq")
         loss_after = _loss(block, stream, originals)
-        if loss_after < loss_before:
+        better = loss_after < loss_before
+        if better:
             self.changed.update({name: array.copy() for name, array in changed.items()})
         else:
             for each in kept:
@@ -409,7 +399,6 @@ class _Run:
             arrays = {linear.name: linear.weight for linear in block.all_linears()}
             for layer in plain:
                 arrays[layer.name][...] = layer.tensor.dequantize()
-        better = loss_after < loss_before
         for layer in scaled if better else plain:
             finish(layer)
         self.output.blocks.append(

@@ -12,19 +12,17 @@ from bitwright.methods.awq import (
     Loss,
     ScaleSearch,
     gram_loss,
-    quantize_clipped,
     scaled_rounding,
     search_scale,
     token_loss,
 )
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.metrics import Metric, find_metric, total_error
-from bitwright.methods.solver import Solver
+from bitwright.methods.solver import Solver, clip_solver
 from bitwright.models.block import DecoderBlock, Float32, Rotation
 from bitwright.models.fold import fold_scale
 from bitwright.models.layout import BlockLayout, ScaleGroup, Stage
 from bitwright.statistics import LayerStatistics
-from bitwright.tensor import Grid, QuantizedTensor
 
 Objective = Literal["layer", "block"]
 OBJECTIVES: tuple[Objective, ...] = ("layer", "block")
@@ -177,23 +175,7 @@ class ScaledBlock:
         known, activations = (facts.gram, facts.activations) if facts else (gram, None)
         if known is None or not self._options.clips(self.block.layout, name):
             return None
-
-        def solve(
-            weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
-        ) -> QuantizedTensor:
-            return quantize_clipped(
-                weight,
-                known,
-                bits,
-                size,
-                grid=grid,
-                scale_dtype=dtype,
-                activations=activations,
-                metric=self._options.metric,
-                n_grid=self._options.n_grid,
-            )
-
-        return solve
+        return clip_solver(known, self._options.n_grid, self._options.metric, activations)
 
     def fold(self, group: ScaleGroup, scale: Float32) -> None:
         """Multiply a group's layers by a scale of each output of what precedes them, and divide that."""

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.methods.awq import quantize_clipped
 from bitwright.methods.gptq import factor_gram, quantize_gptq
+from bitwright.methods.metrics import Metric
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.methods.salient import ActivationMethod, find_salient_weights, quantize_salient
 from bitwright.tensor import Grid, QuantizedTensor
@@ -70,6 +72,32 @@ def gptq_solver(gram: NDArray[np.float32] | None, options: MethodOptions) -> Sol
             scale_dtype=dtype,
             block_size=options.block_size,
             grid_search=options.grid_search is not False,
+        )
+
+    return solve
+
+
+def clip_solver(
+    gram: NDArray[np.float32],
+    n_grid: int,
+    metric: str | Metric = "mse",
+    activations: NDArray[np.float32] | None = None,
+) -> Solver:
+    """Round to nearest in clipped ranges; see `quantize_clipped`."""
+
+    def solve(
+        weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
+    ) -> QuantizedTensor:
+        return quantize_clipped(
+            weight,
+            gram,
+            bits,
+            size,
+            grid=grid,
+            scale_dtype=dtype,
+            activations=activations,
+            metric=metric,
+            n_grid=n_grid,
         )
 
     return solve
