@@ -374,3 +374,20 @@ def test_symmetric_tensors_are_affine_ones_too() -> None:
     np.testing.assert_array_equal(affine.dequantize(), tensor.dequantize())
     with pytest.raises(ValueError, match="grid"):
         affine.as_affine()
+
+
+def test_mlx_spells_rope_and_experts_as_transformers_4_did() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}
+    spelled = MlxFormat.spell({"rope_parameters": yarn, "num_local_experts": 8})
+    assert spelled["rope_theta"] == 5e5
+    assert spelled["rope_scaling"] == {**yarn, "type": "yarn"}
+    assert spelled["num_experts"] == spelled["num_local_experts"] == 8
+    nested = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    text = MlxFormat.spell({"text_config": {"rope_parameters": nested}})["text_config"]
+    assert (text["rope_theta"], text["rope_local_base_freq"]) == (1e6, 1e4)
+    assert "rope_scaling" not in text
+    old = {"rope_theta": 7.0, "rope_parameters": {"rope_theta": 8.0}}
+    assert MlxFormat.spell(old) == old

@@ -171,7 +171,7 @@ def quantize_with_transformers(
             vocab_size=original.vocab_size,
         )
 
-    config = {**kind.spell(original.checkpoint.config), **original.checkpoint.config}
+    config = kind.spell(original.checkpoint.config)
     in_float: dict[str, Precision | None] = dict.fromkeys(original.routers())
     config.update(kind.config(default, {**in_float, **plan}, ""))
     with CheckpointWriter(

@@ -231,7 +231,7 @@ def quantize(
             vocab_size=original.config.vocab_size,
         )
 
-    config = {**kind.spell(original.checkpoint.config), **original.checkpoint.config}
+    config = kind.spell(original.checkpoint.config)
     _check_experts(original, kind, plan)
     config.update(
         kind.config(default, _as_written(original, kind, plan), original.names.block.format(""))

@@ -62,8 +62,8 @@ class Format:
 
     @classmethod
     def spell(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what its loaders need to find in config.json in another spelling than the source has."""
-        return {}
+        """Return config.json with what its loaders need to find in another spelling than the source has."""
+        return dict(config)
 
     def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
         """Return layer `name`, None if it is not quantized."""

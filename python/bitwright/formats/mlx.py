@@ -87,7 +87,10 @@ class MlxFormat(Format):
                 old["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
             old["partial_rotary_factor"] = full.get("partial_rotary_factor")
         old["num_experts"] = config.get("num_local_experts")
-        return {key: value for key, value in old.items() if value is not None}
+        spelled = {key: value for key, value in old.items() if value is not None} | dict(config)
+        if isinstance(config.get("text_config"), dict):
+            spelled["text_config"] = cls.spell(config["text_config"])
+        return spelled
 
     def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
         if f"{name}.scales" not in checkpoint:
