@@ -110,6 +110,28 @@ const Scalar* optional_vector(const py::object& object, const char* name, Index 
 }
 
 template <typename Scalar>
+VectorView<Scalar> writable_vector(const py::object& object, const char* name, Index size) {
+    const auto view = vector<Scalar>(object, name, size);
+    contiguous(object, name, 1, true);
+    return {const_cast<Scalar*>(view.data()), view.size()};
+}
+
+template <typename Scalar>
+Scalar* optional_writable_vector(const py::object& object, const char* name, Index size) {
+    return object.is_none() ? nullptr : writable_vector<Scalar>(object, name, size).data();
+}
+
+// Calls body with a float or, where the array is float64, a double. The arrays themselves are
+// checked by what body makes of them.
+template <typename Body>
+auto with_floats(const py::object& object, const Body& body) {
+    if (py::isinstance<py::array>(object) &&
+        has_dtype(py::reinterpret_borrow<py::array>(object), "float64"))
+        return body(double{});
+    return body(float{});
+}
+
+template <typename Scalar>
 py::array_t<Scalar> new_matrix(Index rows, Index columns) {
     return py::array_t<Scalar>({rows, columns});
 }

@@ -23,115 +23,367 @@ Activation activation_named(const std::string& name) {
                           name);
 }
 
-void bind_block(py::module_& module) {
+void bind_linear(py::module_& module) {
     module.def(
         "linear",
         [](const py::object& input, const py::object& weight, const py::object& bias,
            const py::object& out, bool accumulate) {
-            const auto x = matrix<float>(input, "input");
-            const auto w = matrix<float>(weight, "weight", -1, x.cols());
-            const float* b = optional_vector<float>(bias, "bias", w.rows());
-            auto y = writable_matrix<float>(out, "out", x.rows(), w.rows());
-            const py::gil_scoped_release release;
-            linear(x, w, b, accumulate, y);
+            with_floats(input, [&]<typename Scalar>(Scalar) {
+                const auto x = matrix<Scalar>(input, "input");
+                const auto w = matrix<Scalar>(weight, "weight", -1, x.cols());
+                const Scalar* b = optional_vector<Scalar>(bias, "bias", w.rows());
+                auto y = writable_matrix<Scalar>(out, "out", x.rows(), w.rows());
+                const py::gil_scoped_release release;
+                linear(x, w, b, accumulate, y);
+            });
         },
         py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("out"),
         py::arg("accumulate"));
+    module.def(
+        "linear_backward_input",
+        [](const py::object& gradient, const py::object& weight, const py::object& out,
+           bool accumulate) {
+            with_floats(gradient, [&]<typename Scalar>(Scalar) {
+                const auto g = matrix<Scalar>(gradient, "gradient");
+                const auto w = matrix<Scalar>(weight, "weight", g.cols());
+                auto x = writable_matrix<Scalar>(out, "out", g.rows(), w.cols());
+                const py::gil_scoped_release release;
+                linear_backward_input(g, w, accumulate, x);
+            });
+        },
+        py::arg("gradient"), py::arg("weight"), py::arg("out"), py::arg("accumulate"));
+    module.def(
+        "linear_backward_weight",
+        [](const py::object& gradient, const py::object& input, const py::object& out) {
+            with_floats(gradient, [&]<typename Scalar>(Scalar) {
+                const auto g = matrix<Scalar>(gradient, "gradient");
+                const auto x = matrix<Scalar>(input, "input", g.rows());
+                auto w = writable_matrix<Scalar>(out, "out", g.cols(), x.cols());
+                const py::gil_scoped_release release;
+                linear_backward_weight(g, x, w);
+            });
+        },
+        py::arg("gradient"), py::arg("input"), py::arg("out"));
+    module.def(
+        "linear_backward_groups",
+        [](const py::object& gradient, const py::object& input, const py::object& codes,
+           const py::object& groups, const py::object& scale_gradients,
+           const py::object& bias_gradients) {
+            with_floats(gradient, [&]<typename Scalar>(Scalar) {
+                const auto g = matrix<Scalar>(gradient, "gradient");
+                const auto x = matrix<Scalar>(input, "input", g.rows());
+                const auto c = matrix<std::uint8_t>(codes, "codes", g.cols(), x.cols());
+                const auto of = vector<std::int32_t>(groups, "groups", x.cols());
+                auto scales = writable_matrix<Scalar>(scale_gradients, "scale_gradients", g.cols());
+                auto biases = writable_matrix<Scalar>(bias_gradients, "bias_gradients", g.cols(),
+                                                      scales.cols());
+                if (of.size() > 0 && (of.minCoeff() < 0 || of.maxCoeff() >= scales.cols()))
+                    throw py::value_error("groups: expected indices from 0 to " +
+                                          std::to_string(scales.cols() - 1));
+                const py::gil_scoped_release release;
+                linear_backward_groups(g, x, c, of, scales, biases);
+            });
+        },
+        py::arg("gradient"), py::arg("input"), py::arg("codes"), py::arg("groups"),
+        py::arg("scale_gradients"), py::arg("bias_gradients"));
+}
 
+void bind_norms(py::module_& module) {
     module.def(
         "rms_norm",
-        [](const py::object& input, const py::object& weight, float epsilon,
+        [](const py::object& input, const py::object& weight, double epsilon,
            const py::object& out) {
-            const auto x = matrix<float>(input, "input");
-            const auto w = vector<float>(weight, "weight", x.cols());
-            auto y = writable_matrix<float>(out, "out", x.rows(), x.cols());
-            const py::gil_scoped_release release;
-            rms_norm(x, w, epsilon, y);
+            with_floats(input, [&]<typename Scalar>(Scalar) {
+                const auto x = matrix<Scalar>(input, "input");
+                const auto w = vector<Scalar>(weight, "weight", x.cols());
+                auto y = writable_matrix<Scalar>(out, "out", x.rows(), x.cols());
+                const py::gil_scoped_release release;
+                rms_norm(x, w, epsilon, y);
+            });
         },
         py::arg("input"), py::arg("weight"), py::arg("epsilon"), py::arg("out"));
-
     module.def(
         "layer_norm",
-        [](const py::object& input, const py::object& weight, const py::object& bias, float epsilon,
-           const py::object& out) {
-            const auto x = matrix<float>(input, "input");
-            const auto w = vector<float>(weight, "weight", x.cols());
-            const auto b = vector<float>(bias, "bias", x.cols());
-            auto y = writable_matrix<float>(out, "out", x.rows(), x.cols());
-            const py::gil_scoped_release release;
-            layer_norm(x, w, b, epsilon, y);
+        [](const py::object& input, const py::object& weight, const py::object& bias,
+           double epsilon, const py::object& out) {
+            with_floats(input, [&]<typename Scalar>(Scalar) {
+                const auto x = matrix<Scalar>(input, "input");
+                const auto w = vector<Scalar>(weight, "weight", x.cols());
+                const auto b = vector<Scalar>(bias, "bias", x.cols());
+                auto y = writable_matrix<Scalar>(out, "out", x.rows(), x.cols());
+                const py::gil_scoped_release release;
+                layer_norm(x, w, b, epsilon, y);
+            });
         },
         py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("epsilon"), py::arg("out"));
+    const auto backward = [&module](const char* name, auto kernel) {
+        module.def(
+            name,
+            [kernel](const py::object& input, const py::object& weight, double epsilon,
+                     const py::object& gradient, const py::object& out,
+                     const py::object& weight_gradient) {
+                with_floats(input, [&]<typename Scalar>(Scalar) {
+                    const auto x = matrix<Scalar>(input, "input");
+                    const auto w = vector<Scalar>(weight, "weight", x.cols());
+                    const auto g = matrix<Scalar>(gradient, "gradient", x.rows(), x.cols());
+                    auto y = writable_matrix<Scalar>(out, "out", x.rows(), x.cols());
+                    Scalar* sum = optional_writable_vector<Scalar>(weight_gradient,
+                                                                   "weight_gradient", x.cols());
+                    const py::gil_scoped_release release;
+                    kernel(x, w, epsilon, g, y, sum);
+                });
+            },
+            py::arg("input"), py::arg("weight"), py::arg("epsilon"), py::arg("gradient"),
+            py::arg("out"), py::arg("weight_gradient") = py::none());
+    };
+    backward("rms_norm_backward", [](auto... arguments) { rms_norm_backward(arguments...); });
+    backward("layer_norm_backward", [](auto... arguments) { layer_norm_backward(arguments...); });
+}
 
+template <typename Scalar>
+struct AttentionInputs {
+    ConstMatrixView<Scalar> query, key, value;
+    AttentionRule rule;
+
+    AttentionInputs(const py::object& queries, const py::object& keys, const py::object& values,
+                    const AttentionRule& given)
+        : query(matrix<Scalar>(queries, "query")),
+          key(nullptr, 0, 0),
+          value(nullptr, 0, 0),
+          rule(given) {
+        require_positive(rule.length, "length");
+        require_positive(rule.heads, "heads");
+        require_positive(rule.key_heads, "key_heads");
+        if (rule.window < 0 || !(rule.softcap >= 0.0))
+            throw py::value_error("window and softcap: expected 0 or more");
+        if (rule.heads % rule.key_heads != 0 || query.cols() % rule.heads != 0 ||
+            query.rows() % rule.length != 0)
+            throw py::value_error(
+                "query: key_heads must divide heads, heads the columns and length the rows");
+        new (&key) ConstMatrixView<Scalar>(
+            matrix<Scalar>(keys, "key", query.rows(), query.cols() / rule.heads * rule.key_heads));
+        new (&value) ConstMatrixView<Scalar>(matrix<Scalar>(values, "value", query.rows()));
+        if (value.cols() % rule.key_heads != 0)
+            throw py::value_error("value: key_heads must divide its columns");
+    }
+
+    Index output_columns() const { return value.cols() / rule.key_heads * rule.heads; }
+};
+
+void bind_attention(py::module_& module) {
     module.def(
         "rotate",
         [](const py::object& states, const py::object& cosines, const py::object& sines,
-           Index heads, Index first, bool interleaved) {
+           Index heads, Index first, bool interleaved, bool backward) {
             require_positive(heads, "heads");
-            const auto c = matrix<float>(cosines, "cosines");
-            const auto s = matrix<float>(sines, "sines", c.rows(), c.cols());
-            auto x = writable_matrix<float>(states, "states");
-            if (x.cols() % heads != 0 || first < 0 || first + 2 * c.cols() > x.cols() / heads)
-                throw py::value_error("states: " + std::to_string(heads) + " heads of " +
-                                      std::to_string(first + 2 * c.cols()) +
-                                      " channels or more do not fit in " +
-                                      std::to_string(x.cols()) + " columns");
-            if (c.rows() == 0 || x.rows() % c.rows() != 0)
-                throw py::value_error("states: " + std::to_string(x.rows()) +
-                                      " rows are not whole samples of " + std::to_string(c.rows()) +
-                                      " positions");
-            const py::gil_scoped_release release;
-            rotate(x, c, s, heads, first, interleaved);
+            with_floats(states, [&]<typename Scalar>(Scalar) {
+                const auto c = matrix<Scalar>(cosines, "cosines");
+                const auto s = matrix<Scalar>(sines, "sines", c.rows(), c.cols());
+                auto x = writable_matrix<Scalar>(states, "states");
+                if (x.cols() % heads != 0 || first < 0 || first + 2 * c.cols() > x.cols() / heads)
+                    throw py::value_error("states: " + std::to_string(heads) + " heads of " +
+                                          std::to_string(first + 2 * c.cols()) +
+                                          " channels or more do not fit in " +
+                                          std::to_string(x.cols()) + " columns");
+                if (c.rows() == 0 || x.rows() % c.rows() != 0)
+                    throw py::value_error("states: " + std::to_string(x.rows()) +
+                                          " rows are not whole samples of " +
+                                          std::to_string(c.rows()) + " positions");
+                const py::gil_scoped_release release;
+                rotate(x, c, s, heads, first, interleaved, backward);
+            });
         },
         py::arg("states"), py::arg("cosines"), py::arg("sines"), py::arg("heads"),
-        py::arg("first") = 0, py::arg("interleaved") = false);
-
+        py::arg("first") = 0, py::arg("interleaved") = false, py::arg("backward") = false);
     module.def(
         "attention",
         [](const py::object& query, const py::object& key, const py::object& value, Index length,
-           Index heads, Index key_heads, float scale, const py::object& out, Index window,
-           float softcap) {
-            require_positive(length, "length");
-            require_positive(heads, "heads");
-            require_positive(key_heads, "key_heads");
-            if (window < 0 || !(softcap >= 0.0f))
-                throw py::value_error("window and softcap: expected 0 or more");
-            const auto q = matrix<float>(query, "query");
-            if (heads % key_heads != 0 || q.cols() % heads != 0 || q.rows() % length != 0)
-                throw py::value_error(
-                    "query: key_heads must divide heads, heads the columns and length the rows");
-            const auto k = matrix<float>(key, "key", q.rows(), q.cols() / heads * key_heads);
-            const auto v = matrix<float>(value, "value", k.rows());
-            if (v.cols() % key_heads != 0)
-                throw py::value_error("value: key_heads must divide its columns");
-            auto y = writable_matrix<float>(out, "out", q.rows(), v.cols() / key_heads * heads);
-            const py::gil_scoped_release release;
-            attention(q, k, v, {length, heads, key_heads, window, scale, softcap}, y);
+           Index heads, Index key_heads, double scale, const py::object& out, Index window,
+           double softcap) {
+            with_floats(query, [&]<typename Scalar>(Scalar) {
+                const AttentionInputs<Scalar> from(
+                    query, key, value, {length, heads, key_heads, window, scale, softcap});
+                auto y =
+                    writable_matrix<Scalar>(out, "out", from.query.rows(), from.output_columns());
+                const py::gil_scoped_release release;
+                attention(from.query, from.key, from.value, from.rule, y);
+            });
         },
         py::arg("query"), py::arg("key"), py::arg("value"), py::arg("length"), py::arg("heads"),
         py::arg("key_heads"), py::arg("scale"), py::arg("out"), py::arg("window") = 0,
-        py::arg("softcap") = 0.0f);
+        py::arg("softcap") = 0.0);
+    module.def(
+        "attention_backward",
+        [](const py::object& query, const py::object& key, const py::object& value, Index length,
+           Index heads, Index key_heads, double scale, const py::object& gradient,
+           const py::object& query_gradient, const py::object& key_gradient,
+           const py::object& value_gradient, Index window, double softcap) {
+            with_floats(query, [&]<typename Scalar>(Scalar) {
+                const AttentionInputs<Scalar> from(
+                    query, key, value, {length, heads, key_heads, window, scale, softcap});
+                const Index rows = from.query.rows();
+                const auto g = matrix<Scalar>(gradient, "gradient", rows, from.output_columns());
+                auto dq = writable_matrix<Scalar>(query_gradient, "query_gradient", rows,
+                                                  from.query.cols());
+                auto dk =
+                    writable_matrix<Scalar>(key_gradient, "key_gradient", rows, from.key.cols());
+                auto dv = writable_matrix<Scalar>(value_gradient, "value_gradient", rows,
+                                                  from.value.cols());
+                const py::gil_scoped_release release;
+                attention_backward(from.query, from.key, from.value, from.rule, g, dq, dk, dv);
+            });
+        },
+        py::arg("query"), py::arg("key"), py::arg("value"), py::arg("length"), py::arg("heads"),
+        py::arg("key_heads"), py::arg("scale"), py::arg("gradient"), py::arg("query_gradient"),
+        py::arg("key_gradient"), py::arg("value_gradient"), py::arg("window") = 0,
+        py::arg("softcap") = 0.0);
+}
 
+void bind_activations(py::module_& module) {
     module.def(
         "activate",
         [](const py::object& states, const std::string& activation) {
             const Activation kind = activation_named(activation);
-            auto x = writable_matrix<float>(states, "states");
-            const py::gil_scoped_release release;
-            activate(x, kind);
+            with_floats(states, [&]<typename Scalar>(Scalar) {
+                auto x = writable_matrix<Scalar>(states, "states");
+                const py::gil_scoped_release release;
+                activate(x, kind);
+            });
         },
         py::arg("states"), py::arg("activation"));
-
+    module.def(
+        "activate_backward",
+        [](const py::object& states, const std::string& activation, const py::object& gradient) {
+            const Activation kind = activation_named(activation);
+            with_floats(states, [&]<typename Scalar>(Scalar) {
+                const auto x = matrix<Scalar>(states, "states");
+                auto g = writable_matrix<Scalar>(gradient, "gradient", x.rows(), x.cols());
+                const py::gil_scoped_release release;
+                activate_backward(x, kind, g);
+            });
+        },
+        py::arg("states"), py::arg("activation"), py::arg("gradient"));
     module.def(
         "activate_multiply",
         [](const py::object& gate, const py::object& up, const std::string& activation) {
             const Activation kind = activation_named(activation);
-            auto g = writable_matrix<float>(gate, "gate");
-            const auto u = matrix<float>(up, "up", g.rows(), g.cols());
-            const py::gil_scoped_release release;
-            activate_multiply(g, u, kind);
+            with_floats(gate, [&]<typename Scalar>(Scalar) {
+                auto g = writable_matrix<Scalar>(gate, "gate");
+                const auto u = matrix<Scalar>(up, "up", g.rows(), g.cols());
+                const py::gil_scoped_release release;
+                activate_multiply(g, u, kind);
+            });
         },
         py::arg("gate"), py::arg("up"), py::arg("activation"));
+    module.def(
+        "activate_multiply_backward",
+        [](const py::object& gate, const py::object& up, const std::string& activation,
+           const py::object& gradient, const py::object& up_gradient) {
+            const Activation kind = activation_named(activation);
+            with_floats(gate, [&]<typename Scalar>(Scalar) {
+                const auto g = matrix<Scalar>(gate, "gate");
+                const auto u = matrix<Scalar>(up, "up", g.rows(), g.cols());
+                auto dg = writable_matrix<Scalar>(gradient, "gradient", g.rows(), g.cols());
+                auto du = writable_matrix<Scalar>(up_gradient, "up_gradient", g.rows(), g.cols());
+                const py::gil_scoped_release release;
+                activate_multiply_backward(g, u, kind, dg, du);
+            });
+        },
+        py::arg("gate"), py::arg("up"), py::arg("activation"), py::arg("gradient"),
+        py::arg("up_gradient"));
+}
+
+void require_cap(double divisor, double cap) {
+    if (!(divisor > 0.0) || !(cap >= 0.0))
+        throw py::value_error("divisor and cap: expected more than 0, and 0 or more");
+}
+
+Loss loss_named(const std::string& name) {
+    if (name == "kl") return Loss::kl;
+    if (name == "reverse_kl") return Loss::reverse_kl;
+    if (name == "js") return Loss::js;
+    if (name == "cross_entropy") return Loss::cross_entropy;
+    if (name == "logits_mse") return Loss::logits_mse;
+    throw py::value_error("loss: expected kl, reverse_kl, js, cross_entropy or logits_mse, got " +
+                          name);
+}
+
+void bind_distillation(py::module_& module) {
+    module.def(
+        "cap_logits",
+        [](const py::object& logits, double divisor, double cap) {
+            require_cap(divisor, cap);
+            with_floats(logits, [&]<typename Scalar>(Scalar) {
+                auto l = writable_matrix<Scalar>(logits, "logits");
+                const py::gil_scoped_release release;
+                cap_logits(l, divisor, cap);
+            });
+        },
+        py::arg("logits"), py::arg("divisor"), py::arg("cap"));
+    module.def(
+        "cap_logits_backward",
+        [](const py::object& capped, double divisor, double cap, const py::object& gradient) {
+            require_cap(divisor, cap);
+            with_floats(capped, [&]<typename Scalar>(Scalar) {
+                const auto l = matrix<Scalar>(capped, "capped");
+                auto g = writable_matrix<Scalar>(gradient, "gradient", l.rows(), l.cols());
+                const py::gil_scoped_release release;
+                cap_logits_backward(l, divisor, cap, g);
+            });
+        },
+        py::arg("capped"), py::arg("divisor"), py::arg("cap"), py::arg("gradient"));
+    module.def(
+        "top_tokens",
+        [](const py::object& logits, double temperature, const py::object& ids,
+           const py::object& log_probabilities, const py::object& rest) {
+            if (!(temperature > 0.0)) throw py::value_error("temperature: expected more than 0");
+            with_floats(logits, [&]<typename Scalar>(Scalar) {
+                const auto l = matrix<Scalar>(logits, "logits");
+                auto i = writable_matrix<std::int32_t>(ids, "ids", l.rows());
+                if (i.cols() < 1 || i.cols() > l.cols())
+                    throw py::value_error("ids: expected 1 to " + std::to_string(l.cols()) +
+                                          " columns, got " + std::to_string(i.cols()));
+                auto p = writable_matrix<Scalar>(log_probabilities, "log_probabilities", l.rows(),
+                                                 i.cols());
+                auto r = writable_vector<Scalar>(rest, "rest", l.rows());
+                const py::gil_scoped_release release;
+                top_tokens(l, temperature, i, p, r);
+            });
+        },
+        py::arg("logits"), py::arg("temperature"), py::arg("ids"), py::arg("log_probabilities"),
+        py::arg("rest"));
+    module.def(
+        "distillation_loss",
+        [](const py::object& logits, const py::object& ids, const py::object& log_probabilities,
+           const py::object& rest, const py::object& next, const std::string& loss,
+           double temperature, double factor, const py::object& gradient) {
+            const Loss kind = loss_named(loss);
+            if (!(temperature > 0.0)) throw py::value_error("temperature: expected more than 0");
+            return with_floats(logits, [&]<typename Scalar>(Scalar) {
+                const auto l = matrix<Scalar>(logits, "logits");
+                const auto i = matrix<std::int32_t>(ids, "ids", l.rows());
+                const TopTokens<Scalar> teacher{
+                    i, matrix<Scalar>(log_probabilities, "log_probabilities", l.rows(), i.cols()),
+                    vector<Scalar>(rest, "rest", l.rows())};
+                const auto n = vector<std::int32_t>(next, "next", l.rows());
+                if (i.cols() < 1 || i.cols() > l.cols() ||
+                    (i.size() > 0 && (i.minCoeff() < 0 || i.maxCoeff() >= l.cols())) ||
+                    (n.size() > 0 && n.maxCoeff() >= l.cols()))
+                    throw py::value_error("ids and next: expected token ids from 0 to " +
+                                          std::to_string(l.cols() - 1));
+                auto g = writable_matrix<Scalar>(gradient, "gradient", l.rows(), l.cols());
+                py::array_t<double> losses(l.rows());
+                VectorView<double> result(losses.mutable_data(), l.rows());
+                {
+                    const py::gil_scoped_release release;
+                    distillation_loss(l, teacher, n, kind, temperature, factor, result, g);
+                }
+                return losses;
+            });
+        },
+        py::arg("logits"), py::arg("ids"), py::arg("log_probabilities"), py::arg("rest"),
+        py::arg("next"), py::arg("loss"), py::arg("temperature"), py::arg("factor"),
+        py::arg("gradient"));
 }
 
 void bind_losses(py::module_& module) {
@@ -172,8 +424,12 @@ void bind_losses(py::module_& module) {
 }  // namespace
 
 void bind_nn(py::module_& module) {
-    bind_block(module);
+    bind_linear(module);
+    bind_norms(module);
+    bind_attention(module);
+    bind_activations(module);
     bind_losses(module);
+    bind_distillation(module);
 }
 
 }  // namespace bitwright

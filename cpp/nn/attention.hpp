@@ -1,4 +1,5 @@
-// Causal self-attention with grouped queries.
+// Causal self-attention with grouped queries. All kernels of a decoder block compute in float or,
+// to be checked by finite differences, in double.
 #pragma once
 
 #include "linalg/matrix.hpp"
@@ -10,7 +11,7 @@ namespace bitwright {
 // it does not).
 struct AttentionRule {
     Index length, heads, key_heads, window;
-    float scale, softcap;
+    double scale, softcap;
 };
 
 // output [batch · length, heads · value_width] = softmax(scale · Q Kᵀ + causal mask) V for each
@@ -18,7 +19,16 @@ struct AttentionRule {
 // width], value [batch · length, key_heads · value_width], and query head h reads key head
 // h / (heads / key_heads). Scores exist for one tile of queries at a time: memory is linear in the
 // length.
-void attention(ConstMatrixView<float> query, ConstMatrixView<float> key,
-               ConstMatrixView<float> value, const AttentionRule& rule, MatrixView<float> output);
+template <typename Scalar>
+void attention(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
+               ConstMatrixView<Scalar> value, const AttentionRule& rule, MatrixView<Scalar> output);
+
+// The gradients of query, key and value, each in its shape, from that of the output. Scores are
+// computed again, so memory is linear in the length here, too.
+template <typename Scalar>
+void attention_backward(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
+                        ConstMatrixView<Scalar> value, const AttentionRule& rule,
+                        ConstMatrixView<Scalar> gradient, MatrixView<Scalar> query_gradient,
+                        MatrixView<Scalar> key_gradient, MatrixView<Scalar> value_gradient);
 
 }  // namespace bitwright

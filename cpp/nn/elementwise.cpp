@@ -11,70 +11,164 @@ namespace {
 // multiply-add differ in the last bit from those of whole registers. NumPy aligns to 16 bytes only,
 // so what could differ is computed in buffers of our own: equal inputs give equal bits wherever
 // they lie.
-using AlignedRow = Eigen::Array<float, 1, Eigen::Dynamic>;
+template <typename Scalar>
+using AlignedRow = Eigen::Array<Scalar, 1, Eigen::Dynamic>;
+
+constexpr double ROOT_TWO_OVER_PI = 0.7978845608028654, CUBIC = 0.044715;
+constexpr double ROOT_HALF = 0.7071067811865476, ROOT_HALF_OVER_PI = 0.3989422804014327;
 
 // result = activation(values).
-void activate_row(const AlignedRow& values, AlignedRow& result, Activation activation) {
+template <typename Scalar>
+void activate_row(const AlignedRow<Scalar>& values, AlignedRow<Scalar>& result,
+                  Activation activation) {
     switch (activation) {
         case Activation::silu:
-            result = values / (1.0f + (-values).exp());
+            result = values / (1 + (-values).exp());
             break;
         case Activation::gelu_tanh:  // Hendrycks and Gimpel 2016, its approximation
-            result = 0.7978845608f * (values + 0.044715f * values.cube());
-            result = 0.5f * values * (1.0f + result.tanh());
+            result = Scalar(ROOT_TWO_OVER_PI) * (values + Scalar(CUBIC) * values.cube());
+            result = Scalar(0.5) * values * (1 + result.tanh());
             break;
         case Activation::gelu:
             result = values.unaryExpr(
-                [](float x) { return 0.5f * x * (1.0f + std::erf(x * 0.7071067812f)); });
+                [](Scalar x) { return Scalar(0.5) * x * (1 + std::erf(x * Scalar(ROOT_HALF))); });
             break;
         case Activation::relu:
-            result = values.max(0.0f);
+            result = values.max(Scalar(0));
             break;
     }
 }
 
+// result = activation'(values).
+template <typename Scalar>
+void slope_row(const AlignedRow<Scalar>& values, AlignedRow<Scalar>& result,
+               Activation activation) {
+    switch (activation) {
+        case Activation::silu:
+            result = 1 / (1 + (-values).exp());
+            result = result * (1 + values * (1 - result));
+            break;
+        case Activation::gelu_tanh: {
+            result = (Scalar(ROOT_TWO_OVER_PI) * (values + Scalar(CUBIC) * values.cube())).tanh();
+            result = Scalar(0.5) * (1 + result) + Scalar(0.5 * ROOT_TWO_OVER_PI) * values *
+                                                      (1 - result.square()) *
+                                                      (1 + Scalar(3 * CUBIC) * values.square());
+            break;
+        }
+        case Activation::gelu:
+            result = values.unaryExpr([](Scalar x) {
+                return Scalar(0.5) * (1 + std::erf(x * Scalar(ROOT_HALF))) +
+                       Scalar(ROOT_HALF_OVER_PI) * x * std::exp(Scalar(-0.5) * x * x);
+            });
+            break;
+        case Activation::relu:
+            result = (values > Scalar(0)).template cast<Scalar>();
+            break;
+    }
+}
+
+// Calls body(row, part) for every row, where part [channels] is to be added to. The parts of 256
+// rows each are summed up in `total`, in one order however many threads there are; where it is null
+// nobody reads them.
+template <typename Scalar, typename Body>
+void sum_over_rows(Index rows, Index channels, Scalar* total, const Body& body) {
+    constexpr Index grain = 256;
+    Matrix<Scalar> parts = Matrix<Scalar>::Zero((rows + grain - 1) / grain, channels);
+    parallel_for(rows, total ? grain : 32, [&](Index first, Index last) {
+        for (Index row = first; row < last; ++row) body(row, parts.row(row / grain).array());
+    });
+    if (total)
+        Eigen::Map<Eigen::Matrix<Scalar, 1, Eigen::Dynamic>>(total, channels) +=
+            parts.colwise().sum();
+}
+
 }  // namespace
 
-void rms_norm(ConstMatrixView<float> input, ConstVectorView<float> weight, float epsilon,
-              MatrixView<float> output) {
+template <typename Scalar>
+void rms_norm(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight, double epsilon,
+              MatrixView<Scalar> output) {
     parallel_for(input.rows(), 32, [&](Index first, Index last) {
         for (Index row = first; row < last; ++row) {
             const auto values = input.row(row).array();
-            const float factor =
-                1.0f /
-                std::sqrt(values.square().sum() / static_cast<float>(values.size()) + epsilon);
+            const Scalar factor =
+                1 / std::sqrt(values.square().sum() / static_cast<Scalar>(values.size()) +
+                              static_cast<Scalar>(epsilon));
             output.row(row).array() = weight.transpose().array() * (values * factor);
         }
     });
 }
 
-void layer_norm(ConstMatrixView<float> input, ConstVectorView<float> weight,
-                ConstVectorView<float> bias, float epsilon, MatrixView<float> output) {
-    const AlignedRow gain = weight.transpose().array(), offset = bias.transpose().array();
+template <typename Scalar>
+void rms_norm_backward(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight,
+                       double epsilon, ConstMatrixView<Scalar> gradient,
+                       MatrixView<Scalar> input_gradient, Scalar* weight_gradient) {
+    const auto channels = static_cast<Scalar>(input.cols());
+    const auto body = [&](Index row, auto weight_part) {
+        const auto values = input.row(row).array(), above = gradient.row(row).array();
+        const auto gain = weight.transpose().array();
+        const Scalar factor =
+            1 / std::sqrt(values.square().sum() / channels + static_cast<Scalar>(epsilon));
+        // d factor / d x = −factor³ x / channels
+        const Scalar shared = factor * factor * factor * (above * gain * values).sum() / channels;
+        input_gradient.row(row).array() = factor * above * gain - shared * values;
+        if (weight_gradient) weight_part += factor * above * values;
+    };
+    sum_over_rows(input.rows(), input.cols(), weight_gradient, body);
+}
+
+template <typename Scalar>
+void layer_norm(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight,
+                ConstVectorView<Scalar> bias, double epsilon, MatrixView<Scalar> output) {
+    const AlignedRow<Scalar> gain = weight.transpose().array(), offset = bias.transpose().array();
     parallel_for(input.rows(), 32, [&](Index first, Index last) {
-        AlignedRow values(input.cols()), result(input.cols());
+        AlignedRow<Scalar> values(input.cols()), result(input.cols());
         for (Index row = first; row < last; ++row) {
             values = input.row(row).array();
             result = values - values.mean();
-            const float factor = 1.0f / std::sqrt(result.square().mean() + epsilon);
+            const Scalar factor =
+                1 / std::sqrt(result.square().mean() + static_cast<Scalar>(epsilon));
             values = gain * (result * factor) + offset;
             output.row(row).array() = values;
         }
     });
 }
 
-void rotate(MatrixView<float> states, ConstMatrixView<float> cosines, ConstMatrixView<float> sines,
-            Index heads, Index first, bool interleaved) {
+template <typename Scalar>
+void layer_norm_backward(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight,
+                         double epsilon, ConstMatrixView<Scalar> gradient,
+                         MatrixView<Scalar> input_gradient, Scalar* weight_gradient) {
+    const auto channels = static_cast<Scalar>(input.cols());
+    const auto body = [&](Index row, auto weight_part) {
+        const auto values = input.row(row).array(), above = gradient.row(row).array();
+        const auto gain = weight.transpose().array();
+        const Scalar mean = values.mean();
+        const Scalar factor =
+            1 / std::sqrt((values - mean).square().sum() / channels + static_cast<Scalar>(epsilon));
+        const Scalar shared =
+            factor * factor * factor * (above * gain * (values - mean)).sum() / channels;
+        const Scalar average = factor * (above * gain).sum() / channels;
+        input_gradient.row(row).array() =
+            factor * above * gain - average - shared * (values - mean);
+        if (weight_gradient) weight_part += factor * above * (values - mean);
+    };
+    sum_over_rows(input.rows(), input.cols(), weight_gradient, body);
+}
+
+template <typename Scalar>
+void rotate(MatrixView<Scalar> states, ConstMatrixView<Scalar> cosines,
+            ConstMatrixView<Scalar> sines, Index heads, Index first, bool interleaved,
+            bool backward) {
     const Index length = cosines.rows(), pairs = cosines.cols(), width = states.cols() / heads;
     const Index step = interleaved ? 2 : 1, gap = interleaved ? 1 : pairs;
-    using Channels = Eigen::Map<AlignedRow, 0, Eigen::InnerStride<>>;
+    const Scalar direction = backward ? -1 : 1;
+    using Channels = Eigen::Map<AlignedRow<Scalar>, 0, Eigen::InnerStride<>>;
     parallel_for(states.rows(), 32, [&](Index begin, Index end) {
-        AlignedRow left(pairs), right(pairs), turned(pairs), cosine(pairs), sine(pairs);
+        AlignedRow<Scalar> left(pairs), right(pairs), turned(pairs), cosine(pairs), sine(pairs);
         for (Index row = begin; row < end; ++row) {
             cosine = cosines.row(row % length).array();
-            sine = sines.row(row % length).array();
+            sine = direction * sines.row(row % length).array();
             for (Index head = 0; head < heads; ++head) {
-                float* channels = &states(row, head * width + first);
+                Scalar* channels = &states(row, head * width + first);
                 Channels lefts(channels, pairs, Eigen::InnerStride<>(step));
                 Channels rights(channels + gap, pairs, Eigen::InnerStride<>(step));
                 left = lefts;
@@ -88,9 +182,10 @@ void rotate(MatrixView<float> states, ConstMatrixView<float> cosines, ConstMatri
     });
 }
 
-void activate(MatrixView<float> states, Activation activation) {
+template <typename Scalar>
+void activate(MatrixView<Scalar> states, Activation activation) {
     parallel_for(states.rows(), 4, [&](Index first, Index last) {
-        AlignedRow values(states.cols()), result(states.cols());
+        AlignedRow<Scalar> values(states.cols()), result(states.cols());
         for (Index row = first; row < last; ++row) {
             values = states.row(row).array();
             activate_row(values, result, activation);
@@ -99,9 +194,23 @@ void activate(MatrixView<float> states, Activation activation) {
     });
 }
 
-void activate_multiply(MatrixView<float> gate, ConstMatrixView<float> up, Activation activation) {
+template <typename Scalar>
+void activate_backward(ConstMatrixView<Scalar> states, Activation activation,
+                       MatrixView<Scalar> gradient) {
+    parallel_for(states.rows(), 4, [&](Index first, Index last) {
+        AlignedRow<Scalar> values(states.cols()), slope(states.cols());
+        for (Index row = first; row < last; ++row) {
+            values = states.row(row).array();
+            slope_row(values, slope, activation);
+            gradient.row(row).array() *= slope;
+        }
+    });
+}
+
+template <typename Scalar>
+void activate_multiply(MatrixView<Scalar> gate, ConstMatrixView<Scalar> up, Activation activation) {
     parallel_for(gate.rows(), 4, [&](Index first, Index last) {
-        AlignedRow values(gate.cols()), result(gate.cols());
+        AlignedRow<Scalar> values(gate.cols()), result(gate.cols());
         for (Index row = first; row < last; ++row) {
             values = gate.row(row).array();
             activate_row(values, result, activation);
@@ -109,5 +218,40 @@ void activate_multiply(MatrixView<float> gate, ConstMatrixView<float> up, Activa
         }
     });
 }
+
+template <typename Scalar>
+void activate_multiply_backward(ConstMatrixView<Scalar> gate, ConstMatrixView<Scalar> up,
+                                Activation activation, MatrixView<Scalar> gradient,
+                                MatrixView<Scalar> up_gradient) {
+    parallel_for(gate.rows(), 4, [&](Index first, Index last) {
+        AlignedRow<Scalar> values(gate.cols()), result(gate.cols());
+        for (Index row = first; row < last; ++row) {
+            values = gate.row(row).array();
+            activate_row(values, result, activation);
+            up_gradient.row(row).array() = gradient.row(row).array() * result;
+            slope_row(values, result, activation);
+            gradient.row(row).array() *= result * up.row(row).array();
+        }
+    });
+}
+
+#define BITWRIGHT_ELEMENTWISE(Scalar)                                                           \
+    template void rms_norm(ConstMatrixView<Scalar>, ConstVectorView<Scalar>, double,            \
+                           MatrixView<Scalar>);                                                 \
+    template void rms_norm_backward(ConstMatrixView<Scalar>, ConstVectorView<Scalar>, double,   \
+                                    ConstMatrixView<Scalar>, MatrixView<Scalar>, Scalar*);      \
+    template void layer_norm(ConstMatrixView<Scalar>, ConstVectorView<Scalar>,                  \
+                             ConstVectorView<Scalar>, double, MatrixView<Scalar>);              \
+    template void layer_norm_backward(ConstMatrixView<Scalar>, ConstVectorView<Scalar>, double, \
+                                      ConstMatrixView<Scalar>, MatrixView<Scalar>, Scalar*);    \
+    template void rotate(MatrixView<Scalar>, ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,  \
+                         Index, Index, bool, bool);                                             \
+    template void activate(MatrixView<Scalar>, Activation);                                     \
+    template void activate_backward(ConstMatrixView<Scalar>, Activation, MatrixView<Scalar>);   \
+    template void activate_multiply(MatrixView<Scalar>, ConstMatrixView<Scalar>, Activation);   \
+    template void activate_multiply_backward(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,  \
+                                             Activation, MatrixView<Scalar>, MatrixView<Scalar>);
+BITWRIGHT_ELEMENTWISE(float)
+BITWRIGHT_ELEMENTWISE(double)
 
 }  // namespace bitwright

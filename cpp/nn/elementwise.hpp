@@ -7,27 +7,59 @@ namespace bitwright {
 
 // output [tokens, hidden] = weight · x / sqrt(mean(x²) + epsilon), row by row (Zhang and Sennrich
 // 2019).
-void rms_norm(ConstMatrixView<float> input, ConstVectorView<float> weight, float epsilon,
-              MatrixView<float> output);
+template <typename Scalar>
+void rms_norm(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight, double epsilon,
+              MatrixView<Scalar> output);
+
+// From the gradient [tokens, hidden] of the output: that of the input, written, and that of the
+// weight [hidden], added unless it is null.
+template <typename Scalar>
+void rms_norm_backward(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight,
+                       double epsilon, ConstMatrixView<Scalar> gradient,
+                       MatrixView<Scalar> input_gradient, Scalar* weight_gradient);
 
 // output [tokens, hidden] = weight · (x − mean(x)) / sqrt(variance(x) + epsilon) + bias, row by row
 // (Ba et al. 2016).
-void layer_norm(ConstMatrixView<float> input, ConstVectorView<float> weight,
-                ConstVectorView<float> bias, float epsilon, MatrixView<float> output);
+template <typename Scalar>
+void layer_norm(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight,
+                ConstVectorView<Scalar> bias, double epsilon, MatrixView<Scalar> output);
+
+// As rms_norm_backward; the gradient of the bias is the sum of the rows.
+template <typename Scalar>
+void layer_norm_backward(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight,
+                         double epsilon, ConstMatrixView<Scalar> gradient,
+                         MatrixView<Scalar> input_gradient, Scalar* weight_gradient);
 
 // Rotates `states` [batch · length, heads · width] in place (Su et al. 2021): of each head, the
 // channels [first, first + 2 · pairs) are turned pair by pair by the angle of the position. A pair
 // is channel i of the first half and of the second or, `interleaved`, two neighbours. cosines and
-// sines are [length, pairs].
-void rotate(MatrixView<float> states, ConstMatrixView<float> cosines, ConstMatrixView<float> sines,
-            Index heads, Index first, bool interleaved);
+// sines are [length, pairs]. With `backward` the turn is transposed: gradients of the result become
+// gradients of the states.
+template <typename Scalar>
+void rotate(MatrixView<Scalar> states, ConstMatrixView<Scalar> cosines,
+            ConstMatrixView<Scalar> sines, Index heads, Index first, bool interleaved,
+            bool backward);
 
 enum class Activation { silu, gelu_tanh, gelu, relu };
 
 // states [tokens, channels] = activation(states), in place.
-void activate(MatrixView<float> states, Activation activation);
+template <typename Scalar>
+void activate(MatrixView<Scalar> states, Activation activation);
+
+// gradient [tokens, channels] of activation(states) becomes that of the states, in place.
+template <typename Scalar>
+void activate_backward(ConstMatrixView<Scalar> states, Activation activation,
+                       MatrixView<Scalar> gradient);
 
 // gate [tokens, channels] = activation(gate) · up, in place (gated linear units, Shazeer 2020).
-void activate_multiply(MatrixView<float> gate, ConstMatrixView<float> up, Activation activation);
+template <typename Scalar>
+void activate_multiply(MatrixView<Scalar> gate, ConstMatrixView<Scalar> up, Activation activation);
+
+// From the gradient [tokens, channels] of activation(gate) · up: that of the gate, in its own
+// place, and that of up.
+template <typename Scalar>
+void activate_multiply_backward(ConstMatrixView<Scalar> gate, ConstMatrixView<Scalar> up,
+                                Activation activation, MatrixView<Scalar> gradient,
+                                MatrixView<Scalar> up_gradient);
 
 }  // namespace bitwright

@@ -8,7 +8,28 @@ namespace bitwright {
 // output [tokens, out] = input [tokens, in] · weight [out, in]ᵀ + bias [out] (null: none). With
 // `accumulate` the result is added to the output: a residual connection without a buffer of its
 // own.
-void linear(ConstMatrixView<float> input, ConstMatrixView<float> weight, const float* bias,
-            bool accumulate, MatrixView<float> output);
+template <typename Scalar>
+void linear(ConstMatrixView<Scalar> input, ConstMatrixView<Scalar> weight, const Scalar* bias,
+            bool accumulate, MatrixView<Scalar> output);
+
+// What reaches the input [tokens, in] of the gradient [tokens, out] of the output: gradient ·
+// weight, written or, with `accumulate`, added.
+template <typename Scalar>
+void linear_backward_input(ConstMatrixView<Scalar> gradient, ConstMatrixView<Scalar> weight,
+                           bool accumulate, MatrixView<Scalar> input_gradient);
+
+// weight_gradient [out, in] += gradient [tokens, out]ᵀ · input [tokens, in].
+template <typename Scalar>
+void linear_backward_weight(ConstMatrixView<Scalar> gradient, ConstMatrixView<Scalar> input,
+                            MatrixView<Scalar> weight_gradient);
+
+// The same for a quantized weight, w = scale · code + bias: of each group of an output row
+// scale_gradients [out, groups] += Σ code · dw and bias_gradients [out, groups] += Σ dw, where dw =
+// gradientᵀ · input exists for some rows at a time. `group_of` [in] names each channel's group.
+template <typename Scalar>
+void linear_backward_groups(ConstMatrixView<Scalar> gradient, ConstMatrixView<Scalar> input,
+                            ConstMatrixView<std::uint8_t> codes,
+                            ConstVectorView<std::int32_t> group_of,
+                            MatrixView<Scalar> scale_gradients, MatrixView<Scalar> bias_gradients);
 
 }  // namespace bitwright

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
 
 #include "linalg/threads.hpp"
 
@@ -11,9 +14,14 @@ namespace {
 // log Σ exp(x), in double: a vocabulary has up to 10⁵ terms.
 template <typename Row>
 double log_sum_exp(const Row& row) {
-    const float top = row.maxCoeff();
-    return top + std::log((row.array() - top).exp().template cast<double>().sum());
+    const auto top = row.maxCoeff();
+    return static_cast<double>(top) +
+           std::log((row.array() - top).exp().template cast<double>().sum());
 }
+
+constexpr double LEAST_REST = 1e-8;  // probability of all other tokens, for its logarithm
+template <typename Scalar>
+constexpr Scalar LEAST_LOG = Scalar(-1e4);  // of a token's probability: 0 · −∞ is not a number
 
 }  // namespace
 
@@ -44,5 +52,165 @@ void kl_divergence(ConstMatrixView<float> reference, ConstMatrixView<float> logi
         }
     });
 }
+
+template <typename Scalar>
+void cap_logits(MatrixView<Scalar> logits, double divisor, double cap) {
+    const auto factor = static_cast<Scalar>(1 / (cap > 0 ? divisor * cap : divisor));
+    parallel_for(logits.rows(), 4, [&](Index first, Index last) {
+        auto rows = logits.middleRows(first, last - first).array();
+        rows *= factor;
+        if (cap > 0) rows = static_cast<Scalar>(cap) * rows.tanh();
+    });
+}
+
+template <typename Scalar>
+void cap_logits_backward(ConstMatrixView<Scalar> capped, double divisor, double cap,
+                         MatrixView<Scalar> gradient) {
+    const auto factor = static_cast<Scalar>(1 / divisor);
+    parallel_for(capped.rows(), 4, [&](Index first, Index last) {
+        auto rows = gradient.middleRows(first, last - first).array();
+        rows *= factor;
+        if (cap > 0)
+            rows *= 1 - (capped.middleRows(first, last - first).array() / static_cast<Scalar>(cap))
+                            .square();
+    });
+}
+
+template <typename Scalar>
+void top_tokens(ConstMatrixView<Scalar> logits, double temperature, MatrixView<std::int32_t> ids,
+                MatrixView<Scalar> log_probabilities, VectorView<Scalar> rest) {
+    const Index vocabulary = logits.cols(), count = ids.cols();
+    parallel_for(logits.rows(), 4, [&](Index first, Index last) {
+        std::vector<std::int32_t> order(static_cast<std::size_t>(vocabulary));
+        for (Index row = first; row < last; ++row) {
+            const auto values = logits.row(row);
+            std::iota(order.begin(), order.end(), 0);
+            // Of equal logits the smaller id comes first, so that the choice is always the same.
+            std::nth_element(order.begin(), order.begin() + count, order.end(),
+                             [&](std::int32_t a, std::int32_t b) {
+                                 return values[a] > values[b] || (values[a] == values[b] && a < b);
+                             });
+            std::sort(order.begin(), order.begin() + count);
+            const auto scaled = (values.array() / static_cast<Scalar>(temperature)).eval();
+            const double normalizer = log_sum_exp(scaled);
+            for (Index place = 0; place < count; ++place) {
+                const std::int32_t id = order[static_cast<std::size_t>(place)];
+                ids(row, place) = id;
+                log_probabilities(row, place) = static_cast<Scalar>(scaled[id] - normalizer);
+            }
+            double others = 0.0;  // summed up by themselves: 1 − Σ p would be all rounding error
+            for (Index place = count; place < vocabulary; ++place)
+                others += std::exp(scaled[order[static_cast<std::size_t>(place)]] - normalizer);
+            rest[row] = static_cast<Scalar>(others);
+        }
+    });
+}
+
+template <typename Scalar>
+void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& teacher,
+                       ConstVectorView<std::int32_t> next, Loss loss, double temperature,
+                       double factor, VectorView<double> losses, MatrixView<Scalar> gradient) {
+    using Row = Eigen::Array<Scalar, 1, Eigen::Dynamic>;
+    const Index vocabulary = logits.cols(), count = teacher.ids.cols();
+    // d loss / d logits = (d loss / d z) / temperature, z = logits / temperature
+    const auto slope = static_cast<Scalar>(factor / temperature);
+    parallel_for(logits.rows(), 4, [&](Index first, Index last) {
+        Row q(vocabulary), log_p(count), log_q(count);
+        for (Index row = first; row < last; ++row) {
+            const auto ids = teacher.ids.row(row);
+            auto result = gradient.row(row).array();
+            q = logits.row(row).array() / static_cast<Scalar>(temperature);
+            const double normalizer = log_sum_exp(q);
+            for (Index place = 0; place < count; ++place)
+                log_q[place] = static_cast<Scalar>(q[ids[place]] - normalizer);
+            log_q = log_q.max(LEAST_LOG<Scalar>);
+            if (loss == Loss::logits_mse) {
+                log_p = teacher.log_probabilities.row(row).array();
+                log_q -= log_p;
+                log_q -= log_q.mean();
+                losses[row] = log_q.template cast<double>().square().mean();
+                result.setZero();
+                for (Index place = 0; place < count; ++place)
+                    result[ids[place]] = slope * (2 / static_cast<Scalar>(count)) * log_q[place];
+                continue;
+            }
+            q = (q - static_cast<Scalar>(normalizer)).exp();
+            if (loss == Loss::cross_entropy) {
+                const std::int32_t target = next[row];
+                losses[row] = 0.0;
+                result.setZero();
+                if (target < 0) continue;
+                losses[row] = normalizer - static_cast<double>(logits(row, target)) / temperature;
+                result = slope * q;
+                result[target] -= slope;
+                continue;
+            }
+            // Log-probabilities are stored in few bits: what they add up to is known better.
+            const double rest = count < vocabulary ? static_cast<double>(teacher.rest[row]) : 0.0;
+            log_p = teacher.log_probabilities.row(row).array();
+            log_p += static_cast<Scalar>(std::log1p(-rest) - log_sum_exp(log_p));
+            log_p = log_p.max(LEAST_LOG<Scalar>);
+            const Row p = log_p.exp();
+            // The rest as one outcome; every token of it shares in its gradient by its own q.
+            double other = 0.0;
+            if (count < vocabulary) {
+                result = q;
+                for (Index place = 0; place < count; ++place) result[ids[place]] = 0;
+                other = std::max(static_cast<double>(result.sum()), LEAST_REST);
+            }
+            const double log_rest = std::log(std::max(rest, LEAST_REST));
+            const double log_other = std::log(std::max(other, LEAST_REST));
+            const bool open = count < vocabulary;
+            double total = 0.0;
+            if (loss == Loss::kl) {
+                total = static_cast<double>((p * (log_p - log_q)).sum());
+                if (open) total += rest * (log_rest - log_other);
+                // q − p, the rest's p being dealt out in proportion to q.
+                result = slope * q;
+                if (open) result *= static_cast<Scalar>(1 - rest / other);
+                for (Index place = 0; place < count; ++place)
+                    result[ids[place]] = slope * (q[ids[place]] - p[place]);
+            } else {
+                // Each loss is Σ q r + Σ p …, with d loss / d z = q (r − Σ q r).
+                const bool reverse = loss == Loss::reverse_kl;
+                const Row listed = log_q.exp();
+                Row ratio(count);
+                double other_ratio = 0.0;
+                if (reverse) {
+                    ratio = log_q - log_p;
+                    if (open) other_ratio = log_other - log_rest;
+                } else {
+                    const Row middle =
+                        (Scalar(0.5) * (p + listed)).max(std::numeric_limits<Scalar>::min()).log();
+                    ratio = Scalar(0.5) * (log_q - middle);
+                    const double mean = std::log(std::max(0.5 * (rest + other), LEAST_REST));
+                    if (open) other_ratio = 0.5 * (log_other - mean);
+                    total = static_cast<double>((Scalar(0.5) * p * (log_p - middle)).sum());
+                    if (open) total += 0.5 * rest * (log_rest - mean);
+                }
+                double expected = static_cast<double>((listed * ratio).sum());
+                if (open) expected += other * other_ratio;
+                total += expected;
+                result = slope * q * static_cast<Scalar>(other_ratio - expected);
+                for (Index place = 0; place < count; ++place)
+                    result[ids[place]] =
+                        slope * listed[place] * (ratio[place] - static_cast<Scalar>(expected));
+            }
+            losses[row] = total;
+        }
+    });
+}
+
+#define BITWRIGHT_LOSSES(Scalar)                                                         \
+    template void cap_logits(MatrixView<Scalar>, double, double);                        \
+    template void cap_logits_backward(ConstMatrixView<Scalar>, double, double,           \
+                                      MatrixView<Scalar>);                               \
+    template void top_tokens(ConstMatrixView<Scalar>, double, MatrixView<std::int32_t>,  \
+                             MatrixView<Scalar>, VectorView<Scalar>);                    \
+    template void distillation_loss(ConstMatrixView<Scalar>, const TopTokens<Scalar>&,   \
+                                    ConstVectorView<std::int32_t>, Loss, double, double, \
+                                    VectorView<double>, MatrixView<Scalar>);
+BITWRIGHT_LOSSES(float)
+BITWRIGHT_LOSSES(double)
 
 }  // namespace bitwright

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Float32: TypeAlias = NDArray[np.float32]
+_Float: TypeAlias = NDArray[Any]  # float32 or float64, the same in all arguments
 _Int32: TypeAlias = NDArray[np.int32]
 _Codes: TypeAlias = NDArray[np.uint8]
 
@@ -78,33 +79,99 @@ def dequantize(
 def pack(codes: _Codes, bits: int) -> NDArray[np.uint32]: ...
 def unpack(words: NDArray[np.uint32], bits: int) -> _Codes: ...
 def linear(
-    input: _Float32, weight: _Float32, bias: _Float32 | None, out: _Float32, accumulate: bool
+    input: _Float, weight: _Float, bias: _Float | None, out: _Float, accumulate: bool
 ) -> None: ...
-def rms_norm(input: _Float32, weight: _Float32, epsilon: float, out: _Float32) -> None: ...
+def linear_backward_input(
+    gradient: _Float, weight: _Float, out: _Float, accumulate: bool
+) -> None: ...
+def linear_backward_weight(gradient: _Float, input: _Float, out: _Float) -> None: ...
+def linear_backward_groups(
+    gradient: _Float,
+    input: _Float,
+    codes: _Codes,
+    groups: _Int32,
+    scale_gradients: _Float,
+    bias_gradients: _Float,
+) -> None: ...
+def rms_norm(input: _Float, weight: _Float, epsilon: float, out: _Float) -> None: ...
+def rms_norm_backward(
+    input: _Float,
+    weight: _Float,
+    epsilon: float,
+    gradient: _Float,
+    out: _Float,
+    weight_gradient: _Float | None = None,
+) -> None: ...
 def layer_norm(
-    input: _Float32, weight: _Float32, bias: _Float32, epsilon: float, out: _Float32
+    input: _Float, weight: _Float, bias: _Float, epsilon: float, out: _Float
+) -> None: ...
+def layer_norm_backward(
+    input: _Float,
+    weight: _Float,
+    epsilon: float,
+    gradient: _Float,
+    out: _Float,
+    weight_gradient: _Float | None = None,
 ) -> None: ...
 def rotate(
-    states: _Float32,
-    cosines: _Float32,
-    sines: _Float32,
+    states: _Float,
+    cosines: _Float,
+    sines: _Float,
     heads: int,
     first: int = 0,
     interleaved: bool = False,
+    backward: bool = False,
 ) -> None: ...
 def attention(
-    query: _Float32,
-    key: _Float32,
-    value: _Float32,
+    query: _Float,
+    key: _Float,
+    value: _Float,
     length: int,
     heads: int,
     key_heads: int,
     scale: float,
-    out: _Float32,
+    out: _Float,
     window: int = 0,
     softcap: float = 0.0,
 ) -> None: ...
-def activate(states: _Float32, activation: str) -> None: ...
-def activate_multiply(gate: _Float32, up: _Float32, activation: str) -> None: ...
+def attention_backward(
+    query: _Float,
+    key: _Float,
+    value: _Float,
+    length: int,
+    heads: int,
+    key_heads: int,
+    scale: float,
+    gradient: _Float,
+    query_gradient: _Float,
+    key_gradient: _Float,
+    value_gradient: _Float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> None: ...
+def activate(states: _Float, activation: str) -> None: ...
+def activate_backward(states: _Float, activation: str, gradient: _Float) -> None: ...
+def activate_multiply(gate: _Float, up: _Float, activation: str) -> None: ...
+def activate_multiply_backward(
+    gate: _Float, up: _Float, activation: str, gradient: _Float, up_gradient: _Float
+) -> None: ...
 def cross_entropy(logits: _Float32, targets: _Int32) -> NDArray[np.float64]: ...
 def kl_divergence(reference: _Float32, logits: _Float32) -> NDArray[np.float64]: ...
+def cap_logits(logits: _Float, divisor: float, cap: float) -> None: ...
+def cap_logits_backward(
+    capped: _Float, divisor: float, cap: float, gradient: _Float
+) -> None: ...
+def top_tokens(
+    logits: _Float, temperature: float, ids: _Int32, log_probabilities: _Float, rest: _Float
+) -> None: ...
+def distillation_loss(
+    logits: _Float,
+    ids: _Int32,
+    log_probabilities: _Float,
+    rest: _Float,
+    next: _Int32,
+    loss: str,
+    temperature: float,
+    factor: float,
+    gradient: _Float,
+) -> NDArray[np.float64]: ...
