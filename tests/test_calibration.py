@@ -212,7 +212,11 @@ def test_damaged_npy_files_never_surprise(
         ("x.jsonl", b'{"text": 3}', r"line 1: must be a string.*\{'text': 3\}"),
         ("x.jsonl", b'{"prompt": "a"}', "line 1: must be a string"),
         ("x.jsonl", b"null", "line 1: must be a string"),
-        ("x.jsonl", b'{"messages": [{"role": "user"}]}', 'chat.*not read yet.*"text"'),
+        (
+            "x.jsonl",
+            b'{"messages": [{"role": "user"}]}',
+            'line 1: is a chat.*no chat template.*"text"',
+        ),
         ("x.jsonl", b'"\\ud800"', "tokenizers library failed"),
         ("x.csv", b"1,2", r"must end in one of \.txt, \.jsonl, \.npy"),
     ],

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from bitwright.chat import ChatTemplate, is_chat
 from bitwright.errors import CalibrationError, shown
+from bitwright.text_file import TEXT_LIMIT, read_bytes, read_text
 
 TokenSource: TypeAlias = str | os.PathLike[str] | NDArray[Any] | Sequence[str]
 
 DEFAULT_LENGTH = 512
-TEXT_LIMIT = 32 << 20  # bytes; the tokenizer needs about 130 bytes of memory for each of them
 TOKENIZER_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40 MB
 _SUFFIXES = (".txt", ".jsonl", ".npy")
 
@@ -32,17 +33,21 @@ def load_tokens(
 ) -> NDArray[np.int32]:
     """Load calibration samples.
 
-    Text is tokenized as a whole, without special tokens, and cut into consecutive samples; the
-    rest at the end is dropped.
+    Text is tokenized as a whole, without special tokens other than those that it spells out, and
+    cut into consecutive samples; the rest at the end is dropped.
 
     Parameters
     ----------
     source : str, os.PathLike, numpy.ndarray or sequence of str
-        A ``.txt`` file (UTF-8); a ``.jsonl`` file, each line a string or an object with a
-        "text"; a ``.npy`` file or an array of token ids, integer [rows, row length]; or texts.
-        Several texts are joined by a blank line.
+        A ``.txt`` file (UTF-8); a ``.jsonl`` file, each line a string, an object with a "text",
+        or a chat; a ``.npy`` file or an array of token ids, integer [rows, row length]; or texts.
+        Several texts are joined by a blank line, chats by nothing. A chat is an object with
+        "messages", of "role" and "content" each, or with a "prompt" and a "completion". It is
+        written by the chat template in the tokenizer's folder (chat_template.jinja,
+        chat_template.json or tokenizer_config.json).
     tokenizer : str, os.PathLike or tokenizers.Tokenizer, optional
-        A tokenizer, its tokenizer.json, or the folder of that. Needed for text only.
+        A tokenizer, its tokenizer.json, or the folder of that, which chats need. Needed for text
+        only.
     length : int, optional
         Tokens per sample. Longer rows of token ids are cut. By default 512 for text, and the
         whole rows for token ids.
@@ -80,7 +85,8 @@ def load_tokens(
         if path.suffix == ".npy":
             rows = _checked_rows(_mapped(path), origin, length)
         else:
-            text = _json_lines(path) if path.suffix == ".jsonl" else _text(path)
+            is_lines = path.suffix == ".jsonl"
+            text = _json_lines(path, tokenizer) if is_lines else read_text(path, TEXT_LIMIT)
             rows = _tokenized(text, tokenizer, length or DEFAULT_LENGTH, origin)
     else:
         origin = "the list of texts"
@@ -134,47 +140,47 @@ def _existing_file(path: Path) -> Path:
     return path
 
 
-def _bytes(path: Path, limit: int) -> bytes:
-    try:
-        if path.stat().st_size > limit:
-            raise CalibrationError(f"{path}: is larger than {limit >> 20} MiB; give a part of it")
-        return path.read_bytes()
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return _bytes(path, TEXT_LIMIT).decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path}: is not UTF-8 text, see byte {error.start}. Convert it to UTF-8"
-        ) from error
-
-
-def _json_lines(path: Path) -> str:
-    texts = []
+def _json_lines(path: Path, tokenizer: str | os.PathLike[str] | Tokenizer | None) -> str:
+    texts: list[str] = []
+    template, size, follows_chat = None, 0, False
     # Not splitlines(): that would also split at separators which JSON allows inside a string.
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, TEXT_LIMIT).split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{path}, line {number}: is not valid JSON: {error}") from error
+            raise CalibrationError(f"{where}: is not valid JSON: {error}") from error
         text = value.get("text") if isinstance(value, dict) else value
-        if isinstance(value, dict) and "messages" in value and text is None:
-            raise CalibrationError(
-                f"{path}, line {number}: is a chat (messages), which is not read yet. Write each "
-                f'chat out as one "text"'
-            )
+        chat = isinstance(value, dict) and text is None and is_chat(value)
+        if chat:
+            template = template or ChatTemplate(_folder(tokenizer), where)
+            text = template.render(value, where)
         if not isinstance(text, str):
             raise CalibrationError(
-                f'{path}, line {number}: must be a string, or an object with a string as "text", '
-                f"but is {shown(value)}"
+                f'{where}: must be a string, or an object with "text", "messages", or "prompt" and '
+                f'"completion", but is {shown(value)}'
             )
+        size += len(text.encode(errors="replace"))
+        if size > TEXT_LIMIT:
+            raise CalibrationError(
+                f"{where}: the chats up to here are longer than {TEXT_LIMIT >> 20} MiB once written "
+                f"out; give fewer"
+            )
+        if texts and chat == follows_chat:
+            texts.append("" if chat else "\n\n")
+        elif texts and not texts[-1].endswith("\n"):
+            texts.append("\n")
         texts.append(text)
-    return "\n\n".join(texts)
+        follows_chat = chat
+    return "".join(texts)
+
+
+def _folder(tokenizer: str | os.PathLike[str] | Tokenizer | None) -> Path | None:
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return None
+    return Path(tokenizer) if os.path.isdir(tokenizer) else Path(tokenizer).parent
 
 
 def _mapped(path: Path) -> NDArray[Any]:
@@ -240,7 +246,7 @@ def _loaded(tokenizer: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
                 f"calibrate on a .npy of token ids"
             )
         with _tokenizer_errors(str(path)):
-            content = _bytes(path, TOKENIZER_LIMIT).decode()
+            content = read_bytes(path, TOKENIZER_LIMIT).decode()
             Tokenizer.from_str(content)
     private = Tokenizer.from_str(content)
     private.no_truncation()
