@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.errors import CalibrationError, OutputError, OutputExistsError, shown
-from bitwright.models.block import ChunkStates, Float32
+from bitwright.models.block import ChunkStates
 from bitwright.models.model import load_model
+from bitwright.models.operations import Float32
 from bitwright.statistics import require_finite
 
 DEFAULT_SAMPLES = 8

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_tokens
 from bitwright.errors import CalibrationError, NonFiniteError
-from bitwright.models.block import Float32
 from bitwright.models.model import Model, load_model
+from bitwright.models.operations import Float32
 
 LOGIT_BYTES = 64 << 20  # logits that exist at one time, per model
 

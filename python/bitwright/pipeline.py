@@ -34,9 +34,10 @@ from bitwright.methods.solver import (
     Solver,
     salient_solver,
 )
-from bitwright.models.block import ChunkStates, DecoderBlock, Float32, Rotation
+from bitwright.models.block import ChunkStates, DecoderBlock, Rotation
 from bitwright.models.layout import Stage
 from bitwright.models.model import Model, load_model
+from bitwright.models.operations import Float32
 from bitwright.output import Output, QuantizedLayer, block_error, progress_bar, relative_error
 from bitwright.recipe import plan_layers
 from bitwright.report import BlockReport, QuantizationReport

@@ -19,9 +19,10 @@ from bitwright.methods.awq import (
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.metrics import Metric, find_metric, total_error
 from bitwright.methods.solver import Solver, clip_solver
-from bitwright.models.block import DecoderBlock, Float32, Rotation
+from bitwright.models.block import DecoderBlock, Rotation
 from bitwright.models.fold import fold_scale
 from bitwright.models.layout import BlockLayout, ScaleGroup, Stage
+from bitwright.models.operations import Float32
 from bitwright.statistics import LayerStatistics
 
 Objective = Literal["layer", "block"]

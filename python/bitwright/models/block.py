@@ -1,33 +1,22 @@
 """One decoder block, computed stage by stage."""
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright import _kernels
 from bitwright.checkpoint import ExpertsConfig, LatentConfig, LayerType, ModelConfig
 from bitwright.models.architecture import Architecture, Attention, Experts, LatentAttention, Mlp
 from bitwright.models.layout import BlockLayout, Stage
-from bitwright.models.routing import Routes, route
+from bitwright.models.operations import BlockWeights, Float, Operations
+from bitwright.models.routing import Routes
+from bitwright.models.tape import OnLinear, Tape
 
-Float32 = NDArray[np.float32]
 MOST_CHUNK_TOKENS = 1024
-LATENT_EPSILON = 1e-6  # of the norms of latents, whatever config.json says of the others
-
-
-class BlockWeights(dict[str, Float32]):
-    """Float32 arrays by name relative to the block, read when they are first asked for."""
-
-    def __init__(self, read: Callable[[str], Float32], known: Mapping[str, Float32]) -> None:
-        super().__init__(known)
-        self.read = read
-
-    def __missing__(self, name: str) -> Float32:
-        array = self[name] = self.read(name)
-        return array
+SUB_BLOCK_STARTS = ("attention", "latent", "mlp", "router")  # stages that read the hidden states
 
 
 @dataclass(eq=False)
@@ -45,8 +34,8 @@ class ChunkStates:
         Which tokens go to which expert.
     """
 
-    hidden: Float32
-    inner: dict[str, Float32] = field(default_factory=dict)
+    hidden: Float
+    inner: dict[str, Float] = field(default_factory=dict)
     routes: Routes | None = None
 
     def routed(self, expert: int | None) -> NDArray[np.intp] | slice:
@@ -57,12 +46,12 @@ class ChunkStates:
 
 
 class DecoderBlock:
-    """Weights of a block in float32, and its forward pass in stages.
+    """Weights of a block in float, and its forward pass in stages.
 
     Parameters
     ----------
     weights
-        Float32 arrays by name relative to the block: ``NAME.weight``, ``NAME.bias``.
+        Arrays by name relative to the block: ``NAME.weight``, ``NAME.bias``; all float32, or all float64.
     layout, architecture, config, index
         What the names and sizes are, and which block it is.
     """
@@ -80,17 +69,22 @@ class DecoderBlock:
         self.architecture = architecture
         self.config = config
         self.index = index
+        self.operations = Operations(
+            weights, layout.vectors, architecture.norm_kind, config.norm_eps
+        )
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The stages in their order."""
         return self.layout.stages
 
-    def stage_input(self, stage: Stage, chunk: ChunkStates) -> Float32:
+    def stage_input(self, stage: Stage, chunk: ChunkStates) -> Float:
         """Return what the stage's linears see, ``[tokens, in]``."""
         match stage.kind:
             case "attention" | "latent" | "mlp" | "router":
-                return chunk.hidden if stage.norm is None else self._norm(stage.norm, chunk.hidden)
+                if stage.norm is None:
+                    return chunk.hidden
+                return self.operations.norm(stage.norm, chunk.hidden)
             case "latent_query":
                 return chunk.inner["query_latent"]
             case "latent_attention":
@@ -98,16 +92,16 @@ class DecoderBlock:
             case "shared":
                 return chunk.inner["normed"]
             case "expert":
-                return chunk.inner["normed"][chunk.routed(stage.expert)]
+                return self.operations.gather(chunk.inner["normed"], chunk.routed(stage.expert))
             case _:
                 return chunk.inner["inner"]
 
-    def as_if_routed(self, stage: Stage, chunk: ChunkStates) -> Float32:
+    def as_if_routed(self, stage: Stage, chunk: ChunkStates) -> Float:
         """Return what an expert's linears would see if every token went to it."""
         normed = chunk.inner["normed"]
         return normed if stage.kind == "expert" else self._gated(cast(Mlp, stage.mlp), normed)
 
-    def advance(self, stage: Stage, states: Float32, chunk: ChunkStates, rope: "Rotation") -> None:
+    def advance(self, stage: Stage, states: Float, chunk: ChunkStates, rope: "Rotation") -> None:
         """Compute a stage from its input `states`, changing what is known of the chunk."""
         match stage.kind:
             case "attention":
@@ -115,7 +109,7 @@ class DecoderBlock:
             case "latent":
                 self._to_latents(states, chunk)
             case "latent_query":
-                chunk.inner["query"] = self._linear(stage.linears[0], states)
+                chunk.inner["query"] = self.operations.linear(stage.linears[0], states)
             case "latent_attention":
                 chunk.inner["inner"] = self._latent_attention(stage, states, chunk, rope)
             case "mlp" | "shared" | "expert":
@@ -132,9 +126,9 @@ class DecoderBlock:
 
     def forward(
         self,
-        hidden: Float32,
+        hidden: Float,
         rope: "Rotation",
-        observe: Callable[[Stage, Float32], None] | None = None,
+        observe: Callable[[Stage, Float], None] | None = None,
         finished: int | None = None,
     ) -> None:
         """Run the whole block over `hidden` ``[batch * length, hidden_size]``, in place.
@@ -152,18 +146,60 @@ class DecoderBlock:
                 if not (unfinished and stage is self.stages[-1]):
                     self.advance(stage, states, chunk, rope)
 
-    def sub_block(self, stage: Stage, states: Float32, rope: "Rotation") -> Float32:
+    @property
+    def sub_blocks(self) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+        """The stages of attention, and those of the MLP or experts."""
+        first = next(
+            number
+            for number, stage in enumerate(self.stages)
+            if stage.kind in SUB_BLOCK_STARTS and number > 0
+        )
+        return self.stages[:first], self.stages[first:]
+
+    def backward(
+        self,
+        stages: tuple[Stage, ...],
+        hidden: Float,
+        gradient: Float,
+        rope: "Rotation",
+        on_linear: OnLinear,
+        vector_gradients: Mapping[str, Float] | None = None,
+    ) -> None:
+        """Turn the gradient of the hidden states after a sub-block into that before it, in place.
+
+        Parameters
+        ----------
+        stages
+            One of `sub_blocks`.
+        hidden
+            ``[tokens, hidden_size]``, what it reads, whole samples; it is computed again from this.
+        gradient
+            ``[tokens, hidden_size]``.
+        rope
+            Rotary tables.
+        on_linear, vector_gradients
+            What to do with the gradients of weights, see `Tape`.
+        """
+        tape = Tape(self.operations, on_linear, vector_gradients)
+        recorded = copy(self)
+        recorded.operations = tape
+        chunk = ChunkStates(hidden)
+        for stage in stages:
+            recorded.advance(stage, recorded.stage_input(stage, chunk), chunk, rope)
+        tape.backward(hidden, gradient)
+
+    def sub_block(self, stage: Stage, states: Float, rope: "Rotation") -> Float:
         """Return what a stage that reads the hidden states, and those up to the next one, add to them."""
-        output = np.zeros((len(states), self.config.hidden_size), np.float32)
+        output = np.zeros((len(states), self.config.hidden_size), states.dtype)
         chunk = ChunkStates(output)
         self.advance(stage, states, chunk, rope)
         for following in self.stages[self.stages.index(stage) + 1 :]:
-            if following.kind in ("mlp", "router"):
+            if following.kind in SUB_BLOCK_STARTS:
                 break
             self.advance(following, self.stage_input(following, chunk), chunk, rope)
         return output
 
-    def with_weights(self, changed: Mapping[str, Float32]) -> "DecoderBlock":
+    def with_weights(self, changed: Mapping[str, Float]) -> "DecoderBlock":
         """Return the block with other weights under some names; the rest are shared."""
         weights = BlockWeights(self.weights.read, {**self.weights, **changed})
         return DecoderBlock(weights, self.layout, self.architecture, self.config, self.index)
@@ -174,160 +210,114 @@ class DecoderBlock:
             for name in (stage.mlp.gate, stage.mlp.up, stage.mlp.down):
                 self.weights.pop(f"{name}.weight", None)
 
-    def _attention(self, states: Float32, rope: "Rotation") -> Float32:
+    def _attention(self, states: Float, rope: "Rotation") -> Float:
         config, names = self.config, cast(Attention, self.architecture.attention)
         heads, key_heads = config.num_attention_heads, config.num_key_value_heads
         if names.fused is None:
             query, key, value = (
-                self._linear(name, states) for name in (names.query, names.key, names.value)
+                self.operations.linear(name, states)
+                for name in (names.query, names.key, names.value)
             )
         else:
-            ends = np.cumsum([heads * config.head_dim, key_heads * config.head_dim])
-            parts = np.split(self._linear(names.fused, states), ends, axis=1)
-            query, key, value = map(np.ascontiguousarray, parts)
-        for norm, turned in ((names.query_norm, query), (names.key_norm, key)):
-            if norm is not None:
-                width = turned.shape[1] if names.whole else config.head_dim
-                rows = turned.reshape(-1, width)
-                rows[:] = self._norm(norm, rows)
+            widths = [count * config.head_dim for count in (heads, key_heads, key_heads)]
+            query, key, value = self.operations.split(
+                self.operations.linear(names.fused, states), widths
+            )
+        width = None if names.whole else config.head_dim
+        if names.query_norm is not None:
+            query = self.operations.norm(names.query_norm, query, width)
+        if names.key_norm is not None:
+            key = self.operations.norm(names.key_norm, key, width)
         if config.rotates[self.index]:
             self._rotate(query, heads, 0, rope)
             self._rotate(key, key_heads, 0, rope)
         return self._attend(query, key, value, rope)
 
-    def _to_latents(self, states: Float32, chunk: ChunkStates) -> None:
-        names = cast(LatentAttention, self.architecture.attention)
+    def _to_latents(self, states: Float, chunk: ChunkStates) -> None:
+        names, operations = cast(LatentAttention, self.architecture.attention), self.operations
         latent = cast(LatentConfig, self.config.latent)
         if latent.query_rank is None:
-            chunk.inner["query"] = self._linear(names.query, states)
+            chunk.inner["query"] = operations.linear(names.query, states)
         else:
-            down = self._linear(names.query_down, states)
-            weight = self.weights[f"{names.query_norm}.weight"]
-            normed = apply_norm("rms_norm", down, weight, None, LATENT_EPSILON)
-            chunk.inner["query_latent"] = normed
-        down = self._linear(names.key_value_down, states)
-        rank = latent.key_value_rank
-        weight, first = self.weights[f"{names.key_value_norm}.weight"], down[:, :rank]
-        chunk.inner["latent"] = apply_norm(
-            "rms_norm", np.ascontiguousarray(first), weight, None, LATENT_EPSILON
-        )
-        chunk.inner["rotary_key"] = np.ascontiguousarray(down[:, rank:])
+            down = operations.linear(names.query_down, states)
+            chunk.inner["query_latent"] = operations.latent_norm(names.query_norm, down)
+        down = operations.linear(names.key_value_down, states)
+        widths = [latent.key_value_rank, latent.rotary_dim]
+        first, chunk.inner["rotary_key"] = operations.split(down, widths)
+        chunk.inner["latent"] = operations.latent_norm(names.key_value_norm, first)
 
     def _latent_attention(
-        self, stage: Stage, states: Float32, chunk: ChunkStates, rope: "Rotation"
-    ) -> Float32:
+        self, stage: Stage, states: Float, chunk: ChunkStates, rope: "Rotation"
+    ) -> Float:
         latent, heads = cast(LatentConfig, self.config.latent), self.config.num_attention_heads
         query, turned = chunk.inner.pop("query"), chunk.inner.pop("rotary_key")
         self._rotate(query, heads, latent.plain_dim, rope)
         self._rotate(turned, 1, 0, rope)
-        both = self._linear(stage.linears[0], states).reshape(len(states), heads, -1)
-        key = np.empty((len(states), heads, self.config.head_dim), np.float32)
-        key[:, :, : latent.plain_dim] = both[:, :, : latent.plain_dim]
-        key[:, :, latent.plain_dim :] = turned[:, None]
-        value = np.ascontiguousarray(both[:, :, latent.plain_dim :])
-        rows = (len(states), -1)
-        return self._attend(query, key.reshape(rows), value.reshape(rows), rope)
+        both = self.operations.linear(stage.linears[0], states)
+        key, value = self.operations.latent_keys(both, turned, latent.plain_dim, heads)
+        return self._attend(query, key, value, rope)
 
-    def _attend(self, query: Float32, key: Float32, value: Float32, rope: "Rotation") -> Float32:
+    def _attend(self, query: Float, key: Float, value: Float, rope: "Rotation") -> Float:
         config = self.config
-        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
         sliding = config.layer_types[self.index] == "sliding_attention"
-        output = np.empty((len(query), value.shape[1] // key_heads * heads), np.float32)
-        _kernels.attention(
-            query,
-            key,
-            value,
-            rope.length,
-            heads,
-            key_heads,
-            config.attention_scale,
-            output,
-            window=config.sliding_window or 0 if sliding else 0,
-            softcap=config.attention_softcap or 0.0,
-        )
-        return output
+        rule = {
+            "length": rope.length,
+            "key_heads": config.num_key_value_heads,
+            "scale": config.attention_scale,
+            "window": config.sliding_window or 0 if sliding else 0,
+            "softcap": config.attention_softcap or 0.0,
+        }
+        return self.operations.attend(query, key, value, rule, config.num_attention_heads)
 
-    def _rotate(self, states: Float32, heads: int, first: int, rope: "Rotation") -> None:
-        cosines, sines = rope.tables[self.config.layer_types[self.index]]
-        _kernels.rotate(states, cosines, sines, heads, first, self.config.interleaved)
+    def _rotate(self, states: Float, heads: int, first: int, rope: "Rotation") -> None:
+        tables = rope.tables[self.config.layer_types[self.index]]
+        self.operations.rotate(states, tables, heads, first, self.config.interleaved)
 
-    def _gated(self, names: Mlp, states: Float32) -> Float32:
+    def _gated(self, names: Mlp, states: Float) -> Float:
         """Return what the down projection of an MLP sees."""
-        activation = self.config.hidden_act
+        activation, operations = self.config.hidden_act, self.operations
         if names.fused is not None:
-            both = self._linear(names.fused, states)
-            gate, up = map(np.ascontiguousarray, np.split(both, 2, axis=1))
+            both = operations.linear(names.fused, states)
+            gate, up = operations.split(both, [both.shape[1] // 2] * 2)
         else:
-            up = self._linear(names.up, states)
+            up = operations.linear(names.up, states)
             if names.gate is None:
-                _kernels.activate(up, activation)
-                return up
-            gate = self._linear(names.gate, states)
-        _kernels.activate_multiply(gate, up, activation)
-        return gate
+                return operations.activate(up, activation)
+            gate = operations.linear(names.gate, states)
+        return operations.gate(gate, up, activation)
 
-    def _route(self, states: Float32) -> Routes:
+    def _route(self, states: Float) -> Routes:
         names = cast(Experts, self.architecture.experts)
         config = cast(ExpertsConfig, self.config.experts)
         correction = None if names.correction is None else self.weights[names.correction]
-        return route(self._linear(names.router, states), config, correction)
+        logits = self.operations.linear(names.router, states)
+        return self.operations.route(logits, config, correction)
 
-    def _add(self, stage: Stage, states: Float32, hidden: Float32, norm: str | None) -> None:
+    def _add(self, stage: Stage, states: Float, hidden: Float, norm: str | None) -> None:
         scale = self.config.residual_scale
         if norm is None and scale == 1:
-            self._linear(stage.linears[0], states, hidden, accumulate=True)
+            self.operations.add_linear(stage.linears[0], states, hidden)
             return
-        output = self._linear(stage.linears[0], states)
+        output = self.operations.linear(stage.linears[0], states)
         if norm is not None:
-            output = self._norm(norm, output)
-        hidden += np.float32(scale) * output
+            output = self.operations.norm(norm, output)
+        self.operations.add(output, hidden, scale)
 
-    def _add_weighed(self, stage: Stage, states: Float32, chunk: ChunkStates) -> None:
+    def _add_weighed(self, stage: Stage, states: Float, chunk: ChunkStates) -> None:
         """Add an expert's output: by the router's weights or, of the one that every token passes, by its
         own gate's if it has one."""
-        rows = chunk.routed(stage.expert)
         if len(states) == 0:
             return
-        output = self._linear(stage.linears[0], states)
-        experts = self.architecture.experts
+        output = self.operations.linear(stage.linears[0], states)
+        experts, weights = self.architecture.experts, None
         if stage.expert is not None and chunk.routes is not None:
-            output *= chunk.routes.weights[stage.expert][:, None]
+            weights = chunk.routes.weights[stage.expert]
         elif experts is not None and experts.shared_gate is not None:
-            logits = self._linear(experts.shared_gate, chunk.inner["normed"])
-            output /= 1 + np.exp(-logits)
-        chunk.hidden[rows] += np.float32(self.config.residual_scale) * output
-
-    def _norm(self, name: str, states: Float32) -> Float32:
-        weight, bias = self.weights[f"{name}.weight"], self._bias(name)
-        kind, epsilon = self.architecture.norm_kind, self.config.norm_eps
-        return apply_norm(kind, states, weight, bias, epsilon)
-
-    def _bias(self, name: str) -> Float32 | None:
-        bias = f"{name}.bias"
-        return self.weights[bias] if bias in self.layout.vectors else None
-
-    def _linear(
-        self, name: str, states: Float32, out: Float32 | None = None, accumulate: bool = False
-    ) -> Float32:
-        weight = self.weights[f"{name}.weight"]
-        if out is None:
-            out = np.empty((len(states), len(weight)), np.float32)
-        if len(states):
-            _kernels.linear(states, weight, self._bias(name), out, accumulate)
-        return out
-
-
-def apply_norm(
-    kind: str, states: Float32, weight: Float32, bias: Float32 | None, epsilon: float
-) -> Float32:
-    """Return `states` ``[tokens, channels]`` normalized; see `fold_scale` for the kinds."""
-    normed = np.empty_like(states)
-    if bias is not None:
-        _kernels.layer_norm(states, weight, bias, epsilon, normed)
-    else:
-        gain = weight + np.float32(1) if kind == "offset_rms_norm" else weight
-        _kernels.rms_norm(states, gain, epsilon, normed)
-    return normed
+            logits = self.operations.linear(experts.shared_gate, chunk.inner["normed"])
+            weights = self.operations.sigmoid(logits)
+        self.operations.add(
+            output, chunk.hidden, self.config.residual_scale, chunk.routed(stage.expert), weights
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,14 +325,14 @@ class Rotation:
     """Rotary tables ``[length, rotary_dim / 2]``, cosines and sines, for samples of one length."""
 
     length: int
-    tables: Mapping[LayerType, tuple[Float32, Float32]]
+    tables: Mapping[LayerType, tuple[Float, Float]]
 
     @property
     def chunk_rows(self) -> int:
         """Rows to compute at once: whole samples, few enough for the last-level cache."""
         return max(1, MOST_CHUNK_TOKENS // self.length) * self.length
 
-    def chunks(self, hidden: Float32) -> Iterator[Float32]:
+    def chunks(self, hidden: Float) -> Iterator[Float]:
         """Yield `hidden` in pieces of so many rows, as views."""
         for first in range(0, len(hidden), self.chunk_rows):
             yield hidden[first : first + self.chunk_rows]

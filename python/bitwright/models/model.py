@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.checkpoint import (
@@ -22,11 +22,24 @@ from bitwright.errors import CheckpointError
 from bitwright.formats import detect_format
 from bitwright.models import ARCHITECTURES
 from bitwright.models.architecture import Names
-from bitwright.models.block import BlockWeights, DecoderBlock, Float32, Rotation, apply_norm
+from bitwright.models.block import DecoderBlock, Rotation
 from bitwright.models.layout import ExpertPlace, block_layout
+from bitwright.models.operations import BlockWeights, Float, Float32, Operations
 from bitwright.models.rope import rope_tables
 from bitwright.statistics import require_finite
 from bitwright.tensor import QuantizedTensor
+
+
+class WeightSource(Protocol):
+    """Where the arrays of a model come from, by full name; a `Model` is one."""
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> Float:
+        """Return the matrix of layer `name`."""
+        ...
+
+    def vector(self, name: str, shape: tuple[int, ...]) -> Float:
+        """Return tensor `name`."""
+        ...
 
 
 class Model:
@@ -146,16 +159,18 @@ class Model:
         """Return tensor `name` in float32; raises as `weight`."""
         return self._floats(name, None, None, shape)
 
-    def block(self, index: int) -> DecoderBlock:
-        """Return block `index`; its weights are read as they are needed."""
+    def block(self, index: int, source: "WeightSource | None" = None) -> DecoderBlock:
+        """Return block `index`; its weights are read from the checkpoint, or another source, as they are
+        needed."""
         prefix, layout = self.block_prefix(index), self.layouts[index]
+        known = self if source is None else source
 
-        def read(name: str) -> Float32:
+        def read(name: str) -> Float:
             if name in layout.vectors:
-                return self.vector(prefix + name, layout.vectors[name])
+                return known.vector(prefix + name, layout.vectors[name])
             linear = name.removesuffix(".weight")
             shape = layout.linears.get(linear) or layout.floats[linear]
-            return self.weight(prefix + linear, shape)
+            return known.weight(prefix + linear, shape)
 
         weights = BlockWeights(read, {})
         return DecoderBlock(weights, layout, self.architecture, self.config, index)
@@ -164,9 +179,9 @@ class Model:
         """Read the embedding matrix ``[vocabulary, hidden_size]``."""
         return self.weight(self.embedding_name, (self.config.vocab_size, self.config.hidden_size))
 
-    def embed(self, ids: NDArray[np.int32], matrix: Float32 | None = None) -> Float32:
+    def embed(self, ids: NDArray[np.int32], matrix: Float | None = None) -> Float:
         """Return the first hidden states ``[tokens, hidden_size]`` of token ids of any shape."""
-        rows = (self.embedding() if matrix is None else matrix)[ids.reshape(-1)]
+        rows: Float = (self.embedding() if matrix is None else matrix)[ids.reshape(-1)]
         if self.config.embedding_scale != 1:
             rows *= np.float32(self.config.embedding_scale)
         return rows
@@ -175,39 +190,52 @@ class Model:
         """Read the output matrix ``[vocabulary, hidden_size]``."""
         return self.weight(self.head_name, (self.config.vocab_size, self.config.hidden_size))
 
-    def head_logits(self, states: Float32, head: Float32) -> Float32:
+    @property
+    def logit_cap(self) -> tuple[float, float]:
+        """What logits are divided by, and what bounds them then (0: nothing)."""
+        return self.config.logits_divisor, self.config.final_softcap or 0.0
+
+    @property
+    def caps_logits(self) -> bool:
+        """Whether the head's outputs are not the logits yet."""
+        return self.logit_cap != (1, 0)
+
+    def head_logits(self, states: Float, head: Float) -> Float:
         """Return the logits ``[tokens, vocabulary]`` of states after the last norm."""
-        logits = np.empty((len(states), len(head)), np.float32)
+        logits = np.empty((len(states), len(head)), states.dtype)
         _kernels.linear(states, head, None, logits, False)
-        if self.config.logits_divisor != 1:
-            logits /= np.float32(self.config.logits_divisor)
-        if self.config.final_softcap is not None:
-            cap = np.float32(self.config.final_softcap)
-            np.tanh(np.divide(logits, cap, out=logits), out=logits)
-            logits *= cap
+        if self.caps_logits:
+            _kernels.cap_logits(logits, *self.logit_cap)
         return logits
 
-    def final_norm(self, hidden: Float32) -> Float32:
+    def final_norm(self, hidden: Float) -> Float:
         """Return `hidden` after the last norm."""
-        kind, width = self.architecture.norm_kind, (self.config.hidden_size,)
-        weight = self.vector(f"{self.names.final_norm}.weight", width)
-        bias = None
-        if kind == "layer_norm":
-            bias = self.vector(f"{self.names.final_norm}.bias", width)
-        return apply_norm(kind, hidden, weight, bias, self.config.norm_eps)
+        return self.final_operations().norm(self.names.final_norm, hidden)
 
-    def rotation(self, length: int) -> Rotation:
+    def final_operations(self, source: "WeightSource | None" = None) -> Operations:
+        """Return the operations after the last block, that is, its norm."""
+        known, kind = self if source is None else source, self.architecture.norm_kind
+        parts = ("weight", "bias") if kind == "layer_norm" else ("weight",)
+        shapes = {f"{self.names.final_norm}.{part}": (self.config.hidden_size,) for part in parts}
+        weights = BlockWeights(lambda name: known.vector(name, shapes[name]), {})
+        return Operations(weights, shapes, kind, self.config.norm_eps)
+
+    def rotation(self, length: int, dtype: DTypeLike = np.float32) -> Rotation:
         """Return the rotary tables for samples of `length` tokens."""
         config = self.config
         ropes: dict[LayerType, RopeConfig] = {
             "full_attention": config.rope,
             "sliding_attention": config.sliding_rope,
         }
+        tables = {
+            kind: rope_tables(rope, config.rotary_dim, length, config.max_position_embeddings)
+            for kind, rope in ropes.items()
+        }
         return Rotation(
             length,
             {
-                kind: rope_tables(rope, config.rotary_dim, length, config.max_position_embeddings)
-                for kind, rope in ropes.items()
+                kind: (cosines.astype(dtype, copy=False), sines.astype(dtype, copy=False))
+                for kind, (cosines, sines) in tables.items()
             },
         )
 

@@ -1,0 +1,162 @@
+"""What a decoder block does to states, kernel by kernel; `Tape` does the same and remembers it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright import _kernels
+from bitwright.checkpoint import ExpertsConfig
+from bitwright.models.routing import Routes, route
+
+Float32 = NDArray[np.float32]
+Float: TypeAlias = NDArray[Any]  # float32 or, for finite differences, float64
+Rows: TypeAlias = NDArray[np.intp] | slice
+LATENT_EPSILON = 1e-6  # of the norms of latents, whatever config.json says of the others
+
+
+class BlockWeights(dict[str, Float]):
+    """Float arrays by name relative to the block, read when they are first asked for."""
+
+    def __init__(self, read: Callable[[str], Float], known: Mapping[str, Float]) -> None:
+        super().__init__(known)
+        self.read = read
+
+    def __missing__(self, name: str) -> Float:
+        array = self[name] = self.read(name)
+        return array
+
+
+class Operations:
+    """The operations on float32 or float64 states ``[tokens, channels]``.
+
+    Parameters
+    ----------
+    weights
+        By name relative to the block: ``NAME.weight``, ``NAME.bias``.
+    vectors
+        Names of all tensors that are not matrices; a linear has a bias if it is among them.
+    norm_kind, epsilon
+        Of the block's norms.
+    """
+
+    def __init__(
+        self, weights: BlockWeights, vectors: Mapping[str, Any], norm_kind: str, epsilon: float
+    ) -> None:
+        self.weights = weights
+        self.vectors = vectors
+        self.norm_kind = norm_kind
+        self.epsilon = epsilon
+
+    def bias(self, name: str) -> Float | None:
+        """Return the bias of a linear or norm, None if it has none."""
+        bias = f"{name}.bias"
+        return self.weights[bias] if bias in self.vectors else None
+
+    def linear(self, name: str, states: Float) -> Float:
+        """Return a linear's outputs."""
+        weight = self.weights[f"{name}.weight"]
+        out = np.empty((len(states), len(weight)), states.dtype)
+        if len(states):
+            _kernels.linear(states, weight, self.bias(name), out, False)
+        return out
+
+    def add_linear(self, name: str, states: Float, hidden: Float) -> None:
+        """Add a linear's outputs to the hidden states."""
+        _kernels.linear(states, self.weights[f"{name}.weight"], self.bias(name), hidden, True)
+
+    def norm(self, name: str, states: Float, width: int | None = None) -> Float:
+        """Return the states normalized, over each piece of so many channels or over all."""
+        weight, bias = self.weights[f"{name}.weight"], self.bias(name)
+        rows = states if width is None else states.reshape(-1, width)
+        return apply_norm(self.norm_kind, rows, weight, bias, self.epsilon).reshape(states.shape)
+
+    def latent_norm(self, name: str, states: Float) -> Float:
+        """Return latents normalized."""
+        return apply_norm("rms_norm", states, self.weights[f"{name}.weight"], None, LATENT_EPSILON)
+
+    def split(self, states: Float, widths: Sequence[int]) -> list[Float]:
+        """Return the channels in parts of these widths, each an array of its own."""
+        parts = np.split(states, np.cumsum(widths)[:-1], axis=1)
+        return [np.ascontiguousarray(part) for part in parts]
+
+    def rotate(
+        self, states: Float, tables: tuple[Float, Float], heads: int, first: int, interleaved: bool
+    ) -> None:
+        """Turn the states by their positions, in place."""
+        _kernels.rotate(states, *tables, heads, first, interleaved)
+
+    def attend(
+        self, query: Float, key: Float, value: Float, rule: Mapping[str, Any], heads: int
+    ) -> Float:
+        """Return what attention reads; `rule` holds the kernel's other arguments."""
+        width = value.shape[1] // rule["key_heads"] * heads
+        output = np.empty((len(query), width), query.dtype)
+        _kernels.attention(query, key, value, heads=heads, out=output, **rule)
+        return output
+
+    def latent_keys(
+        self, both: Float, turned: Float, plain: int, heads: int
+    ) -> tuple[Float, Float]:
+        """Return keys and values per head of what a latent holds: so many plain channels of every key, which
+        the `turned` ones complete, and the value."""
+        each = both.reshape(len(both), heads, -1)
+        key = np.empty((len(both), heads, plain + turned.shape[1]), both.dtype)
+        key[:, :, :plain] = each[:, :, :plain]
+        key[:, :, plain:] = turned[:, None]
+        value = np.ascontiguousarray(each[:, :, plain:])
+        return key.reshape(len(both), -1), value.reshape(len(both), -1)
+
+    def activate(self, states: Float, activation: str) -> Float:
+        """Return activation(states), in their place."""
+        _kernels.activate(states, activation)
+        return states
+
+    def gate(self, gate: Float, up: Float, activation: str) -> Float:
+        """Return activation(gate) · up, in the gate's place."""
+        _kernels.activate_multiply(gate, up, activation)
+        return gate
+
+    def sigmoid(self, states: Float) -> Float:
+        """Return 1 / (1 + exp(−states))."""
+        result: Float = 1 / (1 + np.exp(-states))
+        return result
+
+    def route(self, logits: Float, config: ExpertsConfig, correction: Float | None) -> Routes:
+        """Choose experts; see `bitwright.models.routing.route`."""
+        return route(logits, config, correction)
+
+    def gather(self, states: Float, rows: Rows) -> Float:
+        """Return some rows of the states."""
+        return states if isinstance(rows, slice) else states[rows]
+
+    def add(
+        self,
+        output: Float,
+        hidden: Float,
+        factor: float,
+        rows: Rows = slice(None),
+        weights: Float | None = None,
+    ) -> None:
+        """Add `factor` times the output, each row times its weight, to some rows of the hidden states."""
+        if weights is not None:
+            output = output * weights.reshape(-1, 1)
+        hidden[rows] += output if factor == 1 else hidden.dtype.type(factor) * output
+
+
+def apply_norm(
+    kind: str, states: Float, weight: Float, bias: Float | None, epsilon: float
+) -> Float:
+    """Return `states` ``[tokens, channels]`` normalized; see `fold_scale` for the kinds."""
+    normed = np.empty_like(states)
+    if bias is not None:
+        _kernels.layer_norm(states, weight, bias, epsilon, normed)
+    else:
+        _kernels.rms_norm(states, norm_gain(kind, weight), epsilon, normed)
+    return normed
+
+
+def norm_gain(kind: str, weight: Float) -> Float:
+    """Return what a norm multiplies by: some families store it less one."""
+    return weight + weight.dtype.type(1) if kind == "offset_rms_norm" else weight

@@ -1,0 +1,284 @@
+"""Gradients of what a block computes: its operations are remembered, and gone through backwards."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bitwright import _kernels
+from bitwright.checkpoint import ExpertsConfig
+from bitwright.models.operations import LATENT_EPSILON, Float, Operations, Rows, norm_gain
+from bitwright.models.routing import Routes, route_backward
+
+OnLinear = Callable[[str, Float, Float], None]
+
+
+class Tape(Operations):
+    """Operations that are remembered.
+
+    What is added to the hidden states is not computed: they are what the caller knows them to be, and
+    their gradient passes an addition as it is. So the last product of attention and MLP is saved.
+
+    Parameters
+    ----------
+    operations
+        Whose weights to use.
+    on_linear
+        Called with each linear's name, its input ``[tokens, in]`` and the gradient of its output
+        ``[tokens, out]``, from which the gradient of its weight follows.
+    vector_gradients
+        Arrays by name to which the gradients of norms' weights and biases and of linears' biases are added;
+        of those that are not in it they are not computed.
+    """
+
+    def __init__(
+        self,
+        operations: Operations,
+        on_linear: OnLinear,
+        vector_gradients: Mapping[str, Float] | None = None,
+    ) -> None:
+        super().__init__(
+            operations.weights, operations.vectors, operations.norm_kind, operations.epsilon
+        )
+        self._on_linear = on_linear
+        self._vector_gradients = vector_gradients or {}
+        self._steps: list[Callable[[], None]] = []
+        # By the identity of the array that it is the gradient of; the steps keep these arrays alive.
+        self._gradients: dict[int, Float] = {}
+
+    def backward(self, hidden: Float, gradient: Float) -> None:
+        """Turn the gradient of the hidden states after all operations into that before them, in place."""
+        self._gradients[id(hidden)] = gradient
+        while self._steps:
+            self._steps.pop()()
+
+    def linear(self, name: str, states: Float) -> Float:
+        output = super().linear(name, states)
+
+        def step() -> None:
+            gradient = self._take(output)
+            if gradient is not None and len(states):
+                self._linear_backward(name, states, gradient)
+
+        self._steps.append(step)
+        return output
+
+    def add_linear(self, name: str, states: Float, hidden: Float) -> None:
+        self._steps.append(lambda: self._linear_backward(name, states, self._gradients[id(hidden)]))
+
+    def norm(self, name: str, states: Float, width: int | None = None) -> Float:
+        normed = super().norm(name, states, width)
+        channels = states.shape[1] if width is None else width
+        kernel = _kernels.rms_norm_backward
+        if f"{name}.bias" in self.vectors:
+            kernel = _kernels.layer_norm_backward
+        self._steps.append(
+            lambda: self._norm_backward(
+                name, states, normed, channels, kernel, self.norm_kind, self.epsilon
+            )
+        )
+        return normed
+
+    def latent_norm(self, name: str, states: Float) -> Float:
+        normed = super().latent_norm(name, states)
+        kernel, channels = _kernels.rms_norm_backward, states.shape[1]
+        self._steps.append(
+            lambda: self._norm_backward(
+                name, states, normed, channels, kernel, "rms_norm", LATENT_EPSILON
+            )
+        )
+        return normed
+
+    def split(self, states: Float, widths: Sequence[int]) -> list[Float]:
+        parts = super().split(states, widths)
+
+        def step() -> None:
+            gradients = [self._take(part) for part in parts]
+            known = [
+                np.zeros_like(part) if gradient is None else gradient
+                for part, gradient in zip(parts, gradients, strict=True)
+            ]
+            self._give(states, np.concatenate(known, axis=1))
+
+        self._steps.append(step)
+        return parts
+
+    def rotate(
+        self, states: Float, tables: tuple[Float, Float], heads: int, first: int, interleaved: bool
+    ) -> None:
+        super().rotate(states, tables, heads, first, interleaved)
+        self._steps.append(
+            lambda: _kernels.rotate(
+                self._gradients[id(states)], *tables, heads, first, interleaved, backward=True
+            )
+        )
+
+    def attend(
+        self, query: Float, key: Float, value: Float, rule: Mapping[str, Any], heads: int
+    ) -> Float:
+        output = super().attend(query, key, value, rule, heads)
+
+        def step() -> None:
+            gradients = [np.empty_like(each) for each in (query, key, value)]
+            _kernels.attention_backward(
+                query,
+                key,
+                value,
+                heads=heads,
+                gradient=self._required(output),
+                query_gradient=gradients[0],
+                key_gradient=gradients[1],
+                value_gradient=gradients[2],
+                **rule,
+            )
+            for array, gradient in zip((query, key, value), gradients, strict=True):
+                self._give(array, gradient)
+
+        self._steps.append(step)
+        return output
+
+    def latent_keys(
+        self, both: Float, turned: Float, plain: int, heads: int
+    ) -> tuple[Float, Float]:
+        key, value = super().latent_keys(both, turned, plain, heads)
+
+        def step() -> None:
+            to_key, to_value = (
+                self._required(each).reshape(len(both), heads, -1) for each in (key, value)
+            )
+            to_both = np.concatenate([to_key[:, :, :plain], to_value], axis=2)
+            self._give(both, to_both.reshape(both.shape))
+            self._give(turned, to_key[:, :, plain:].sum(axis=1))
+
+        self._steps.append(step)
+        return key, value
+
+    def activate(self, states: Float, activation: str) -> Float:
+        result = super().activate(states.copy(), activation)
+
+        def step() -> None:
+            gradient = self._required(result)
+            _kernels.activate_backward(states, activation, gradient)
+            self._give(states, gradient)
+
+        self._steps.append(step)
+        return result
+
+    def gate(self, gate: Float, up: Float, activation: str) -> Float:
+        result = super().gate(gate.copy(), up, activation)
+
+        def step() -> None:
+            gradient = self._take(result)
+            if gradient is not None:
+                to_up = np.empty_like(up)
+                _kernels.activate_multiply_backward(gate, up, activation, gradient, to_up)
+                self._give(gate, gradient)
+                self._give(up, to_up)
+
+        self._steps.append(step)
+        return result
+
+    def sigmoid(self, states: Float) -> Float:
+        result = super().sigmoid(states)
+        self._steps.append(
+            lambda: self._give(states, self._required(result) * result * (1 - result))
+        )
+        return result
+
+    def route(self, logits: Float, config: ExpertsConfig, correction: Float | None) -> Routes:
+        routes = super().route(logits, config, correction)
+
+        def step() -> None:
+            gradients = [self._take(weights) for weights in routes.weights]
+            self._give(logits, route_backward(routes, config, gradients))
+
+        self._steps.append(step)
+        return routes
+
+    def gather(self, states: Float, rows: Rows) -> Float:
+        part = super().gather(states, rows)
+        if part is not states:
+
+            def step() -> None:
+                gradient = self._take(part)
+                if gradient is None:
+                    return
+                if id(states) not in self._gradients:
+                    self._gradients[id(states)] = np.zeros_like(states)
+                self._gradients[id(states)][rows] += gradient  # no row is there twice
+
+            self._steps.append(step)
+        return part
+
+    def add(
+        self,
+        output: Float,
+        hidden: Float,
+        factor: float,
+        rows: Rows = slice(None),
+        weights: Float | None = None,
+    ) -> None:
+        def step() -> None:
+            gradient = self._gradients[id(hidden)][rows] * hidden.dtype.type(factor)
+            if weights is not None:
+                self._give(weights, (gradient * output).sum(axis=1).reshape(weights.shape))
+                gradient *= weights.reshape(-1, 1)
+            self._give(output, gradient)
+
+        self._steps.append(step)
+
+    def _linear_backward(self, name: str, states: Float, gradient: Float) -> None:
+        self._on_linear(name, states, gradient)
+        bias = self._vector_gradients.get(f"{name}.bias")
+        if bias is not None:
+            bias += gradient.sum(axis=0)
+        known = self._gradients.get(id(states))
+        result = np.empty_like(states) if known is None else known
+        _kernels.linear_backward_input(
+            gradient, self.weights[f"{name}.weight"], result, known is not None
+        )
+        self._gradients[id(states)] = result
+
+    def _norm_backward(
+        self,
+        name: str,
+        states: Float,
+        normed: Float,
+        channels: int,
+        kernel: Callable[..., None],
+        kind: str,
+        epsilon: float,
+    ) -> None:
+        above = self._take(normed)
+        if above is None:
+            return
+        gradient = above.reshape(-1, channels)
+        bias = self._vector_gradients.get(f"{name}.bias")
+        if bias is not None:
+            bias += gradient.sum(axis=0)
+        result = np.empty_like(gradient)
+        kernel(
+            states.reshape(-1, channels),
+            norm_gain(kind, self.weights[f"{name}.weight"]),
+            epsilon,
+            gradient,
+            result,
+            self._vector_gradients.get(f"{name}.weight"),
+        )
+        self._give(states, result.reshape(states.shape))
+
+    def _give(self, array: Float, gradient: Float) -> None:
+        """Add to the gradient of an array; the one given may be kept."""
+        known = self._gradients.get(id(array))
+        if known is None:
+            self._gradients[id(array)] = np.ascontiguousarray(gradient)
+        else:
+            known += gradient
+
+    def _take(self, array: Float) -> Float | None:
+        """Return the gradient of an array that nothing before it adds to any more, None for zeros."""
+        return self._gradients.pop(id(array), None)
+
+    def _required(self, array: Float) -> Float:
+        gradient = self._take(array)
+        return np.zeros_like(array) if gradient is None else gradient
