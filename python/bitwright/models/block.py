@@ -156,6 +156,18 @@ class DecoderBlock:
         )
         return self.stages[:first], self.stages[first:]
 
+    def forward_kept(self, hidden: Float, rope: "Rotation") -> tuple[Float, ...]:
+        """Run the whole block in place; return the hidden states before each of its `sub_blocks`."""
+        kept = tuple(np.empty_like(hidden) for _ in self.sub_blocks)
+        pieces = [rope.chunks(each) for each in (hidden, *kept)]
+        for rows, *copies in zip(*pieces, strict=True):
+            chunk = ChunkStates(rows)
+            for stages, before in zip(self.sub_blocks, copies, strict=True):
+                before[:] = rows
+                for stage in stages:
+                    self.advance(stage, self.stage_input(stage, chunk), chunk, rope)
+        return kept
+
     def backward(
         self,
         stages: tuple[Stage, ...],
@@ -186,7 +198,7 @@ class DecoderBlock:
         chunk = ChunkStates(hidden)
         for stage in stages:
             recorded.advance(stage, recorded.stage_input(stage, chunk), chunk, rope)
-        tape.backward(hidden, gradient)
+        tape.backward(hidden, gradient, hidden)
 
     def sub_block(self, stage: Stage, states: Float, rope: "Rotation") -> Float:
         """Return what a stage that reads the hidden states, and those up to the next one, add to them."""

@@ -46,11 +46,13 @@ class Tape(Operations):
         # By the identity of the array that it is the gradient of; the steps keep these arrays alive.
         self._gradients: dict[int, Float] = {}
 
-    def backward(self, hidden: Float, gradient: Float) -> None:
-        """Turn the gradient of the hidden states after all operations into that before them, in place."""
-        self._gradients[id(hidden)] = gradient
+    def backward(self, output: Float, gradient: Float, states: Float) -> Float:
+        """Return the gradient of the states that all began with, given that of the output. Hidden states are
+        both, and their gradient changes in place."""
+        self._gradients[id(output)] = gradient
         while self._steps:
             self._steps.pop()()
+        return self._gradients.pop(id(states))
 
     def linear(self, name: str, states: Float) -> Float:
         output = super().linear(name, states)
