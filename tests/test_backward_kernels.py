@@ -1,4 +1,4 @@
-"""The gradients of every kernel, against finite differences in float64, and the float32 ones against these."""
+"""The gradients of every kernel, against finite differences in float64; float32 against float64."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -275,7 +275,7 @@ def test_panics_and_interrupts(monkeypatch: pytest.MonkeyPatch, tokenizer: Token
         def fail(*_: object, error: BaseException = raised, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("bitwright.calibration._loaded", fail)
+        monkeypatch.setattr("bitwright.calibration.load_tokenizer", fail)
         with pytest.raises(expected or KeyboardInterrupt):
             load_tokens(["text"], tokenizer=tokenizer)
 

@@ -8,6 +8,7 @@ from bitwright.build import BuildInfo, build_info, set_num_threads
 from bitwright.calibration import load_tokens
 from bitwright.checkpoint import Checkpoint
 from bitwright.demo import demo_folder
+from bitwright.dwq import dwq_quantize
 from bitwright.errors import (
     BitwrightError,
     CalibrationError,
@@ -17,6 +18,7 @@ from bitwright.errors import (
     NonFiniteError,
     OutputError,
     OutputExistsError,
+    TargetsError,
     UnsupportedModelError,
 )
 from bitwright.evaluate import Evaluation, evaluate
@@ -45,9 +47,10 @@ from bitwright.methods.salient import (
 from bitwright.models.fold import fold_scale
 from bitwright.models.model import Model, load_model
 from bitwright.pipeline import quantize
-from bitwright.report import BlockReport, LayerReport, QuantizationReport
+from bitwright.report import BlockReport, DwqReport, LayerReport, QuantizationReport
 from bitwright.salient_model import awq_quantize_model
 from bitwright.statistics import LayerStatistics, gram
+from bitwright.targets import DwqTargets, compute_dwq_targets
 from bitwright.tensor import QuantizedTensor, dequantize, pack, unpack
 
 __version__ = _version("bitwright")
@@ -61,6 +64,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "DwqReport",
+    "DwqTargets",
     "Evaluation",
     "GptqTensor",
     "GramFactor",
@@ -77,6 +82,7 @@ __all__ = [
     "QuantizationReport",
     "QuantizedTensor",
     "ScaleSearch",
+    "TargetsError",
     "UnsupportedModelError",
     "awq_dequantize",
     "awq_quantize",
@@ -86,9 +92,11 @@ __all__ = [
     "collect_activations",
     "collect_grams",
     "compute_activation_stats",
+    "compute_dwq_targets",
     "compute_salient_scaling",
     "demo_folder",
     "dequantize",
+    "dwq_quantize",
     "evaluate",
     "factor_gram",
     "find_salient_weights",

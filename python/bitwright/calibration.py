@@ -221,7 +221,7 @@ def _tokenized(
             f"{origin}: is text, which needs a tokenizer. Give one, or a .npy of token ids"
         )
     with _tokenizer_errors(origin):
-        encoding = _loaded(tokenizer).encode_batch_fast([text], add_special_tokens=False)[0]
+        encoding = load_tokenizer(tokenizer).encode_batch_fast([text], add_special_tokens=False)[0]
         ids = np.array(encoding.ids, dtype=np.uint32)
     count = len(ids) // length
     if not count:
@@ -232,8 +232,8 @@ def _tokenized(
     return ids[: count * length].reshape(count, length)
 
 
-def _loaded(tokenizer: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
-    """A private tokenizer that neither cuts nor pads, whatever its file asks for."""
+def load_tokenizer(tokenizer: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
+    """Return a private tokenizer that neither cuts nor pads, whatever its file asks for."""
     if isinstance(tokenizer, Tokenizer):
         content = tokenizer.to_str()
     else:

@@ -33,6 +33,10 @@ class CalibrationError(BitwrightError, ValueError):
     """Calibration data cannot be read, or there is too little of it."""
 
 
+class TargetsError(BitwrightError, ValueError):
+    """A teacher's targets are incomplete or damaged, or of something else."""
+
+
 class NonFiniteError(BitwrightError, ValueError):
     """NaN or infinity where a finite number is needed."""
 

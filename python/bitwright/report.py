@@ -1,7 +1,8 @@
 """What a run did, as figures and as tables."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -123,6 +124,89 @@ class QuantizationReport:
     def experts_with_few_tokens(self) -> list[str]:
         """Return the names of the experts' layers whose statistics are those of all tokens."""
         return [layer.name for layer in self.layers if layer.few_tokens]
+
+
+@dataclass(frozen=True, eq=False)
+class DwqReport:
+    """What `bitwright.dwq_quantize` did.
+
+    Parameters
+    ----------
+    out
+        The folder that was written.
+    loss
+        What was minimized.
+    steps, tokens
+        How far it went.
+    losses
+        The mean loss of each step.
+    validations
+        Step and KL (nats per token) on the validation samples, the first before training.
+    best_step
+        The step whose scales were written; 0 if training made nothing better and they were kept.
+    stopped
+        Why it ended before its last step, None if it did not.
+    seconds
+        Wall time of this call.
+    tokens_per_second
+        Of training, validations included.
+    peak_memory_bytes
+        Largest resident memory of the process so far.
+    """
+
+    out: Path
+    loss: str
+    steps: int
+    tokens: int
+    losses: tuple[float, ...]
+    validations: tuple[tuple[int, float], ...]
+    best_step: int
+    stopped: str | None
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+    @property
+    def kl_before(self) -> float:
+        """The validation KL of the student that was given."""
+        return self.validations[0][1]
+
+    @property
+    def kl_after(self) -> float:
+        """The validation KL of the student that was written."""
+        return min(value for _, value in self.validations)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a JSON file can hold of it; times, which differ from run to run, are left out."""
+        left_out = ("out", "seconds", "tokens_per_second", "peak_memory_bytes")
+        known = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return known | {"kl_before": self.kl_before, "kl_after": self.kl_after}
+
+
+def print_dwq_report(report: DwqReport, console: Console) -> None:
+    """Print what training has changed."""
+    table = Table(box=box.SIMPLE, show_header=False)
+    change = 100 * (1 - report.kl_after / report.kl_before) if report.kl_before else 0.0
+    for label, value in (
+        ("written to", str(report.out)),
+        ("trained on", f"{report.tokens:,} tokens in {report.steps} steps, loss {report.loss}"),
+        (
+            "validation KL",
+            f"{report.kl_before:.5f} before, {report.kl_after:.5f} after ({change:.1f} % less)",
+        ),
+        ("best step", str(report.best_step)),
+        ("time", f"{report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s"),
+        ("peak memory", megabytes(report.peak_memory_bytes)),
+    ):
+        table.add_row(label, value)
+    console.print(table)
+    if report.stopped:
+        console.print(f"Stopped: {report.stopped}. What was best until then is written.")
+    if report.best_step == 0:
+        console.print(
+            "Training made nothing better: the scales are those of the student that was given. A smaller "
+            "learning rate or more data may help."
+        )
 
 
 def print_report(report: QuantizationReport, console: Console) -> None:

@@ -114,7 +114,7 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         self._check_place()
         parent = self._out.parent
-        with self._cleaned_up_on_error(), _output_errors(self._out):
+        with self._cleaned_up_on_error(), output_errors(self._out):
             missing = [place for place in (parent, *parent.parents) if not place.exists()]
             for place in reversed(missing):
                 place.mkdir()
@@ -190,7 +190,7 @@ class CheckpointWriter:
         if not os.path.isfile(path):
             raise CheckpointError(f"{path}: is not a regular file, so it is not copied")
         target = self._side_file(Path(path).name)
-        with _output_errors(self._out / target.name):
+        with output_errors(self._out / target.name):
             shutil.copyfile(path, target)
 
     def write_text(self, name: str, text: str) -> None:
@@ -213,7 +213,7 @@ class CheckpointWriter:
         if not _is_unicode(text):
             raise CheckpointError(f"{self._out / name}: the text holds lone surrogates")
         target = self._side_file(name)
-        with _output_errors(self._out / name):
+        with output_errors(self._out / name):
             target.write_bytes(text.encode())
 
     def write_json(self, name: str, value: Any) -> None:
@@ -257,7 +257,7 @@ class CheckpointWriter:
                 )
         if not os.path.lexists(out):
             return
-        with _output_errors(out):
+        with output_errors(out):
             content = list(os.scandir(out)) if out.is_dir() else None
         if content is not None and not content:
             return
@@ -292,8 +292,8 @@ class CheckpointWriter:
 
     def _flush(self, folder: Path) -> None:
         path = folder / f"{self._shard_count}.safetensors"
-        with _output_errors(self._out):
-            _write_safetensors(path, self._waiting, self._metadata)
+        with output_errors(self._out):
+            write_safetensors(path, self._waiting, self._metadata)
         self._shard_count += 1
         self._waiting, self._waiting_bytes = {}, 0
 
@@ -301,7 +301,7 @@ class CheckpointWriter:
         folder = self._open_folder()
         if self._waiting or not self._shard_count:
             self._flush(folder)
-        with _output_errors(self._out):
+        with output_errors(self._out):
             self._name_shards(folder)
             for path in folder.iterdir():
                 _synchronize(path)
@@ -328,7 +328,7 @@ class CheckpointWriter:
         out = self._out
         aside = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
         try:
-            with _output_errors(out):
+            with output_errors(out):
                 if out.exists() and any(out.iterdir()):
                     out.rename(aside)
                 folder.rename(out)
@@ -413,7 +413,8 @@ def _is_unicode(text: str) -> bool:
 
 
 @contextmanager
-def _output_errors(path: Path) -> Iterator[None]:
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors into OutputError, naming `path`."""
     try:
         yield
     except BitwrightError:
@@ -422,7 +423,28 @@ def _output_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _write_safetensors(
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a place to write to, which becomes `path` when the block ends well, and vanishes otherwise.
+
+    Raises
+    ------
+    OutputError
+        If the operating system refuses.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with output_errors(path):
+        try:
+            yield partial
+            _synchronize(partial)
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
+
+def write_safetensors(
     path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]
 ) -> None:
     """Write one safetensors file.

@@ -66,6 +66,12 @@ class AwqFormat(Format):
             f"{name}.scales": np.ascontiguousarray(tensor.scales.T),
         }
 
+    def pack_grid(self, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        return {
+            f"{name}.qzeros": _pack_columns(np.asarray(tensor.zeros).T),
+            f"{name}.scales": np.ascontiguousarray(tensor.scales.T),
+        }
+
     @classmethod
     def config(
         cls, default: Precision, layers: Mapping[str, Precision | None], block_prefix: str

@@ -53,6 +53,11 @@ class Format:
         """Return the tensors that hold layer `name`."""
         raise NotImplementedError
 
+    def pack_grid(self, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        """Return those of layer `name`'s tensors that hold its scales and its biases or zeros, as this
+        checkpoint stores them."""
+        raise NotImplementedError
+
     @classmethod
     def config(
         cls, default: Precision, layers: Mapping[str, Precision | None], block_prefix: str

@@ -68,7 +68,6 @@ class GptqFormat(Format):
                 f"{name}: the gptq format stores integer zeros, not {tensor.grid} grids"
             )
         subtracted = 1 if tensor.grid == "symmetric" else 0
-        zeros = np.ascontiguousarray(tensor.zeros.T) - np.uint8(subtracted)
         groups = tensor.group_index
         if groups is None:
             groups = np.arange(tensor.shape[1], dtype=np.int32) // np.int32(tensor.group_size)
@@ -76,10 +75,12 @@ class GptqFormat(Format):
             f"{name}.qweight": np.ascontiguousarray(pack(tensor.codes, tensor.bits).T).view(
                 np.int32
             ),
-            f"{name}.qzeros": pack(zeros, tensor.bits).view(np.int32),
-            f"{name}.scales": np.ascontiguousarray(tensor.scales.T),
             f"{name}.g_idx": groups,
+            **_grid(name, tensor, subtracted),
         }
+
+    def pack_grid(self, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        return _grid(name, tensor, self.subtracted)
 
     @classmethod
     def config(
@@ -163,3 +164,11 @@ class GptqFormat(Format):
         if (index == np.arange(channels) // (channels // groups)).all():
             return None
         return np.ascontiguousarray(index)
+
+
+def _grid(name: str, tensor: QuantizedTensor, subtracted: int) -> dict[str, NDArray[Any]]:
+    zeros = np.ascontiguousarray(np.asarray(tensor.zeros).T) - np.uint8(subtracted)
+    return {
+        f"{name}.qzeros": pack(zeros, tensor.bits).view(np.int32),
+        f"{name}.scales": np.ascontiguousarray(tensor.scales.T),
+    }

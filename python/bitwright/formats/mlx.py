@@ -57,6 +57,9 @@ class MlxFormat(Format):
             f"{name}.biases": tensor.biases,
         }
 
+    def pack_grid(self, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        return {f"{name}.scales": tensor.scales, f"{name}.biases": np.asarray(tensor.biases)}
+
     @classmethod
     def config(
         cls, default: Precision, layers: Mapping[str, Precision | None], block_prefix: str

@@ -99,8 +99,8 @@ class Operations:
     def latent_keys(
         self, both: Float, turned: Float, plain: int, heads: int
     ) -> tuple[Float, Float]:
-        """Return keys and values per head of what a latent holds: so many plain channels of every key, which
-        the `turned` ones complete, and the value."""
+        """Return keys and values per head of what a latent holds: so many plain channels of every key,
+        which the `turned` ones complete, and the value."""
         each = both.reshape(len(both), heads, -1)
         key = np.empty((len(both), heads, plain + turned.shape[1]), both.dtype)
         key[:, :, :plain] = each[:, :, :plain]

@@ -47,8 +47,8 @@ class Tape(Operations):
         self._gradients: dict[int, Float] = {}
 
     def backward(self, output: Float, gradient: Float, states: Float) -> Float:
-        """Return the gradient of the states that all began with, given that of the output. Hidden states are
-        both, and their gradient changes in place."""
+        """Return the gradient of the states that all began with, given that of the output. Hidden states
+        are both, and their gradient changes in place."""
         self._gradients[id(output)] = gradient
         while self._steps:
             self._steps.pop()()

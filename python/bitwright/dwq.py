@@ -1,0 +1,627 @@
+"""DWQ: scales and biases of a quantized model, trained to say what the original says.
+
+Distilled weight quantization, as in mlx-lm: the codes stay, so the result has the same size and speed."""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+
+from bitwright import _kernels
+from bitwright.calibration import TokenSource, load_tokenizer, load_tokens
+from bitwright.checkpoint import CheckpointWriter, copy_side_files
+from bitwright.checkpoint.fingerprint import model_fingerprint
+from bitwright.checkpoint.writer import output_errors, replaced, write_safetensors
+from bitwright.distillation import LOSSES, DistillationLoss, LossFunction, next_tokens
+from bitwright.errors import CalibrationError, CheckpointError, NonFiniteError, shown
+from bitwright.evaluate import peak_memory_bytes
+from bitwright.methods.adam import Adam
+from bitwright.models.model import Model, load_model
+from bitwright.models.network import Network
+from bitwright.models.operations import Float32
+from bitwright.report import DwqReport
+from bitwright.student import ZEROS, Student, Zeros
+from bitwright.targets import (
+    DwqTargets,
+    compute_dwq_targets,
+    read_manifest,
+    tokens_fingerprint,
+)
+
+Schedule = Literal["cosine", "linear", "constant"]
+SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
+VALIDATION_SAMPLES = 8
+VALIDATIONS = 8  # in a run, unless told otherwise
+SAME = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+REPORT_NAME = "dwq.json"
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What decides a run's result, apart from the models and the tokens."""
+
+    learning_rate: float
+    schedule: Schedule
+    warmup: float
+    temperature: float
+    batch_size: int
+    accumulate: int
+    loss: str
+    zeros: Zeros
+    steps: int
+    validate_every: int
+    patience: int | None
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        rise = min(1.0, (step + 1) / max(1.0, self.warmup * self.steps))
+        left = 1 - step / self.steps
+        fall = {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1.0}
+        return self.learning_rate * rise * fall[self.schedule]
+
+
+@dataclass(eq=False)
+class _Progress:
+    """What a run knows of itself between two steps, and what a checkpoint holds beside the arrays."""
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int = 0
+
+    @property
+    def best(self) -> float:
+        """The least validation KL so far."""
+        return min(value for _, value in self.validations)
+
+
+def dwq_quantize(
+    teacher: str | os.PathLike[str],
+    student: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    data: TokenSource | None = None,
+    *,
+    targets: str | os.PathLike[str] | None = None,
+    validation: TokenSource | None = None,
+    validation_samples: int | None = None,
+    length: int | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+    learning_rate: float = 5e-4,
+    schedule: Schedule = "cosine",
+    warmup: float = 0.1,
+    temperature: float = 1.0,
+    batch_size: int = 4,
+    accumulate: int = 1,
+    loss: str | LossFunction = "kl",
+    k: int | None = None,
+    zeros: Zeros = "fixed",
+    validate_every: int | None = None,
+    patience: int | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: bool = True,
+) -> DwqReport:
+    """Train the scales and biases of a quantized model by what the original says of some text.
+
+    The codes stay what they are, and so do size and format. What is trained is what is stored: the forward
+    pass uses scales and biases rounded to their dtype. The student with the least KL on the validation
+    samples is written, be it the one that it began with.
+
+    Parameters
+    ----------
+    teacher
+        Checkpoint folder of the original.
+    student
+        Checkpoint folder of a quantized model, in any format that is read, whoever made it.
+    out
+        Folder to write; it appears when everything is done, or not at all. What a run needs to go on lies
+        beside it, in ``.NAME.dwq``, until then.
+    data
+        Text or token ids to train on, see `load_tokens`. None takes those that `targets` were made of.
+    targets
+        Folder of the teacher's targets, see `compute_dwq_targets`: made there, or used again if they are
+        of this teacher and data. By default they are made beside `out`, and removed in the end.
+    validation, validation_samples
+        What to validate on; by default so many samples, at most 8, that are taken out of `data`.
+    length
+        Tokens per sample; by default 512 of a text, and the whole rows of an array.
+    tokens
+        How many to train on, several times over if `data` has fewer; by default all once.
+    seed
+        Chooses the samples and their order.
+    learning_rate, schedule, warmup
+        Of Adam: see `bitwright.student.TrainedTensor` for its unit; ``"cosine"`` or ``"linear"`` fall to 0,
+        ``"constant"`` does not; the first share `warmup` of the steps rises linearly.
+    temperature
+        Both models' logits are divided by it.
+    batch_size, accumulate
+        Samples per pass, and passes per step.
+    loss
+        ``"kl"``, ``"reverse_kl"``, ``"js"``, ``"cross_entropy"`` (of the text itself), ``"logits_mse"``, or
+        a function, see `DistillationLoss`.
+    k
+        The teacher's tokens per position: by default 1024, or the vocabulary if it is smaller.
+    zeros
+        Of integer grids: ``"fixed"``, or ``"project"`` to train them too and round them.
+    validate_every
+        Steps between two validations, by default an eighth of the run.
+    patience
+        Stop after so many validations without a new best; by default never.
+    checkpoint_every
+        Steps between two checkpoints, by default as `validate_every`.
+    resume
+        Go on where an interrupted run of the same settings stopped.
+    overwrite
+        Replace an existing checkpoint folder `out`, once the new one is complete.
+    threads
+        Number of threads from now on, in the whole process.
+    progress
+        Show loss, validation KL, tokens per second and time left, on standard error.
+
+    Returns
+    -------
+    DwqReport
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the student is not quantized.
+    CheckpointError, CalibrationError, TargetsError, NonFiniteError, OutputError, ValueError
+        If anything else is wrong with what was given; the message says what and where.
+
+    Examples
+    --------
+    >>> import bitwright, tempfile
+    >>> demo = bitwright.demo_folder()
+    >>> text = demo / "calibration.txt"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = bitwright.quantize(demo, f"{folder}/3bit", "rtn", bits=3, progress=False)
+    ...     report = bitwright.dwq_quantize(
+    ...         demo, f"{folder}/3bit", f"{folder}/dwq", text, length=64, tokens=5120, progress=False
+    ...     )
+    >>> report.kl_after < report.kl_before
+    True
+    """
+    started = time.perf_counter()
+    if threads is not None:
+        _kernels.set_num_threads(threads)
+    _check_choice("schedule", schedule, SCHEDULES)
+    _check_choice("zeros", zeros, ZEROS)
+    if isinstance(loss, str):
+        _check_choice("loss", loss, LOSSES)
+    for name, number in (
+        ("batch_size", batch_size),
+        ("accumulate", accumulate),
+        ("validate_every", validate_every),
+        ("checkpoint_every", checkpoint_every),
+        ("patience", patience),
+        ("tokens", tokens),
+        ("validation_samples", validation_samples),
+    ):
+        if number is not None and number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
+    if not (learning_rate > 0 and math.isfinite(learning_rate) and 0 <= warmup <= 1):
+        raise ValueError("learning_rate and warmup: expected more than 0, and 0 to 1")
+    teacher_model, student_model = load_model(teacher), load_model(student)
+    learner = Student(student_model, zeros)
+    _check_pair(teacher_model, student_model)
+    rows = _load(data, targets, teacher_model, length)
+    held = None if validation is None else _load(validation, None, teacher_model, rows.shape[1])
+    plan = _plan(rows, held, validation_samples, tokens, batch_size * accumulate, seed)
+    steps = len(plan.order) // (batch_size * accumulate)
+    settings = _Settings(
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup=warmup,
+        temperature=temperature,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        loss=loss if isinstance(loss, str) else "a function",
+        zeros=zeros,
+        steps=steps,
+        validate_every=validate_every or max(1, steps // VALIDATIONS),
+        patience=patience,
+    )
+    place = Path(os.path.realpath(out))
+    work = place.with_name(f".{place.name}.dwq")
+    # Entered first, so that a place that cannot be written is known before hours of work.
+    with CheckpointWriter(
+        out,
+        overwrite,
+        metadata=None
+        if student_model.format is None
+        else {"format": student_model.format.metadata},
+        source=student_model.checkpoint.folder,
+    ) as writer:
+        try:
+            with output_errors(work):
+                work.mkdir(exist_ok=True)
+            with _bar(progress, "teaching") as bar:
+                task = bar.add_task("", total=1.0, figures="")
+                folder = work / "targets" if targets is None else Path(targets)
+                plan, known = _teach(
+                    teacher_model,
+                    plan,
+                    folder,
+                    k,
+                    temperature,
+                    lambda share: bar.update(task, completed=share),
+                )
+            run = _Run(learner, known, plan, settings, loss, work)
+            fingerprint = {
+                "teacher": model_fingerprint(teacher_model.checkpoint),
+                "student": model_fingerprint(student_model.checkpoint),
+                "tokens": tokens_fingerprint(plan.samples[plan.order]),
+                "k": str(known.k),
+                **{name: str(value) for name, value in asdict(settings).items()},
+            }
+            if resume:
+                run.resume(fingerprint)
+            with _bar(progress, "distilling") as bar:
+                every = checkpoint_every or settings.validate_every
+                stopped = run.go(bar, every, fingerprint)
+        except BaseException:
+            with suppress(OSError):
+                work.rmdir()  # if nothing was worth keeping
+            raise
+        report = run.report(Path(out), stopped, time.perf_counter() - started)
+        _write(writer, learner, report)
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What is trained and validated on.
+
+    ``rows`` are all samples that there are, ``samples`` those that are used, and ``used`` where they come
+    from; ``order`` and ``valid`` name some of the samples, and ``places`` is where their targets are.
+    """
+
+    rows: NDArray[np.int32]
+    used: NDArray[np.intp]
+    order: NDArray[np.intp]
+    valid: NDArray[np.intp]
+    places: NDArray[np.intp]
+
+    @property
+    def samples(self) -> NDArray[np.int32]:
+        """``[used, length]``."""
+        return self.rows[self.used]
+
+
+class _Run:
+    """A run from its first step, or from a checkpoint, to its last."""
+
+    def __init__(
+        self,
+        student: Student,
+        targets: DwqTargets,
+        plan: _Plan,
+        settings: _Settings,
+        loss: str | LossFunction,
+        work: Path,
+    ) -> None:
+        self.student = student
+        self.targets = targets
+        self.plan = plan
+        self.samples = plan.samples
+        self.settings = settings
+        self.loss = loss
+        self.checkpoint = work / "training.safetensors"
+        self.network = Network(student.model, student.weight)
+        self.adam = Adam(student.parameters)
+        self.state = _Progress()
+        self.best = {name: array.copy() for name, array in student.parameters.items()}
+
+    def go(
+        self, bar: Progress, checkpoint_every: int, fingerprint: Mapping[str, str]
+    ) -> str | None:
+        """Train to the end; return why it ended before, if it did."""
+        settings, state = self.settings, self.state
+        length = self.samples.shape[1]
+        per_step = settings.batch_size * settings.accumulate
+        task = bar.add_task("", total=settings.steps, completed=state.step, figures="")
+        if not state.validations:
+            self._validate()
+        while state.step < settings.steps:
+            start = time.perf_counter()
+            first = state.step * per_step
+            loss = self._step(self.plan.order[first : first + per_step])
+            if not math.isfinite(loss):
+                return f"the loss is {loss} at step {state.step + 1} of {settings.steps}"
+            state.step += 1
+            state.losses.append(loss)
+            last = state.step == settings.steps
+            due = last or state.step % settings.validate_every == 0
+            if due and not self._validate():
+                return f"the validation KL is not finite after step {state.step}"
+            state.seconds += time.perf_counter() - start
+            speed = state.step * per_step * length / state.seconds
+            bar.update(
+                task,
+                completed=state.step,
+                figures=f"loss {loss:.4f}, KL {state.validations[0][1]:.4f} → "
+                f"{state.validations[-1][1]:.4f}, {speed:,.0f} tokens/s",
+            )
+            if state.step % checkpoint_every == 0 and not last:
+                self._save(fingerprint)
+            since = sum(step > state.best_step for step, _ in state.validations)
+            if settings.patience is not None and since >= settings.patience and not last:
+                return f"no better validation KL since step {state.best_step}"
+        return None
+
+    def resume(self, fingerprint: Mapping[str, str]) -> None:
+        """Go on from the checkpoint if there is one.
+
+        Raises
+        ------
+        ValueError
+            If it is of a run with other settings, models or tokens.
+        """
+        if not self.checkpoint.is_file():
+            return
+        again = f"remove {self.checkpoint.parent}, or start over with resume=False (--no-resume)"
+        try:
+            with safe_open(self.checkpoint, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                known = json.loads(metadata["fingerprint"])
+                changed = [key for key in fingerprint if known.get(key) != fingerprint[key]]
+                if changed:
+                    listed = ", ".join(
+                        f"{key} (was {shown(known.get(key))}, is {shown(fingerprint[key])})"
+                        for key in changed
+                    )
+                    raise CheckpointError(
+                        f"{self.checkpoint}: an interrupted run had other settings: {listed}. Give the "
+                        f"same, {again}"
+                    )
+                state = _Progress(**json.loads(metadata["state"]))
+                state.validations = [(int(step), float(value)) for step, value in state.validations]
+                for group, arrays in self._arrays().items():
+                    for name, array in arrays.items():
+                        array[...] = file.get_tensor(f"{group}.{name}")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{self.checkpoint}: is damaged ({shown(str(error))}); {again}"
+            ) from error
+        self.state = state
+        self.adam.steps = state.step
+
+    def report(self, out: Path, stopped: str | None, seconds: float) -> DwqReport:
+        """Set the student to its best and sum up the run."""
+        self.student.restore(self.best)
+        state, settings = self.state, self.settings
+        per_step = settings.batch_size * settings.accumulate * self.samples.shape[1]
+        return DwqReport(
+            out=out,
+            loss=settings.loss,
+            steps=state.step,
+            tokens=state.step * per_step,
+            losses=tuple(state.losses),
+            validations=tuple(state.validations),
+            best_step=state.best_step,
+            stopped=stopped,
+            seconds=seconds,
+            tokens_per_second=state.step * per_step / state.seconds if state.seconds else 0.0,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+    def _step(self, samples: NDArray[np.intp]) -> float:
+        """Change the parameters once; return the mean loss, after which they are as before if it is not
+        finite."""
+        settings, student = self.settings, self.student
+        losses = []
+        for first in range(0, len(samples), settings.batch_size):
+            batch = samples[first : first + settings.batch_size]
+            ids = self.samples[batch]
+            loss = self._loss(batch, self.loss, 1 / (len(samples) * ids.shape[1]))
+            losses.append(
+                self.network.gradients(
+                    ids,
+                    loss,
+                    student.add_gradient,
+                    on_embedding=student.add_row_gradient,
+                    on_head=student.add_gradient,
+                ).mean()
+            )
+        gradients = student.gradients()
+        mean = float(np.mean(losses))
+        if math.isfinite(mean) and not all(np.isfinite(each).all() for each in gradients.values()):
+            mean = math.nan
+        if math.isfinite(mean):
+            self.adam.step(gradients, settings.rate(self.state.step))
+        return mean
+
+    def _validate(self) -> bool:
+        """Measure the KL on the validation samples, and remember the parameters if it is the least so far.
+        Return whether it is finite."""
+        valid, state = self.plan.valid, self.state
+        total = 0.0
+        for first in range(0, len(valid), self.settings.batch_size):
+            batch = valid[first : first + self.settings.batch_size]
+            losses = self.network.losses(self.samples[batch], self._loss(batch, "kl", 1.0))
+            total += float(losses.sum())
+        value = total / (len(valid) * self.samples.shape[1])
+        if not math.isfinite(value):
+            if not state.validations:
+                raise NonFiniteError(
+                    f"{self.student.model.checkpoint.folder}: its KL to the teacher is {value}; check "
+                    f"it with bitwright evaluate"
+                )
+            return False
+        if not state.validations or value < state.best:
+            state.best_step = state.step
+            for name, array in self.student.parameters.items():
+                self.best[name][...] = array
+        state.validations.append((state.step, value))
+        return True
+
+    def _loss(
+        self, samples: NDArray[np.intp], loss: str | LossFunction, factor: float
+    ) -> DistillationLoss:
+        known = self.targets.read(self.plan.places[samples])
+        following = next_tokens(self.samples[samples])
+        return DistillationLoss(known.rows, following, loss, self.settings.temperature, factor)
+
+    def _arrays(self) -> dict[str, Mapping[str, Float32]]:
+        return {
+            "parameters": self.student.parameters,
+            "best": self.best,
+            "first": self.adam.first,
+            "second": self.adam.second,
+        }
+
+    def _save(self, fingerprint: Mapping[str, str]) -> None:
+        arrays: dict[str, NDArray[Any]] = {
+            f"{group}.{name}": array
+            for group, named in self._arrays().items()
+            for name, array in named.items()
+        }
+        metadata = {
+            "fingerprint": json.dumps(fingerprint),
+            "state": json.dumps(asdict(self.state)),
+        }
+        with replaced(self.checkpoint) as partial:
+            write_safetensors(partial, arrays, metadata)
+
+
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def _check_pair(teacher: Model, student: Model) -> None:
+    """Raise CheckpointError unless the student can be a quantized form of the teacher."""
+    where = f"{student.checkpoint.folder}: is not made from {teacher.checkpoint.folder}"
+    for key in SAME:
+        values = getattr(teacher.config, key), getattr(student.config, key)
+        if values[0] != values[1]:
+            raise CheckpointError(f"{where}: its {key} is {values[1]}, not {values[0]}")
+    if teacher.linear_shapes() != student.linear_shapes():
+        raise CheckpointError(f"{where}: its layers have other shapes")
+    vocabularies = [_vocabulary(model) for model in (teacher, student)]
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        raise CheckpointError(f"{where}: its tokenizer has another vocabulary")
+
+
+def _vocabulary(model: Model) -> dict[str, int] | None:
+    path = model.checkpoint.folder / "tokenizer.json"
+    return load_tokenizer(path).get_vocab() if path.is_file() else None
+
+
+def _load(
+    source: TokenSource | None,
+    targets: str | os.PathLike[str] | None,
+    teacher: Model,
+    length: int | None,
+) -> NDArray[np.int32]:
+    if source is None:
+        if targets is None:
+            raise ValueError("data: give text or token ids to train on, or targets made of some")
+        return DwqTargets(targets).tokens()
+    return load_tokens(
+        source,
+        tokenizer=teacher.checkpoint.folder,
+        length=length,
+        vocab_size=teacher.config.vocab_size,
+    )
+
+
+def _plan(
+    rows: NDArray[np.int32],
+    held: NDArray[np.int32] | None,
+    validation_samples: int | None,
+    tokens: int | None,
+    per_step: int,
+    seed: int,
+) -> _Plan:
+    """Choose the samples to train and to validate on."""
+    length, rng = rows.shape[1], np.random.default_rng(seed)
+    shuffled = rng.permutation(len(rows))
+    if held is None:
+        count = validation_samples or min(VALIDATION_SAMPLES, max(1, len(rows) // 8))
+        if count >= len(rows):
+            raise CalibrationError(
+                f"data: has {len(rows)} samples of {length} tokens, of which {count} are for validation; "
+                f"give more data, shorter samples (length), or validation data of its own"
+            )
+        valid, left = shuffled[:count], shuffled[count:]
+    else:
+        valid = len(rows) + np.arange(min(len(held), validation_samples or len(held)))
+        rows, left = np.concatenate([rows, held]), shuffled
+    wanted = (len(left) if tokens is None else tokens // length) // per_step * per_step
+    wanted = max(wanted, per_step)
+    left = left[:wanted]
+    rounds = [rng.permutation(len(left)) for _ in range(-(-wanted // len(left)))]
+    used = np.concatenate([left, valid])
+    return _Plan(
+        rows=rows,
+        used=used,
+        order=np.concatenate(rounds)[:wanted],
+        valid=np.arange(len(left), len(used)),
+        places=np.arange(len(used)),
+    )
+
+
+def _teach(
+    teacher: Model,
+    plan: _Plan,
+    folder: Path,
+    k: int | None,
+    temperature: float,
+    on_progress: Callable[[float], None],
+) -> tuple[_Plan, DwqTargets]:
+    """Return the targets of the plan's samples, and the plan with their places: those that are there of all
+    rows, or such as are made of the samples that are used."""
+    samples, places = plan.samples, plan.places
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.get("tokens") == tokens_fingerprint(plan.rows):
+        samples, places = plan.rows, plan.used
+    if manifest is not None and k is None:
+        k = manifest.get("k")
+    targets = compute_dwq_targets(
+        teacher, samples, folder, k=k, temperature=temperature, on_progress=on_progress
+    )
+    return replace(plan, places=places), targets
+
+
+def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> None:
+    """Write the student's checkpoint with the scales, and biases or zeros, that it has now."""
+    checkpoint, changed = student.model.checkpoint, student.stored()
+    for name in checkpoint.names():
+        writer.add(name, changed[name] if name in changed else checkpoint.read(name))
+    writer.write_json("config.json", checkpoint.config)
+    writer.write_json(REPORT_NAME, report.as_dict())
+    copy_side_files(checkpoint, writer)
+
+
+def _bar(shown_to_user: bool, title: str) -> Progress:
+    return Progress(
+        TextColumn(title),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("time left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=Console(stderr=True),
+        disable=not shown_to_user,
+    )

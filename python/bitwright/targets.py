@@ -1,0 +1,331 @@
+"""What a teacher says of every position of some tokens, in files: computed once, read batch by batch."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from bitwright.calibration import TokenSource, load_tokens
+from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
+from bitwright.checkpoint.reader import read_json_object
+from bitwright.checkpoint.writer import output_errors, replaced, write_safetensors
+from bitwright.distillation import TopTokens
+from bitwright.errors import NonFiniteError, OutputError, TargetsError, shown
+from bitwright.models.model import Model, load_model
+from bitwright.models.network import HEAD_BYTES, HEAD_ROWS, Network
+
+DEFAULT_K = 1024
+MANIFEST = "targets.json"
+VERSION = 1
+SHARD_BYTES = 64 << 20  # of one file, and of the hidden states that are in memory to make it
+_MEANINGS = {
+    "model": "another model",
+    "tokenizer": "another tokenizer",
+    "vocabulary": "a model with another vocabulary",
+    "tokens": "other tokens",
+    "samples": "another number of samples",
+    "length": "samples of another length",
+    "k": "another k",
+    "temperature": "another temperature",
+}
+
+
+class DwqTargets:
+    """Targets that `compute_dwq_targets` has written.
+
+    Parameters
+    ----------
+    folder
+        Where they are.
+
+    Raises
+    ------
+    TargetsError
+        If they are incomplete or damaged; the message names the file.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            raise TargetsError(f"{path}: is missing; compute the targets first")
+        self.manifest = read_json_object(path)
+        try:
+            if self.manifest["version"] != VERSION:
+                raise TargetsError(f"{path}: was written by another version of bitwright")
+            self.samples, self.length, self.k, self._shard_samples = (
+                int(self.manifest[key]) for key in ("samples", "length", "k", "shard_samples")
+            )
+            self.temperature = float(self.manifest["temperature"])
+            vocabulary = int(self.manifest["vocabulary"])
+            if not (
+                min(self.samples, self.length, self._shard_samples, self.k) > 0
+                and self.k <= vocabulary
+                and self.temperature > 0
+            ):
+                raise ValueError("sizes")
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, TargetsError):
+                raise
+            raise TargetsError(
+                f"{path}: is damaged ({shown(str(error))}); remove the folder"
+            ) from error
+        self._vocabulary = vocabulary
+        for shard in range(self.shard_count):
+            self._open(shard)
+
+    @property
+    def shard_count(self) -> int:
+        """Number of files."""
+        return -(-self.samples // self._shard_samples)
+
+    def read(self, samples: NDArray[np.intp]) -> TopTokens:
+        """Return the targets of all positions of some samples, one sample after another."""
+        parts = [self._sample(int(sample)) for sample in samples]
+        return TopTokens(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+    def tokens(self) -> NDArray[np.int32]:
+        """Return the token ids ``[samples, length]`` that these are the targets of."""
+        parts = []
+        for shard in range(self.shard_count):
+            path = _shard_path(self.folder, shard)
+            with _reading(path), safe_open(path, framework="numpy") as file:
+                parts.append(file.get_tensor("tokens"))
+        tokens: NDArray[np.int32] = np.concatenate(parts)
+        if tokens.min() < 0 or tokens.max() >= self._vocabulary:
+            raise TargetsError(f"{self.folder}: holds impossible token ids; remove the folder")
+        return tokens
+
+    def _sample(self, sample: int) -> tuple[Any, ...]:
+        shard, place = divmod(sample, self._shard_samples)
+        path = _shard_path(self.folder, shard)
+        with _reading(path), safe_open(path, framework="numpy") as file:
+            ids, known, rest = (
+                file.get_slice(name)[place : place + 1][0]
+                for name in ("ids", "log_probabilities", "rest")
+            )
+        ids, known = ids.astype(np.int32), known.astype(np.float32)
+        if ids.min() < 0 or ids.max() >= self._vocabulary or not np.isfinite(known).all():
+            raise TargetsError(f"{path}: holds impossible values; remove it and compute it again")
+        return ids, known, rest
+
+    def _open(self, shard: int) -> None:
+        path = _shard_path(self.folder, shard)
+        count = min(self._shard_samples, self.samples - shard * self._shard_samples)
+        problem = _shard_problem(path, count, self.length, self.k)
+        if problem:
+            raise TargetsError(f"{path}: {problem}; compute the targets again to mend that")
+
+
+def compute_dwq_targets(
+    model: str | os.PathLike[str] | Model,
+    data: TokenSource,
+    out: str | os.PathLike[str],
+    *,
+    k: int | None = None,
+    temperature: float = 1.0,
+    length: int | None = None,
+    samples: int | None = None,
+    seed: int | None = None,
+    on_progress: Callable[[float], None] | None = None,
+) -> DwqTargets:
+    """Write what a model says of every position: its k most likely tokens, and the probability of the rest.
+
+    The model is streamed, block by block, for some samples at a time, and each file appears when it is
+    complete. The same call goes on where it was interrupted, and does nothing if all is there.
+
+    Parameters
+    ----------
+    model
+        The teacher: a checkpoint folder or a loaded model.
+    data
+        Token ids or text, see `load_tokens`.
+    out
+        Folder to write.
+    k
+        Tokens per position; by default 1024, or the whole vocabulary if that is smaller.
+    temperature
+        Logits are divided by it before they become probabilities.
+    length, samples, seed
+        See `load_tokens`.
+    on_progress
+        Called with the share of the work that is done, from 0 to 1.
+
+    Returns
+    -------
+    DwqTargets
+
+    Raises
+    ------
+    TargetsError
+        If `out` holds targets of another model, tokenizer, text, k or temperature.
+    ValueError
+        If k is larger than the vocabulary, or the temperature is not positive.
+    CheckpointError, CalibrationError, NonFiniteError, OutputError
+        If the model or the data cannot be used, or the folder not be written.
+
+    Examples
+    --------
+    >>> import bitwright, tempfile
+    >>> demo = bitwright.demo_folder()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     targets = bitwright.compute_dwq_targets(
+    ...         demo, demo / "calibration.txt", folder, k=64, length=32, samples=2
+    ...     )
+    ...     targets.read([1]).ids.shape
+    (32, 64)
+    """
+    teacher = model if isinstance(model, Model) else load_model(model)
+    vocabulary = teacher.config.vocab_size
+    count = min(DEFAULT_K, vocabulary) if k is None else k
+    if not 1 <= count <= vocabulary:
+        raise ValueError(f"k: expected 1 to {vocabulary}, the size of the vocabulary, got {count}")
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected more than 0, got {temperature}")
+    tokens = load_tokens(
+        data,
+        tokenizer=teacher.checkpoint.folder,
+        length=length,
+        samples=samples,
+        seed=seed,
+        vocab_size=vocabulary,
+    )
+    id_bytes = _id_dtype(vocabulary).itemsize
+    per_sample = tokens.shape[1] * max(count * (id_bytes + 2), 4 * teacher.config.hidden_size)
+    manifest = {
+        "version": VERSION,
+        "model": model_fingerprint(teacher.checkpoint),
+        "tokenizer": tokenizer_fingerprint(teacher.checkpoint),
+        "vocabulary": vocabulary,
+        "tokens": tokens_fingerprint(tokens),
+        "samples": tokens.shape[0],
+        "length": tokens.shape[1],
+        "k": count,
+        "temperature": float(temperature),
+        "shard_samples": max(1, SHARD_BYTES // per_sample),
+    }
+    folder = Path(out)
+    _check_folder(folder, manifest)
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with replaced(folder / MANIFEST) as partial:
+        partial.write_text(json.dumps(manifest, indent=2) + "\n")
+    step = int(manifest["shard_samples"])
+    for shard, first in enumerate(range(0, len(tokens), step)):
+        ids = tokens[first : first + step]
+        path = _shard_path(folder, shard)
+        if _shard_problem(path, len(ids), tokens.shape[1], count):
+            arrays = _teach(teacher, ids, count, temperature)
+            with replaced(path) as partial:
+                write_safetensors(partial, {**arrays, "tokens": ids}, {})
+        if on_progress is not None:
+            on_progress((first + len(ids)) / len(tokens))
+    return DwqTargets(folder)
+
+
+def tokens_fingerprint(tokens: NDArray[np.int32]) -> str:
+    """Return a digest of some samples."""
+    return hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()[:16]
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return what a folder of targets says of itself, None if there is none."""
+    path = folder / MANIFEST
+    return read_json_object(path) if path.is_file() else None
+
+
+def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a folder that holds anything but these very targets."""
+    found = read_manifest(folder)
+    if found is None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OutputError(f"{folder}: exists and holds no targets; choose another folder")
+        return
+    for key, value in manifest.items():
+        if found.get(key) != value:
+            raise TargetsError(_mismatch(folder, key, found.get(key), value))
+
+
+def _mismatch(folder: Path, key: str, found: Any, wanted: Any) -> str:
+    return (
+        f"{folder}: holds targets of {_MEANINGS.get(key, f'another {key}')} ({shown(found)}, not "
+        f"{shown(wanted)}); remove the folder or choose another"
+    )
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"targets-{shard + 1:05d}.safetensors"
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, TargetsError):
+            raise
+        raise TargetsError(
+            f"{path}: cannot be read ({shown(str(error))}); was it changed or removed meanwhile?"
+        ) from error
+
+
+def _shard_problem(path: Path, samples: int, length: int, k: int) -> str | None:
+    """Say what is wrong with a file of targets, None if nothing is."""
+    if not path.is_file():
+        return "is missing"
+    shapes = {
+        "ids": [samples, length, k],
+        "log_probabilities": [samples, length, k],
+        "rest": [samples, length],
+        "tokens": [samples, length],
+    }
+    dtypes = {
+        "ids": ("U16", "I32"),
+        "log_probabilities": ("F16",),
+        "rest": ("F32",),
+        "tokens": ("I32",),
+    }
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if set(file.keys()) != set(shapes):
+                return "holds other tensors"
+            for name, shape in shapes.items():
+                header = file.get_slice(name)
+                if header.get_shape() != shape or header.get_dtype() not in dtypes[name]:
+                    return f"{name} has another shape or dtype than {MANIFEST} asks for"
+    except (SafetensorError, OSError, ValueError) as error:
+        return f"is damaged ({shown(str(error))})"
+    return None
+
+
+def _id_dtype(vocabulary: int) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.int32)
+
+
+def _teach(
+    teacher: Model, ids: NDArray[np.int32], k: int, temperature: float
+) -> dict[str, NDArray[Any]]:
+    states = Network(teacher).final_states(ids)
+    head = teacher.head()
+    step = max(HEAD_ROWS, HEAD_BYTES // (4 * len(head)))
+    parts = []
+    for first in range(0, len(states), step):
+        logits = teacher.head_logits(states[first : first + step], head)
+        if not np.isfinite(logits).all():
+            raise NonFiniteError(f"{teacher.checkpoint.folder}: the logits are not finite")
+        top = TopTokens.of(logits, k, temperature)
+        # Float16 keeps 3 digits of them, and of what they add up to the rest tells the truth.
+        packed = top.ids.astype(_id_dtype(len(head)))
+        parts.append((packed, top.log_probabilities.astype(np.float16), top.rest))
+    names = ("ids", "log_probabilities", "rest")
+    return {
+        name: np.concatenate(part).reshape(*ids.shape, *part[0].shape[1:])
+        for name, part in zip(names, zip(*parts, strict=True), strict=True)
+    }
