@@ -37,6 +37,14 @@ class TargetsError(BitwrightError, ValueError):
     """A teacher's targets are incomplete or damaged, or of something else."""
 
 
+class SensitivityError(BitwrightError, ValueError):
+    """A file of sensitivities is damaged, or of another model."""
+
+
+class RecipeError(BitwrightError, ValueError):
+    """A file with the precision of every layer is damaged, or of another model."""
+
+
 class NonFiniteError(BitwrightError, ValueError):
     """NaN or infinity where a finite number is needed."""
 

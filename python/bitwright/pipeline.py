@@ -39,7 +39,7 @@ from bitwright.models.layout import Stage
 from bitwright.models.model import Model, load_model
 from bitwright.models.operations import Float32
 from bitwright.output import Output, QuantizedLayer, block_error, progress_bar, relative_error
-from bitwright.recipe import plan_layers
+from bitwright.recipe import Recipe, check_recipe, plan_layers
 from bitwright.report import BlockReport, QuantizationReport
 from bitwright.scaling import AwqOptions, Clip, Objective, ScaledBlock, observe_block
 from bitwright.statistics import LayerStatistics
@@ -83,6 +83,7 @@ def quantize(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, int]] | None = None,
+    recipe: str | os.PathLike[str] | Recipe | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     progress: bool = True,
@@ -145,6 +146,9 @@ def quantize(
         Shell globs over layer names: quantize only, and leave in float.
     overrides
         ``{glob: {"bits": …, "group_size": …}}`` for layers that differ; the last match wins.
+    recipe
+        The precision of every layer, see `bitwright.Recipe`, or a file of it, in place of bits and
+        group_size; `overrides` count more.
     overwrite
         Replace an existing checkpoint folder `out`, once the new one is complete.
     threads
@@ -199,6 +203,11 @@ def quantize(
     if grid is None:
         wanted = method == "salient" and "symmetric" in kind.grids
         grid = "symmetric" if wanted else kind.grids[0]
+    if recipe is not None:
+        per_layer = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        check_recipe(per_layer, original)
+        bits, group_size = per_layer.most_common
+        overrides = per_layer.overrides() | dict(overrides or {})
     default = Precision(bits, None if group_size == -1 else group_size, grid)
     plan = plan_layers(
         original,

@@ -1,12 +1,99 @@
 """Which layers are quantized, and how finely."""
 
+import json
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
+from bitwright.checkpoint.reader import read_json_object
+from bitwright.checkpoint.writer import replaced
+from bitwright.errors import RecipeError, shown
 from bitwright.formats import Format, Precision
 from bitwright.models.model import Model
+from bitwright.tensor import BITS
 
 Overrides = Mapping[str, Mapping[str, int]]
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The precision of every layer, for any method and format that can store it.
+
+    Parameters
+    ----------
+    layers
+        ``(bits, group_size)`` by full name, None for the whole row.
+    target_bpw, bits_per_weight
+        What was asked for and what it comes to, over these layers, scales included.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> recipe = bitwright.Recipe({"a": (3, 64), "b": (5, 64)}, 4.5, 4.5)
+    >>> recipe.overrides()["b"]
+    {'bits': 5, 'group_size': 64}
+    """
+
+    layers: Mapping[str, tuple[int, int | None]]
+    target_bpw: float
+    bits_per_weight: float
+
+    @property
+    def most_common(self) -> tuple[int, int | None]:
+        """The precision that most layers have."""
+        return Counter(self.layers.values()).most_common(1)[0][0]
+
+    def overrides(self) -> dict[str, dict[str, int]]:
+        """Return it as `bitwright.quantize` takes it."""
+        return {
+            name: {"bits": bits, "group_size": size or -1}
+            for name, (bits, size) in self.layers.items()
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON; OutputError if that fails."""
+        with replaced(Path(path)) as partial:
+            partial.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+
+    def as_dict(self) -> dict[str, object]:
+        """Return what the JSON file holds."""
+        return {
+            "version": VERSION,
+            "target_bpw": self.target_bpw,
+            "bits_per_weight": self.bits_per_weight,
+            "layers": self.overrides(),
+        }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Recipe":
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        RecipeError
+            If the file is damaged, or not such a file.
+        """
+        content = read_json_object(Path(path))
+        try:
+            if content["version"] != VERSION:
+                raise ValueError(f"version {content['version']}")
+            layers: dict[str, tuple[int, int | None]] = {}
+            for name, each in content["layers"].items():
+                bits, size = each["bits"], each["group_size"]
+                if bits not in BITS or type(size) is not int or not (size > 0 or size == -1):
+                    raise ValueError(f"layer {name}: {each}")
+                layers[name] = bits, None if size == -1 else size
+            if not layers:
+                raise ValueError("no layers")
+            return cls(layers, float(content["target_bpw"]), float(content["bits_per_weight"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise RecipeError(
+                f"{path}: is not a recipe ({shown(str(error))}); make one with bitwright dynamic"
+            ) from error
 
 
 def plan_layers(
@@ -63,21 +150,20 @@ def plan_shapes(
     """Return the precision of every layer in `shapes`; see `plan_layers`."""
     overrides = overrides or {}
     for pattern in (*include, *exclude, *overrides):
-        if not any(fnmatchcase(name, pattern) for name in shapes):
+        if pattern not in shapes and not any(fnmatchcase(name, pattern) for name in shapes):
             raise ValueError(
                 f"pattern {pattern!r} matches no layer; names are like {next(iter(shapes))}"
             )
-    plan: dict[str, Precision | None] = {}
+    plan: dict[str, Precision | None] = dict.fromkeys(shapes, default)
+    for pattern, changes in overrides.items():
+        precision = _changed(default, pattern, changes)
+        # A recipe names every layer: trying each as a pattern on each would take minutes.
+        named = [pattern] if pattern in shapes else [n for n in shapes if fnmatchcase(n, pattern)]
+        plan.update(dict.fromkeys(named, precision))
     for name in shapes:
         chosen = not include or any(fnmatchcase(name, pattern) for pattern in include)
         if not chosen or any(fnmatchcase(name, pattern) for pattern in exclude):
             plan[name] = None
-            continue
-        precision = default
-        for pattern, changes in overrides.items():
-            if fnmatchcase(name, pattern):
-                precision = _changed(default, pattern, changes)
-        plan[name] = precision
     return plan
 
 
@@ -92,6 +178,17 @@ def check_plan(
             format.check(name, shapes[name], planned)
     if not any(plan.values()):
         raise ValueError("include and exclude leave no layer to quantize")
+
+
+def check_recipe(recipe: Recipe, model: Model) -> None:
+    """Raise RecipeError unless a recipe names the layers of a model."""
+    known = model.linear_shapes()
+    for name in recipe.layers:
+        if name not in known:
+            raise RecipeError(
+                f"recipe: names layer {shown(name)}, which {model.checkpoint.folder} does not have; its "
+                f"layers are like {next(iter(known))}"
+            )
 
 
 def _changed(default: Precision, pattern: str, changes: Mapping[str, int]) -> Precision:

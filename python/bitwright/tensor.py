@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
 
@@ -94,9 +94,8 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> float:
         """Bytes that the packed codes, scales and biases or zeros take in a file."""
-        offset_bits = self.bits if self.biases is None else 8 * self.scales.itemsize
-        group_bits = 8 * self.scales.itemsize + offset_bits
-        return (self.codes.size * self.bits + self.scales.size * group_bits) / 8
+        per_weight = stored_bits(self.bits, self.group_size, self.grid, self.scales.dtype)
+        return self.codes.size * per_weight / 8
 
     def dequantize(self) -> NDArray[np.float32]:
         """Return the weights that the codes stand for.
@@ -160,6 +159,12 @@ def dequantize(tensor: QuantizedTensor) -> NDArray[np.float32]:
     1.0
     """
     return tensor.dequantize()
+
+
+def stored_bits(bits: int, group_size: int, grid: Grid, scale_dtype: DTypeLike) -> float:
+    """Return the bits per weight that codes, scales and biases or zeros take."""
+    scale = 8 * np.dtype(scale_dtype).itemsize
+    return bits + (scale + (scale if grid == "affine" else bits)) / group_size
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:

@@ -26,6 +26,7 @@ class AwqFormat(Format):
     grids = ("zero_point", "symmetric")
     scale_dtypes = (np.dtype(np.float16),)
     embeddings = False
+    one_precision = True
     metadata = "pt"
 
     @classmethod

@@ -36,6 +36,9 @@ class Format:
     scale_dtypes: ClassVar[tuple[np.dtype[Any], ...]]
     embeddings: ClassVar[bool]  # whether embeddings and head can be quantized
     stacks_experts: ClassVar[bool] = False  # whether all experts of a layer are one tensor
+    # Whether engines fuse layers that share an input, so that these must have one precision.
+    fuses_shared_inputs: ClassVar[bool] = False
+    one_precision: ClassVar[bool] = False  # whether all layers must have the same
     metadata: ClassVar[str]  # the "format" that loaders look for in the header of weight files
 
     @classmethod

@@ -30,6 +30,7 @@ class GptqFormat(Format):
     grids = ("symmetric", "zero_point")
     scale_dtypes = (np.dtype(np.float16),)
     embeddings = False
+    fuses_shared_inputs = True  # vLLM: query, key and value; gate and up; all experts of a layer
     metadata = "pt"
 
     def __init__(self, settings: Mapping[str, Any], subtracted: int) -> None:

@@ -1,0 +1,313 @@
+"""How much the precision of each layer matters to what the model says."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from bitwright import _kernels
+from bitwright.calibration import TokenSource, load_at_most
+from bitwright.checkpoint.fingerprint import model_fingerprint
+from bitwright.checkpoint.reader import read_json_object
+from bitwright.checkpoint.writer import replaced
+from bitwright.distillation import LOSSES, DistillationLoss, TopTokens, next_tokens
+from bitwright.errors import BitwrightError, NonFiniteError, SensitivityError, shown
+from bitwright.methods.rtn import quantize_rtn
+from bitwright.models.model import Model, load_model
+from bitwright.models.network import Network
+from bitwright.models.operations import Float, Float32
+from bitwright.targets import DEFAULT_K, tokens_fingerprint
+from bitwright.tensor import BITS, Grid
+
+DEFAULT_SAMPLES = 32
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """The sensitivity of every layer, and what they were estimated with.
+
+    Parameters
+    ----------
+    alignments
+        By layer: ⟨∇ loss, low − high⟩, the gradient taken where all layers have the low precision; about
+        twice what the layer adds to the KL divergence there.
+    parameters
+        Weights of each layer.
+    low, high
+        ``(bits, group_size)`` of both precisions.
+    model, tokens
+        Fingerprints of what was looked at.
+    loss
+        Whose gradient it is.
+    kl_divergence
+        Of the model in low precision, in nats per token, on these tokens.
+    """
+
+    alignments: Mapping[str, float]
+    parameters: Mapping[str, int]
+    low: tuple[int, int | None]
+    high: tuple[int, int | None]
+    model: str
+    tokens: str
+    loss: str
+    kl_divergence: float
+
+    @property
+    def per_million(self) -> dict[str, float]:
+        """The alignment of each layer per million of its parameters."""
+        return {
+            name: 1e6 * value / self.parameters[name] for name, value in self.alignments.items()
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write them as JSON.
+
+        Raises
+        ------
+        OutputError
+            If the file cannot be written.
+        """
+        content = {
+            "version": VERSION,
+            "model": self.model,
+            "tokens": self.tokens,
+            "loss": self.loss,
+            "low": precision_name(self.low),
+            "high": precision_name(self.high),
+            "kl_divergence": self.kl_divergence,
+            "layers": {
+                name: {
+                    "sensitivity": self.per_million[name],
+                    "alignment": self.alignments[name],
+                    "parameters": self.parameters[name],
+                }
+                for name in self.alignments
+            },
+        }
+        with replaced(Path(path)) as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Sensitivities":
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        SensitivityError
+            If the file is damaged, or not such a file.
+        """
+        content = read_json_object(Path(path))
+        try:
+            if content["version"] != VERSION:
+                raise ValueError(f"version {content['version']}")
+            layers = content["layers"]
+            alignments = {str(name): float(each["alignment"]) for name, each in layers.items()}
+            parameters = {str(name): int(each["parameters"]) for name, each in layers.items()}
+            known = cls(
+                alignments,
+                parameters,
+                parse_precision(content["low"]),
+                parse_precision(content["high"]),
+                str(content["model"]),
+                str(content["tokens"]),
+                str(content["loss"]),
+                float(content["kl_divergence"]),
+            )
+            if not alignments or min(parameters.values()) < 1:
+                raise ValueError("no layers")
+            if not all(map(math.isfinite, alignments.values())):
+                raise ValueError("a sensitivity is not finite")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise SensitivityError(
+                f"{path}: does not hold sensitivities ({shown(str(error))}); make it with bitwright "
+                f"sensitivities"
+            ) from error
+        return known
+
+
+def estimate_sensitivities(
+    model: str | os.PathLike[str] | Model,
+    data: TokenSource,
+    low_bits: int = 3,
+    low_group_size: int | None = 64,
+    high_bits: int = 5,
+    high_group_size: int | None = 64,
+    *,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    batch_size: int = 4,
+    loss: str = "kl",
+    grid: Grid = "affine",
+    threads: int | None = None,
+    progress: bool = True,
+) -> Sensitivities:
+    """Estimate how much each layer's precision matters to what the model says.
+
+    All linears of the blocks are rounded to the low precision, and the gradient of the divergence from the
+    original is taken there: what it has in common with the change from high to low precision tells how much
+    of the divergence is the layer's (as mlx-lm's dynamic_quant). Two forward passes and one backward pass,
+    block by block; weights are rounded again when they are needed.
+
+    Parameters
+    ----------
+    model
+        Checkpoint folder of the original, or a loaded model.
+    data
+        Text or token ids, see `load_tokens`.
+    low_bits, low_group_size, high_bits, high_group_size
+        Both precisions; group size None or -1 is the whole row.
+    samples, length, seed
+        Take so many samples of so many tokens, chosen by the seed; by default at most 32 samples, of 512
+        tokens where `data` is text.
+    batch_size
+        Samples that are in memory at a time.
+    loss
+        ``"kl"``, KL(original ‖ low), ``"reverse_kl"``, KL(low ‖ original), or another of DWQ's losses.
+    grid
+        To round to.
+    threads
+        Number of threads from now on, in the whole process.
+    progress
+        Show a progress bar on standard error.
+
+    Returns
+    -------
+    Sensitivities
+
+    Raises
+    ------
+    CheckpointError, CalibrationError, NonFiniteError, ValueError
+        If the model or the data cannot be used; the message says which and why.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> demo = bitwright.demo_folder()
+    >>> found = bitwright.estimate_sensitivities(
+    ...     demo, demo / "calibration.txt", samples=4, length=64, progress=False
+    ... )
+    >>> len(found.per_million) == len(bitwright.load_model(demo).linear_shapes())
+    True
+    """
+    if threads is not None:
+        _kernels.set_num_threads(threads)
+    original = model if isinstance(model, Model) else load_model(model)
+    if original.format is not None:
+        raise ValueError(f"{original.checkpoint.folder}: is quantized already; give the original")
+    if loss not in LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    tokens = load_at_most(
+        DEFAULT_SAMPLES,
+        data,
+        tokenizer=original.checkpoint.folder,
+        length=length,
+        samples=samples,
+        seed=seed,
+        vocab_size=original.config.vocab_size,
+    )
+    shapes = original.linear_shapes()
+    low, high = (low_bits, low_group_size), (high_bits, high_group_size)
+
+    def rounded(name: str, precision: tuple[int, int | None]) -> Float32:
+        try:
+            return quantize_rtn(
+                original.weight(name, shapes[name]), *precision, grid=grid
+            ).dequantize()
+        except BitwrightError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{original.checkpoint.folder}: layer {name}: {error}") from error
+
+    def weight(name: str, shape: tuple[int, ...]) -> Float32:
+        return rounded(name, low) if name in shapes else original.weight(name, shape)
+
+    alignments = dict.fromkeys(shapes, 0.0)
+    differences: dict[str, Float32] = {}  # of the layers of one block
+
+    def align(name: str, inputs: Float, above: Float) -> None:
+        if name not in shapes:
+            return
+        if name not in differences:
+            block = next(known for known in prefixes if name.startswith(known))
+            for other in [known for known in differences if not known.startswith(block)]:
+                del differences[other]
+            differences[name] = rounded(name, low) - rounded(name, high)
+        # ⟨aboveᵀ · inputs, difference⟩ without the dense gradient
+        moved = np.empty((len(inputs), shapes[name][0]), np.float32)
+        _kernels.linear(inputs, differences[name], None, moved, False)
+        alignments[name] += float(np.vdot(above, moved))
+
+    prefixes = [original.block_prefix(index) for index in range(len(original.layouts))]
+    reference, student = Network(original), Network(original, weight)
+    head, total = original.head(), 0.0
+    count = min(DEFAULT_K, original.config.vocab_size)
+    bar = Progress(
+        TextColumn("estimating sensitivities"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("time left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not progress,
+    )
+    with bar:
+        task = bar.add_task("", total=len(tokens))
+        for first in range(0, len(tokens), batch_size):
+            ids = tokens[first : first + batch_size]
+            states = reference.final_states(ids)
+
+            def teacher(start: int, stop: int, states: Float32 = states) -> TopTokens:
+                return TopTokens.of(original.head_logits(states[start:stop], head), count)
+
+            divergence = DistillationLoss(teacher, next_tokens(ids), loss, factor=1 / tokens.size)
+            total += float(student.gradients(ids, divergence, align).sum()) / tokens.size
+            bar.update(task, advance=len(ids))
+    if not math.isfinite(total) or not all(map(math.isfinite, alignments.values())):
+        raise NonFiniteError(
+            f"{original.checkpoint.folder}: the sensitivities are not finite; check the model with "
+            f"bitwright evaluate"
+        )
+    return Sensitivities(
+        alignments,
+        {name: math.prod(shape) for name, shape in shapes.items()},
+        low,
+        high,
+        model_fingerprint(original.checkpoint),
+        tokens_fingerprint(tokens),
+        loss,
+        total,
+    )
+
+
+def precision_name(precision: tuple[int, int | None]) -> str:
+    """Write a precision as ``bits:group_size``, with -1 for the whole row."""
+    bits, size = precision
+    return f"{bits}:{size or -1}"
+
+
+def parse_precision(text: str) -> tuple[int, int | None]:
+    """Read ``bits:group_size``.
+
+    Raises
+    ------
+    ValueError
+        If it is not of that form.
+    """
+    bits, _, size = str(text).partition(":")
+    with suppress(ValueError):
+        if int(bits) in BITS and (int(size) > 0 or int(size) == -1):
+            return int(bits), None if int(size) == -1 else int(size)
+    raise ValueError(
+        f"{shown(text)} is not of the form BITS:GROUP_SIZE, with {', '.join(map(str, BITS))} bits"
+    )
