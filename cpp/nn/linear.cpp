@@ -7,7 +7,7 @@
 namespace bitwright {
 namespace {
 
-constexpr Index TILE = 128;  // output rows whose dense gradient a thread has at a time
+constexpr Index TILE_BYTES = 4 << 20;  // of the dense gradient that exists at a time
 
 }  // namespace
 
@@ -42,28 +42,30 @@ void linear_backward_groups(ConstMatrixView<Scalar> gradient, ConstMatrixView<Sc
                             ConstVectorView<std::int32_t> group_of,
                             MatrixView<Scalar> scale_gradients, MatrixView<Scalar> bias_gradients) {
     const Index out = codes.rows(), channels = codes.cols();
-    const SerialBlas serial;
-    parallel_for((out + TILE - 1) / TILE, 1, [&](Index begin, Index end) {
-        Matrix<Scalar> tile(std::min(TILE, out), channels);
-        for (Index item = begin; item < end; ++item) {
-            const Index first = item * TILE, rows = std::min(TILE, out - first);
-            auto dense = tile.topRows(rows);
-            dense.noalias() = gradient.middleCols(first, rows).transpose() * input;
-            for (Index row = 0; row < rows; ++row) {
+    const Index tile = std::clamp<Index>(TILE_BYTES / (channels * 4), 64, std::max<Index>(out, 64));
+    Matrix<Scalar> dense(std::min(tile, out), channels);
+    for (Index first = 0; first < out; first += tile) {
+        const Index rows = std::min(tile, out - first);
+        dense.topRows(rows).noalias() = gradient.middleCols(first, rows).transpose() * input;
+        parallel_for(rows, 8, [&](Index begin, Index end) {
+            Eigen::Array<Scalar, 1, Eigen::Dynamic> code(channels);
+            for (Index row = begin; row < end; ++row) {
+                const std::uint8_t* bytes = codes.data() + (first + row) * channels;
+                Scalar* values = code.data();  // Eigen's cast from bytes is not vectorized
+                for (Index j = 0; j < channels; ++j) values[j] = static_cast<Scalar>(bytes[j]);
                 // Runs of one group, which is nearly always one run per group.
                 for (Index start = 0, stop; start < channels; start = stop) {
                     const std::int32_t group = group_of[start];
                     stop = start + 1;
                     while (stop < channels && group_of[stop] == group) ++stop;
                     const auto change = dense.row(row).segment(start, stop - start).array();
-                    const auto code = codes.row(first + row).segment(start, stop - start).array();
                     scale_gradients(first + row, group) +=
-                        (change * code.template cast<Scalar>()).sum();
+                        (change * code.segment(start, stop - start)).sum();
                     bias_gradients(first + row, group) += change.sum();
                 }
             }
-        }
-    });
+        });
+    }
 }
 
 #define BITWRIGHT_LINEAR(Scalar)                                                                \

@@ -9,6 +9,7 @@ from bitwright.calibration import load_tokens
 from bitwright.checkpoint import Checkpoint
 from bitwright.demo import demo_folder
 from bitwright.dwq import dwq_quantize
+from bitwright.dynamic import DynamicReport, choose_precisions, dynamic_quantize
 from bitwright.errors import (
     BitwrightError,
     CalibrationError,
@@ -18,6 +19,8 @@ from bitwright.errors import (
     NonFiniteError,
     OutputError,
     OutputExistsError,
+    RecipeError,
+    SensitivityError,
     TargetsError,
     UnsupportedModelError,
 )
@@ -31,6 +34,7 @@ from bitwright.methods.awq import (
     search_scale,
     token_loss,
 )
+from bitwright.methods.dynamic import allocate, estimate_threshold
 from bitwright.methods.gptq import GptqTensor, GramFactor, factor_gram, quantize_gptq
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.rtn import quantize_rtn
@@ -47,8 +51,10 @@ from bitwright.methods.salient import (
 from bitwright.models.fold import fold_scale
 from bitwright.models.model import Model, load_model
 from bitwright.pipeline import quantize
+from bitwright.recipe import Recipe
 from bitwright.report import BlockReport, DwqReport, LayerReport, QuantizationReport
 from bitwright.salient_model import awq_quantize_model
+from bitwright.sensitivity import Sensitivities, estimate_sensitivities
 from bitwright.statistics import LayerStatistics, gram
 from bitwright.targets import DwqTargets, compute_dwq_targets
 from bitwright.tensor import QuantizedTensor, dequantize, pack, unpack
@@ -66,6 +72,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "DwqReport",
     "DwqTargets",
+    "DynamicReport",
     "Evaluation",
     "GptqTensor",
     "GramFactor",
@@ -81,14 +88,20 @@ __all__ = [
     "OutputExistsError",
     "QuantizationReport",
     "QuantizedTensor",
+    "Recipe",
+    "RecipeError",
     "ScaleSearch",
+    "Sensitivities",
+    "SensitivityError",
     "TargetsError",
     "UnsupportedModelError",
+    "allocate",
     "awq_dequantize",
     "awq_quantize",
     "awq_quantize_model",
     "awq_scale",
     "build_info",
+    "choose_precisions",
     "collect_activations",
     "collect_grams",
     "compute_activation_stats",
@@ -97,6 +110,9 @@ __all__ = [
     "demo_folder",
     "dequantize",
     "dwq_quantize",
+    "dynamic_quantize",
+    "estimate_sensitivities",
+    "estimate_threshold",
     "evaluate",
     "factor_gram",
     "find_salient_weights",
