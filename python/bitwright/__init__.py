@@ -51,6 +51,7 @@ from bitwright.methods.salient import (
 from bitwright.models.fold import fold_scale
 from bitwright.models.model import Model, load_model
 from bitwright.pipeline import quantize
+from bitwright.plots import plot_dwq, plot_sensitivities
 from bitwright.recipe import Recipe
 from bitwright.report import BlockReport, DwqReport, LayerReport, QuantizationReport
 from bitwright.salient_model import awq_quantize_model
@@ -124,6 +125,8 @@ __all__ = [
     "load_tokens",
     "pack",
     "pack_awq_weights",
+    "plot_dwq",
+    "plot_sensitivities",
     "quantize",
     "quantize_clipped",
     "quantize_gptq",

@@ -16,14 +16,28 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 import bitwright
 from bitwright.activations import DEFAULT_SAMPLES
 from bitwright.demo import run_demo
+from bitwright.distillation import LOSSES
+from bitwright.dwq import SCHEDULES
+from bitwright.dynamic import DEFAULT_CANDIDATES
 from bitwright.errors import MissingExtraError
 from bitwright.formats import FORMATS
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.metrics import METRICS
 from bitwright.methods.salient import ACTIVATION_METHODS
 from bitwright.methods.solver import METHODS
-from bitwright.report import print_evaluations, print_inspection, print_report
+from bitwright.plots import require_matplotlib
+from bitwright.report import (
+    print_dwq_report,
+    print_evaluations,
+    print_inspection,
+    print_recipe,
+    print_report,
+    print_sensitivities,
+)
 from bitwright.scaling import CLIPS, OBJECTIVES
+from bitwright.sensitivity import DEFAULT_SAMPLES as SENSITIVITY_SAMPLES
+from bitwright.sensitivity import parse_precision, precision_name
+from bitwright.student import ZEROS
 from bitwright.tensor import BITS, GRIDS
 
 FAILED, INTERRUPTED = 1, 130
@@ -56,6 +70,75 @@ class _Override(click.ParamType[tuple[str, dict[str, int]]]):
             return pattern, {key: int(number) for key, number in pairs}
         except ValueError:
             self.fail(f"{value!r} is not of the form GLOB=bits:B,group_size:G", param, ctx)
+
+
+class _Precisions(click.ParamType[tuple[tuple[int, int | None], ...]]):
+    """``BITS:GROUP_SIZE``, one or several with commas between them."""
+
+    name = "precisions"
+
+    def __init__(self, one: bool = False) -> None:
+        self.one = one
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[int, int | None], ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(parse_precision(part) for part in value.split(","))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if self.one and len(found) > 1:
+            self.fail(f"{value!r} is more than one", param, ctx)
+        return found
+
+
+def _method_and_format(function: Callable[..., None]) -> Callable[..., None]:
+    """Options of the commands that quantize in the end, whatever they do before."""
+    for option in (
+        click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder."),
+        click.option(
+            "--samples", type=click.IntRange(1), help="Calibration samples; by default up to 128."
+        ),
+        click.option(
+            "--calibration",
+            type=click.Path(path_type=Path),
+            help="Calibrate on this text or these token ids instead of --data.",
+        ),
+        click.option("--format", type=click.Choice(list(FORMATS)), default="mlx"),
+        click.option("--method", type=click.Choice(list(METHODS)), default="gptq"),
+        click.option(
+            "--candidates",
+            type=_Precisions(),
+            default=",".join(map(precision_name, DEFAULT_CANDIDATES)),
+            help="BITS:GROUP_SIZE,… to choose from for each layer; group size -1 is the whole row.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def _data(required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        for option in (
+            click.option("--seed", type=click.IntRange(0), default=0, help="Chooses the samples."),
+            click.option(
+                "--length",
+                type=click.IntRange(2),
+                help="Tokens per sample; by default 512 of a text and the whole rows of an array.",
+            ),
+            click.option(
+                "--data",
+                required=required,
+                type=click.Path(path_type=Path),
+                help="Text (.txt, .jsonl, chats included) or token ids (.npy).",
+            ),
+        ):
+            function = option(function)
+        return function
+
+    return add
 
 
 def _threads(function: Callable[..., None]) -> Callable[..., None]:
@@ -150,6 +233,12 @@ def cli() -> None:
 @click.option("--head-bits", type=_Bits(), help="Quantize the head too.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Quantize only these layers.")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers in float.")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="JSON file of each layer's precision, from bitwright dynamic, in place of --bits and "
+    "--group-size.",
+)
 @click.option(
     "--override",
     "overrides",
@@ -272,6 +361,203 @@ def salient(
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
+@_data(required=True)
+@click.option(
+    "--samples", type=click.IntRange(1), help=f"Samples; by default up to {SENSITIVITY_SAMPLES}."
+)
+@click.option(
+    "--low", type=_Precisions(one=True), default="3:64", help="BITS:GROUP_SIZE to start from."
+)
+@click.option(
+    "--high", type=_Precisions(one=True), default="5:64", help="BITS:GROUP_SIZE to compare with."
+)
+@click.option("--batch-size", type=click.IntRange(1), default=4, help="Samples at a time.")
+@click.option("--loss", type=click.Choice(LOSSES), default="kl", help="Whose gradient is taken.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Plot them to this file (.png, .svg, .pdf)."
+)
+@_threads
+def sensitivities(
+    model: Path,
+    out: Path,
+    low: tuple[tuple[int, int | None], ...],
+    high: tuple[tuple[int, int | None], ...],
+    plot: Path | None,
+    **options: Any,
+) -> None:
+    """Estimate how much the precision of each layer of MODEL matters."""
+    if plot is not None:
+        require_matplotlib()
+    found = bitwright.estimate_sensitivities(
+        model, options.pop("data"), *low[0], *high[0], **options
+    )
+    found.save(out)
+    if plot is not None:
+        bitwright.plot_sensitivities(found, plot)
+    print_sensitivities(found, Console())
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--target-bpw",
+    required=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Bits per weight of the quantized layers together, scales included.",
+)
+@_data(required=False)
+@_method_and_format
+@click.option(
+    "--sensitivities",
+    type=click.Path(path_type=Path),
+    help="JSON file of them: read if it is there, otherwise written. A new target needs no new estimate.",
+)
+@click.option(
+    "--sensitivity-samples",
+    type=click.IntRange(1),
+    help=f"Samples that they are estimated on; by default up to {SENSITIVITY_SAMPLES}.",
+)
+@click.option("--grid", type=click.Choice(GRIDS), help="By default the format's first.")
+@click.option("--embedding-bits", type=_Bits(), help="Quantize the embedding too.")
+@click.option("--head-bits", type=_Bits(), help="Quantize the head too.")
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), help="Write the layers' precisions here."
+)
+@click.option(
+    "--evaluate",
+    "evaluate_on",
+    type=click.Path(path_type=Path),
+    help="Text or token ids to measure perplexity and KL on, before and after.",
+)
+@_threads
+def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None:
+    """Quantize MODEL to a target size, with more bits where they matter."""
+    report = bitwright.dynamic_quantize(model, out, **options)
+    if recipe is not None:
+        report.recipe.save(recipe)
+    console = Console()
+    print_recipe(report.recipe, report.sensitivities, console)
+    print_report(report.quantization, console)
+    if report.before is not None and report.after is not None:
+        print_evaluations({str(model): report.before, str(out): report.after}, console)
+
+
+@cli.command()
+@click.option(
+    "--teacher", required=True, type=click.Path(path_type=Path), help="Folder of the original."
+)
+@click.option(
+    "--student",
+    type=click.Path(path_type=Path),
+    help="Folder of a quantized model. Without it one is made first, by --method.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@_data(required=False)
+@click.option(
+    "--tokens", type=click.IntRange(1), help="Tokens to train on; by default all of the data once."
+)
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=5e-4)
+@click.option("--schedule", type=click.Choice(SCHEDULES), default="cosine")
+@click.option(
+    "--warmup", type=click.FloatRange(0, 1), default=0.1, help="Share of the steps that rise."
+)
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), default=1.0)
+@click.option("--batch-size", type=click.IntRange(1), default=4, help="Samples per pass.")
+@click.option("--accumulate", type=click.IntRange(1), default=1, help="Passes per step.")
+@click.option("--loss", type=click.Choice(LOSSES), default="kl")
+@click.option(
+    "--k", type=click.IntRange(1), help="The teacher's tokens per position; by default up to 1024."
+)
+@click.option(
+    "--zeros", type=click.Choice(ZEROS), default="fixed", help="Whether integer zeros move, too."
+)
+@click.option(
+    "--targets",
+    type=click.Path(path_type=Path),
+    help="Keep the teacher's targets in this folder, and use those that are there.",
+)
+@click.option("--validation", type=click.Path(path_type=Path), help="By default a part of --data.")
+@click.option("--validation-samples", type=click.IntRange(1), help="By default up to 8.")
+@click.option("--validate-every", type=click.IntRange(1), help="Steps; by default 1/8 of the run.")
+@click.option("--patience", type=click.IntRange(1), help="Stop after so many without a new best.")
+@click.option("--checkpoint-every", type=click.IntRange(1), help="Steps; as --validate-every.")
+@click.option(
+    "--resume/--no-resume", default=True, help="Go on where the same command was interrupted."
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    help="Plot loss and KL to this file (.png, .svg, .pdf).",
+)
+@_method_and_format
+@click.option("--bits", type=_Bits(), default=4, help="Of the student that is made.")
+@click.option("--group-size", type=int, default=64, help="Of the student that is made.")
+@click.option(
+    "--target-bpw",
+    type=click.FloatRange(0, min_open=True),
+    help="Make the student with dynamic precision; see bitwright dynamic.",
+)
+@_threads
+def dwq(
+    teacher: Path,
+    student: Path | None,
+    out: Path,
+    data: Path | None,
+    plot: Path | None,
+    method: Any,
+    format: Any,
+    candidates: tuple[tuple[int, int | None], ...],
+    calibration: Path | None,
+    samples: int | None,
+    bits: int,
+    group_size: int,
+    target_bpw: float | None,
+    **options: Any,
+) -> None:
+    """Train the scales of a quantized model to say what the original says.
+
+    With --student that model is trained. Without it the original is quantized first, by --method to --bits
+    and --group-size, or with --target-bpw to dynamic precision from --candidates.
+    """
+    making = ("method", "format", "candidates", "calibration", "samples", "bits", "group_size")
+    context = click.get_current_context()
+    if student is not None:
+        for name in (*making, "target_bpw"):
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                option = name.replace("_", "-")
+                raise click.UsageError(f"--{option} says how to make a student, but one is given")
+    if plot is not None:
+        require_matplotlib()
+    shared: dict[str, Any] = {
+        "samples": samples,
+        "length": options["length"],
+        "seed": options["seed"],
+    }
+    source = data if calibration is None else calibration
+
+    def make(folder: Path) -> None:
+        if source is None:
+            raise click.UsageError("--data is missing: the student is made with it")
+        if target_bpw is not None:
+            bitwright.dynamic_quantize(
+                teacher, folder, target_bpw, candidates, method, format, source, **shared
+            )  # fmt: skip
+        else:
+            calibrated = None if method == "rtn" else source
+            bitwright.quantize(
+                teacher, folder, method, bits, group_size, format, calibrated, **shared
+            )  # fmt: skip
+
+    report = bitwright.dwq_quantize(teacher, student or make, out, data, **options)
+    if plot is not None:
+        bitwright.plot_dwq(report, plot)
+    print_dwq_report(report, Console())
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--reference", type=click.Path(path_type=Path), help="The original, for KL and agreement."
 )
@@ -360,14 +646,14 @@ def main() -> None:
     """Run the command line; errors that a user can mend are one line on standard error."""
     try:
         status = cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("interrupted; nothing was written", err=True)
+    except click.exceptions.Abort as error:
+        click.echo(f"interrupted; {error.__cause__ or 'nothing was written'}", err=True)
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("interrupted; nothing was written", err=True)
+    except KeyboardInterrupt as error:
+        click.echo(f"interrupted; {error or 'nothing was written'}", err=True)
         sys.exit(INTERRUPTED)
     except (ValueError, TypeError, OSError, MemoryError, MissingExtraError) as error:
         click.echo(f"bitwright: {error or type(error).__name__}", err=True)

@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,13 @@ from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.writer import output_errors, replaced, write_safetensors
 from bitwright.distillation import LOSSES, DistillationLoss, LossFunction, next_tokens
-from bitwright.errors import CalibrationError, CheckpointError, NonFiniteError, shown
+from bitwright.errors import (
+    CalibrationError,
+    CheckpointError,
+    NonFiniteError,
+    OutputError,
+    shown,
+)
 from bitwright.evaluate import peak_memory_bytes
 from bitwright.methods.adam import Adam
 from bitwright.models.model import Model, load_model
@@ -90,7 +95,7 @@ class _Progress:
 
 def dwq_quantize(
     teacher: str | os.PathLike[str],
-    student: str | os.PathLike[str],
+    student: str | os.PathLike[str] | Callable[[Path], object],
     out: str | os.PathLike[str],
     data: TokenSource | None = None,
     *,
@@ -128,7 +133,8 @@ def dwq_quantize(
     teacher
         Checkpoint folder of the original.
     student
-        Checkpoint folder of a quantized model, in any format that is read, whoever made it.
+        Checkpoint folder of a quantized model, in any format that is read, whoever made it; or a function
+        that is given a folder to write one to.
     out
         Folder to write; it appears when everything is done, or not at all. What a run needs to go on lies
         beside it, in ``.NAME.dwq``, until then.
@@ -218,9 +224,7 @@ def dwq_quantize(
             raise ValueError(f"{name}: expected at least 1, got {number}")
     if not (learning_rate > 0 and math.isfinite(learning_rate) and 0 <= warmup <= 1):
         raise ValueError("learning_rate and warmup: expected more than 0, and 0 to 1")
-    teacher_model, student_model = load_model(teacher), load_model(student)
-    learner = Student(student_model, zeros)
-    _check_pair(teacher_model, student_model)
+    teacher_model = load_model(teacher)
     rows = _load(data, targets, teacher_model, length)
     held = None if validation is None else _load(validation, None, teacher_model, rows.shape[1])
     plan = _plan(rows, held, validation_samples, tokens, batch_size * accumulate, seed)
@@ -240,25 +244,25 @@ def dwq_quantize(
     )
     place = Path(os.path.realpath(out))
     work = place.with_name(f".{place.name}.dwq")
-    # Entered first, so that a place that cannot be written is known before hours of work.
-    with CheckpointWriter(
-        out,
-        overwrite,
-        metadata=None
-        if student_model.format is None
-        else {"format": student_model.format.metadata},
-        source=student_model.checkpoint.folder,
-    ) as writer:
+    with CheckpointWriter(out, overwrite, source=teacher_model.checkpoint.folder) as writer:
         try:
             with output_errors(work):
                 work.mkdir(exist_ok=True)
+            if callable(student):
+                made = work / "student"
+                shutil.rmtree(made, ignore_errors=True)  # of a run that may have had other settings
+                student(made)
+                student = made
+            student_model = load_model(student)
+            learner = Student(student_model, zeros)
+            _check_pair(teacher_model, student_model)
+            _check_apart(place, student_model)
             with _bar(progress, "teaching") as bar:
                 task = bar.add_task("", total=1.0, figures="")
-                folder = work / "targets" if targets is None else Path(targets)
                 plan, known = _teach(
                     teacher_model,
                     plan,
-                    folder,
+                    work / "targets" if targets is None else Path(targets),
                     k,
                     temperature,
                     lambda share: bar.update(task, completed=share),
@@ -276,9 +280,13 @@ def dwq_quantize(
             with _bar(progress, "distilling") as bar:
                 every = checkpoint_every or settings.validate_every
                 stopped = run.go(bar, every, fingerprint)
-        except BaseException:
-            with suppress(OSError):
-                work.rmdir()  # if nothing was worth keeping
+        except BaseException as error:
+            if not any(work.glob("training.*")) and not any(work.glob("targets/*.safetensors")):
+                shutil.rmtree(work, ignore_errors=True)  # nothing to go on from
+            elif isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(
+                    f"the same call goes on from what is in {work}; remove that to start over"
+                ) from error
             raise
         report = run.report(Path(out), stopped, time.perf_counter() - started)
         _write(writer, learner, report)
@@ -523,6 +531,13 @@ def _check_pair(teacher: Model, student: Model) -> None:
         raise CheckpointError(f"{where}: its tokenizer has another vocabulary")
 
 
+def _check_apart(place: Path, student: Model) -> None:
+    """Raise OutputError if the output would replace the student that is read."""
+    folder = Path(os.path.realpath(student.checkpoint.folder))
+    if place == folder or place in folder.parents or folder in place.parents:
+        raise OutputError(f"{place}: overlaps the student that is read, {folder}. Write elsewhere")
+
+
 def _vocabulary(model: Model) -> dict[str, int] | None:
     path = model.checkpoint.folder / "tokenizer.json"
     return load_tokenizer(path).get_vocab() if path.is_file() else None
@@ -607,6 +622,8 @@ def _teach(
 def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> None:
     """Write the student's checkpoint with the scales, and biases or zeros, that it has now."""
     checkpoint, changed = student.model.checkpoint, student.stored()
+    if student.model.format is not None:
+        writer.metadata["format"] = student.model.format.metadata
     for name in checkpoint.names():
         writer.add(name, changed[name] if name in changed else checkpoint.read(name))
     writer.write_json("config.json", checkpoint.config)

@@ -93,6 +93,17 @@ def choose_precisions(
         If the sensitivities are those of another model.
     ValueError
         If the target is out of reach, which the message tells, or a candidate cannot be stored.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> demo = bitwright.demo_folder()
+    >>> found = bitwright.estimate_sensitivities(
+    ...     demo, demo / "calibration.txt", samples=4, length=64, progress=False
+    ... )
+    >>> recipe = bitwright.choose_precisions(demo, found, 4.5, [(3, 64), (5, 64)])
+    >>> recipe.layers["model.layers.0.self_attn.v_proj"]
+    (5, 64)
     """
     original = model if isinstance(model, Model) else load_model(model)
     if format not in FORMATS:

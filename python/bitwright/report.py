@@ -11,6 +11,8 @@ from rich.table import Table
 from bitwright.evaluate import Evaluation
 from bitwright.inspection import Inspection
 from bitwright.methods.awq import ScaleSearch
+from bitwright.recipe import Recipe
+from bitwright.sensitivity import Sensitivities, precision_name
 
 SHOWN_EXPERTS = 12
 
@@ -207,6 +209,39 @@ def print_dwq_report(report: DwqReport, console: Console) -> None:
             "Training made nothing better: the scales are those of the student that was given. A smaller "
             "learning rate or more data may help."
         )
+
+
+def print_sensitivities(found: Sensitivities, console: Console, count: int = 10) -> None:
+    """Print the layers that matter most and least."""
+    low, high = precision_name(found.low), precision_name(found.high)
+    ranked = sorted(found.per_million.items(), key=lambda each: -each[1])
+    table = Table(
+        box=box.SIMPLE,
+        title=f"{low} instead of {high}, per million parameters",
+        title_justify="left",
+    )
+    table.add_column("layer", overflow="fold")
+    table.add_column("sensitivity", justify="right")
+    shown = ranked if len(ranked) <= 2 * count else [*ranked[:count], ("…", None), *ranked[-count:]]
+    for name, value in shown:
+        table.add_row(name, "" if value is None else f"{value:.4g}")
+    console.print(table)
+    console.print(f"all layers in {low}: KL {found.kl_divergence:.5f} nats per token")
+
+
+def print_recipe(recipe: Recipe, found: Sensitivities, console: Console) -> None:
+    """Print how many layers and weights have each precision."""
+    table = Table(
+        box=box.SIMPLE, title=f"{recipe.bits_per_weight:.4f} bits per weight", title_justify="left"
+    )
+    for heading in ("bits:group", "layers", "weights"):
+        table.add_column(heading, justify="right")
+    total = sum(found.parameters.values())
+    for precision in sorted(set(recipe.layers.values()), key=str):
+        names = [name for name, each in recipe.layers.items() if each == precision]
+        share = sum(found.parameters[name] for name in names) / total
+        table.add_row(precision_name(precision), str(len(names)), f"{100 * share:.1f} %")
+    console.print(table)
 
 
 def print_report(report: QuantizationReport, console: Console) -> None:

@@ -68,7 +68,7 @@ class CheckpointWriter:
     shard_bytes : int
         Weight files are split so that none is larger, unless one tensor alone is.
     metadata : dict of str to str, optional
-        Goes into the header of every weight file.
+        Goes into the header of every weight file; also an attribute, to be changed before the first tensor.
     source : pathlib.Path, optional
         Folder of the checkpoint that is being read; ``out`` may not touch it.
 
@@ -101,7 +101,7 @@ class CheckpointWriter:
             raise OutputError(f"{shown(os.fspath(out))}: is not the name of a folder") from error
         self._overwrite = overwrite
         self._shard_bytes = shard_bytes
-        self._metadata = dict(sorted((metadata or {}).items()))
+        self.metadata = dict(metadata or {})
         self._source = source
         self._folder: Path | None = None
         self._made_parents: list[Path] = []
@@ -293,7 +293,7 @@ class CheckpointWriter:
     def _flush(self, folder: Path) -> None:
         path = folder / f"{self._shard_count}.safetensors"
         with output_errors(self._out):
-            write_safetensors(path, self._waiting, self._metadata)
+            write_safetensors(path, self._waiting, dict(sorted(self.metadata.items())))
         self._shard_count += 1
         self._waiting, self._waiting_bytes = {}, 0
 

@@ -1,0 +1,98 @@
+"""Plots of runs, by matplotlib, which is not needed for anything else."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitwright.checkpoint.writer import output_errors
+from bitwright.errors import MissingExtraError
+from bitwright.report import DwqReport
+from bitwright.sensitivity import Sensitivities, precision_name
+
+
+def plot_dwq(report: DwqReport, path: str | os.PathLike[str]) -> None:
+    """Plot the loss of every step and the KL of every validation, the first and the best marked.
+
+    Parameters
+    ----------
+    report
+        What `bitwright.dwq_quantize` returned.
+    path
+        File to write; its ending says how (.png, .svg, .pdf).
+
+    Raises
+    ------
+    MissingExtraError
+        If matplotlib is not installed.
+    OutputError, ValueError
+        If the file cannot be written, or its ending is unknown.
+    """
+    figure, axes = _figure()
+    axes.plot(
+        range(1, report.steps + 1), report.losses, alpha=0.5, label=f"{report.loss}, training"
+    )
+    steps, values = zip(*report.validations, strict=True)
+    axes.plot(steps, values, marker="o", label="KL, validation")
+    axes.axhline(report.kl_before, linestyle=":", color="gray")
+    axes.axhline(report.kl_after, linestyle=":", color="gray")
+    axes.set(
+        xlabel="step",
+        ylabel="nats per token",
+        title=f"validation KL {report.kl_before:.4f} before, {report.kl_after:.4f} after",
+        ylim=(0, None),
+    )
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_sensitivities(sensitivities: Sensitivities, path: str | os.PathLike[str]) -> None:
+    """Plot the sensitivity of every layer per million parameters, as bars in the order of the model.
+
+    Parameters
+    ----------
+    sensitivities
+        What `bitwright.estimate_sensitivities` returned.
+    path
+        File to write; its ending says how (.png, .svg, .pdf).
+
+    Raises
+    ------
+    MissingExtraError
+        If matplotlib is not installed.
+    OutputError, ValueError
+        If the file cannot be written, or its ending is unknown.
+    """
+    values: Mapping[str, float] = sensitivities.per_million
+    figure, axes = _figure(height=max(3.0, 0.18 * len(values)))
+    axes.barh(list(values), list(values.values()))
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set(
+        xlabel="sensitivity per million parameters",
+        title=f"{precision_name(sensitivities.low)} instead of {precision_name(sensitivities.high)}",
+    )
+    _save(figure, path)
+
+
+def require_matplotlib() -> None:
+    """Raise MissingExtraError unless plots can be made."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            "plots need matplotlib, which is not installed: pip install bitwright[plot]"
+        ) from error
+
+
+def _figure(height: float = 4.0) -> tuple[Any, Any]:
+    require_matplotlib()
+    from matplotlib.figure import Figure  # not pyplot, which looks for a screen
+
+    figure = Figure(figsize=(7, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+    with output_errors(Path(path)):
+        figure.savefig(path)
