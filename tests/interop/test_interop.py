@@ -90,6 +90,31 @@ def test_small_model(tmp_path: Path, client: str, options: dict[str, Any]) -> No
     check(tmp_path, client, SHARED / "models" / "small", calibration, tokens, **options)
 
 
+@pytest.mark.parametrize(
+    ("client", "format", "candidates"),
+    [("mlx", "mlx", [(3, 64), (4, 32), (5, 64)]), ("gptqmodel", "gptq", [(4, 64)])],
+)
+def test_trained_dynamic_model(
+    tmp_path: Path, client: str, format: Any, candidates: list[tuple[int, int | None]]
+) -> None:
+    """From the original to dynamic precision to trained scales, as the clients read it."""
+    text = DEMO / "calibration.txt"
+    options: dict[str, Any] = {"length": 64, "progress": False}
+    bitwright.dynamic_quantize(
+        DEMO, tmp_path / "student", 4.5, candidates, "rtn", format, text, **options
+    )
+    report = bitwright.dwq_quantize(
+        DEMO, tmp_path / "student", tmp_path / "out", text, tokens=5000, **options
+    )
+    assert report.kl_after < report.kl_before
+    tokens = bitwright.load_tokens(DEMO / "evaluation.txt", tokenizer=DEMO, length=128, samples=8)
+    np.save(tmp_path / "tokens.npy", tokens)
+    ours = bitwright.evaluate(tmp_path / "out", tokens).perplexity
+    script = "mlx_perplexity.py" if client == "mlx" else "gptqmodel_perplexity.py"
+    theirs = client_perplexity(client, script, tmp_path / "out", tmp_path / "tokens.npy")
+    assert theirs == pytest.approx(ours, rel=1e-3)
+
+
 @needs_shared
 @pytest.mark.parametrize(
     "name", ["qwen3_moe", "mixtral", "qwen2_moe", "phi3", "gemma", "gemma3_text", "qwen3", "qwen2"]
@@ -110,7 +135,7 @@ def test_story_model_loads_in_mlx(tmp_path: Path) -> None:
 
 
 def test_adapter_where_transformers_is_installed() -> None:
-    """tests/test_adapter.py skips without torch, which the environment of a client has."""
+    """Two files of tests skip without torch, which the environment of a client has."""
     try:
         python = client_python("gptqmodel")
     except subprocess.CalledProcessError as error:
@@ -119,7 +144,8 @@ def test_adapter_where_transformers_is_installed() -> None:
         pytest.skip(f"the client gptqmodel cannot be installed here: {error}")
     paths = [str(Path(bitwright.__file__).parents[1]), sysconfig.get_path("purelib")]
     done = subprocess.run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_adapter.py"],
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        + ["tests/test_adapter.py", "tests/test_torch_gradients.py"],
         cwd=HERE.parents[1],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
