@@ -4,6 +4,7 @@
 #include "quant/dequantize.hpp"
 #include "quant/packing.hpp"
 #include "quant/quantize.hpp"
+#include "quant/refine.hpp"
 #include "quant/slab.hpp"
 
 namespace bitwright {
@@ -104,6 +105,35 @@ void bind_methods(py::module_& module) {
         py::arg("weight"), py::arg("upper"), py::arg("order"), py::arg("importance"),
         py::arg("bits"), py::arg("group_size"), py::arg("grid"), py::arg("scale_dtype"),
         py::arg("search"), py::arg("block_size"), py::arg("static_groups"));
+}
+
+void bind_refine(py::module_& module) {
+    module.def(
+        "refine",
+        [](const py::object& weight, const py::object& gram, const py::object& codes,
+           const py::object& scales, const py::object& offsets, int bits, Index group_size,
+           const std::string& grid, const std::string& scale_dtype, Index rounds) {
+            const GridRule rule = rule_from(bits, grid, scale_dtype, false);
+            const auto w = matrix<float>(weight, "weight");
+            const Index out = w.rows(), in = w.cols();
+            const auto g = matrix<float>(gram, "gram", in, in);
+            check_group_size(group_size, in);
+            const QuantizedView result{
+                writable_matrix<std::uint8_t>(codes, "codes", out, in),
+                writable_matrix<float>(scales, "scales", out, in / group_size),
+                writable_matrix<float>(offsets, "offsets", out, in / group_size), group_size};
+            if (rounds < 0) throw py::value_error("rounds: expected 0 or more");
+            py::array_t<double> objectives(rounds + 1);
+            VectorView<double> values(objectives.mutable_data(), rounds + 1);
+            {
+                const py::gil_scoped_release release;
+                refine(w, g, rule, rounds, result, values);
+            }
+            return objectives;
+        },
+        py::arg("weight"), py::arg("gram"), py::arg("codes"), py::arg("scales"), py::arg("offsets"),
+        py::arg("bits"), py::arg("group_size"), py::arg("grid"), py::arg("scale_dtype"),
+        py::arg("rounds"));
 }
 
 void bind_awq(py::module_& module) {
@@ -270,6 +300,7 @@ void bind_codes(py::module_& module) {
 
 void bind_quant(py::module_& module) {
     bind_methods(module);
+    bind_refine(module);
     bind_awq(module);
     bind_codes(module);
 }

@@ -68,6 +68,18 @@ def quantize_gptq(
     block_size: int,
     static_groups: bool,
 ) -> tuple[_Codes, _Float32, _Float32, NDArray[np.float64]]: ...
+def refine(
+    weight: _Float32,
+    gram: _Float32,
+    codes: _Codes,
+    scales: _Float32,
+    offsets: _Float32,
+    bits: int,
+    group_size: int,
+    grid: str,
+    scale_dtype: str,
+    rounds: int,
+) -> NDArray[np.float64]: ...
 def dequantize(
     codes: _Codes,
     scales: _Float32,

@@ -19,8 +19,10 @@ from bitwright.errors import BitwrightError, NonFiniteError
 from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, Precision
 from bitwright.methods.awq import DEFAULT_GRID
+from bitwright.methods.gptq import factor_gram
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.metrics import Metric
+from bitwright.methods.refine import refine
 from bitwright.methods.salient import (
     ACTIVATION_METHODS,
     ActivationMethod,
@@ -48,6 +50,7 @@ from bitwright.tensor import Grid
 
 DEFAULT_SAMPLES = 128
 FEW_TOKENS = 128  # below so many an expert's gram is that of all tokens
+DRIFT_DAMPING = 0.1
 JUDGED_TOKENS = 512  # that decide between a block with AWQ's scales and one without
 
 
@@ -78,6 +81,8 @@ def quantize(
     activation_method: ActivationMethod = "rms",
     activations: str | os.PathLike[str] | None = None,
     propagate: Literal["quantized", "original"] = "quantized",
+    refine_rounds: int = 0,
+    drift: bool = False,
     embedding_bits: int | None = None,
     head_bits: int | None = None,
     include: Sequence[str] = (),
@@ -189,7 +194,8 @@ def quantize(
         _kernels.set_num_threads(threads)
     awq = AwqOptions(n_grid, coarse_to_fine, clip, metric, objective)
     options = MethodOptions(
-        method, damping, act_order, block_size, grid_search, salient_ratio, activation_method
+        method, damping, act_order, block_size, grid_search, salient_ratio, activation_method,
+        refine_rounds, drift
     )
     _check_inputs(options, calibration, activations)
 
@@ -328,6 +334,80 @@ def _check_inputs(
         raise ValueError("activation_method: mean and max need activations; calibration gives rms")
 
 
+class OriginalStream:
+    """The hidden states of the original model beside those of the quantized one, in one block.
+
+    Parameters
+    ----------
+    block
+        In float.
+    hidden
+        ``[tokens, hidden_size]``, moved past the block in place; None where nobody asks for it.
+    rope
+        Rotary tables.
+    """
+
+    def __init__(self, block: DecoderBlock, hidden: Float32 | None, rope: Rotation) -> None:
+        self.block = block
+        self.rope = rope
+        self.chunks = [] if hidden is None else [ChunkStates(rows) for rows in rope.chunks(hidden)]
+
+    def advance(self, stage: Stage, number: int) -> None:
+        """Compute a stage for one chunk."""
+        if self.chunks:
+            chunk = self.chunks[number]
+            self.block.advance(stage, self.block.stage_input(stage, chunk), chunk, self.rope)
+
+    def drift(
+        self, block: DecoderBlock, stage: Stage | None, statistics: LayerStatistics | None
+    ) -> "Drift":
+        """Return what gathers how far the quantized stream's inputs of a stage are from the original's.
+
+        Experts are left out, since the two streams may route tokens differently."""
+        watched = self.chunks and stage is not None and stage.expert is None
+        return Drift(self, stage if watched and statistics is not None else None)
+
+
+class Drift:
+    """Cross-gram of the inputs of a stage in both streams, and weights that make up for their difference.
+
+    The weights that best give the original's outputs W X_ref from the quantized stream's X are
+    W + (W C − W G)(G + λ)⁻¹, with G = XᵀX and C = X_refᵀX (compare GPTAQ, Li et al. 2025)."""
+
+    def __init__(self, stream: OriginalStream, stage: Stage | None) -> None:
+        self.stream = stream
+        self.stage = stage
+        self.cross: Float32 | None = None  # XᵀX_ref
+        self.tokens = 0
+        self.factor: Float32 | None = None
+
+    def add(self, number: int, states: Float32) -> None:
+        """Add one chunk's inputs in the quantized stream."""
+        if self.stage is None:
+            return
+        original = self.stream.block.stage_input(self.stage, self.stream.chunks[number])
+        if self.cross is None:
+            self.cross = np.zeros((states.shape[1], states.shape[1]), np.float32)
+        _kernels.linear_backward_weight(states, original, self.cross)
+        self.tokens += len(states)
+
+    def corrected(self, name: str, weight: Float32, gram: Float32) -> Float32:
+        """Return what to quantize in place of a layer's weight."""
+        if self.cross is None:
+            return weight
+        if self.factor is None:
+            self.factor = factor_gram(gram, damping=DRIFT_DAMPING, act_order=False).upper
+            self.cross /= np.float32(self.tokens)
+        change = np.empty_like(weight)
+        _kernels.linear(self.stream.block.weights[f"{name}.weight"], self.cross, None, change, False)
+        _kernels.linear(np.ascontiguousarray(-weight), gram, None, change, True)
+        half = np.empty_like(weight)
+        _kernels.linear(change, self.factor, None, half, False)
+        target = weight.copy()
+        _kernels.linear(half, np.ascontiguousarray(self.factor.T), None, target, True)
+        return target
+
+
 @dataclass(frozen=True, eq=False)
 class OwnSolver:
     """How to quantize a layer, and the gram that its error is reported by."""
@@ -374,6 +454,9 @@ class _Run:
         count = model.config.num_hidden_layers
         prefixes = tuple(model.block_prefix(index) for index in range(count))
         hidden = self._embed()
+        self.original = None
+        if self.options.drift and hidden is not None:
+            self.original = model.embed(self.tokens)
         rope = None if self.tokens is None else model.rotation(self.tokens.shape[1])
         bar = progress_bar()
         with bar if progress else nullcontext():
@@ -497,10 +580,14 @@ class _Run:
             return LayerStatistics(block.layout.linears[planned[0]][1]) if planned else None
 
         chunks = [ChunkStates(rows) for rows in rope.chunks(hidden)]
+        original = self._original_stream(index, rope)
         statistics = gatherer(block.stages[0])
-        if statistics is not None:
-            for chunk in chunks:
-                statistics.add(block.stage_input(block.stages[0], chunk))
+        drift = original.drift(block, block.stages[0], statistics)
+        for number, chunk in enumerate(chunks):
+            if statistics is not None:
+                states = block.stage_input(block.stages[0], chunk)
+                statistics.add(states)
+                drift.add(number, states)
         for stage, following in zip(block.stages, (*block.stages[1:], None), strict=True):
             gram = known.get(stage)
             fallback = False
@@ -518,18 +605,33 @@ class _Run:
                 return None if solve is None else OwnSolver(solve, gram)
 
             self._quantize_stage(
-                block, prefix, stage, gram, finish, own_solver, whole or self.propagate, fallback
+                block,
+                prefix,
+                stage,
+                gram,
+                finish,
+                own_solver,
+                whole or self.propagate,
+                fallback,
+                drift,
             )
             if following is None and not whole and not self._is_followed(index):
                 return  # nobody reads the last hidden states
             statistics = gatherer(following)
-            for chunk in chunks:
+            drift = original.drift(block, following, statistics)
+            for number, chunk in enumerate(chunks):
                 states = block.stage_input(stage, chunk)
                 block.advance(stage, states, chunk, rope)
+                original.advance(stage, number)
                 if following is not None and statistics is not None:
-                    statistics.add(block.stage_input(following, chunk))
+                    states = block.stage_input(following, chunk)
+                    statistics.add(states)
+                    drift.add(number, states)
             if release:
                 block.release(stage)
+
+    def _original_stream(self, index: int, rope: Rotation) -> OriginalStream:
+        return OriginalStream(self.model.block(index), self.original, rope)
 
     @staticmethod
     def _gram_of_all(
@@ -589,6 +691,7 @@ class _Run:
         own_solver: Callable[[str], "OwnSolver | None"],
         replace: bool,
         fallback: bool = False,
+        drift: "Drift | None" = None,
     ) -> None:
         """Quantize what is planned of a stage; `replace` the block's weights by what is stored."""
         planned = [name for name in stage.linears if self.plan[prefix + name]]
@@ -598,6 +701,8 @@ class _Run:
         for name in planned:
             precision = self.plan[prefix + name]
             weight = block.weights[f"{name}.weight"]
+            if drift is not None and gram is not None:
+                weight = drift.corrected(name, weight, gram)
             if precision is not None:
                 own = own_solver(name) or shared
                 if own is None:
@@ -665,6 +770,11 @@ class _Run:
             raise
         except ValueError as error:
             raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: {error}") from error
+        if self.options.refine_rounds and gram is not None:
+            tensor, _ = refine(
+                tensor, np.ascontiguousarray(weight, np.float32), gram,
+                rounds=self.options.refine_rounds, damping=self.options.damping,
+            )
         stored = tensor.dequantize()
         finish(QuantizedLayer(name, tensor, relative_error(weight, stored, gram), fallback))
         return stored

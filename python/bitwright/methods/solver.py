@@ -29,6 +29,8 @@ class MethodOptions:
     grid_search: bool | None = None
     salient_ratio: float = 0.01
     activation_method: ActivationMethod = "rms"
+    refine_rounds: int = 0
+    drift: bool = False
 
 
 Solver = Callable[[NDArray[Any], int, int | None, Grid, np.dtype[Any]], QuantizedTensor]

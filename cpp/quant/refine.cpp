@@ -1,0 +1,265 @@
+#include "quant/refine.hpp"
+
+#include <Eigen/Cholesky>
+#include <algorithm>
+#include <vector>
+
+#include "linalg/threads.hpp"
+#include "quant/slab.hpp"
+
+namespace bitwright {
+namespace {
+
+constexpr Index BLOCK = 128;              // columns between two lazy updates
+constexpr Index SYSTEM_BYTES = 16 << 20;  // of the normal equations that a thread has at a time
+constexpr float RIDGE = 1e-5f;            // of their diagonal
+
+// Columns are contiguous in `residual` and `change`, so that 16 rows of one column are one cache
+// line.
+struct Refinement {
+    ConstMatrixView<float> weight, gram;
+    const GridRule& rule;
+    QuantizedView result;
+    Eigen::MatrixXf residual;  // (W − Ŵ) G, [out padded to 16, in]
+    Eigen::MatrixXf change;    // of Ŵ, in one sweep; W − Ŵ while the residual is computed
+    Vector<double> gains;      // by which each row's objective has fallen, [out]
+
+    Index out() const { return weight.rows(); }
+    Index in() const { return weight.cols(); }
+    Index groups() const { return result.scales.cols(); }
+    bool affine() const { return rule.grid == Grid::affine; }
+
+    // residual = (W − Ŵ) G
+    void start() {
+        parallel_for(residual.rows() / lane_count, 1, [&](Index first, Index last) {
+            std::vector<float> slab(static_cast<size_t>(in() * lane_count));
+            std::vector<float> codes(slab.size());
+            for (Index row = first * lane_count; row < last * lane_count; row += lane_count) {
+                load_slab(weight, row, 0, in(), slab.data());
+                load_slab(ConstMatrixView<std::uint8_t>(result.codes.data(), out(), in()), row, 0,
+                          in(), codes.data());
+                for (Index group = 0; group < groups(); ++group) {
+                    const GridLanes grid =
+                        load_grid(rule.grid, row, group, result.scales, result.offsets);
+                    for (Index j = group * result.group_size; j < (group + 1) * result.group_size;
+                         ++j) {
+                        const Eigen::Map<const Lanes> value(slab.data() + j * lane_count);
+                        const Eigen::Map<const Lanes> code(codes.data() + j * lane_count);
+                        change.col(j).segment<lane_count>(row) =
+                            (value - grid.decode(code)).matrix();
+                    }
+                }
+            }
+        });
+        residual.noalias() = change * gram;
+    }
+
+    double objective() const {
+        std::vector<double> parts(static_cast<size_t>(in()));
+        parallel_for(in(), 16, [&](Index first, Index last) {
+            for (Index j = first; j < last; ++j)
+                parts[static_cast<size_t>(j)] = change.col(j).head(out()).cast<double>().dot(
+                    residual.col(j).head(out()).cast<double>());
+        });
+        double total = 0.0;
+        for (const double part : parts) total += part;
+        return total;
+    }
+
+    // One sweep over columns [low, high), whose residual knows of all steps before them. That of
+    // columns already passed is not kept up to date.
+    void sweep(Index low, Index high) {
+        if (high - low > BLOCK) {
+            const Index blocks = (high - low + BLOCK - 1) / BLOCK;
+            const Index middle = low + (blocks + 1) / 2 * BLOCK;
+            sweep(low, middle);
+            residual.middleCols(middle, high - middle).noalias() -=
+                change.middleCols(low, middle - low) *
+                gram.block(low, middle, middle - low, high - middle);
+            sweep(middle, high);
+            return;
+        }
+        parallel_for(residual.rows() / lane_count, 4, [&](Index first, Index last) {
+            std::vector<float> here(static_cast<size_t>((high - low) * lane_count));
+            std::vector<float> codes(here.size());
+            for (Index slab = first; slab < last; ++slab)
+                sweep_leaf(slab * lane_count, low, high, here.data(), codes.data());
+        });
+    }
+
+    void sweep_leaf(Index row, Index low, Index high, float* here, float* codes) {
+        const Index count = high - low;
+        const auto lanes = [](float* data, Index j) {
+            return Eigen::Map<Lanes>(data + j * lane_count);
+        };
+        load_slab(ConstMatrixView<std::uint8_t>(result.codes.data(), out(), in()), row, low, count,
+                  codes);
+        for (Index j = 0; j < count; ++j)
+            lanes(here, j) = residual.col(low + j).segment<lane_count>(row).array();
+        GridLanes grid{};
+        Lanes gained = Lanes::Zero();
+        Index loaded = -1;
+        for (Index j = 0; j < count; ++j) {
+            const Index group = (low + j) / result.group_size;
+            if (group != loaded) {
+                grid = load_grid(rule.grid, row, group, result.scales, result.offsets);
+                loaded = group;
+            }
+            const float* row_of_gram = gram.data() + (low + j) * in() + low;
+            auto moved = change.col(low + j).segment<lane_count>(row);
+            if (!(row_of_gram[j] > 0.0f)) {
+                moved.setZero();
+                continue;
+            }
+            const Lanes now = grid.decode(lanes(codes, j));
+            // The objective is a parabola in this weight, its minimum at now + residual / G[j, j].
+            const Lanes code = grid.encode(now + lanes(here, j) / row_of_gram[j], rule.top());
+            const Lanes step = grid.decode(code) - now;
+            // A tie, or a step that rounding turned round, gains nothing.
+            const Lanes gain = step * (2.0f * lanes(here, j) - step * row_of_gram[j]);
+            const auto better = (gain > 0.0f).eval();
+            const Lanes taken = better.select(step, Lanes::Zero());
+            lanes(codes, j) = better.select(code, lanes(codes, j));
+            moved = taken.matrix();
+            if (!better.any()) continue;
+            gained += better.select(gain, Lanes::Zero());
+            for (Index k = j + 1; k < count; ++k) lanes(here, k) -= taken * row_of_gram[k];
+        }
+        const Index rows = std::min<Index>(lane_count, out() - row);
+        for (Index lane = 0; lane < rows; ++lane) {
+            gains[row + lane] += gained[lane];
+            for (Index j = 0; j < count; ++j)
+                result.codes(row + lane, low + j) =
+                    static_cast<std::uint8_t>(codes[j * lane_count + lane]);
+        }
+    }
+
+    // Scales and biases in closed form. With c̄ the middle code (or the zero), ŵ = s (c − c̄) + m.
+    void fit_grids() {
+        const Index size = result.group_size, count = groups();
+        const Index unknowns = affine() ? 2 * count : count;
+        // Σ of the gram's rows of each group, and of that over each group's columns.
+        Matrix<float> sums(count, in()), constants(count, count);
+        for (Index group = 0; group < count; ++group)
+            sums.row(group) = gram.middleRows(group * size, size).colwise().sum();
+        for (Index group = 0; group < count; ++group)
+            constants.col(group) = sums.middleCols(group * size, size).rowwise().sum();
+        const Index tile = std::clamp<Index>(SYSTEM_BYTES / (4 * unknowns * unknowns), 4, 64);
+        const SerialBlas serial;
+        parallel_for((out() + tile - 1) / tile, 1, [&](Index begin, Index end) {
+            Matrix<float> codes(tile, in()), product(tile, in());
+            std::vector<Matrix<float>> systems(static_cast<size_t>(tile),
+                                               Matrix<float>(unknowns, unknowns));
+            for (Index first = begin * tile; first < std::min(end * tile, out()); first += tile) {
+                const Index rows = std::min(tile, out() - first);
+                for (Index row = 0; row < rows; ++row) centre(first + row, codes.row(row).data());
+                for (Index group = 0; group < count; ++group) {
+                    const Index from = group * size, width = in() - from;
+                    product.topLeftCorner(rows, width).noalias() =
+                        codes.block(0, from, rows, size) * gram.block(from, from, size, width);
+                    for (Index row = 0; row < rows; ++row)
+                        for (Index other = group; other < count; ++other) {
+                            const Index at = other * size;
+                            const auto part = product.row(row).segment(at - from, size);
+                            const auto code = codes.row(row).segment(at, size);
+                            auto& system = systems[static_cast<size_t>(row)];
+                            system(other, group) = part.dot(code);
+                            if (!affine()) continue;
+                            system(count + other, group) = part.sum();
+                            system(count + group, other) =
+                                sums.row(group).segment(at, size).dot(code);
+                            system(count + other, count + group) = constants(other, group);
+                        }
+                }
+                for (Index row = 0; row < rows; ++row)
+                    fit_row(first + row, codes.row(row).data(), systems[static_cast<size_t>(row)]);
+            }
+        });
+    }
+
+    float centre_of(Index row, Index group) const {
+        return affine() ? 0.5f * rule.top() : result.offsets(row, group);
+    }
+
+    void centre(Index row, float* codes) const {
+        for (Index j = 0; j < in(); ++j)
+            codes[j] =
+                static_cast<float>(result.codes(row, j)) - centre_of(row, j / result.group_size);
+    }
+
+    // The system's lower triangle holds the normal equations of one row.
+    void fit_row(Index row, const float* codes, const Matrix<float>& system) {
+        const Index size = result.group_size, count = groups(), unknowns = system.rows();
+        Vector<float> slopes(unknowns);
+        for (Index group = 0; group < count; ++group) {
+            float by_code = 0.0f, by_weight = 0.0f;
+            for (Index j = group * size; j < (group + 1) * size; ++j) {
+                by_code += codes[j] * residual(row, j);
+                by_weight += residual(row, j);
+            }
+            slopes[group] = by_code;
+            if (affine()) slopes[count + group] = by_weight;
+        }
+        Matrix<float> damped = system;
+        damped.diagonal() *= 1.0f + RIDGE;
+        damped.diagonal().array() += 1e-12f * system.diagonal().maxCoeff() + 1e-30f;
+        const Eigen::LLT<Eigen::Ref<Matrix<float>>, Eigen::Lower> factored(damped);
+        if (factored.info() != Eigen::Success) return;
+        Vector<float> step = factored.solve(slopes);
+        if (!step.allFinite()) return;
+
+        const float tiny = smallest_scale(rule.scale_type);
+        Vector<float> scales(count), offsets(count);
+        for (Index group = 0; group < count; ++group) {
+            const float scale = result.scales(row, group), offset = result.offsets(row, group);
+            const float middle = centre_of(row, group);
+            float moved = rounded(scale + step[group]);
+            // A scale never passes zero: its codes would all mean something else.
+            if (!(moved * scale > 0.0f) || std::abs(moved) < tiny) moved = scale;
+            step[group] = moved - scale;
+            scales[group] = moved;
+            offsets[group] = offset;
+            if (!affine()) continue;
+            const float mean = offset + scale * middle;
+            offsets[group] = rounded(mean + step[count + group] - moved * middle);
+            step[count + group] = offsets[group] + moved * middle - mean;
+        }
+        const auto symmetric = system.template selfadjointView<Eigen::Lower>();
+        const Vector<float> curvature = symmetric * step;
+        const double gain = 2.0 * step.cast<double>().dot(slopes.cast<double>()) -
+                            step.cast<double>().dot(curvature.cast<double>());
+        if (!(gain > 0.0) || !scales.allFinite() || !offsets.allFinite()) return;
+        result.scales.row(row) = scales.transpose();
+        result.offsets.row(row) = offsets.transpose();
+        gains[row] += gain;
+    }
+
+    float rounded(float value) const {
+        return round_to(rule.scale_type, Lanes::Constant(value))[0];
+    }
+};
+
+}  // namespace
+
+void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const GridRule& rule,
+            Index rounds, QuantizedView result, VectorView<double> objectives) {
+    const Index padded = (weight.rows() + lane_count - 1) / lane_count * lane_count;
+    Refinement state{weight,
+                     gram,
+                     rule,
+                     result,
+                     Eigen::MatrixXf(padded, weight.cols()),
+                     Eigen::MatrixXf(padded, weight.cols()),
+                     Vector<double>::Zero(weight.rows())};
+    state.start();
+    objectives[0] = state.objective();
+    for (Index round = 0; round < rounds; ++round) {
+        if (round > 0) state.start();
+        state.fit_grids();
+        state.start();
+        state.sweep(0, weight.cols());
+        objectives[round + 1] = objectives[0] - state.gains.sum();
+    }
+}
+
+}  // namespace bitwright
