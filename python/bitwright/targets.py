@@ -251,7 +251,11 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
     """Refuse a folder that holds anything but these very targets."""
     found = read_manifest(folder)
     if found is None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # A process that was killed while it wrote the manifest has left a part of that.
+        started = f".{MANIFEST}.partial-"
+        if folder.exists() and (
+            not folder.is_dir() or any(not each.name.startswith(started) for each in folder.iterdir())
+        ):
             raise OutputError(f"{folder}: exists and holds no targets; choose another folder")
         return
     for key, value in manifest.items():
