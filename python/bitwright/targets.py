@@ -18,7 +18,7 @@ from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_finger
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.writer import output_errors, replaced, write_safetensors
 from bitwright.distillation import TopTokens
-from bitwright.errors import NonFiniteError, OutputError, TargetsError, shown
+from bitwright.errors import CheckpointError, NonFiniteError, OutputError, TargetsError, shown
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import HEAD_BYTES, HEAD_ROWS, Network
 
@@ -56,9 +56,10 @@ class DwqTargets:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         path = self.folder / MANIFEST
-        if not path.is_file():
+        manifest = read_manifest(self.folder)
+        if manifest is None:
             raise TargetsError(f"{path}: is missing; compute the targets first")
-        self.manifest = read_json_object(path)
+        self.manifest = manifest
         try:
             if self.manifest["version"] != VERSION:
                 raise TargetsError(f"{path}: was written by another version of bitwright")
@@ -244,7 +245,10 @@ def tokens_fingerprint(tokens: NDArray[np.int32]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return what a folder of targets says of itself, None if there is none."""
     path = folder / MANIFEST
-    return read_json_object(path) if path.is_file() else None
+    try:
+        return read_json_object(path) if path.is_file() else None
+    except CheckpointError as error:
+        raise TargetsError(f"{error}; remove the folder") from error
 
 
 def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
@@ -254,7 +258,8 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
         # A process that was killed while it wrote the manifest has left a part of that.
         started = f".{MANIFEST}.partial-"
         if folder.exists() and (
-            not folder.is_dir() or any(not each.name.startswith(started) for each in folder.iterdir())
+            not folder.is_dir()
+            or any(not each.name.startswith(started) for each in folder.iterdir())
         ):
             raise OutputError(f"{folder}: exists and holds no targets; choose another folder")
         return
