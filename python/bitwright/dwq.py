@@ -728,7 +728,12 @@ def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> Non
         writer.metadata["format"] = student.model.format.metadata
     for name in checkpoint.names():
         writer.add(name, changed[name] if name in changed else checkpoint.read(name))
-    writer.write_json("config.json", checkpoint.config)
+    config, settings = checkpoint.config, checkpoint.config.get("quantization_config")
+    moved = any(each.tensor().grid == "zero_point" for each in student.tensors.values())
+    if isinstance(settings, dict) and settings.get("sym") and moved:
+        # Engines do not read the zeros of what is called symmetric.
+        config = {**config, "quantization_config": {**settings, "sym": False}}
+    writer.write_json("config.json", config)
     writer.write_json(REPORT_NAME, report.as_dict())
     copy_side_files(checkpoint, writer)
 
