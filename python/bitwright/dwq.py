@@ -676,9 +676,7 @@ def _teach(
     the samples that are used."""
     total = len(plan.used) + len(plan.held)
 
-    def compute(
-        samples: NDArray[np.int32], folder: Path, begin: float, k: int | None
-    ) -> DwqTargets:
+    def compute(samples: NDArray[np.int32], folder: Path, begin: int, end: int) -> DwqTargets:
         def make() -> DwqTargets:
             return compute_dwq_targets(
                 teacher,
@@ -686,7 +684,7 @@ def _teach(
                 folder,
                 k=k,
                 temperature=temperature,
-                on_progress=lambda share: on_progress(begin + (1 - begin) * share),
+                on_progress=lambda share: on_progress((begin + (end - begin) * share) / total),
             )
 
         try:
@@ -711,9 +709,8 @@ def _teach(
             k = stored
     held = None
     if len(plan.held):
-        held = compute(plan.held, work / "validation", 0.0, k)
-    begin = len(plan.held) / total
-    training = compute(samples, given or work / "targets", begin, k)
+        held = compute(plan.held, work / "validation", 0, len(plan.held))
+    training = compute(samples, given or work / "targets", len(plan.held), total)
     return _Known(training, places, held)
 
 
