@@ -254,6 +254,13 @@ def test_absurd_learning_rate_keeps_the_start(
     assert json.loads((out / "config.json").read_text()) == config
 
 
+@pytest.mark.parametrize("rate", [1e20, 1e38, 1e300])
+def test_learning_rates_beyond_float32(student: Path, tmp_path: Path, rate: float) -> None:
+    report = train(student, tmp_path / "out", learning_rate=rate)
+    assert report.stopped is not None
+    assert (report.best_step, changed(student, tmp_path / "out")) == (0, set())
+
+
 def kl(teacher: Any, known: Any) -> tuple[Any, Any]:
     return (np.exp(teacher) * (teacher - known)).sum(axis=1), -np.exp(teacher)
 
@@ -565,6 +572,18 @@ def test_interrupted_by_a_loss_function(student: Path, tmp_path: Path) -> None:
     calls, at = 0, -1
     train(student, tmp_path / "whole", loss=loss)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_interrupted_while_the_result_is_written(
+    student: Path, tmp_path: Path, undisturbed: tuple[str, bitwright.DwqReport]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dwq_module.CheckpointWriter, "write_json", lambda *_: signal.raise_signal(2))
+        with pytest.raises(KeyboardInterrupt, match="the same call goes on"):
+            train(student, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {".out.dwq"}
+    train(student, tmp_path / "out")
+    assert digest(tmp_path / "out") == undisturbed[0]
 
 
 def test_interrupted_after_patience_ran_out(

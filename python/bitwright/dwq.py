@@ -319,6 +319,8 @@ def dwq_quantize(
             with _bar(progress, "distilling") as bar:
                 every = checkpoint_every or settings.validate_every
                 stopped = run.go(bar, every, fingerprint)
+            report = run.report(Path(out), stopped, time.perf_counter() - started)
+            _write(writer, learner, report)
         except BaseException as error:
             if not any(work.glob("training.*")) and not any(work.glob("*/targets-*.safetensors")):
                 shutil.rmtree(work, ignore_errors=True)  # nothing to go on from
@@ -327,8 +329,6 @@ def dwq_quantize(
                     f"the same call goes on from what is in {work}; remove that to start over"
                 ) from error
             raise
-        report = run.report(Path(out), stopped, time.perf_counter() - started)
-        _write(writer, learner, report)
     shutil.rmtree(work, ignore_errors=True)
     return report
 
