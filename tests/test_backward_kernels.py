@@ -275,12 +275,13 @@ def test_losses(name: str, count: int, temperature: float) -> None:
     next_ids = np.array([0, 3, 18, -1, 5, 5, 7, -1], np.int32)
     ids, known, rest = top(teacher, count, temperature)
 
-    def losses(logits: Float, gradient: Float, known: Float = known) -> Float:
+    def losses(logits: Float, gradient: Float | None, known: Float = known) -> Float:
         return _kernels.distillation_loss(
             logits, ids, known, rest, next_ids, name, temperature, 3.0, gradient
         )
 
     found = losses(logits, new(logits))
+    np.testing.assert_allclose(losses(logits, None), found, rtol=1e-12)
     np.testing.assert_allclose(
         found, plain_loss(name, teacher, logits, ids, next_ids, temperature), atol=1e-9
     )

@@ -371,7 +371,10 @@ void bind_distillation(py::module_& module) {
                     (n.size() > 0 && n.maxCoeff() >= l.cols()))
                     throw py::value_error("ids and next: expected token ids from 0 to " +
                                           std::to_string(l.cols() - 1));
-                auto g = writable_matrix<Scalar>(gradient, "gradient", l.rows(), l.cols());
+                Scalar* g =
+                    gradient.is_none()
+                        ? nullptr
+                        : writable_matrix<Scalar>(gradient, "gradient", l.rows(), l.cols()).data();
                 py::array_t<double> losses(l.rows());
                 VectorView<double> result(losses.mutable_data(), l.rows());
                 {

@@ -109,16 +109,17 @@ void top_tokens(ConstMatrixView<Scalar> logits, double temperature, MatrixView<s
 template <typename Scalar>
 void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& teacher,
                        ConstVectorView<std::int32_t> next, Loss loss, double temperature,
-                       double factor, VectorView<double> losses, MatrixView<Scalar> gradient) {
+                       double factor, VectorView<double> losses, Scalar* gradient) {
     using Row = Eigen::Array<Scalar, 1, Eigen::Dynamic>;
     const Index vocabulary = logits.cols(), count = teacher.ids.cols();
     // d loss / d logits = (d loss / d z) / temperature, z = logits / temperature
     const auto slope = static_cast<Scalar>(factor / temperature);
     parallel_for(logits.rows(), 4, [&](Index first, Index last) {
-        Row q(vocabulary), log_p(count), log_q(count);
+        Row q(vocabulary), log_p(count), log_q(count), unwanted(gradient ? 0 : vocabulary);
         for (Index row = first; row < last; ++row) {
             const auto ids = teacher.ids.row(row);
-            auto result = gradient.row(row).array();
+            Eigen::Map<Row> result(gradient ? gradient + row * vocabulary : unwanted.data(),
+                                   vocabulary);
             q = logits.row(row).array() / static_cast<Scalar>(temperature);
             const double normalizer = log_sum_exp(q);
             for (Index place = 0; place < count; ++place)
@@ -129,6 +130,7 @@ void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& 
                 log_q -= log_p;
                 log_q -= log_q.mean();
                 losses[row] = log_q.template cast<double>().square().mean();
+                if (!gradient) continue;
                 result.setZero();
                 for (Index place = 0; place < count; ++place)
                     result[ids[place]] = slope * (2 / static_cast<Scalar>(count)) * log_q[place];
@@ -138,9 +140,10 @@ void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& 
             if (loss == Loss::cross_entropy) {
                 const std::int32_t target = next[row];
                 losses[row] = 0.0;
-                result.setZero();
+                if (gradient) result.setZero();
                 if (target < 0) continue;
                 losses[row] = normalizer - static_cast<double>(logits(row, target)) / temperature;
+                if (!gradient) continue;
                 result = slope * q;
                 result[target] -= slope;
                 continue;
@@ -165,6 +168,8 @@ void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& 
             if (loss == Loss::kl) {
                 total = static_cast<double>((p * (log_p - log_q)).sum());
                 if (open) total += rest * (log_rest - log_other);
+                losses[row] = total;
+                if (!gradient) continue;
                 // q − p, the rest's p being dealt out in proportion to q.
                 result = slope * q;
                 if (open) result *= static_cast<Scalar>(1 - rest / other);
@@ -191,12 +196,13 @@ void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& 
                 double expected = static_cast<double>((listed * ratio).sum());
                 if (open) expected += other * other_ratio;
                 total += expected;
+                losses[row] = total;
+                if (!gradient) continue;
                 result = slope * q * static_cast<Scalar>(other_ratio - expected);
                 for (Index place = 0; place < count; ++place)
                     result[ids[place]] =
                         slope * listed[place] * (ratio[place] - static_cast<Scalar>(expected));
             }
-            losses[row] = total;
         }
     });
 }
@@ -209,7 +215,7 @@ void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& 
                              MatrixView<Scalar>, VectorView<Scalar>);                    \
     template void distillation_loss(ConstMatrixView<Scalar>, const TopTokens<Scalar>&,   \
                                     ConstVectorView<std::int32_t>, Loss, double, double, \
-                                    VectorView<double>, MatrixView<Scalar>);
+                                    VectorView<double>, Scalar*);
 BITWRIGHT_LOSSES(float)
 BITWRIGHT_LOSSES(double)
 

@@ -40,8 +40,9 @@ struct TopTokens {
 
 enum class Loss { kl, reverse_kl, js, cross_entropy, logits_mse };
 
-// losses [tokens] of q = softmax(logits / temperature) [tokens, vocabulary] next to p, and
-// gradient [tokens, vocabulary], `factor` times their gradients with respect to the logits:
+// losses [tokens] of q = softmax(logits / temperature) [tokens, vocabulary] next to p, and, unless
+// it is null, gradient [tokens, vocabulary], `factor` times their gradients with respect to the
+// logits:
 //   kl             KL(p ‖ q), all tokens that p does not list being one outcome
 //   reverse_kl     KL(q ‖ p), likewise
 //   js             the mean of KL(p ‖ m) and KL(q ‖ m), m = (p + q) / 2 (Lin 1991)
@@ -51,6 +52,6 @@ enum class Loss { kl, reverse_kl, js, cross_entropy, logits_mse };
 template <typename Scalar>
 void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& teacher,
                        ConstVectorView<std::int32_t> next, Loss loss, double temperature,
-                       double factor, VectorView<double> losses, MatrixView<Scalar> gradient);
+                       double factor, VectorView<double> losses, Scalar* gradient);
 
 }  // namespace bitwright

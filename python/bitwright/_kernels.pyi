@@ -183,5 +183,5 @@ def distillation_loss(
     loss: str,
     temperature: float,
     factor: float,
-    gradient: _Float,
+    gradient: _Float | None,
 ) -> NDArray[np.float64]: ...

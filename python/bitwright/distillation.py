@@ -78,7 +78,6 @@ class DistillationLoss:
         """Return the losses of the positions from `first` on, and write the gradient of their logits."""
         stop = first + len(logits)
         teacher = self.teacher(first, stop)
-        result = np.empty_like(logits) if gradient is None else gradient
         if isinstance(self.loss, str):
             return _kernels.distillation_loss(
                 logits,
@@ -89,7 +88,7 @@ class DistillationLoss:
                 self.loss,
                 self.temperature,
                 self.factor,
-                result,
+                gradient,
             )
         scaled = logits / np.float32(self.temperature)
         scaled -= scaled.max(axis=1, keepdims=True)
@@ -97,6 +96,7 @@ class DistillationLoss:
         known = np.take_along_axis(scaled, teacher.ids, axis=1)
         losses, slopes = self.loss(teacher.log_probabilities, known)
         slopes = np.asarray(slopes, np.float32)
+        result = np.empty_like(logits) if gradient is None else gradient
         if np.shape(losses) != (len(logits),) or slopes.shape != known.shape:
             raise ValueError(
                 f"loss: expected losses [{len(logits)}] and gradients {list(known.shape)}, got "

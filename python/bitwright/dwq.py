@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +23,19 @@ from bitwright.calibration import TokenSource, load_tokenizer, load_tokens
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.writer import output_errors, replaced, write_safetensors
-from bitwright.distillation import LOSSES, DistillationLoss, LossFunction, next_tokens
+from bitwright.distillation import (
+    LOSSES,
+    DistillationLoss,
+    LossFunction,
+    TopTokens,
+    next_tokens,
+)
 from bitwright.errors import (
     CalibrationError,
     CheckpointError,
     NonFiniteError,
     OutputError,
+    TargetsError,
     shown,
 )
 from bitwright.evaluate import peak_memory_bytes
@@ -51,6 +58,7 @@ VALIDATION_SAMPLES = 8
 VALIDATIONS = 8  # in a run, unless told otherwise
 SAME = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 REPORT_NAME = "dwq.json"
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what was parsed
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,24 @@ class _Progress:
     losses: list[float] = field(default_factory=list)
     validations: list[tuple[int, float]] = field(default_factory=list)
     best_step: int = 0
+
+    @classmethod
+    def parse(cls, text: str, steps: int) -> "_Progress":
+        """Read the JSON of a run of so many steps; one of `MALFORMED` if it cannot be of such a run."""
+        state = cls(**json.loads(text))
+        state.validations = [(int(step), float(value)) for step, value in state.validations]
+        numbers = [state.seconds, *state.losses, *(value for _, value in state.validations)]
+        sound = (
+            type(state.step) is int
+            and 0 < state.step < steps
+            and len(state.losses) == state.step
+            and all(type(number) is float and math.isfinite(number) for number in numbers)
+            and state.seconds > 0
+            and state.best_step == min(state.validations, key=lambda each: each[1])[0]
+        )
+        if not sound:
+            raise ValueError("state")
+        return state
 
     @property
     def best(self) -> float:
@@ -211,19 +237,23 @@ def dwq_quantize(
     _check_choice("zeros", zeros, ZEROS)
     if isinstance(loss, str):
         _check_choice("loss", loss, LOSSES)
-    for name, number in (
-        ("batch_size", batch_size),
-        ("accumulate", accumulate),
-        ("validate_every", validate_every),
-        ("checkpoint_every", checkpoint_every),
-        ("patience", patience),
-        ("tokens", tokens),
-        ("validation_samples", validation_samples),
+    for name, number, least in (
+        ("batch_size", batch_size, 1),
+        ("accumulate", accumulate, 1),
+        ("validate_every", validate_every, 1),
+        ("checkpoint_every", checkpoint_every, 1),
+        ("patience", patience, 1),
+        ("tokens", tokens, 1),
+        ("validation_samples", validation_samples, 1),
+        ("k", k, 1),
+        ("seed", seed, 0),
     ):
-        if number is not None and number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")
+        if number is not None and (not isinstance(number, int | np.integer) or number < least):
+            raise ValueError(f"{name}: expected a whole number from {least} up, got {number}")
     if not (learning_rate > 0 and math.isfinite(learning_rate) and 0 <= warmup <= 1):
         raise ValueError("learning_rate and warmup: expected more than 0, and 0 to 1")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected more than 0 and finite, got {temperature}")
     teacher_model = load_model(teacher)
     rows = _load(data, targets, teacher_model, length)
     held = None if validation is None else _load(validation, None, teacher_model, rows.shape[1])
@@ -244,6 +274,9 @@ def dwq_quantize(
     )
     place = Path(os.path.realpath(out))
     work = place.with_name(f".{place.name}.dwq")
+    if targets is not None:
+        for taken in (place, work):
+            _check_apart(taken, Path(targets), "targets")
     with CheckpointWriter(out, overwrite, source=teacher_model.checkpoint.folder) as writer:
         try:
             with output_errors(work):
@@ -256,13 +289,15 @@ def dwq_quantize(
             student_model = load_model(student)
             learner = Student(student_model, zeros)
             _check_pair(teacher_model, student_model)
-            _check_apart(place, student_model)
+            _check_apart(place, student_model.checkpoint.folder, "student that is read")
             with _bar(progress, "teaching") as bar:
                 task = bar.add_task("", total=1.0, figures="")
-                plan, known = _teach(
+                known = _teach(
                     teacher_model,
                     plan,
-                    work / "targets" if targets is None else Path(targets),
+                    None if targets is None else Path(targets),
+                    work,
+                    resume,
                     k,
                     temperature,
                     lambda share: bar.update(task, completed=share),
@@ -272,24 +307,28 @@ def dwq_quantize(
                 "teacher": model_fingerprint(teacher_model.checkpoint),
                 "student": model_fingerprint(student_model.checkpoint),
                 "tokens": tokens_fingerprint(plan.samples[plan.order]),
-                "k": str(known.k),
+                "validation": tokens_fingerprint(plan.samples[plan.valid]),
+                "k": str(known.training.k),
                 **{name: str(value) for name, value in asdict(settings).items()},
             }
             if resume:
                 run.resume(fingerprint)
+            else:
+                with output_errors(work):
+                    run.checkpoint.unlink(missing_ok=True)
             with _bar(progress, "distilling") as bar:
                 every = checkpoint_every or settings.validate_every
                 stopped = run.go(bar, every, fingerprint)
+            report = run.report(Path(out), stopped, time.perf_counter() - started)
+            _write(writer, learner, report)
         except BaseException as error:
-            if not any(work.glob("training.*")) and not any(work.glob("targets/*.safetensors")):
+            if not any(work.glob("training.*")) and not any(work.glob("*/targets-*.safetensors")):
                 shutil.rmtree(work, ignore_errors=True)  # nothing to go on from
             elif isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(
                     f"the same call goes on from what is in {work}; remove that to start over"
                 ) from error
             raise
-        report = run.report(Path(out), stopped, time.perf_counter() - started)
-        _write(writer, learner, report)
     shutil.rmtree(work, ignore_errors=True)
     return report
 
@@ -298,20 +337,36 @@ def dwq_quantize(
 class _Plan:
     """What is trained and validated on.
 
-    ``rows`` are all samples that there are, ``samples`` those that are used, and ``used`` where they come
-    from; ``order`` and ``valid`` name some of the samples, and ``places`` is where their targets are.
+    ``rows`` are all samples of the data, ``used`` those of them that are, and ``held`` validation data of
+    their own, after these; ``order`` and ``valid`` name some of the samples.
     """
 
     rows: NDArray[np.int32]
     used: NDArray[np.intp]
+    held: NDArray[np.int32]
     order: NDArray[np.intp]
     valid: NDArray[np.intp]
-    places: NDArray[np.intp]
 
     @property
     def samples(self) -> NDArray[np.int32]:
-        """``[used, length]``."""
-        return self.rows[self.used]
+        """``[used + held, length]``."""
+        return np.concatenate([self.rows[self.used], self.held])
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What the teacher says of a plan's samples: those at `places` of one folder, and then those of another
+    where the validation data are of their own."""
+
+    training: DwqTargets
+    places: NDArray[np.intp]
+    validation: DwqTargets | None
+
+    def read(self, samples: NDArray[np.intp]) -> TopTokens:
+        """Return it for samples that are all from one of them."""
+        if self.validation is not None and samples[0] >= len(self.places):
+            return self.validation.read(samples - len(self.places))
+        return self.training.read(self.places[samples])
 
 
 class _Run:
@@ -320,7 +375,7 @@ class _Run:
     def __init__(
         self,
         student: Student,
-        targets: DwqTargets,
+        targets: _Known,
         plan: _Plan,
         settings: _Settings,
         loss: str | LossFunction,
@@ -368,11 +423,11 @@ class _Run:
                 figures=f"loss {loss:.4f}, KL {state.validations[0][1]:.4f} → "
                 f"{state.validations[-1][1]:.4f}, {speed:,.0f} tokens/s",
             )
-            if state.step % checkpoint_every == 0 and not last:
-                self._save(fingerprint)
             since = sum(step > state.best_step for step, _ in state.validations)
             if settings.patience is not None and since >= settings.patience and not last:
                 return f"no better validation KL since step {state.best_step}"
+            if state.step % checkpoint_every == 0 and not last:
+                self._save(fingerprint)
         return None
 
     def resume(self, fingerprint: Mapping[str, str]) -> None:
@@ -385,7 +440,7 @@ class _Run:
         """
         if not self.checkpoint.is_file():
             return
-        again = f"remove {self.checkpoint.parent}, or start over with resume=False (--no-resume)"
+        again = _again(self.checkpoint.parent)
         try:
             with safe_open(self.checkpoint, framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -400,12 +455,15 @@ class _Run:
                         f"{self.checkpoint}: an interrupted run had other settings: {listed}. Give the "
                         f"same, {again}"
                     )
-                state = _Progress(**json.loads(metadata["state"]))
-                state.validations = [(int(step), float(value)) for step, value in state.validations]
+                state = _Progress.parse(metadata["state"], self.settings.steps)
                 for group, arrays in self._arrays().items():
                     for name, array in arrays.items():
-                        array[...] = file.get_tensor(f"{group}.{name}")
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                        stored = file.get_tensor(f"{group}.{name}")
+                        alike = stored.dtype == array.dtype and stored.shape == array.shape
+                        if not alike or not np.isfinite(stored).all():
+                            raise ValueError(f"{group} of {name}")
+                        array[...] = stored
+        except (*MALFORMED, SafetensorError, OSError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
@@ -486,7 +544,7 @@ class _Run:
     def _loss(
         self, samples: NDArray[np.intp], loss: str | LossFunction, factor: float
     ) -> DistillationLoss:
-        known = self.targets.read(self.plan.places[samples])
+        known = self.targets.read(samples)
         following = next_tokens(self.samples[samples])
         return DistillationLoss(known.rows, following, loss, self.settings.temperature, factor)
 
@@ -531,11 +589,11 @@ def _check_pair(teacher: Model, student: Model) -> None:
         raise CheckpointError(f"{where}: its tokenizer has another vocabulary")
 
 
-def _check_apart(place: Path, student: Model) -> None:
-    """Raise OutputError if the output would replace the student that is read."""
-    folder = Path(os.path.realpath(student.checkpoint.folder))
+def _check_apart(place: Path, other: Path, what: str) -> None:
+    """Raise OutputError if what is written would be in the way of another folder."""
+    folder = Path(os.path.realpath(other))
     if place == folder or place in folder.parents or folder in place.parents:
-        raise OutputError(f"{place}: overlaps the student that is read, {folder}. Write elsewhere")
+        raise OutputError(f"{place}: overlaps the {what}, {folder}. Write elsewhere")
 
 
 def _vocabulary(model: Model) -> dict[str, int] | None:
@@ -552,7 +610,13 @@ def _load(
     if source is None:
         if targets is None:
             raise ValueError("data: give text or token ids to train on, or targets made of some")
-        return DwqTargets(targets).tokens()
+        known = DwqTargets(targets)
+        if length not in (None, known.length):
+            raise CalibrationError(
+                f"length: is {length}, but {targets} are targets of samples of {known.length} tokens; "
+                f"leave it out, or give the data and other targets"
+            )
+        return known.tokens()
     return load_tokens(
         source,
         tokenizer=teacher.checkpoint.folder,
@@ -573,6 +637,7 @@ def _plan(
     length, rng = rows.shape[1], np.random.default_rng(seed)
     shuffled = rng.permutation(len(rows))
     if held is None:
+        held = rows[:0]
         count = validation_samples or min(VALIDATION_SAMPLES, max(1, len(rows) // 8))
         if count >= len(rows):
             raise CalibrationError(
@@ -581,8 +646,8 @@ def _plan(
             )
         valid, left = shuffled[:count], shuffled[count:]
     else:
-        valid = len(rows) + np.arange(min(len(held), validation_samples or len(held)))
-        rows, left = np.concatenate([rows, held]), shuffled
+        held, left = held[:validation_samples], shuffled
+        valid = shuffled[:0]
     wanted = (len(left) if tokens is None else tokens // length) // per_step * per_step
     wanted = max(wanted, per_step)
     left = left[:wanted]
@@ -591,32 +656,66 @@ def _plan(
     return _Plan(
         rows=rows,
         used=used,
+        held=held,
         order=np.concatenate(rounds)[:wanted],
-        valid=np.arange(len(left), len(used)),
-        places=np.arange(len(used)),
+        valid=np.arange(len(left), len(used) + len(held)),
     )
 
 
 def _teach(
     teacher: Model,
     plan: _Plan,
-    folder: Path,
+    given: Path | None,
+    work: Path,
+    resume: bool,
     k: int | None,
     temperature: float,
     on_progress: Callable[[float], None],
-) -> tuple[_Plan, DwqTargets]:
-    """Return the targets of the plan's samples, and the plan with their places: those that are there of all
-    rows, or such as are made of the samples that are used."""
-    samples, places = plan.samples, plan.places
-    manifest = read_manifest(folder)
-    if manifest is not None and manifest.get("tokens") == tokens_fingerprint(plan.rows):
-        samples, places = plan.rows, plan.used
-    if manifest is not None and k is None:
-        k = manifest.get("k")
-    targets = compute_dwq_targets(
-        teacher, samples, folder, k=k, temperature=temperature, on_progress=on_progress
-    )
-    return replace(plan, places=places), targets
+) -> _Known:
+    """Return the targets of the plan's samples: those that are there of all rows, or such as are made of
+    the samples that are used."""
+    total = len(plan.used) + len(plan.held)
+
+    def compute(samples: NDArray[np.int32], folder: Path, begin: int, end: int) -> DwqTargets:
+        def make() -> DwqTargets:
+            return compute_dwq_targets(
+                teacher,
+                samples,
+                folder,
+                k=k,
+                temperature=temperature,
+                on_progress=lambda share: on_progress((begin + (end - begin) * share) / total),
+            )
+
+        try:
+            return make()
+        except TargetsError as error:
+            if folder == given:
+                raise
+            if resume:
+                raise TargetsError(
+                    f"{error}. It is of an interrupted run: give the same again, {_again(work)}"
+                ) from error
+            shutil.rmtree(folder)
+            return make()
+
+    samples, places = plan.rows[plan.used], np.arange(len(plan.used))
+    if given is not None:
+        manifest = read_manifest(given) or {}
+        if manifest.get("tokens") == tokens_fingerprint(plan.rows):
+            samples, places = plan.rows, plan.used
+        stored = manifest.get("k")
+        if k is None and type(stored) is int and 0 < stored <= teacher.config.vocab_size:
+            k = stored
+    held = None
+    if len(plan.held):
+        held = compute(plan.held, work / "validation", 0, len(plan.held))
+    training = compute(samples, given or work / "targets", len(plan.held), total)
+    return _Known(training, places, held)
+
+
+def _again(work: Path) -> str:
+    return f"remove {work}, or start over with resume=False (--no-resume)"
 
 
 def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> None:
@@ -626,7 +725,12 @@ def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> Non
         writer.metadata["format"] = student.model.format.metadata
     for name in checkpoint.names():
         writer.add(name, changed[name] if name in changed else checkpoint.read(name))
-    writer.write_json("config.json", checkpoint.config)
+    config, settings = checkpoint.config, checkpoint.config.get("quantization_config")
+    moved = any(each.tensor().grid == "zero_point" for each in student.tensors.values())
+    if isinstance(settings, dict) and settings.get("sym") and moved:
+        # Engines do not read the zeros of what is called symmetric.
+        config = {**config, "quantization_config": {**settings, "sym": False}}
+    writer.write_json("config.json", config)
     writer.write_json(REPORT_NAME, report.as_dict())
     copy_side_files(checkpoint, writer)
 

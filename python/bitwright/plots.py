@@ -27,6 +27,16 @@ def plot_dwq(report: DwqReport, path: str | os.PathLike[str]) -> None:
         If matplotlib is not installed.
     OutputError, ValueError
         If the file cannot be written, or its ending is unknown.
+
+    Examples
+    --------
+    >>> import bitwright, tempfile
+    >>> from pathlib import Path
+    >>> report = bitwright.DwqReport(
+    ...     Path("out"), "kl", 2, 64, (0.4, 0.3), ((0, 0.4), (2, 0.3)), 2, None, 1.0, 64.0, 0
+    ... )
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     bitwright.plot_dwq(report, f"{folder}/curves.svg")
     """
     figure, axes = _figure()
     axes.plot(
@@ -62,6 +72,15 @@ def plot_sensitivities(sensitivities: Sensitivities, path: str | os.PathLike[str
         If matplotlib is not installed.
     OutputError, ValueError
         If the file cannot be written, or its ending is unknown.
+
+    Examples
+    --------
+    >>> import bitwright, tempfile
+    >>> found = bitwright.Sensitivities(
+    ...     {"a": 0.1}, {"a": 64}, (3, 64), (5, 64), "model", "tokens", "kl", 0.1
+    ... )
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     bitwright.plot_sensitivities(found, f"{folder}/bars.svg")
     """
     values: Mapping[str, float] = sensitivities.per_million
     figure, axes = _figure(height=max(3.0, 0.18 * len(values)))

@@ -77,20 +77,21 @@ class Recipe:
         RecipeError
             If the file is damaged, or not such a file.
         """
-        content = read_json_object(Path(path))
         try:
+            content = read_json_object(Path(path))
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}")
             layers: dict[str, tuple[int, int | None]] = {}
             for name, each in content["layers"].items():
                 bits, size = each["bits"], each["group_size"]
-                if bits not in BITS or type(size) is not int or not (size > 0 or size == -1):
+                sound = type(bits) is int and bits in BITS and type(size) is int
+                if not sound or not (size > 0 or size == -1):
                     raise ValueError(f"layer {name}: {each}")
                 layers[name] = bits, None if size == -1 else size
             if not layers:
                 raise ValueError("no layers")
             return cls(layers, float(content["target_bpw"]), float(content["bits_per_weight"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise RecipeError(
                 f"{path}: is not a recipe ({shown(str(error))}); make one with bitwright dynamic"
             ) from error

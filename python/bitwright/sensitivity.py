@@ -104,8 +104,8 @@ class Sensitivities:
         SensitivityError
             If the file is damaged, or not such a file.
         """
-        content = read_json_object(Path(path))
         try:
+            content = read_json_object(Path(path))
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}")
             layers = content["layers"]
@@ -123,9 +123,9 @@ class Sensitivities:
             )
             if not alignments or min(parameters.values()) < 1:
                 raise ValueError("no layers")
-            if not all(map(math.isfinite, alignments.values())):
-                raise ValueError("a sensitivity is not finite")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if not all(map(math.isfinite, [*alignments.values(), known.kl_divergence])):
+                raise ValueError("a number is not finite")
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise SensitivityError(
                 f"{path}: does not hold sensitivities ({shown(str(error))}); make it with bitwright "
                 f"sensitivities"

@@ -54,6 +54,7 @@ class TrainedTensor:
             else tensor.group_index
         )
 
+    @np.errstate(over="ignore", invalid="ignore")  # the loss tells
     def tensor(self) -> QuantizedTensor:
         """Return what would be stored now."""
         start, moved = self.start, self.parameters
@@ -64,9 +65,10 @@ class TrainedTensor:
             biases = (self.offsets + means - change).astype(self.dtype)
             return replace(start, scales=scales, biases=biases)
         if self.moves_zeros and start.zeros is not None:
-            # From 1, as version 1 of the GPTQ layout has no room for 0.
+            # From 1, as version 1 of the GPTQ layout has no room for 0; it has for one more at the end.
             real = start.zeros.astype(np.float32) - PACE * (self.middle / 2) * moved[1]
-            zeros = np.clip(np.rint(real), np.minimum(start.zeros, 1), 2**start.bits - 1)
+            end = np.maximum(start.zeros, 2**start.bits - 1)
+            zeros = np.clip(np.rint(real), np.minimum(start.zeros, 1), end)
             grid: Literal["symmetric", "zero_point"] = "zero_point"
             if (zeros == 1 << (start.bits - 1)).all():
                 grid = "symmetric"
@@ -87,6 +89,7 @@ class TrainedTensor:
         np.add.at(self.sums[0], rows, (parts * codes).sum(axis=2))
         np.add.at(self.sums[1], rows, parts.sum(axis=2))
 
+    @np.errstate(over="ignore", invalid="ignore")
     def gradient(self) -> Float32:
         """Return the gradient of the parameters, and forget it."""
         by_code, by_weight = self.sums

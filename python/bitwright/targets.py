@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +18,14 @@ from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_finger
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.writer import output_errors, replaced, write_safetensors
 from bitwright.distillation import TopTokens
-from bitwright.errors import NonFiniteError, OutputError, TargetsError, shown
+from bitwright.errors import CheckpointError, NonFiniteError, OutputError, TargetsError, shown
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import HEAD_BYTES, HEAD_ROWS, Network
 
 DEFAULT_K = 1024
 MANIFEST = "targets.json"
 VERSION = 1
+ROUNDING = 1e-3  # by which probabilities may exceed their range
 SHARD_BYTES = 64 << 20  # of one file, and of the hidden states that are in memory to make it
 _MEANINGS = {
     "model": "another model",
@@ -54,30 +56,31 @@ class DwqTargets:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         path = self.folder / MANIFEST
-        if not path.is_file():
+        manifest = read_manifest(self.folder)
+        if manifest is None:
             raise TargetsError(f"{path}: is missing; compute the targets first")
-        self.manifest = read_json_object(path)
+        self.manifest = manifest
         try:
             if self.manifest["version"] != VERSION:
                 raise TargetsError(f"{path}: was written by another version of bitwright")
-            self.samples, self.length, self.k, self._shard_samples = (
-                int(self.manifest[key]) for key in ("samples", "length", "k", "shard_samples")
-            )
+            for key in ("samples", "length", "k", "shard_samples", "vocabulary"):
+                value = self.manifest[key]
+                if type(value) is not int or not 0 < value < 1 << 31:
+                    raise ValueError(f"{key} is {shown(value)}")
+            self.samples: int = self.manifest["samples"]
+            self.length: int = self.manifest["length"]
+            self.k: int = self.manifest["k"]
             self.temperature = float(self.manifest["temperature"])
-            vocabulary = int(self.manifest["vocabulary"])
-            if not (
-                min(self.samples, self.length, self._shard_samples, self.k) > 0
-                and self.k <= vocabulary
-                and self.temperature > 0
-            ):
-                raise ValueError("sizes")
-        except (KeyError, TypeError, ValueError) as error:
+            self._shard_samples: int = self.manifest["shard_samples"]
+            self._vocabulary: int = self.manifest["vocabulary"]
+            if self.k > self._vocabulary or not 0 < self.temperature < math.inf:
+                raise ValueError("k or temperature")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, TargetsError):
                 raise
             raise TargetsError(
                 f"{path}: is damaged ({shown(str(error))}); remove the folder"
             ) from error
-        self._vocabulary = vocabulary
         for shard in range(self.shard_count):
             self._open(shard)
 
@@ -104,6 +107,8 @@ class DwqTargets:
         return tokens
 
     def _sample(self, sample: int) -> tuple[Any, ...]:
+        if not 0 <= sample < self.samples:
+            raise IndexError(f"{self.folder}: has no sample {sample}, only 0 to {self.samples - 1}")
         shard, place = divmod(sample, self._shard_samples)
         path = _shard_path(self.folder, shard)
         with _reading(path), safe_open(path, framework="numpy") as file:
@@ -112,7 +117,9 @@ class DwqTargets:
                 for name in ("ids", "log_probabilities", "rest")
             )
         ids, known = ids.astype(np.int32), known.astype(np.float32)
-        if ids.min() < 0 or ids.max() >= self._vocabulary or not np.isfinite(known).all():
+        possible = ids.min() >= 0 and ids.max() < self._vocabulary and np.isfinite(known).all()
+        possible &= known.max() < ROUNDING and -ROUNDING < rest.min() <= rest.max() < 1 + ROUNDING
+        if not possible:
             raise TargetsError(f"{path}: holds impossible values; remove it and compute it again")
         return ids, known, rest
 
@@ -185,10 +192,10 @@ def compute_dwq_targets(
     teacher = model if isinstance(model, Model) else load_model(model)
     vocabulary = teacher.config.vocab_size
     count = min(DEFAULT_K, vocabulary) if k is None else k
-    if not 1 <= count <= vocabulary:
+    if not isinstance(count, int | np.integer) or not 1 <= count <= vocabulary:
         raise ValueError(f"k: expected 1 to {vocabulary}, the size of the vocabulary, got {count}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected more than 0, got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected more than 0 and finite, got {temperature}")
     tokens = load_tokens(
         data,
         tokenizer=teacher.checkpoint.folder,
@@ -207,7 +214,7 @@ def compute_dwq_targets(
         "tokens": tokens_fingerprint(tokens),
         "samples": tokens.shape[0],
         "length": tokens.shape[1],
-        "k": count,
+        "k": int(count),
         "temperature": float(temperature),
         "shard_samples": max(1, SHARD_BYTES // per_sample),
     }
@@ -238,14 +245,22 @@ def tokens_fingerprint(tokens: NDArray[np.int32]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return what a folder of targets says of itself, None if there is none."""
     path = folder / MANIFEST
-    return read_json_object(path) if path.is_file() else None
+    try:
+        return read_json_object(path) if path.is_file() else None
+    except CheckpointError as error:
+        raise TargetsError(f"{error}; remove the folder") from error
 
 
 def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
     """Refuse a folder that holds anything but these very targets."""
     found = read_manifest(folder)
     if found is None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # A process that was killed while it wrote the manifest has left a part of that.
+        started = f".{MANIFEST}.partial-"
+        if folder.exists() and (
+            not folder.is_dir()
+            or any(not each.name.startswith(started) for each in folder.iterdir())
+        ):
             raise OutputError(f"{folder}: exists and holds no targets; choose another folder")
         return
     for key, value in manifest.items():

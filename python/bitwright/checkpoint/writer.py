@@ -435,6 +435,7 @@ def replaced(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with output_errors(path):
         try:
+            partial.unlink(missing_ok=True)  # of a process that was killed and had the same id
             yield partial
             _synchronize(partial)
             os.replace(partial, path)

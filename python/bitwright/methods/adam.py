@@ -44,6 +44,7 @@ class Adam:
         self.first = {name: np.zeros_like(array) for name, array in parameters.items()}
         self.second = {name: np.zeros_like(array) for name, array in parameters.items()}
 
+    @np.errstate(over="ignore", invalid="ignore")  # what is not finite shows in the next loss
     def step(self, gradients: Mapping[str, Float32], learning_rate: float) -> None:
         """Change every parameter once (algorithm 1 of the paper)."""
         self.steps += 1
