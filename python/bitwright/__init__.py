@@ -37,6 +37,7 @@ from bitwright.methods.awq import (
 from bitwright.methods.dynamic import allocate, estimate_threshold
 from bitwright.methods.gptq import GptqTensor, GramFactor, factor_gram, quantize_gptq
 from bitwright.methods.grid import GridChoice
+from bitwright.methods.refine import refine
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.methods.salient import (
     AWQResult,
@@ -132,6 +133,7 @@ __all__ = [
     "quantize_gptq",
     "quantize_rtn",
     "quantize_with_transformers",
+    "refine",
     "search_scale",
     "set_num_threads",
     "token_loss",

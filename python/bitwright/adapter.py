@@ -25,7 +25,15 @@ from bitwright.methods.awq import (
     search_scale,
 )
 from bitwright.methods.grid import GridChoice
-from bitwright.methods.solver import METHODS, SCALED_METHODS, MethodOptions, Solver, clip_solver
+from bitwright.methods.solver import (
+    CORRECTED_METHODS,
+    METHODS,
+    SCALED_METHODS,
+    MethodOptions,
+    Solver,
+    clip_solver,
+    refined,
+)
 from bitwright.models.fold import fold_scale
 from bitwright.output import Output, QuantizedLayer, block_error, progress_bar, relative_error
 from bitwright.pipeline import DEFAULT_SAMPLES, JUDGED_TOKENS
@@ -58,6 +66,7 @@ def quantize_with_transformers(
     seed: int = 0,
     grid: Grid | None = None,
     scale_dtype: DTypeLike | None = None,
+    refine: bool | None = None,
     damping: float = 0.01,
     act_order: bool = True,
     block_size: int = 128,
@@ -86,8 +95,8 @@ def quantize_with_transformers(
         ``"gptq"``, ``"rtn"``, ``"awq"`` or ``"awq+gptq"``. All but rtn need `calibration`.
     bits, group_size, format, calibration, samples, length, seed, grid, scale_dtype
         As for `quantize`.
-    damping, act_order, block_size, grid_search, n_grid
-        As for `quantize`.
+    refine, damping, act_order, block_size, grid_search, n_grid
+        As for `quantize`; there is no drift correction here.
     include, exclude, overrides
         As for `quantize`; layers have the names that the checkpoint gives them.
     overwrite, threads, progress
@@ -143,7 +152,14 @@ def quantize_with_transformers(
         raise ValueError(f"calibration: {method} needs text or token ids; method rtn does without")
     if n_grid < 1:
         raise ValueError(f"n_grid: expected at least 1, got {n_grid}")
-    options = MethodOptions(method, damping, act_order, block_size, grid_search)
+    options = MethodOptions(
+        method,
+        damping,
+        act_order,
+        block_size,
+        grid_search,
+        refine=method in CORRECTED_METHODS if refine is None else refine,
+    )
     original = TorchModel(model)
     if threads is not None:
         _kernels.set_num_threads(threads)
@@ -356,7 +372,7 @@ class _Run:
                             method = "rtn" if each.gram is None else self.options.method
                             shared = METHODS[method](each.gram, self.options)
                         solve = shared
-                    tensor = solve(
+                    tensor = refined(solve, each.gram, self.options)(
                         linear.weight,
                         precision.bits,
                         precision.group_size,

@@ -24,7 +24,7 @@ from bitwright.formats import FORMATS
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.metrics import METRICS
 from bitwright.methods.salient import ACTIVATION_METHODS
-from bitwright.methods.solver import METHODS
+from bitwright.methods.solver import METHODS, PRESETS
 from bitwright.plots import require_matplotlib
 from bitwright.report import (
     print_dwq_report,
@@ -176,6 +176,23 @@ def cli() -> None:
     help="Tokens per sample; by default 512 of a text and the whole rows of an array.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Chooses the samples.")
+@click.option(
+    "--preset",
+    type=click.Choice(PRESETS),
+    default="default",
+    help="fast: the method by itself; default: with --refine and --drift; best: with dynamic precision of "
+    "the same size and trained scales, too.",
+)
+@click.option(
+    "--refine/--no-refine",
+    default=None,
+    help="Improve codes and scales of each layer together; by default as the preset says.",
+)
+@click.option(
+    "--drift/--no-drift",
+    default=None,
+    help="Make up for what earlier layers' errors do to a layer's inputs; by default as the preset says.",
+)
 @click.option("--grid", type=click.Choice(GRIDS), help="By default the format's first.")
 @click.option(
     "--scale-dtype",

@@ -15,14 +15,13 @@ from bitwright import _kernels
 from bitwright.activations import ActivationFile
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
+from bitwright.drift import Drift, OriginalStream
 from bitwright.errors import BitwrightError, NonFiniteError
 from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, Precision
 from bitwright.methods.awq import DEFAULT_GRID
-from bitwright.methods.gptq import factor_gram
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.metrics import Metric
-from bitwright.methods.refine import refine
 from bitwright.methods.salient import (
     ACTIVATION_METHODS,
     ActivationMethod,
@@ -30,10 +29,14 @@ from bitwright.methods.salient import (
 )
 from bitwright.methods.salient import BITS as SALIENT_BITS
 from bitwright.methods.solver import (
+    CORRECTED_METHODS,
     METHODS,
+    PRESETS,
     SCALED_METHODS,
     MethodOptions,
+    Preset,
     Solver,
+    refined,
     salient_solver,
 )
 from bitwright.models.block import ChunkStates, DecoderBlock, Rotation
@@ -50,7 +53,6 @@ from bitwright.tensor import Grid
 
 DEFAULT_SAMPLES = 128
 FEW_TOKENS = 128  # below so many an expert's gram is that of all tokens
-DRIFT_DAMPING = 0.1
 JUDGED_TOKENS = 512  # that decide between a block with AWQ's scales and one without
 
 
@@ -63,6 +65,9 @@ def quantize(
     format: Literal["mlx", "gptq", "awq"] = "mlx",
     calibration: TokenSource | None = None,
     *,
+    preset: Preset = "default",
+    refine: bool | None = None,
+    drift: bool | None = None,
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
@@ -81,8 +86,6 @@ def quantize(
     activation_method: ActivationMethod = "rms",
     activations: str | os.PathLike[str] | None = None,
     propagate: Literal["quantized", "original"] = "quantized",
-    refine_rounds: int = 0,
-    drift: bool = False,
     embedding_bits: int | None = None,
     head_bits: int | None = None,
     include: Sequence[str] = (),
@@ -115,6 +118,16 @@ def quantize(
     calibration
         A ``.txt``, ``.jsonl`` or ``.npy`` file, token ids ``[samples, length]``, or a list of texts; see
         `bitwright.load_tokens`. For ``"rtn"`` it only serves the grid search and the reported errors.
+    preset
+        ``"fast"`` is the method by itself. ``"default"`` adds `refine` and `drift` to gptq, awq and
+        awq+gptq. ``"best"`` chooses the precision of every layer within the same size, too, and trains
+        the scales afterwards; see `bitwright.quantize_best`.
+    refine
+        After a layer is quantized, improve codes and scales in the metric of its gram, see `refine`. By
+        default as the preset says; for every method if it is True.
+    drift
+        Quantize weights that make up for what the errors of the layers before have changed in a layer's
+        inputs; needs `propagate` to be ``"quantized"``. By default as the preset says.
     samples, length, seed
         Take so many samples of so many tokens, chosen by the seed. By default at most 128 samples, of 512
         tokens where `calibration` is text.
@@ -187,15 +200,28 @@ def quantize(
         ("method", method, tuple(METHODS)),
         ("format", format, tuple(FORMATS)),
         ("propagate", propagate, ("quantized", "original")),
+        ("preset", preset, PRESETS),
     ):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
     if threads is not None:
         _kernels.set_num_threads(threads)
     awq = AwqOptions(n_grid, coarse_to_fine, clip, metric, objective)
+    corrected = drift
+    if drift is None:
+        corrected = preset != "fast" and method in CORRECTED_METHODS and propagate == "quantized"
+    elif drift and propagate == "original":
+        raise ValueError("drift: with propagate original there is none to correct")
     options = MethodOptions(
-        method, damping, act_order, block_size, grid_search, salient_ratio, activation_method,
-        refine_rounds, drift
+        method,
+        damping,
+        act_order,
+        block_size,
+        grid_search,
+        salient_ratio,
+        activation_method,
+        preset != "fast" and method in CORRECTED_METHODS if refine is None else refine,
+        bool(corrected),
     )
     _check_inputs(options, calibration, activations)
 
@@ -334,80 +360,6 @@ def _check_inputs(
         raise ValueError("activation_method: mean and max need activations; calibration gives rms")
 
 
-class OriginalStream:
-    """The hidden states of the original model beside those of the quantized one, in one block.
-
-    Parameters
-    ----------
-    block
-        In float.
-    hidden
-        ``[tokens, hidden_size]``, moved past the block in place; None where nobody asks for it.
-    rope
-        Rotary tables.
-    """
-
-    def __init__(self, block: DecoderBlock, hidden: Float32 | None, rope: Rotation) -> None:
-        self.block = block
-        self.rope = rope
-        self.chunks = [] if hidden is None else [ChunkStates(rows) for rows in rope.chunks(hidden)]
-
-    def advance(self, stage: Stage, number: int) -> None:
-        """Compute a stage for one chunk."""
-        if self.chunks:
-            chunk = self.chunks[number]
-            self.block.advance(stage, self.block.stage_input(stage, chunk), chunk, self.rope)
-
-    def drift(
-        self, block: DecoderBlock, stage: Stage | None, statistics: LayerStatistics | None
-    ) -> "Drift":
-        """Return what gathers how far the quantized stream's inputs of a stage are from the original's.
-
-        Experts are left out, since the two streams may route tokens differently."""
-        watched = self.chunks and stage is not None and stage.expert is None
-        return Drift(self, stage if watched and statistics is not None else None)
-
-
-class Drift:
-    """Cross-gram of the inputs of a stage in both streams, and weights that make up for their difference.
-
-    The weights that best give the original's outputs W X_ref from the quantized stream's X are
-    W + (W C − W G)(G + λ)⁻¹, with G = XᵀX and C = X_refᵀX (compare GPTAQ, Li et al. 2025)."""
-
-    def __init__(self, stream: OriginalStream, stage: Stage | None) -> None:
-        self.stream = stream
-        self.stage = stage
-        self.cross: Float32 | None = None  # XᵀX_ref
-        self.tokens = 0
-        self.factor: Float32 | None = None
-
-    def add(self, number: int, states: Float32) -> None:
-        """Add one chunk's inputs in the quantized stream."""
-        if self.stage is None:
-            return
-        original = self.stream.block.stage_input(self.stage, self.stream.chunks[number])
-        if self.cross is None:
-            self.cross = np.zeros((states.shape[1], states.shape[1]), np.float32)
-        _kernels.linear_backward_weight(states, original, self.cross)
-        self.tokens += len(states)
-
-    def corrected(self, name: str, weight: Float32, gram: Float32) -> Float32:
-        """Return what to quantize in place of a layer's weight."""
-        if self.cross is None:
-            return weight
-        if self.factor is None:
-            self.factor = factor_gram(gram, damping=DRIFT_DAMPING, act_order=False).upper
-            self.cross /= np.float32(self.tokens)
-        change = np.empty_like(weight)
-        _kernels.linear(self.stream.block.weights[f"{name}.weight"], self.cross, None, change, False)
-        _kernels.linear(np.ascontiguousarray(-weight), gram, None, change, True)
-        half = np.empty_like(weight)
-        _kernels.linear(change, self.factor, None, half, False)
-        target = weight.copy()
-        _kernels.linear(half, np.ascontiguousarray(self.factor.T), None, target, True)
-        return target
-
-
 @dataclass(frozen=True, eq=False)
 class OwnSolver:
     """How to quantize a layer, and the gram that its error is reported by."""
@@ -455,7 +407,7 @@ class _Run:
         prefixes = tuple(model.block_prefix(index) for index in range(count))
         hidden = self._embed()
         self.original = None
-        if self.options.drift and hidden is not None:
+        if self.options.drift and self.tokens is not None:
             self.original = model.embed(self.tokens)
         rope = None if self.tokens is None else model.rotation(self.tokens.shape[1])
         bar = progress_bar()
@@ -504,7 +456,7 @@ class _Run:
         # how far the quantized one then is from it.
         # Rounding asks for no statistics, so those that are known do for the reported errors, and some
         # of the tokens for the comparison.
-        regather = self.propagate and self.options.method != "awq"
+        regather = self.propagate and (self.options.method != "awq" or self.options.drift)
         judged = len(hidden)
         # What experts see is not among the facts: the passes gather it, and from all tokens.
         if not regather and not block.layout.experts:
@@ -516,7 +468,9 @@ class _Run:
         known = None if regather else {stage: fact.gram for stage, fact in facts.items()}
         plain, plain_block = hidden[:judged].copy(), block.with_weights({})
         plain_layers: list[QuantizedLayer] = []
+        before = None if self.original is None else self.original.copy()
         self._pass(plain_block, index, plain, rope, plain_layers.append, known, whole=True)
+        self.original = before  # which the second pass moves past the block for good
         scaled = ScaledBlock(
             block,
             facts,
@@ -691,7 +645,7 @@ class _Run:
         own_solver: Callable[[str], "OwnSolver | None"],
         replace: bool,
         fallback: bool = False,
-        drift: "Drift | None" = None,
+        drift: Drift | None = None,
     ) -> None:
         """Quantize what is planned of a stage; `replace` the block's weights by what is stored."""
         planned = [name for name in stage.linears if self.plan[prefix + name]]
@@ -763,18 +717,13 @@ class _Run:
     ) -> Float32:
         """Quantize one layer and hand it on; return the weights that a reader will see."""
         try:
-            tensor = solver(
+            tensor = refined(solver, gram, self.options)(
                 weight, precision.bits, precision.group_size, precision.grid, self.scale_dtype
             )
         except BitwrightError:
             raise
         except ValueError as error:
             raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: {error}") from error
-        if self.options.refine_rounds and gram is not None:
-            tensor, _ = refine(
-                tensor, np.ascontiguousarray(weight, np.float32), gram,
-                rounds=self.options.refine_rounds, damping=self.options.damping,
-            )
         stored = tensor.dequantize()
         finish(QuantizedLayer(name, tensor, relative_error(weight, stored, gram), fallback))
         return stored

@@ -1,11 +1,13 @@
 """Refinement: codes and grids of a quantized layer improved together in the metric of the gram."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
+from bitwright.methods.gptq import GptqTensor
 from bitwright.methods.grid import FLOAT_DTYPES
 from bitwright.statistics import require_finite
 from bitwright.tensor import QuantizedTensor
@@ -23,9 +25,9 @@ def refine(
 ) -> tuple[QuantizedTensor, NDArray[np.float64]]:
     """Lower the error of a layer's output, from wherever any method has left it.
 
-    In each round scales and biases get their closed form, which is least squares in the metric of the gram, and
-    then each code its best value given all others, column by column. Scales and biases are rounded to their
-    stored dtype inside the loop, and integer zeros stay, so that no step raises the error of what is stored.
+    In each round scales and biases get their closed form, which is least squares in the metric of the gram,
+    and then each code its best value given all others, column by column. Scales and biases are rounded to
+    their stored dtype inside the loop, and integer zeros stay: no step raises the error of what is stored.
 
     Parameters
     ----------
@@ -38,14 +40,15 @@ def refine(
     rounds
         How often.
     damping
-        Added to the gram's diagonal, relative to its mean, so that what calibration has not seen counts, too.
+        Added to the gram's diagonal, relative to its mean, so that what calibration has not seen counts.
 
     Returns
     -------
     QuantizedTensor
         With the same grid, bits and dtypes.
     NDArray
-        ``[rounds + 1]`` float64, ``tr((W - Ŵ)(G + D)(W - Ŵ)ᵀ)`` before and after every round; it never rises.
+        ``[rounds + 1]`` float64, ``tr((W - Ŵ)(G + D)(W - Ŵ)ᵀ)`` before and after every round; it never
+        rises.
 
     Raises
     ------
@@ -91,7 +94,9 @@ def refine(
         tensor.scales.dtype.name,
         rounds,
     )
-    refined = replace(tensor, codes=codes, scales=scales.astype(tensor.scales.dtype))
+    changed: dict[str, Any] = {"codes": codes, "scales": scales.astype(tensor.scales.dtype)}
     if tensor.biases is not None:
-        refined = replace(refined, biases=offsets.astype(tensor.biases.dtype))
-    return refined, objectives
+        changed["biases"] = offsets.astype(tensor.biases.dtype)
+    if isinstance(tensor, GptqTensor):
+        changed["column_losses"] = None  # they were those of other codes
+    return replace(tensor, **changed), objectives

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from bitwright.methods.awq import quantize_clipped
 from bitwright.methods.gptq import factor_gram, quantize_gptq
 from bitwright.methods.metrics import Metric
+from bitwright.methods.refine import refine
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.methods.salient import ActivationMethod, find_salient_weights, quantize_salient
 from bitwright.tensor import Grid, QuantizedTensor
@@ -29,7 +30,7 @@ class MethodOptions:
     grid_search: bool | None = None
     salient_ratio: float = 0.01
     activation_method: ActivationMethod = "rms"
-    refine_rounds: int = 0
+    refine: bool = False
     drift: bool = False
 
 
@@ -126,6 +127,22 @@ def salient_solver(
     return solve
 
 
+def refined(solve: Solver, gram: NDArray[np.float32] | None, options: MethodOptions) -> Solver:
+    """Follow a method with `refine`, where it is asked for and there is a gram."""
+    if not options.refine or gram is None:
+        return solve
+    known = gram
+
+    def solve_and_refine(
+        weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
+    ) -> QuantizedTensor:
+        tensor = solve(weight, bits, size, grid, dtype)
+        target = np.ascontiguousarray(weight, np.float32)
+        return refine(tensor, target, known, damping=options.damping)[0]
+
+    return solve_and_refine
+
+
 METHODS: dict[str, Callable[[NDArray[np.float32] | None, MethodOptions], Solver]] = {
     "gptq": gptq_solver,
     "rtn": rtn_solver,
@@ -133,4 +150,7 @@ METHODS: dict[str, Callable[[NDArray[np.float32] | None, MethodOptions], Solver]
     "awq+gptq": gptq_solver,
     "salient": salient_solver,
 }
+Preset = Literal["fast", "default", "best"]
+PRESETS: tuple[Preset, ...] = ("fast", "default", "best")
+CORRECTED_METHODS = ("gptq", "awq", "awq+gptq")  # with refinement and drift correction by default
 SCALED_METHODS = ("awq", "awq+gptq")  # these quantize weights that AWQ has scaled
