@@ -311,7 +311,7 @@ def test_metrics_of_the_users_own() -> None:
 
 def test_awq_beats_rounding_at_equal_size(tmp_path: Path) -> None:
     reports = {
-        name: run(tmp_path / name.replace("+", ""), method=name)
+        name: run(tmp_path / name.replace("+", ""), method=name, preset="fast")
         for name in ("rtn", "awq", "gptq", "awq+gptq")
     }
     divergences = {name: divergence(tmp_path / name.replace("+", "")) for name in reports}
@@ -361,7 +361,7 @@ def test_blocks_fall_back_where_the_loss_is_not_reduced(
         return bitwright.ScaleSearch(scale, 1.0, {1.0: 0.0})
 
     monkeypatch.setattr(scaling, "search_scale", worst)
-    report = run(tmp_path / "awq", method="awq", clip="none")
+    report = run(tmp_path / "awq", method="awq", clip="none", preset="fast")
     assert not any(block.scaled for block in report.blocks)
     assert all(block.reduction > 1 for block in report.blocks)
     run(tmp_path / "rtn", method="rtn")

@@ -139,8 +139,8 @@ def test_untied_head_is_quantized(tmp_path: Path) -> None:
 
 
 def test_propagation_of_the_original_differs(tmp_path: Path) -> None:
-    first = run(tmp_path / "a")
-    second = run(tmp_path / "b", propagate="original")
+    first = run(tmp_path / "a", preset="fast")
+    second = run(tmp_path / "b", propagate="original", preset="fast")
     assert first.layers[0].error == second.layers[0].error
     assert first.layers[-1].error != second.layers[-1].error
 

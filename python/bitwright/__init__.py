@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from bitwright.activations import collect_activations
 from bitwright.adapter import collect_grams, quantize_with_transformers
+from bitwright.best import quantize_best
 from bitwright.build import BuildInfo, build_info, set_num_threads
 from bitwright.calibration import load_tokens
 from bitwright.checkpoint import Checkpoint
@@ -129,6 +130,7 @@ __all__ = [
     "plot_dwq",
     "plot_sensitivities",
     "quantize",
+    "quantize_best",
     "quantize_clipped",
     "quantize_gptq",
     "quantize_rtn",

@@ -230,7 +230,7 @@ def dynamic_quantize(
     if threads is not None:
         _kernels.set_num_threads(threads)
     original = load_model(model)
-    low, high = min(candidates, key=_fineness), max(candidates, key=_fineness)
+    low, high = min(candidates, key=fineness), max(candidates, key=fineness)
     known = _known(sensitivities)
     if known is None:
         if data is None:
@@ -278,7 +278,8 @@ def _known(
     return Sensitivities.load(sensitivities) if Path(sensitivities).exists() else None
 
 
-def _fineness(candidate: Candidate) -> tuple[int, float]:
+def fineness(candidate: Candidate) -> tuple[int, float]:
+    """Return what orders candidates from coarse to fine."""
     bits, size = candidate
     return bits, 1 / size if size else 0.0
 

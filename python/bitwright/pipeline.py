@@ -195,6 +195,7 @@ def quantize(
     >>> report.layer_bits_per_weight
     4.5
     """
+    arguments = dict(locals())
     start = time.perf_counter()
     for name, value, known in (
         ("method", method, tuple(METHODS)),
@@ -204,6 +205,11 @@ def quantize(
     ):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    if preset == "best":
+        from bitwright.best import quantize_best  # which calls this function again
+
+        del arguments["preset"]
+        return quantize_best(**arguments)
     if threads is not None:
         _kernels.set_num_threads(threads)
     awq = AwqOptions(n_grid, coarse_to_fine, clip, metric, objective)

@@ -1,0 +1,157 @@
+"""The preset that takes its time: dynamic precision of the same size, then scales that are trained."""
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bitwright.calibration import TokenSource
+from bitwright.dwq import dwq_quantize
+from bitwright.dynamic import Candidate, choose_precisions, fineness
+from bitwright.formats import FORMATS, Format
+from bitwright.models.model import load_model
+from bitwright.pipeline import quantize
+from bitwright.report import QuantizationReport
+from bitwright.sensitivity import estimate_sensitivities
+from bitwright.tensor import Grid, stored_bits
+
+TRAINED_TOKENS = 100_000
+LEARNING_RATE = 3e-4  # what is known to suit students that are good already
+
+
+def quantize_best(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    method: Any = "gptq",
+    bits: int = 4,
+    group_size: int | None = 64,
+    format: Any = "mlx",
+    calibration: TokenSource | None = None,
+    *,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    grid: Grid | None = None,
+    recipe: Any = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> QuantizationReport:
+    """Quantize as well as is known within the size that `bits` and `group_size` would take.
+
+    Sensitivities are estimated, and every layer gets a precision around the one asked for, in groups of the
+    same or twice the size, so that all layers together take no more than they would have. Then come the
+    method with refinement and drift correction, and DWQ on as many as 100,000 tokens of `calibration`.
+    Where the format has one precision for all layers, or a recipe is given, that is what is used.
+
+    Parameters
+    ----------
+    model, out, method, bits, group_size, format, calibration, samples, length, seed, grid, recipe
+        As for `bitwright.quantize`; `samples` do not limit what DWQ trains on.
+    overwrite, threads, progress, options
+        As for `bitwright.quantize`.
+
+    Returns
+    -------
+    QuantizationReport
+        Of the method, with the time and memory of everything.
+
+    Raises
+    ------
+    ValueError
+        If there is no calibration data, or as `bitwright.quantize`, `choose_precisions` and `dwq_quantize`.
+
+    Examples
+    --------
+    >>> import bitwright, tempfile
+    >>> demo = bitwright.demo_folder()
+    >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +SKIP
+    ...     bitwright.quantize_best(demo, f"{folder}/q", bits=3, calibration=demo / "calibration.txt")
+    """
+    started = time.perf_counter()
+    if calibration is None:
+        raise ValueError("calibration: preset best needs text or token ids")
+    original = load_model(model)
+    kind = FORMATS[format]
+    size = None if group_size == -1 else group_size
+    if recipe is None and not kind.one_precision and not options.get("overrides"):
+        chosen_grid = grid or kind.grids[0]
+        shapes = list(original.linear_shapes().values())
+        candidates = _candidates(kind, bits, size, {channels for _, channels in shapes})
+        found = estimate_sensitivities(
+            original,
+            calibration,
+            *min(candidates, key=fineness),
+            *max(candidates, key=fineness),
+            length=length,
+            seed=seed,
+            threads=threads,
+            progress=progress,
+        )
+        dtype = kind.scale_dtype(original.dtype)
+        weights = [out_channels * channels for out_channels, channels in shapes]
+        taken = sum(
+            weight * stored_bits(bits, size or shape[1], chosen_grid, dtype)
+            for weight, shape in zip(weights, shapes, strict=True)
+        )
+        recipe = choose_precisions(
+            original, found, taken / sum(weights), candidates, format=format, grid=grid
+        )
+    reports: list[QuantizationReport] = []
+
+    def make(folder: Path) -> None:
+        reports.append(
+            quantize(
+                model,
+                folder,
+                method,
+                bits,
+                group_size,
+                format,
+                calibration,
+                samples=samples,
+                length=length,
+                seed=seed,
+                grid=grid,
+                recipe=recipe,
+                threads=threads,
+                progress=progress,
+                **options,
+            )
+        )
+
+    trained = dwq_quantize(
+        model,
+        make,
+        out,
+        calibration,
+        length=length,
+        tokens=TRAINED_TOKENS,
+        seed=seed,
+        learning_rate=LEARNING_RATE,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return replace(
+        reports[0],
+        out=Path(out),
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=trained.peak_memory_bytes,
+    )
+
+
+def _candidates(
+    kind: type[Format], bits: int, size: int | None, channels: set[int]
+) -> list[Candidate]:
+    """Return precisions around the one asked for, that the format stores."""
+    near = [other for other in kind.bits if abs(other - bits) <= 1]
+    groups: list[int | None] = [size]
+    if (
+        size is not None
+        and 2 * size in kind.group_sizes
+        and not any(n % (2 * size) for n in channels)
+    ):
+        groups.append(2 * size)
+    return [(each, group) for each in near for group in groups]

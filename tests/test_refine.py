@@ -1,0 +1,243 @@
+"""Refinement and drift correction: what they promise, and what they are worth."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from reference import DTYPES
+from shared_data import SHARED, TESTS, needs_shared
+
+import bitwright
+from bitwright.drift import Drift, OriginalStream
+from bitwright.models.block import Rotation
+from bitwright.tensor import Grid
+
+DEMO = bitwright.demo_folder()
+TEXT = DEMO / "calibration.txt"
+
+
+def layer(out: int, channels: int, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A weight, and a gram of correlated inputs of very different sizes."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((channels, channels)) * np.exp(rng.standard_normal(channels))
+    inputs = rng.standard_normal((4 * channels, channels)) @ mixing
+    weight = rng.standard_normal((out, channels))
+    return weight.astype(np.float32), bitwright.gram(np.ascontiguousarray(inputs, np.float32))
+
+
+def objective(weight: Any, tensor: bitwright.QuantizedTensor, gram: Any, damping: float) -> float:
+    change = weight.astype(np.float64) - tensor.dequantize()
+    damped = gram.astype(np.float64)
+    damped[np.diag_indices_from(damped)] += damping * gram.diagonal()[gram.diagonal() > 0].mean()
+    return float(np.einsum("ij,jk,ik", change, damped, change))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    out=st.integers(1, 40),
+    groups=st.integers(1, 5),
+    size=st.sampled_from([8, 16, 64]),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    grid=st.sampled_from(["affine", "zero_point", "symmetric"]),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    method=st.sampled_from(["rtn", "gptq"]),
+    seed=st.integers(0, 100),
+)
+def test_the_objective_never_rises(
+    out: int, groups: int, size: int, bits: int, grid: Grid, dtype: str, method: str, seed: int
+) -> None:
+    weight, gram = layer(out, groups * size, seed)
+    options: dict[str, Any] = {"grid": grid, "scale_dtype": DTYPES[dtype]}
+    if method == "rtn":
+        start = bitwright.quantize_rtn(weight, bits, size, **options)
+    else:
+        start = bitwright.quantize_gptq(weight, gram, bits, size, **options)
+    refined, objectives = bitwright.refine(start, weight, gram, rounds=3)
+    scale = objectives[0] + 1e-12
+    assert (np.diff(objectives) <= 1e-6 * scale).all()
+    assert objectives[0] == pytest.approx(objective(weight, start, gram, 0.01), rel=1e-3, abs=1e-9)
+    assert objectives[-1] == pytest.approx(
+        objective(weight, refined, gram, 0.01), rel=2e-2, abs=1e-4 * scale
+    )
+    assert refined.scales.dtype == start.scales.dtype
+    assert refined.codes.max() < 2**bits
+    if start.zeros is not None:
+        np.testing.assert_array_equal(refined.zeros, start.zeros)
+
+
+@pytest.mark.parametrize("grid", ["affine", "zero_point", "symmetric"])
+def test_nothing_single_is_left_to_gain(grid: Grid) -> None:
+    """After many rounds no code has a better neighbour, and no scale a better value."""
+    weight, gram = layer(6, 64, 3)
+    start = bitwright.quantize_rtn(weight, 3, 16, grid=grid)
+    refined, objectives = bitwright.refine(start, weight, gram, rounds=60, damping=0.01)
+    assert objectives[-1] < 0.6 * objectives[0]
+    best = objective(weight, refined, gram, 0.01)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        row, column = int(rng.integers(6)), int(rng.integers(64))
+        for step in (-1, 1):
+            codes = refined.codes.astype(int)
+            codes[row, column] += step
+            if 0 <= codes[row, column] < 8:
+                fields = {**vars(refined), "codes": codes.astype(np.uint8)}
+                moved = bitwright.QuantizedTensor(**fields)
+                assert objective(weight, moved, gram, 0.01) > best * (1 - 1e-5)
+    for factor in (0.999, 1.001):
+        fields = {**vars(refined), "scales": refined.scales * np.float32(factor)}
+        if refined.biases is not None:
+            fields["biases"] = refined.biases * np.float32(factor)
+        assert objective(weight, bitwright.QuantizedTensor(**fields), gram, 0.01) > best
+
+
+def test_dead_channels_and_wrong_arguments() -> None:
+    weight, gram = layer(4, 32, 0)
+    gram[5] = gram[:, 5] = 0
+    start = bitwright.quantize_gptq(weight, gram, 3, 16)
+    refined, objectives = bitwright.refine(start, weight, gram, damping=0)
+    assert np.isfinite(objectives).all()
+    assert isinstance(refined, bitwright.GptqTensor)
+    assert refined.column_losses is None
+    with pytest.raises(ValueError, match=r"weight: expected shape \(4, 32\)"):
+        bitwright.refine(start, weight[:2], gram)
+    with pytest.raises(ValueError, match="damping"):
+        bitwright.refine(start, weight, gram, damping=-1)
+    with pytest.raises(bitwright.NonFiniteError):
+        bitwright.refine(start, weight * np.float32(np.nan), gram)
+    with pytest.raises(ValueError, match="gram"):
+        bitwright.refine(start, weight, gram[:16, :16].copy())
+
+
+def test_drift_gives_the_best_weights_for_the_original_outputs() -> None:
+    """Ridge regression of the original's outputs on the inputs that are there."""
+    model = bitwright.load_model(TESTS / "data" / "tiny" / "llama-biases")
+    rope = model.rotation(16)
+    rng = np.random.default_rng(0)
+    original = rng.standard_normal((64, 64), dtype=np.float32)
+    hidden = original + 0.3 * rng.standard_normal((64, 64), dtype=np.float32)
+    block = model.block(0)
+    stage = block.stages[0]
+    stream = OriginalStream(model.block(0), original.copy(), Rotation(16, rope.tables))
+    statistics = bitwright.LayerStatistics(64)
+    drift = stream.drift(block, stage, statistics)
+    assert isinstance(drift, Drift)
+    states = block.operations.norm(str(stage.norm), hidden)
+    statistics.add(states)
+    drift.add(0, states)
+    gram = statistics.gram()
+    name = stage.linears[0]
+    weight = block.weights[f"{name}.weight"]
+    found = drift.corrected(name, weight, gram)
+    wanted_outputs = block.operations.norm(str(stage.norm), original) @ weight.T
+    ridge = 0.1 * gram.diagonal().mean() * 64
+    change = np.linalg.solve(
+        states.T.astype(np.float64) @ states + ridge * np.eye(64),
+        states.T @ (wanted_outputs - states @ weight.T),
+    ).T
+    np.testing.assert_allclose(found, weight + change, atol=1e-4)
+
+
+def divergence(folder: Path, text: Any, reference: Path) -> float:
+    result = bitwright.evaluate(folder, text, reference=reference, length=128).kl_divergence
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq", "rtn"])
+def test_each_step_pays(tmp_path: Path, method: Any) -> None:
+    found = {}
+    for name, options in {
+        "fast": {"preset": "fast"},
+        "refined": {"preset": "fast", "refine": True},
+        "both": {"refine": True, "drift": True},
+    }.items():
+        bitwright.quantize(
+            DEMO,
+            tmp_path / name,
+            method,
+            3,
+            calibration=TEXT,
+            samples=32,
+            length=128,
+            progress=False,
+            **options,  # type: ignore[arg-type]
+        )
+        found[name] = divergence(tmp_path / name, DEMO / "evaluation.txt", DEMO)
+    assert found["refined"] < 0.97 * found["fast"]
+    assert found["both"] < 0.9 * found["refined"]
+
+
+@pytest.mark.parametrize("format", ["mlx", "gptq", "awq"])
+def test_default_is_refined_and_corrected(tmp_path: Path, format: Any) -> None:
+    options: dict[str, Any] = {
+        "format": format, "calibration": TEXT, "samples": 8, "length": 64, "progress": False
+    }  # fmt: skip
+    bitwright.quantize(DEMO, tmp_path / "a", "gptq", 4, **options)
+    bitwright.quantize(DEMO, tmp_path / "b", "gptq", 4, refine=True, drift=True, **options)
+    bitwright.quantize(DEMO, tmp_path / "c", "gptq", 4, preset="fast", **options)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+    with pytest.raises(ValueError, match="drift: with propagate original"):
+        bitwright.quantize(DEMO, tmp_path / "d", drift=True, propagate="original", **options)
+    with pytest.raises(ValueError, match="preset: expected one of fast, default, best"):
+        bitwright.quantize(DEMO, tmp_path / "d", preset="slow", **options)  # type: ignore[arg-type]
+
+
+def test_experts_are_refined_without_drift(tmp_path: Path) -> None:
+    folder = TESTS / "data" / "tiny" / "qwen3_moe"
+    ids = np.random.default_rng(0).integers(0, 96, (24, 40)).astype(np.int32)
+    options: dict[str, Any] = {"group_size": 32, "calibration": ids, "progress": False}
+    report = bitwright.quantize(folder, tmp_path / "q", "gptq", 3, **options)
+    assert {layer.name for layer in report.layers} == set(
+        bitwright.load_model(folder).linear_shapes()
+    )
+    result = bitwright.evaluate(tmp_path / "q", ids, reference=folder).kl_divergence
+    assert result is not None
+    assert np.isfinite(result)
+
+
+def test_best_keeps_the_size(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "calibration": TEXT, "samples": 32, "length": 64, "progress": False
+    }  # fmt: skip
+    plain = bitwright.quantize(DEMO, tmp_path / "default", "gptq", 3, **options)
+    best = bitwright.quantize(DEMO, tmp_path / "best", "gptq", 3, preset="best", **options)
+    assert best.size_bytes <= plain.size_bytes
+    assert len({layer.bits for layer in best.layers}) > 1
+    text = DEMO / "evaluation.txt"
+    assert divergence(tmp_path / "best", text, DEMO) < 0.9 * divergence(
+        tmp_path / "default", text, DEMO
+    )
+    with pytest.raises(ValueError, match="calibration: preset best needs"):
+        bitwright.quantize(DEMO, tmp_path / "x", "rtn", preset="best")
+
+
+@pytest.mark.slow
+@needs_shared
+@pytest.mark.parametrize(
+    ("model", "bits", "size", "samples", "most"),
+    [
+        ("story", 3, 64, 32, 0.1033),  # the best prototypes, shared/QUALITY.md
+        ("story", 2, 32, 32, 0.415),
+        ("story", 4, 64, 32, 0.0235),
+        ("small", 3, 64, 64, 0.0120),
+        ("small-outliers", 3, 64, 64, 0.0148),
+    ],
+)
+def test_default_is_at_or_below_the_prototypes(
+    tmp_path: Path, model: str, bits: int, size: int, samples: int, most: float
+) -> None:
+    folder, name = SHARED / "models" / model, model.partition("-")[0]
+    calibration = np.load(SHARED / "text" / f"{name}_calibration.npy")[:samples]
+    text = np.load(SHARED / "text" / f"{name}_eval.npy")[:32]
+    bitwright.quantize(
+        folder, tmp_path / "q", "gptq", bits, size, calibration=calibration, progress=False
+    )
+    result = bitwright.evaluate(tmp_path / "q", text, reference=folder).kl_divergence
+    assert result is not None
+    assert result <= most
