@@ -42,7 +42,6 @@ def main() -> None:
         seqlen=tokens.shape[1],
         dataset=[{"input_ids": row[None]} for row in tokens],
         device_map="cpu",
-        amp=False,
     )
     start = time.perf_counter()
     model, _ = rounder.quantize()
