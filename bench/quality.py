@@ -168,7 +168,8 @@ class Bench:
                 cell |= figures_of(command, self.time_limit, self.threads)
                 cell |= self.judge(out, model)
             except (CellError, ValueError, OSError) as error:
-                cell["failed"] = str(error).strip().splitlines()[-1]
+                said = str(error).strip() or type(error).__name__
+                cell["failed"] = said.splitlines()[-1]
         return cell
 
 
