@@ -36,7 +36,7 @@ import numpy as np
 
 import bitwright
 
-BENCH = Path(__file__).parent
+BENCH = Path(__file__).resolve().parent
 PLOTS = BENCH / "plots"
 # model -> (its texts' name, calibration samples)
 MODELS = {"story": ("story", 32), "small": ("small", 64), "small-outliers": ("small", 64)}
@@ -81,12 +81,19 @@ class CellError(Exception):
     """A cell's process gave no result; the message is one line."""
 
 
-def figures_of(command: list[str], time_limit: float, threads: int) -> dict[str, Any]:
-    """Run a command and return the figures in its last line that is a JSON object."""
+def figures_of(
+    command: list[str], time_limit: float, threads: int, folder: Path | None
+) -> dict[str, Any]:
+    """Run a command, in a folder, and return the figures in its last line that is a JSON object."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=time_limit, env=environment
+            command,
+            capture_output=True,
+            text=True,
+            timeout=time_limit,
+            env=environment,
+            cwd=folder,
         )
     except subprocess.TimeoutExpired as error:
         raise CellError(f"no result in {time_limit:.0f} s") from error
@@ -108,8 +115,8 @@ class Bench:
     def __init__(
         self, shared: Path, peers: dict[str, str], time_limit: float, threads: int, scratch: Path
     ) -> None:
-        self.shared = shared
-        self.peers = peers
+        self.shared = shared.absolute()
+        self.peers = {tool: os.path.abspath(python) for tool, python in peers.items()}
         self.time_limit = time_limit
         self.threads = threads
         self.scratch = scratch
@@ -151,12 +158,14 @@ class Bench:
                     "scale_dtype": "float16",
                     "threads": self.threads,
                 }
+                working = None  # so that a relative PYTHONPATH holds
                 command = [
                     *(sys.executable, str(BENCH / "quality_ours.py")),
                     json.dumps(settings | OURS[method]),
                 ]
             else:
                 peer = PEERS[method]
+                working = self.scratch  # some peers leave logs where they run
                 cell["bits_per_weight"] = peer.bits_per_weight(bits, group_size)
                 command = [
                     *(self.peers[peer.tool], str(BENCH / f"peer_{peer.tool}.py")),
@@ -165,7 +174,7 @@ class Bench:
                     *("--threads", str(self.threads)),
                 ]
             try:
-                cell |= figures_of(command, self.time_limit, self.threads)
+                cell |= figures_of(command, self.time_limit, self.threads, working)
                 cell |= self.judge(out, model)
             except (CellError, ValueError, OSError) as error:
                 said = str(error).strip() or type(error).__name__
