@@ -1,11 +1,16 @@
-"""Quantize a model with llm-compressor, bitwright's peer, on the same token ids, and time it.
+"""Quantize a model with llm-compressor's GPTQ or AWQ on given token ids, and time it.
 
-Runs in an environment of its own: pip install torch==2.13.0 llmcompressor==0.14.0.1
+Usage, in an environment of its own::
+
+    python3 -m venv /tmp/llmc
+    /tmp/llmc/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
+    /tmp/llmc/bin/python bench/peer_llmcompressor.py ../shared/models/story tokens.npy /tmp/out \\
+        --method gptq --bits 3 --group-size 64
+
+Grids are asymmetric with integer zero points, or symmetric with --symmetric. Writes the dequantized model
+and prints one JSON line; the time is that of `oneshot` alone.
 """
 
-import argparse
-import json
-import resource
 import time
 from importlib.metadata import version
 from typing import Any
@@ -13,24 +18,37 @@ from typing import Any
 import numpy as np
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
+from peer import options_parser, peak_memory_bytes, print_figures, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 
+@torch.no_grad()
+def dequantized(model: torch.nn.Module) -> dict[str, Any]:
+    """Return the tensors of the model, each weight with a grid rounded to it."""
+    tensors = dict(model.state_dict())
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and scheme.weights is not None:
+            tensors[f"{name}.weight"] = fake_quantize(
+                module.weight,
+                module.weight_scale,
+                module.weight_zero_point,
+                scheme.weights,
+            )
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("tokens", help="token ids [samples, length], .npy")
-    parser.add_argument("out")
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=128)
+    """Quantize, write, print."""
+    parser = options_parser(__doc__)
     parser.add_argument("--samples", type=int, default=None, help="default: all")
     parser.add_argument("--symmetric", action="store_true")
-    parser.add_argument("--threads", type=int, default=2)
     # A CPU without bfloat16 instructions multiplies bfloat16 several times slower than float32, so
     # the peer gets the faster of the two; "auto" is the checkpoint's own, as its users have it.
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "auto"], default="float32")
@@ -66,18 +84,9 @@ def main() -> None:
         max_seq_length=tokens.shape[1],
     )
     seconds = time.perf_counter() - start
-    # Before saving, which is no part of what is timed. ru_maxrss is in KiB on Linux.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model.save_pretrained(options.out, save_compressed=True)
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "peak_memory_bytes": peak,
-                "version": f"llm-compressor {version('llmcompressor')}",
-            }
-        )
-    )
+    peak = peak_memory_bytes()  # before saving, which is no part of what is timed
+    write_checkpoint(options.model, options.out, dequantized(model))
+    print_figures(seconds, peak, f"llm-compressor {version('llmcompressor')}")
 
 
 if __name__ == "__main__":
