@@ -58,7 +58,9 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--preset", default="fast", help="of bitwright; fast is the method by itself")
+    parser.add_argument(
+        "--preset", default="fast", help="of bitwright; fast is the method by itself"
+    )
     options = parser.parse_args()
     vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
     peer_script = str(Path(__file__).parent / f"peer_{options.peer}.py")
