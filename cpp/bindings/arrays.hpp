@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "linalg/matrix.hpp"
 
@@ -59,13 +60,18 @@ inline py::array contiguous(const py::object& object, const char* name, py::ssiz
     return array;
 }
 
-inline bool has_dtype(const py::array& array, const char* dtype) {
-    return py::str(array.dtype().attr("name")).cast<std::string>() == dtype;
+// NumPy's own types are compared by number: asking for a name takes ten microseconds.
+template <typename Scalar>
+bool has_dtype(const py::array& array) {
+    if constexpr (std::is_arithmetic_v<Scalar>)
+        return py::isinstance<py::array_t<Scalar>>(array);
+    else
+        return py::str(array.dtype().attr("name")).cast<std::string>() == dtype_name<Scalar>;
 }
 
 template <typename Scalar>
 void require_dtype(const py::array& array, const char* name) {
-    if (!has_dtype(array, dtype_name<Scalar>))
+    if (!has_dtype<Scalar>(array))
         throw py::type_error(std::string(name) + ": expected dtype " + dtype_name<Scalar> +
                              ", got " + describe(array) + "; convert it with " + name +
                              ".astype(\"" + dtype_name<Scalar> + "\")");
@@ -126,7 +132,7 @@ Scalar* optional_writable_vector(const py::object& object, const char* name, Ind
 template <typename Body>
 auto with_floats(const py::object& object, const Body& body) {
     if (py::isinstance<py::array>(object) &&
-        has_dtype(py::reinterpret_borrow<py::array>(object), "float64"))
+        has_dtype<double>(py::reinterpret_borrow<py::array>(object)))
         return body(double{});
     return body(float{});
 }
@@ -146,7 +152,7 @@ template <typename Body>
 void with_weight(const py::object& object, const char* name, Body&& body) {
     const py::array array = contiguous(object, name, 2);
     const auto call = [&]<typename Scalar>(Scalar) {
-        if (!has_dtype(array, dtype_name<Scalar>)) return false;
+        if (!has_dtype<Scalar>(array)) return false;
         body(ConstMatrixView<Scalar>(static_cast<const Scalar*>(array.data()), array.shape(0),
                                      array.shape(1)));
         return true;
