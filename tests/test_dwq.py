@@ -152,7 +152,7 @@ def test_story_loses_divergence(tmp_path: Path, method: Any, rate: float, least:
         tmp_path / "student",
         tmp_path / "out",
         tokens,
-        tokens=98_304,
+        tokens=49_152,
         learning_rate=rate,
         progress=False,
     )

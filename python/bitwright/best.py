@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bitwright.calibration import TokenSource
 from bitwright.dwq import dwq_quantize
 from bitwright.dynamic import Candidate, choose_precisions, fineness
@@ -90,14 +92,21 @@ def quantize_best(
             threads=threads,
             progress=progress,
         )
-        dtype = kind.scale_dtype(original.dtype)
+        given = options.get("scale_dtype")
+        dtype = kind.scale_dtype(original.dtype) if given is None else np.dtype(given)
         weights = [out_channels * channels for out_channels, channels in shapes]
         taken = sum(
             weight * stored_bits(bits, size or shape[1], chosen_grid, dtype)
             for weight, shape in zip(weights, shapes, strict=True)
         )
         recipe = choose_precisions(
-            original, found, taken / sum(weights), candidates, format=format, grid=grid
+            original,
+            found,
+            taken / sum(weights),
+            candidates,
+            format=format,
+            grid=grid,
+            scale_dtype=dtype,
         )
     reports: list[QuantizationReport] = []
 

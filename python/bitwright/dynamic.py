@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from bitwright import _kernels
 from bitwright.calibration import TokenSource
@@ -63,6 +64,7 @@ def choose_precisions(
     *,
     format: str = "mlx",
     grid: Grid | None = None,
+    scale_dtype: DTypeLike | None = None,
 ) -> Recipe:
     """Choose a precision for every layer so that they take no more than a target together.
 
@@ -80,8 +82,8 @@ def choose_precisions(
         Bits per weight over the layers in the blocks, scales and biases or zeros included.
     candidates
         ``(bits, group_size)`` to choose from.
-    format, grid
-        Where it will be stored; they decide what scales take.
+    format, grid, scale_dtype
+        How it will be stored; they decide what scales take.
 
     Returns
     -------
@@ -125,7 +127,7 @@ def choose_precisions(
             f"the mlx and gptq formats"
         )
     chosen_grid = grid or kind.grids[0]
-    dtype = kind.scale_dtype(original.dtype)
+    dtype = kind.scale_dtype(original.dtype) if scale_dtype is None else np.dtype(scale_dtype)
     weights = np.array([float(np.prod(shape)) for shape in shapes.values()])
     per_weight = np.empty((len(shapes), len(choices)))
     errors = np.empty_like(per_weight)
@@ -247,7 +249,15 @@ def dynamic_quantize(
         )
         if sensitivities is not None and not isinstance(sensitivities, Sensitivities):
             known.save(sensitivities)
-    recipe = choose_precisions(original, known, target_bpw, candidates, format=format, grid=grid)
+    recipe = choose_precisions(
+        original,
+        known,
+        target_bpw,
+        candidates,
+        format=format,
+        grid=grid,
+        scale_dtype=options.get("scale_dtype"),
+    )
     text = data if calibration is None else calibration
     report = quantize(
         model,
