@@ -93,17 +93,24 @@ def test_small_model(tmp_path: Path, client: str, options: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(
-    ("client", "format", "candidates"),
-    [("mlx", "mlx", [(3, 64), (4, 32), (5, 64)]), ("gptqmodel", "gptq", [(4, 64)])],
+    ("client", "format", "target", "candidates"),
+    [
+        ("mlx", "mlx", 4.5, [(3, 64), (4, 32), (5, 64)]),
+        ("gptqmodel", "gptq", 4.3125, [(4, 64)]),  # transformers reads one precision
+    ],
 )
 def test_trained_dynamic_model(
-    tmp_path: Path, client: str, format: Any, candidates: list[tuple[int, int | None]]
+    tmp_path: Path,
+    client: str,
+    format: Any,
+    target: float,
+    candidates: list[tuple[int, int | None]],
 ) -> None:
     """From the original to dynamic precision to trained scales, as the clients read it."""
     text = DEMO / "calibration.txt"
     options: dict[str, Any] = {"length": 64, "progress": False}
     bitwright.dynamic_quantize(
-        DEMO, tmp_path / "student", 4.5, candidates, "rtn", format, text, **options
+        DEMO, tmp_path / "student", target, candidates, "rtn", format, text, **options
     )
     report = bitwright.dwq_quantize(
         DEMO, tmp_path / "student", tmp_path / "out", text, tokens=5000, **options
