@@ -435,6 +435,7 @@ def test_quality_reaches_the_prototype(
         method=method,  # type: ignore[arg-type]
         bits=3,
         calibration=np.load(SHARED / "text" / f"{text}_calibration.npy")[:samples],
+        preset="fast",
         progress=False,
     )
     evaluation = SHARED / "text" / f"{text}_eval.npy"

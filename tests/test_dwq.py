@@ -145,7 +145,13 @@ def test_story_loses_divergence(tmp_path: Path, method: Any, rate: float, least:
     text = np.load(SHARED / "text" / "story_eval.npy")[:32]
     calibration = None if method == "rtn" else tokens[:32]
     bitwright.quantize(
-        original, tmp_path / "student", method, 3, calibration=calibration, progress=False
+        original,
+        tmp_path / "student",
+        method,
+        3,
+        calibration=calibration,
+        preset="fast",
+        progress=False,
     )
     bitwright.dwq_quantize(
         original,

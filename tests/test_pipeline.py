@@ -182,6 +182,7 @@ def test_small_reaches_the_prototype(tmp_path: Path) -> None:
         calibration=SHARED / "text" / "small_calibration.npy",
         samples=None,
         length=None,
+        preset="fast",
     )
     result = bitwright.evaluate(
         tmp_path / "out", SHARED / "text" / "small_eval.npy", reference=model
