@@ -15,7 +15,7 @@ from bitwright.models.operations import BlockWeights, Float, Operations
 from bitwright.models.routing import Routes
 from bitwright.models.tape import OnLinear, Tape
 
-MOST_CHUNK_TOKENS = 1024
+MOST_CHUNK_TOKENS, MOST_TAPE_TOKENS = 1024, 512
 SUB_BLOCK_STARTS = ("attention", "latent", "mlp", "router")  # stages that read the hidden states
 
 
@@ -344,7 +344,13 @@ class Rotation:
         """Rows to compute at once: whole samples, few enough for the last-level cache."""
         return max(1, MOST_CHUNK_TOKENS // self.length) * self.length
 
-    def chunks(self, hidden: Float) -> Iterator[Float]:
-        """Yield `hidden` in pieces of so many rows, as views."""
-        for first in range(0, len(hidden), self.chunk_rows):
-            yield hidden[first : first + self.chunk_rows]
+    @property
+    def tape_rows(self) -> int:
+        """Rows to compute at once where all is remembered, and has a gradient of its own."""
+        return max(1, MOST_TAPE_TOKENS // self.length) * self.length
+
+    def chunks(self, hidden: Float, rows: int | None = None) -> Iterator[Float]:
+        """Yield `hidden` in pieces of `chunk_rows`, or of so many, as views."""
+        step = self.chunk_rows if rows is None else rows
+        for first in range(0, len(hidden), step):
+            yield hidden[first : first + step]

@@ -148,7 +148,8 @@ class Network:
             on_linear(prefix + name, inputs, above)
 
         for stages, before in zip(reversed(block.sub_blocks), reversed(kept), strict=True):
-            for rows, above in zip(rope.chunks(before), rope.chunks(gradient), strict=True):
+            pieces = [rope.chunks(each, rope.tape_rows) for each in (before, gradient)]
+            for rows, above in zip(*pieces, strict=True):
                 block.backward(stages, rows, above, rope, in_block, within)
 
     def _head(
