@@ -65,6 +65,91 @@ def test_demo() -> None:
     assert float(rows["original"][1]) < float(rows["gptq"][1]) < float(rows["rtn"][1])
 
 
+def test_sensitivities_recipe_and_dwq(tmp_path: Path) -> None:
+    """The four commands of dynamic precision and DWQ, each on what the one before has written."""
+    evaluation = str(DEMO / "evaluation.txt")
+    data = ("--data", TEXT, "--samples", "8", "--length", "64")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        done = bitwright_command(
+            *(str(tmp_path / word[1:]) if word[0] == "@" else word for word in arguments)
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    run(
+        "sensitivities",
+        str(DEMO),
+        "--out",
+        "@s.json",
+        *data,
+        "--low",
+        "3:64",
+        "--high",
+        "5:64",
+        "--plot",
+        "@s.svg",
+    )
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert (found["low"], found["high"]) == ("3:64", "5:64")
+
+    done = run(
+        *(
+            "dynamic",
+            str(DEMO),
+            "--out",
+            "@mixed",
+            "--target-bpw",
+            "4.5",
+            "--candidates",
+            "3:64,4:64,5:64",
+        ),
+        *("--method", "gptq", "--format", "mlx", *data, "--sensitivities", "@s.json"),
+        *("--recipe", "@recipe.json", "--evaluate", evaluation),
+    )
+    assert "kl" in done.stdout.lower()
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    bits = {layer["bits"] for layer in recipe["layers"].values()}
+    assert len(bits) > 1
+
+    run(
+        *("quantize", str(DEMO), "--out", "@again", "--method", "gptq", "--recipe", "@recipe.json"),
+        *("--calibration", TEXT, "--samples", "8", "--length", "64"),
+    )
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "mixed" / name).read_bytes()
+
+    done = run(
+        *(
+            "dwq",
+            "--teacher",
+            str(DEMO),
+            "--student",
+            "@mixed",
+            "--out",
+            "@trained",
+            "--data",
+            TEXT,
+        ),
+        *("--length", "32", "--tokens", "1024", "--learning-rate", "5e-4", "--seed", "1"),
+        *("--plot", "@dwq.svg"),
+    )
+    assert "tokens/s" in done.stderr
+    for plot in ("s.svg", "dwq.svg"):
+        assert "<svg" in (tmp_path / plot).read_text()
+
+    run(
+        *("dwq", "--teacher", str(DEMO), "--out", "@cascade", "--target-bpw", "4.5", *data),
+        *("--method", "gptq", "--tokens", "512"),
+    )
+    sizes = [
+        bitwright.evaluate(tmp_path / name, evaluation, samples=2, length=64)
+        for name in ("mixed", "trained", "cascade")
+    ]
+    assert sizes[0].bits_per_weight == sizes[1].bits_per_weight
+    assert abs(sizes[2].bits_per_weight - sizes[0].bits_per_weight) < 0.1
+
+
 def test_info_and_version() -> None:
     assert bitwright.build_info().instruction_set in bitwright_command("info").stdout
     assert bitwright.__version__ in bitwright_command("--version").stdout
@@ -85,6 +170,7 @@ def test_info_and_version() -> None:
         ),
         (("evaluate", str(DEMO), "--text", TEXT, "--reference", "nowhere"), "nowhere"),
         (("evaluate", str(DEMO), "--text", TEXT, "--samples", "99999"), "99999"),
+        (("sensitivities", str(DEMO), "--out", "/absent/s.json", "--data", TEXT), "/absent"),
     ],
 )
 def test_errors_are_one_message_without_a_traceback(

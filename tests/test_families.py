@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from shared_data import SHARED, TESTS
+from shared_data import ARCH, SHARED, TESTS, TINY
 
 import bitwright
 from bitwright.checkpoint import ExpertsConfig
@@ -22,8 +22,6 @@ from bitwright.models.layout import block_layout
 from bitwright.models.routing import route
 from bitwright.scaling import AwqOptions, ScaledBlock, observe_block
 
-TINY = sorted((TESTS / "data" / "tiny").iterdir())
-ARCH = sorted((SHARED / "models" / "arch").glob("*")) if SHARED.is_dir() else []
 FOLDERS = [*TINY, *ARCH]
 by_folder = pytest.mark.parametrize(
     "folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}-{folder.name}"

@@ -6,14 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from shared_data import SHARED, TESTS
+from shared_data import ARCH, TINY
 
 import bitwright
 from bitwright import _kernels
 from bitwright.models.network import Network
 
-TINY = sorted((TESTS / "data" / "tiny").iterdir())
-ARCH = sorted((SHARED / "models" / "arch").glob("*")) if SHARED.is_dir() else []
 STEP = 1e-5
 Float = NDArray[Any]
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from shared_data import SHARED, TESTS
+from shared_data import ARCH, TINY
 
 import bitwright
 from bitwright import _kernels
@@ -16,9 +16,6 @@ REASON = 'needs pip install ".[transformers]"'
 torch = pytest.importorskip("torch", reason=REASON)
 transformers = pytest.importorskip("transformers", reason=REASON)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
-
-TINY = sorted((TESTS / "data" / "tiny").iterdir())
-ARCH = sorted((SHARED / "models" / "arch").glob("*")) if SHARED.is_dir() else []
 
 
 def plain(name: str) -> str:

@@ -43,6 +43,18 @@ from bitwright.tensor import BITS, GRIDS
 FAILED, INTERRUPTED = 1, 130
 
 
+class _NewFile(click.ParamType[Path]):
+    """A file to write at the end of a long run, whose folder must be there at its beginning."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(value)
+        if not path.parent.is_dir():
+            self.fail(f"the folder {path.parent} does not exist", param, ctx)
+        return path
+
+
 class _Bits(click.ParamType[int]):
     """One of the supported numbers of bits."""
 
@@ -378,7 +390,7 @@ def salient(
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
+@click.option("--out", required=True, type=_NewFile(), help="JSON file to write.")
 @_data(required=True)
 @click.option(
     "--samples", type=click.IntRange(1), help=f"Samples; by default up to {SENSITIVITY_SAMPLES}."
@@ -391,9 +403,7 @@ def salient(
 )
 @click.option("--batch-size", type=click.IntRange(1), default=4, help="Samples at a time.")
 @click.option("--loss", type=click.Choice(LOSSES), default="kl", help="Whose gradient is taken.")
-@click.option(
-    "--plot", type=click.Path(path_type=Path), help="Plot them to this file (.png, .svg, .pdf)."
-)
+@click.option("--plot", type=_NewFile(), help="Plot them to this file (.png, .svg, .pdf).")
 @_threads
 def sensitivities(
     model: Path,
@@ -439,9 +449,7 @@ def sensitivities(
 @click.option("--grid", type=click.Choice(GRIDS), help="By default the format's first.")
 @click.option("--embedding-bits", type=_Bits(), help="Quantize the embedding too.")
 @click.option("--head-bits", type=_Bits(), help="Quantize the head too.")
-@click.option(
-    "--recipe", type=click.Path(path_type=Path), help="Write the layers' precisions here."
-)
+@click.option("--recipe", type=_NewFile(), help="Write the layers' precisions here.")
 @click.option(
     "--evaluate",
     "evaluate_on",
@@ -505,7 +513,7 @@ def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None
 )
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path),
+    type=_NewFile(),
     help="Plot loss and KL to this file (.png, .svg, .pdf).",
 )
 @_method_and_format
