@@ -82,6 +82,28 @@ void sum_over_rows(Index rows, Index channels, Scalar* total, const Body& body) 
             parts.colwise().sum();
 }
 
+// Backwards through weight · (x − mean) · factor, factor = 1 / sqrt(mean((x − mean)²) + epsilon);
+// `centred` as in layer norm, or with a mean of 0.
+template <typename Scalar>
+void norm_backward(bool centred, ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight,
+                   double epsilon, ConstMatrixView<Scalar> gradient,
+                   MatrixView<Scalar> input_gradient, Scalar* weight_gradient) {
+    const auto channels = static_cast<Scalar>(input.cols());
+    const auto body = [&](Index row, auto weight_part) {
+        const auto above = gradient.row(row).array(), gain = weight.transpose().array();
+        const Scalar mean = centred ? input.row(row).mean() : Scalar(0);
+        const auto values = input.row(row).array() - mean;
+        const Scalar factor =
+            1 / std::sqrt(values.square().sum() / channels + static_cast<Scalar>(epsilon));
+        // d factor / d x = −factor³ (x − mean) / channels
+        const Scalar shared = factor * factor * factor * (above * gain * values).sum() / channels;
+        const Scalar average = centred ? factor * (above * gain).sum() / channels : Scalar(0);
+        input_gradient.row(row).array() = factor * above * gain - average - shared * values;
+        if (weight_gradient) weight_part += factor * above * values;
+    };
+    sum_over_rows(input.rows(), input.cols(), weight_gradient, body);
+}
+
 }  // namespace
 
 template <typename Scalar>
@@ -102,18 +124,7 @@ template <typename Scalar>
 void rms_norm_backward(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight,
                        double epsilon, ConstMatrixView<Scalar> gradient,
                        MatrixView<Scalar> input_gradient, Scalar* weight_gradient) {
-    const auto channels = static_cast<Scalar>(input.cols());
-    const auto body = [&](Index row, auto weight_part) {
-        const auto values = input.row(row).array(), above = gradient.row(row).array();
-        const auto gain = weight.transpose().array();
-        const Scalar factor =
-            1 / std::sqrt(values.square().sum() / channels + static_cast<Scalar>(epsilon));
-        // d factor / d x = −factor³ x / channels
-        const Scalar shared = factor * factor * factor * (above * gain * values).sum() / channels;
-        input_gradient.row(row).array() = factor * above * gain - shared * values;
-        if (weight_gradient) weight_part += factor * above * values;
-    };
-    sum_over_rows(input.rows(), input.cols(), weight_gradient, body);
+    norm_backward(false, input, weight, epsilon, gradient, input_gradient, weight_gradient);
 }
 
 template <typename Scalar>
@@ -137,21 +148,7 @@ template <typename Scalar>
 void layer_norm_backward(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight,
                          double epsilon, ConstMatrixView<Scalar> gradient,
                          MatrixView<Scalar> input_gradient, Scalar* weight_gradient) {
-    const auto channels = static_cast<Scalar>(input.cols());
-    const auto body = [&](Index row, auto weight_part) {
-        const auto values = input.row(row).array(), above = gradient.row(row).array();
-        const auto gain = weight.transpose().array();
-        const Scalar mean = values.mean();
-        const Scalar factor =
-            1 / std::sqrt((values - mean).square().sum() / channels + static_cast<Scalar>(epsilon));
-        const Scalar shared =
-            factor * factor * factor * (above * gain * (values - mean)).sum() / channels;
-        const Scalar average = factor * (above * gain).sum() / channels;
-        input_gradient.row(row).array() =
-            factor * above * gain - average - shared * (values - mean);
-        if (weight_gradient) weight_part += factor * above * (values - mean);
-    };
-    sum_over_rows(input.rows(), input.cols(), weight_gradient, body);
+    norm_backward(true, input, weight, epsilon, gradient, input_gradient, weight_gradient);
 }
 
 template <typename Scalar>

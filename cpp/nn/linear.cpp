@@ -42,7 +42,8 @@ void linear_backward_groups(ConstMatrixView<Scalar> gradient, ConstMatrixView<Sc
                             ConstVectorView<std::int32_t> group_of,
                             MatrixView<Scalar> scale_gradients, MatrixView<Scalar> bias_gradients) {
     const Index out = codes.rows(), channels = codes.cols();
-    const Index tile = std::clamp<Index>(TILE_BYTES / (channels * 4), 64, std::max<Index>(out, 64));
+    const Index tile = std::clamp<Index>(TILE_BYTES / (channels * Index{sizeof(Scalar)}), 64,
+                                         std::max<Index>(out, 64));
     Matrix<Scalar> dense(std::min(tile, out), channels);
     for (Index first = 0; first < out; first += tile) {
         const Index rows = std::min(tile, out - first);

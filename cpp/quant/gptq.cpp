@@ -23,21 +23,18 @@ struct Solve {
 
     Index slabs() const { return work.rows() / lane_count; }
 
+    void all_columns() {
+        by_halves(
+            0, work.cols(), block, [this](Index low, Index high) { columns(low, high); },
+            [this](Index low, Index middle, Index high) {
+                work.middleCols(middle, high - middle).noalias() -=
+                    work.middleCols(low, middle - low) *
+                    upper.block(low, middle, middle - low, high - middle);
+            });
+    }
+
     // Columns [low, high), whose weights have received the errors of all columns before `low`.
     void columns(Index low, Index high) {
-        if (high - low > block) {
-            // Halves, recursively: the errors of the left half reach the right one as a single
-            // large product, at the speed of the machine's matrix multiply, instead of a thin one
-            // per block.
-            const Index blocks = (high - low + block - 1) / block;
-            const Index middle = low + (blocks + 1) / 2 * block;
-            columns(low, middle);
-            work.middleCols(middle, high - middle).noalias() -=
-                work.middleCols(low, middle - low) *
-                upper.block(low, middle, middle - low, high - middle);
-            columns(middle, high);
-            return;
-        }
         parallel_for(slabs(), 4, [&](Index first, Index last) {
             std::vector<float> weights(static_cast<size_t>((high - low) * lane_count));
             std::vector<float> codes(weights.size());
@@ -118,7 +115,7 @@ void quantize_gptq(ConstMatrixView<Weight> weight, ConstMatrixView<float> upper,
         }
     });
 
-    solve.columns(0, in);
+    solve.all_columns();
 
     parallel_for(in, 64, [&](Index first, Index last) {
         for (Index j = first; j < last; ++j)

@@ -66,19 +66,19 @@ struct Refinement {
         return total;
     }
 
-    // One sweep over columns [low, high), whose residual knows of all steps before them. That of
+    // One sweep over all columns, each of which knows of all steps before it. The residual of
     // columns already passed is not kept up to date.
-    void sweep(Index low, Index high) {
-        if (high - low > BLOCK) {
-            const Index blocks = (high - low + BLOCK - 1) / BLOCK;
-            const Index middle = low + (blocks + 1) / 2 * BLOCK;
-            sweep(low, middle);
-            residual.middleCols(middle, high - middle).noalias() -=
-                change.middleCols(low, middle - low) *
-                gram.block(low, middle, middle - low, high - middle);
-            sweep(middle, high);
-            return;
-        }
+    void sweep() {
+        by_halves(
+            0, in(), BLOCK, [this](Index low, Index high) { sweep_columns(low, high); },
+            [this](Index low, Index middle, Index high) {
+                residual.middleCols(middle, high - middle).noalias() -=
+                    change.middleCols(low, middle - low) *
+                    gram.block(low, middle, middle - low, high - middle);
+            });
+    }
+
+    void sweep_columns(Index low, Index high) {
         parallel_for(residual.rows() / lane_count, 4, [&](Index first, Index last) {
             std::vector<float> here(static_cast<size_t>((high - low) * lane_count));
             std::vector<float> codes(here.size());
@@ -257,7 +257,7 @@ void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Gr
         if (round > 0) state.start();
         state.fit_grids();
         state.start();
-        state.sweep(0, weight.cols());
+        state.sweep();
         objectives[round + 1] = objectives[0] - state.gains.sum();
     }
 }

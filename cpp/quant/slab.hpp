@@ -47,6 +47,22 @@ inline GridLanes load_grid(Grid grid, Index row, Index group, const MatrixView<f
     return lanes;
 }
 
+// Takes columns [low, high) in order, leaf(low, high) at most `block` at a time. What a left half
+// has changed reaches the right one by push(low, middle, high), as one large product at the speed
+// of the machine's matrix multiply instead of a thin one per block.
+template <typename Leaf, typename Push>
+void by_halves(Index low, Index high, Index block, const Leaf& leaf, const Push& push) {
+    if (high - low <= block) {
+        leaf(low, high);
+        return;
+    }
+    const Index blocks = (high - low + block - 1) / block;
+    const Index middle = low + (blocks + 1) / 2 * block;
+    by_halves(low, middle, block, leaf, push);
+    push(low, middle, high);
+    by_halves(middle, high, block, leaf, push);
+}
+
 // Rounds every group of the weight to the grid that fit(slab, row, group) returns for 16 rows of
 // it.
 template <typename Weight, typename Fit>
