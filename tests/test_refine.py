@@ -123,7 +123,7 @@ def test_drift_gives_the_best_weights_for_the_original_outputs() -> None:
     stage = block.stages[0]
     stream = OriginalStream(model.block(0), original.copy(), Rotation(16, rope.tables))
     statistics = bitwright.LayerStatistics(64)
-    drift = stream.drift(block, stage, statistics)
+    drift = stream.drift(stage, statistics)
     assert isinstance(drift, Drift)
     states = block.operations.norm(str(stage.norm), hidden)
     statistics.add(states)
@@ -184,6 +184,9 @@ def test_default_is_refined_and_corrected(tmp_path: Path, format: Any) -> None:
     assert a != c
     with pytest.raises(ValueError, match="drift: with propagate original"):
         bitwright.quantize(DEMO, tmp_path / "d", drift=True, propagate="original", **options)
+    for option in ("refine", "drift"):
+        with pytest.raises(ValueError, match=f"{option}: needs calibration data"):
+            bitwright.quantize(DEMO, tmp_path / "d", "rtn", **{option: True})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="preset: expected one of fast, default, best"):
         bitwright.quantize(DEMO, tmp_path / "d", preset="slow", **options)  # type: ignore[arg-type]
 

@@ -5,7 +5,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_at_most, load_tokens
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
-from bitwright.errors import BitwrightError, NonFiniteError
+from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.formats import FORMATS, Precision
 from bitwright.methods.awq import (
     DEFAULT_GRID,
@@ -35,8 +34,9 @@ from bitwright.methods.solver import (
     refined,
 )
 from bitwright.models.fold import fold_scale
-from bitwright.output import Output, QuantizedLayer, block_error, progress_bar, relative_error
+from bitwright.output import Output, QuantizedLayer, block_error, relative_error
 from bitwright.pipeline import DEFAULT_SAMPLES, JUDGED_TOKENS
+from bitwright.progress import progress_bar
 from bitwright.recipe import check_plan, plan_shapes
 from bitwright.report import BlockReport, QuantizationReport
 from bitwright.tensor import Grid
@@ -146,10 +146,11 @@ def quantize_with_transformers(
         ("method", method, ADAPTER_METHODS),
         ("format", format, tuple(FORMATS)),
     ):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        check_choice(name, value, known)
     if method != "rtn" and calibration is None:
         raise ValueError(f"calibration: {method} needs text or token ids; method rtn does without")
+    if refine and calibration is None:
+        raise ValueError("refine: needs calibration data")
     if n_grid < 1:
         raise ValueError(f"n_grid: expected at least 1, got {n_grid}")
     options = MethodOptions(
@@ -309,9 +310,9 @@ class _Run:
                 f"{type(model.module).__name__} that only linears read, so it has nothing to scale; "
                 f"use gptq"
             )
-        bar = progress_bar()
-        with bar if progress else nullcontext():
-            task = bar.add_task("", total=len(model.blocks), error="")
+        bar = progress_bar("quantizing", progress, "blocks")
+        with bar:
+            task = bar.add_task("", total=len(model.blocks), figures="")
             for block in model.blocks:
                 reported = len(self.output.layers)
                 linears = block.all_linears()
@@ -327,7 +328,7 @@ class _Run:
                         self._solve(inputs, self.output.finish)
                     if block is not model.blocks[-1]:  # nobody reads the last hidden states
                         stream.advance(block)
-                bar.update(task, advance=1, error=block_error(self.output.layers[reported:]))
+                bar.update(task, advance=1, figures=block_error(self.output.layers[reported:]))
         self._carry()
         if self.unread:
             warnings.warn(

@@ -36,9 +36,7 @@ class OriginalStream:
             chunk = self.chunks[number]
             self.block.advance(stage, self.block.stage_input(stage, chunk), chunk, self.rope)
 
-    def drift(
-        self, block: DecoderBlock, stage: Stage | None, statistics: LayerStatistics | None
-    ) -> "Drift":
+    def drift(self, stage: Stage | None, statistics: LayerStatistics | None) -> "Drift":
         """Return what gathers how far the quantized stream's inputs of a stage are from the original's.
 
         Experts are left out, since the two streams may route tokens differently."""

@@ -7,22 +7,21 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 
 from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_tokenizer, load_tokens
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import model_fingerprint
-from bitwright.checkpoint.writer import output_errors, replaced, write_safetensors
+from bitwright.checkpoint.writer import check_apart, output_errors, replaced, write_safetensors
 from bitwright.distillation import (
     LOSSES,
     DistillationLoss,
@@ -34,8 +33,9 @@ from bitwright.errors import (
     CalibrationError,
     CheckpointError,
     NonFiniteError,
-    OutputError,
     TargetsError,
+    check_choice,
+    malformed_as,
     shown,
 )
 from bitwright.evaluate import peak_memory_bytes
@@ -43,6 +43,7 @@ from bitwright.methods.adam import Adam
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import Network
 from bitwright.models.operations import Float32
+from bitwright.progress import progress_bar
 from bitwright.report import DwqReport
 from bitwright.student import ZEROS, Student, Zeros
 from bitwright.targets import (
@@ -58,7 +59,6 @@ VALIDATION_SAMPLES = 8
 VALIDATIONS = 8  # in a run, unless told otherwise
 SAME = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 REPORT_NAME = "dwq.json"
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)  # what was parsed
 
 
 @dataclass(frozen=True)
@@ -233,10 +233,10 @@ def dwq_quantize(
     started = time.perf_counter()
     if threads is not None:
         _kernels.set_num_threads(threads)
-    _check_choice("schedule", schedule, SCHEDULES)
-    _check_choice("zeros", zeros, ZEROS)
+    check_choice("schedule", schedule, SCHEDULES)
+    check_choice("zeros", zeros, ZEROS)
     if isinstance(loss, str):
-        _check_choice("loss", loss, LOSSES)
+        check_choice("loss", loss, LOSSES)
     for name, number, least in (
         ("batch_size", batch_size, 1),
         ("accumulate", accumulate, 1),
@@ -276,7 +276,7 @@ def dwq_quantize(
     work = place.with_name(f".{place.name}.dwq")
     if targets is not None:
         for taken in (place, work):
-            _check_apart(taken, Path(targets), "targets")
+            check_apart(taken, Path(targets), "targets")
     with CheckpointWriter(out, overwrite, source=teacher_model.checkpoint.folder) as writer:
         try:
             with output_errors(work):
@@ -289,8 +289,8 @@ def dwq_quantize(
             student_model = load_model(student)
             learner = Student(student_model, zeros)
             _check_pair(teacher_model, student_model)
-            _check_apart(place, student_model.checkpoint.folder, "student that is read")
-            with _bar(progress, "teaching") as bar:
+            check_apart(place, student_model.checkpoint.folder, "student that is read")
+            with progress_bar("teaching", progress) as bar:
                 task = bar.add_task("", total=1.0, figures="")
                 known = _teach(
                     teacher_model,
@@ -316,7 +316,7 @@ def dwq_quantize(
             else:
                 with output_errors(work):
                     run.checkpoint.unlink(missing_ok=True)
-            with _bar(progress, "distilling") as bar:
+            with progress_bar("distilling", progress) as bar:
                 every = checkpoint_every or settings.validate_every
                 stopped = run.go(bar, every, fingerprint)
             report = run.report(Path(out), stopped, time.perf_counter() - started)
@@ -441,34 +441,31 @@ class _Run:
         if not self.checkpoint.is_file():
             return
         again = _again(self.checkpoint.parent)
-        try:
-            with safe_open(self.checkpoint, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                known = json.loads(metadata["fingerprint"])
-                changed = [key for key in fingerprint if known.get(key) != fingerprint[key]]
-                if changed:
-                    listed = ", ".join(
-                        f"{key} (was {shown(known.get(key))}, is {shown(fingerprint[key])})"
-                        for key in changed
-                    )
-                    raise CheckpointError(
-                        f"{self.checkpoint}: an interrupted run had other settings: {listed}. Give the "
-                        f"same, {again}"
-                    )
-                state = _Progress.parse(metadata["state"], self.settings.steps)
-                for group, arrays in self._arrays().items():
-                    for name, array in arrays.items():
-                        stored = file.get_tensor(f"{group}.{name}")
-                        alike = stored.dtype == array.dtype and stored.shape == array.shape
-                        if not alike or not np.isfinite(stored).all():
-                            raise ValueError(f"{group} of {name}")
-                        array[...] = stored
-        except (*MALFORMED, SafetensorError, OSError, RecursionError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"{self.checkpoint}: is damaged ({shown(str(error))}); {again}"
-            ) from error
+        damaged = f"{self.checkpoint}: is damaged"
+        with (
+            malformed_as(CheckpointError, damaged, f"; {again}", SafetensorError, OSError),
+            safe_open(self.checkpoint, framework="numpy") as file,
+        ):
+            metadata = file.metadata() or {}
+            known = json.loads(metadata["fingerprint"])
+            changed = [key for key in fingerprint if known.get(key) != fingerprint[key]]
+            if changed:
+                listed = ", ".join(
+                    f"{key} (was {shown(known.get(key))}, is {shown(fingerprint[key])})"
+                    for key in changed
+                )
+                raise CheckpointError(
+                    f"{self.checkpoint}: an interrupted run had other settings: {listed}. Give the "
+                    f"same, {again}"
+                )
+            state = _Progress.parse(metadata["state"], self.settings.steps)
+            for group, arrays in self._arrays().items():
+                for name, array in arrays.items():
+                    stored = file.get_tensor(f"{group}.{name}")
+                    alike = stored.dtype == array.dtype and stored.shape == array.shape
+                    if not alike or not np.isfinite(stored).all():
+                        raise ValueError(f"{group} of {name}")
+                    array[...] = stored
         self.state = state
         self.adam.steps = state.step
 
@@ -570,11 +567,6 @@ class _Run:
             write_safetensors(partial, arrays, metadata)
 
 
-def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-
-
 def _check_pair(teacher: Model, student: Model) -> None:
     """Raise CheckpointError unless the student can be a quantized form of the teacher."""
     where = f"{student.checkpoint.folder}: is not made from {teacher.checkpoint.folder}"
@@ -587,13 +579,6 @@ def _check_pair(teacher: Model, student: Model) -> None:
     vocabularies = [_vocabulary(model) for model in (teacher, student)]
     if None not in vocabularies and vocabularies[0] != vocabularies[1]:
         raise CheckpointError(f"{where}: its tokenizer has another vocabulary")
-
-
-def _check_apart(place: Path, other: Path, what: str) -> None:
-    """Raise OutputError if what is written would be in the way of another folder."""
-    folder = Path(os.path.realpath(other))
-    if place == folder or place in folder.parents or folder in place.parents:
-        raise OutputError(f"{place}: overlaps the {what}, {folder}. Write elsewhere")
 
 
 def _vocabulary(model: Model) -> dict[str, int] | None:
@@ -733,16 +718,3 @@ def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> Non
     writer.write_json("config.json", config)
     writer.write_json(REPORT_NAME, report.as_dict())
     copy_side_files(checkpoint, writer)
-
-
-def _bar(shown_to_user: bool, title: str) -> Progress:
-    return Progress(
-        TextColumn(title),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("time left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-        console=Console(stderr=True),
-        disable=not shown_to_user,
-    )

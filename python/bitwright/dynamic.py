@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 from bitwright import _kernels
 from bitwright.calibration import TokenSource
 from bitwright.checkpoint.fingerprint import model_fingerprint
-from bitwright.errors import SensitivityError
+from bitwright.errors import SensitivityError, check_choice
 from bitwright.evaluate import Evaluation, evaluate
 from bitwright.formats import FORMATS, Format, Precision
 from bitwright.methods.dynamic import allocate, check_target
@@ -108,8 +108,7 @@ def choose_precisions(
     (5, 64)
     """
     original = model if isinstance(model, Model) else load_model(model)
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    check_choice("format", format, FORMATS)
     kind = FORMATS[format]
     shapes = original.linear_shapes()
     if sensitivities.model != model_fingerprint(original.checkpoint) or set(shapes) != set(

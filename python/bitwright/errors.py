@@ -1,6 +1,8 @@
 """The errors that bitwright raises for bad input, each worded for the person who has to fix it."""
 
 import reprlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 
 class BitwrightError(Exception):
@@ -59,6 +61,41 @@ class OutputError(BitwrightError, OSError):
 
 class OutputExistsError(OutputError, FileExistsError):
     """The place for the results is taken, and overwriting was not asked for."""
+
+
+MALFORMED = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
+
+
+@contextmanager
+def malformed_as(
+    kind: type[BitwrightError], what: str, remedy: str, *also: type[Exception]
+) -> Iterator[None]:
+    """Turn what goes wrong while a file is taken apart into one error; what is of its kind passes.
+
+    Parameters
+    ----------
+    kind : type
+        Of the error.
+    what : str
+        The file, and what is the matter with it; the reason follows in brackets.
+    remedy : str
+        What to do about it.
+    also : type
+        Errors besides `MALFORMED` that are meant.
+    """
+    meant: tuple[type[Exception], ...] = (*MALFORMED, *also)
+    try:
+        yield
+    except kind:
+        raise
+    except meant as error:
+        raise kind(f"{what} ({shown(str(error))}){remedy}") from error
+
+
+def check_choice(name: str, value: object, known: Collection[str]) -> None:
+    """Raise ValueError unless an argument is one of the words that it may be."""
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
 
 
 _REPR = reprlib.Repr()

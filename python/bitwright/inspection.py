@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bitwright import _kernels
+from bitwright.errors import check_choice
 from bitwright.evaluate import bits_per_weight, parameter_count
 from bitwright.methods.solver import METHODS, SCALED_METHODS
 from bitwright.models.model import Model, load_model
@@ -112,8 +113,7 @@ def inspect_model(
     >>> found.model_type, found.blocks, found.layers[0].name, found.layers[0].shape
     ('llama', 3, 'self_attn.q_proj', (64, 64))
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    check_choice("method", method, METHODS)
     opened = load_model(model)
     counts: Counter[tuple[str, tuple[int, int], bool]] = Counter()
     for layout in opened.layouts:

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bitwright import _kernels
 from bitwright.checkpoint import Checkpoint, CheckpointWriter
@@ -134,19 +132,6 @@ class Output:
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(),
         )
-
-
-def progress_bar() -> Progress:
-    """Return a bar over blocks, on standard error, with the time left and each block's error."""
-    return Progress(
-        TextColumn("quantizing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("blocks, time left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[error]}"),
-        console=Console(stderr=True),
-    )
 
 
 def block_error(layers: Sequence[LayerReport]) -> str:

@@ -16,7 +16,7 @@ from bitwright.activations import ActivationFile
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.drift import Drift, OriginalStream
-from bitwright.errors import BitwrightError, NonFiniteError
+from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, Precision
 from bitwright.methods.awq import DEFAULT_GRID
@@ -43,7 +43,8 @@ from bitwright.models.block import ChunkStates, DecoderBlock, Rotation
 from bitwright.models.layout import Stage
 from bitwright.models.model import Model, load_model
 from bitwright.models.operations import Float32
-from bitwright.output import Output, QuantizedLayer, block_error, progress_bar, relative_error
+from bitwright.output import Output, QuantizedLayer, block_error, relative_error
+from bitwright.progress import progress_bar
 from bitwright.recipe import Recipe, check_recipe, plan_layers
 from bitwright.report import BlockReport, QuantizationReport
 from bitwright.scaling import AwqOptions, Clip, Objective, ScaledBlock, observe_block
@@ -203,8 +204,7 @@ def quantize(
         ("propagate", propagate, ("quantized", "original")),
         ("preset", preset, PRESETS),
     ):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        check_choice(name, value, known)
     if preset == "best":
         from bitwright.best import quantize_best  # which calls this function again
 
@@ -230,6 +230,10 @@ def quantize(
         bool(corrected),
     )
     _check_inputs(options, calibration, activations)
+    if refine and calibration is None and activations is None:
+        raise ValueError("refine: needs calibration data")
+    if drift and calibration is None:
+        raise ValueError("drift: needs calibration data, which the model is run on")
 
     original = load_model(model)
     if original.format is not None:
@@ -357,11 +361,7 @@ def _check_inputs(
         return
     if not 0 <= options.salient_ratio <= 1:
         raise ValueError(f"salient_ratio: expected 0 to 1, got {options.salient_ratio}")
-    if options.activation_method not in ACTIVATION_METHODS:
-        raise ValueError(
-            f"activation_method: expected one of {', '.join(ACTIVATION_METHODS)}, "
-            f"got {options.activation_method!r}"
-        )
+    check_choice("activation_method", options.activation_method, ACTIVATION_METHODS)
     if activations is None and options.activation_method != "rms":
         raise ValueError("activation_method: mean and max need activations; calibration gives rms")
 
@@ -416,9 +416,9 @@ class _Run:
         if self.options.drift and self.tokens is not None:
             self.original = model.embed(self.tokens)
         rope = None if self.tokens is None else model.rotation(self.tokens.shape[1])
-        bar = progress_bar()
-        with bar if progress else nullcontext():
-            task = bar.add_task("", total=count, error="")
+        bar = progress_bar("quantizing", progress, "blocks")
+        with bar:
+            task = bar.add_task("", total=count, figures="")
             for index, prefix in enumerate(prefixes):
                 reported = len(self.output.layers)
                 block = model.block(index)
@@ -432,7 +432,7 @@ class _Run:
                 else:
                     self._calibrate_block(block, index, hidden, rope)
                 self._carry(name for name in model.checkpoint.names() if name.startswith(prefix))
-                bar.update(task, advance=1, error=block_error(self.output.layers[reported:]))
+                bar.update(task, advance=1, figures=block_error(self.output.layers[reported:]))
         self._quantize_head(hidden)
         self._carry(name for name in model.checkpoint.names() if not name.startswith(prefixes))
 
@@ -542,7 +542,7 @@ class _Run:
         chunks = [ChunkStates(rows) for rows in rope.chunks(hidden)]
         original = self._original_stream(index, rope)
         statistics = gatherer(block.stages[0])
-        drift = original.drift(block, block.stages[0], statistics)
+        drift = original.drift(block.stages[0], statistics)
         for number, chunk in enumerate(chunks):
             if statistics is not None:
                 states = block.stage_input(block.stages[0], chunk)
@@ -578,7 +578,7 @@ class _Run:
             if following is None and not whole and not self._is_followed(index):
                 return  # nobody reads the last hidden states
             statistics = gatherer(following)
-            drift = original.drift(block, following, statistics)
+            drift = original.drift(following, statistics)
             for number, chunk in enumerate(chunks):
                 states = block.stage_input(stage, chunk)
                 block.advance(stage, states, chunk, rope)

@@ -1,6 +1,5 @@
 """Which layers are quantized, and how finely."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,8 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.writer import replaced
-from bitwright.errors import RecipeError, shown
+from bitwright.checkpoint.writer import write_json
+from bitwright.errors import RecipeError, malformed_as, shown
 from bitwright.formats import Format, Precision
 from bitwright.models.model import Model
 from bitwright.tensor import BITS
@@ -56,8 +55,7 @@ class Recipe:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON; OutputError if that fails."""
-        with replaced(Path(path)) as partial:
-            partial.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+        write_json(Path(path), self.as_dict())
 
     def as_dict(self) -> dict[str, object]:
         """Return what the JSON file holds."""
@@ -77,7 +75,9 @@ class Recipe:
         RecipeError
             If the file is damaged, or not such a file.
         """
-        try:
+        with malformed_as(
+            RecipeError, f"{path}: is not a recipe", "; make one with bitwright dynamic"
+        ):
             content = read_json_object(Path(path))
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}")
@@ -91,10 +91,6 @@ class Recipe:
             if not layers:
                 raise ValueError("no layers")
             return cls(layers, float(content["target_bpw"]), float(content["bits_per_weight"]))
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise RecipeError(
-                f"{path}: is not a recipe ({shown(str(error))}); make one with bitwright dynamic"
-            ) from error
 
 
 def plan_layers(

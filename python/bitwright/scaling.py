@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.errors import check_choice
 from bitwright.methods.awq import (
     DEFAULT_GRID,
     Loss,
@@ -53,8 +54,7 @@ class AwqOptions:
             ("objective", self.objective, OBJECTIVES),
             ("clip", self.clip, CLIPS),
         ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+            check_choice(name, value, known)
 
     def clips(self, layout: BlockLayout, name: str) -> bool:
         """Tell whether the ranges of a linear are clipped."""

@@ -1,28 +1,34 @@
 """How much the precision of each layer matters to what the model says."""
 
-import json
 import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.writer import replaced
+from bitwright.checkpoint.writer import write_json
 from bitwright.distillation import LOSSES, DistillationLoss, TopTokens, next_tokens
-from bitwright.errors import BitwrightError, NonFiniteError, SensitivityError, shown
+from bitwright.errors import (
+    BitwrightError,
+    NonFiniteError,
+    SensitivityError,
+    check_choice,
+    malformed_as,
+    shown,
+)
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import Network
 from bitwright.models.operations import Float, Float32
+from bitwright.progress import progress_bar
 from bitwright.targets import DEFAULT_K, tokens_fingerprint
 from bitwright.tensor import BITS, Grid
 
@@ -92,8 +98,7 @@ class Sensitivities:
                 for name in self.alignments
             },
         }
-        with replaced(Path(path)) as partial:
-            partial.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(Path(path), content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Sensitivities":
@@ -104,7 +109,11 @@ class Sensitivities:
         SensitivityError
             If the file is damaged, or not such a file.
         """
-        try:
+        with malformed_as(
+            SensitivityError,
+            f"{path}: does not hold sensitivities",
+            "; make it with bitwright sensitivities",
+        ):
             content = read_json_object(Path(path))
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}")
@@ -125,11 +134,6 @@ class Sensitivities:
                 raise ValueError("no layers")
             if not all(map(math.isfinite, [*alignments.values(), known.kl_divergence])):
                 raise ValueError("a number is not finite")
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise SensitivityError(
-                f"{path}: does not hold sensitivities ({shown(str(error))}); make it with bitwright "
-                f"sensitivities"
-            ) from error
         return known
 
 
@@ -203,8 +207,7 @@ def estimate_sensitivities(
     original = model if isinstance(model, Model) else load_model(model)
     if original.format is not None:
         raise ValueError(f"{original.checkpoint.folder}: is quantized already; give the original")
-    if loss not in LOSSES:
-        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
+    check_choice("loss", loss, LOSSES)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     tokens = load_at_most(
@@ -232,37 +235,27 @@ def estimate_sensitivities(
     def weight(name: str, shape: tuple[int, ...]) -> Float32:
         return rounded(name, low) if name in shapes else original.weight(name, shape)
 
+    # The gradients of a layer come piece by piece, those of one block after those of another.
+    @lru_cache(maxsize=max(len(layout.linears) for layout in original.layouts))
+    def difference(name: str) -> Float32:
+        return rounded(name, low) - rounded(name, high)
+
     alignments = dict.fromkeys(shapes, 0.0)
-    differences: dict[str, Float32] = {}  # of the layers of one block
 
     def align(name: str, inputs: Float, above: Float) -> None:
         if name not in shapes:
             return
-        if name not in differences:
-            block = next(known for known in prefixes if name.startswith(known))
-            for other in [known for known in differences if not known.startswith(block)]:
-                del differences[other]
-            differences[name] = rounded(name, low) - rounded(name, high)
         # ⟨aboveᵀ · inputs, difference⟩ without the dense gradient
         moved = np.empty((len(inputs), shapes[name][0]), np.float32)
-        _kernels.linear(inputs, differences[name], None, moved, False)
+        _kernels.linear(inputs, difference(name), None, moved, False)
         alignments[name] += float(np.vdot(above, moved))
 
-    prefixes = [original.block_prefix(index) for index in range(len(original.layouts))]
     reference, student = Network(original), Network(original, weight)
     head, total = original.head(), 0.0
     count = min(DEFAULT_K, original.config.vocab_size)
-    bar = Progress(
-        TextColumn("estimating sensitivities"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("time left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not progress,
-    )
+    bar = progress_bar("estimating sensitivities", progress)
     with bar:
-        task = bar.add_task("", total=len(tokens))
+        task = bar.add_task("", total=len(tokens), figures="")
         for first in range(0, len(tokens), batch_size):
             ids = tokens[first : first + batch_size]
             states = reference.final_states(ids)

@@ -1,11 +1,10 @@
 """What a teacher says of every position of some tokens, in files: computed once, read batch by batch."""
 
 import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,18 @@ from safetensors import SafetensorError, safe_open
 from bitwright.calibration import TokenSource, load_tokens
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.writer import output_errors, replaced, write_safetensors
+from bitwright.checkpoint.writer import output_errors, replaced, write_json, write_safetensors
 from bitwright.distillation import TopTokens
-from bitwright.errors import CheckpointError, NonFiniteError, OutputError, TargetsError, shown
+from bitwright.errors import (
+    CheckpointError,
+    NonFiniteError,
+    OutputError,
+    TargetsError,
+    malformed_as,
+    shown,
+)
 from bitwright.models.model import Model, load_model
-from bitwright.models.network import HEAD_BYTES, HEAD_ROWS, Network
+from bitwright.models.network import Network
 
 DEFAULT_K = 1024
 MANIFEST = "targets.json"
@@ -60,7 +66,7 @@ class DwqTargets:
         if manifest is None:
             raise TargetsError(f"{path}: is missing; compute the targets first")
         self.manifest = manifest
-        try:
+        with malformed_as(TargetsError, f"{path}: is damaged", "; remove the folder"):
             if self.manifest["version"] != VERSION:
                 raise TargetsError(f"{path}: was written by another version of bitwright")
             for key in ("samples", "length", "k", "shard_samples", "vocabulary"):
@@ -75,12 +81,6 @@ class DwqTargets:
             self._vocabulary: int = self.manifest["vocabulary"]
             if self.k > self._vocabulary or not 0 < self.temperature < math.inf:
                 raise ValueError("k or temperature")
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            if isinstance(error, TargetsError):
-                raise
-            raise TargetsError(
-                f"{path}: is damaged ({shown(str(error))}); remove the folder"
-            ) from error
         for shard in range(self.shard_count):
             self._open(shard)
 
@@ -222,8 +222,7 @@ def compute_dwq_targets(
     _check_folder(folder, manifest)
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with replaced(folder / MANIFEST) as partial:
-        partial.write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(folder / MANIFEST, manifest)
     step = int(manifest["shard_samples"])
     for shard, first in enumerate(range(0, len(tokens), step)):
         ids = tokens[first : first + step]
@@ -279,16 +278,9 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"targets-{shard + 1:05d}.safetensors"
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, TargetsError):
-            raise
-        raise TargetsError(
-            f"{path}: cannot be read ({shown(str(error))}); was it changed or removed meanwhile?"
-        ) from error
+def _reading(path: Path) -> AbstractContextManager[None]:
+    remedy = "; was it changed or removed meanwhile?"
+    return malformed_as(TargetsError, f"{path}: cannot be read", remedy, SafetensorError, OSError)
 
 
 def _shard_problem(path: Path, samples: int, length: int, k: int) -> str | None:
@@ -327,17 +319,14 @@ def _id_dtype(vocabulary: int) -> np.dtype[Any]:
 def _teach(
     teacher: Model, ids: NDArray[np.int32], k: int, temperature: float
 ) -> dict[str, NDArray[Any]]:
-    states = Network(teacher).final_states(ids)
-    head = teacher.head()
-    step = max(HEAD_ROWS, HEAD_BYTES // (4 * len(head)))
+    network = Network(teacher)
     parts = []
-    for first in range(0, len(states), step):
-        logits = teacher.head_logits(states[first : first + step], head)
+    for _, logits in network.logits(network.final_states(ids), teacher.head()):
         if not np.isfinite(logits).all():
             raise NonFiniteError(f"{teacher.checkpoint.folder}: the logits are not finite")
         top = TopTokens.of(logits, k, temperature)
         # Float16 keeps 3 digits of them, and of what they add up to the rest tells the truth.
-        packed = top.ids.astype(_id_dtype(len(head)))
+        packed = top.ids.astype(_id_dtype(logits.shape[1]))
         parts.append((packed, top.log_probabilities.astype(np.float16), top.rest))
     names = ("ids", "log_probabilities", "rest")
     return {

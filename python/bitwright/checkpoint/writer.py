@@ -250,11 +250,7 @@ class CheckpointWriter:
         """Refuse a place that is taken, or that holds what nobody meant to lose."""
         out = self._out
         if self._source is not None:
-            source = Path(os.path.realpath(self._source))
-            if out == source or out in source.parents or source in out.parents:
-                raise OutputError(
-                    f"{out}: overlaps the checkpoint that is read, {source}. Write elsewhere"
-                )
+            check_apart(out, self._source, "checkpoint that is read")
         if not os.path.lexists(out):
             return
         with output_errors(out):
@@ -421,6 +417,19 @@ def output_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def check_apart(out: Path, other: Path, what: str) -> None:
+    """Raise OutputError if a folder that is written would be in the way of another one."""
+    folder = Path(os.path.realpath(other))
+    if out == folder or out in folder.parents or folder in out.parents:
+        raise OutputError(f"{out}: overlaps the {what}, {folder}. Write elsewhere")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, indented, whole or not at all; OutputError if that fails."""
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
+from bitwright.errors import check_choice
 from bitwright.methods.awq import DEFAULT_GRID, gram_loss
 from bitwright.methods.gptq import factor_gram, quantize_gptq
 from bitwright.methods.grid import GridChoice
@@ -87,8 +88,7 @@ def compute_activation_stats(activations: ArrayLike, method: ActivationMethod = 
     >>> bitwright.compute_activation_stats([[[3.0, -1.0], [-4.0, 1.0]]], method="mean")
     array([3.5, 1. ], dtype=float32)
     """
-    if method not in ACTIVATION_METHODS:
-        raise ValueError(f"method: expected one of {', '.join(ACTIVATION_METHODS)}, got {method!r}")
+    check_choice("method", method, ACTIVATION_METHODS)
     tokens = _tokens(activations)
     if method == "rms":
         stats = np.sqrt(np.mean(np.square(tokens), axis=0))

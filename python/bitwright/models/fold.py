@@ -5,6 +5,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.errors import check_choice
+
 Float32 = NDArray[np.float32]
 FoldKind = Literal["linear", "layer_norm", "rms_norm", "offset_rms_norm"]
 FOLD_KINDS: tuple[FoldKind, ...] = ("linear", "layer_norm", "rms_norm", "offset_rms_norm")
@@ -57,8 +59,7 @@ def fold_scale(
     >>> fold_scale("rms_norm", scale, gain)[0]
     array([0.5, 6. ], dtype=float32)
     """
-    if kind not in FOLD_KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(FOLD_KINDS)}, got {kind!r}")
+    check_choice("kind", kind, FOLD_KINDS)
     if weight.ndim != (2 if kind == "linear" else 1) or scale.shape != weight.shape[:1]:
         raise ValueError(
             f"scale: of shape {list(scale.shape)} for a {kind} weight of {list(weight.shape)}"

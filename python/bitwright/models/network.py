@@ -1,6 +1,6 @@
 """A model's losses and gradients over a batch: forward, and backward with activations computed again."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from bitwright.models.model import Model
 from bitwright.models.operations import Float
 from bitwright.models.tape import OnLinear, Tape
 
-HEAD_BYTES = 8 << 20  # of logits that exist at one time,
+HEAD_BYTES = 2 << 20  # of logits that exist at one time,
 HEAD_ROWS = 128  # but not those of fewer rows: the whole matrix is read for them
 
 
@@ -123,6 +123,12 @@ class Network:
             on_embedding(ids.reshape(-1), gradient)
         return losses
 
+    def logits(self, states: Float, head: Float) -> Iterator[tuple[int, Float]]:
+        """Yield the logits of some rows of the final states at a time, and which row is their first."""
+        step = max(HEAD_ROWS, HEAD_BYTES // (states.itemsize * len(head)))
+        for first in range(0, len(states), step):
+            yield first, self.model.head_logits(states[first : first + step], head)
+
     def _start(self, ids: NDArray[np.int32]) -> tuple[Float, Rotation]:
         config = self.model.config
         matrix = self.weight(self.model.embedding_name, (config.vocab_size, config.hidden_size))
@@ -158,18 +164,16 @@ class Network:
         """Return the losses; write the gradient of the states, so that logits never exist all at once."""
         model, vocabulary = self.model, self.model.config.vocab_size
         matrix = self.weight(model.head_name, (vocabulary, states.shape[1]))
-        step = max(HEAD_ROWS, HEAD_BYTES // (states.itemsize * vocabulary))
         losses = np.empty(len(states))
-        for first in range(0, len(states), step):
-            rows = states[first : first + step]
-            logits = model.head_logits(rows, matrix)
+        for first, logits in self.logits(states, matrix):
+            rows = slice(first, first + len(logits))
             above = None if gradient is None else np.empty_like(logits)
-            losses[first : first + step] = loss(first, logits, above)
+            losses[rows] = loss(first, logits, above)
             if gradient is None or above is None:
                 continue
             if model.caps_logits:
                 _kernels.cap_logits_backward(logits, *model.logit_cap, above)
             if on_head is not None:
-                on_head(model.head_name, rows, above)
-            _kernels.linear_backward_input(above, matrix, gradient[first : first + step], False)
+                on_head(model.head_name, states[rows], above)
+            _kernels.linear_backward_input(above, matrix, gradient[rows], False)
         return losses
