@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from reference import Array
 
 import bitwright
-from bitwright import LayerStatistics
+from bitwright import LayerStatistics, _kernels
 
 
 def inputs(tokens: int, channels: int, seed: int = 0) -> NDArray[np.float32]:
@@ -124,3 +124,17 @@ def test_wrong_activations_are_named(
 def test_wrong_out_is_named(make: Callable[[], Array], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=rf"^(out|gram): .*{message}"):
         bitwright.gram(inputs(4, 6), out=make())
+
+
+@settings(deadline=None, max_examples=30)
+@given(channels=st.integers(1, 90), rows=st.integers(1, 40), seed=st.integers(0, 100))
+def test_systems_with_a_gram_are_solved(channels: int, rows: int, seed: int) -> None:
+    matrix = expected(inputs(2 * channels, channels, seed)) + 0.1 * np.eye(channels)
+    factor, right = matrix.astype(np.float32), inputs(rows, channels, seed + 1)
+    solution = right.copy()
+    assert _kernels.cholesky_factor(factor)
+    _kernels.cholesky_solve(factor, solution)
+    assert_close(solution, right @ np.linalg.inv(matrix))
+    assert not _kernels.cholesky_factor(-factor)
+    with pytest.raises(ValueError, match="rows: "):
+        _kernels.cholesky_solve(factor, inputs(1, channels + 1))

@@ -12,8 +12,8 @@ from reference import DTYPES
 from shared_data import SHARED, TESTS, needs_shared
 
 import bitwright
-from bitwright.drift import Drift, OriginalStream
-from bitwright.models.block import Rotation
+from bitwright.drift import FEEDBACK, OriginalStream, drift_rows
+from bitwright.models.block import ChunkStates, Rotation
 from bitwright.tensor import Grid
 
 DEMO = bitwright.demo_folder()
@@ -113,32 +113,48 @@ def test_dead_channels_and_wrong_arguments() -> None:
 
 
 def test_drift_gives_the_best_weights_for_the_original_outputs() -> None:
-    """Ridge regression of the original's outputs on the inputs that are there."""
+    """Ridge regression on the inputs that are there: of the original's outputs or, where these are added to
+    the hidden states, of what also takes back a part of the error that these have."""
     model = bitwright.load_model(TESTS / "data" / "tiny" / "llama-biases")
-    rope = model.rotation(16)
+    rope = Rotation(16, model.rotation(16).tables)
     rng = np.random.default_rng(0)
     original = rng.standard_normal((64, 64), dtype=np.float32)
     hidden = original + 0.3 * rng.standard_normal((64, 64), dtype=np.float32)
-    block = model.block(0)
-    stage = block.stages[0]
-    stream = OriginalStream(model.block(0), original.copy(), Rotation(16, rope.tables))
-    statistics = bitwright.LayerStatistics(64)
-    drift = stream.drift(stage, statistics)
-    assert isinstance(drift, Drift)
-    states = block.operations.norm(str(stage.norm), hidden)
-    statistics.add(states)
-    drift.add(0, states)
-    gram = statistics.gram()
-    name = stage.linears[0]
-    weight = block.weights[f"{name}.weight"]
-    found = drift.corrected(name, weight, gram)
-    wanted_outputs = block.operations.norm(str(stage.norm), original) @ weight.T
-    ridge = 0.1 * gram.diagonal().mean() * 64
-    change = np.linalg.solve(
-        states.T.astype(np.float64) @ states + ridge * np.eye(64),
-        states.T @ (wanted_outputs - states @ weight.T),
-    ).T
-    np.testing.assert_allclose(found, weight + change, atol=1e-4)
+    block, source = model.block(0), model.block(0)
+    stream = OriginalStream(source, original.copy(), rope)
+    chunk, reference = ChunkStates(hidden), ChunkStates(original.copy())
+    for stage in block.stages:
+        statistics = bitwright.LayerStatistics(block.layout.linears[stage.linears[0]][1])
+        drift = stream.drift(stage, statistics)
+        states = block.stage_input(stage, chunk)
+        statistics.add(states)
+        drift.add(0, states, chunk.hidden)
+        name = stage.linears[0]
+        weight = block.weights[f"{name}.weight"]
+        gram = statistics.gram()
+        found = drift.corrected(name, weight, gram)
+        source.weights[f"{name}.weight"] = np.zeros_like(weight)  # does not matter any more
+        wanted = block.stage_input(stage, reference) @ weight.T
+        if stage.kind.endswith("output"):
+            wanted += FEEDBACK * (reference.hidden - chunk.hidden)
+        ridge = 0.1 * gram.diagonal().mean() * 64
+        change = np.linalg.solve(
+            states.T.astype(np.float64) @ states + ridge * np.eye(states.shape[1]),
+            states.T @ (wanted - states @ weight.T),
+        ).T
+        assert np.abs(change).max() > 0.01
+        np.testing.assert_allclose(found, weight + change, atol=2e-4)
+        for each in (chunk, reference):
+            block.advance(stage, block.stage_input(stage, each), each, rope)
+
+
+def test_drift_is_estimated_on_half_of_many_tokens() -> None:
+    rope = Rotation(512, {})
+    assert rope.chunk_rows == 1024
+    assert drift_rows(4096, rope) == 4096
+    assert drift_rows(8192 + 512, rope) == 8192
+    assert drift_rows(65_536, rope) == 32_768
+    assert drift_rows(64 * 300, Rotation(300, {})) == 11 * 900
 
 
 def divergence(folder: Path, text: Any, reference: Path) -> float:

@@ -1,5 +1,6 @@
 #include "bindings/arrays.hpp"
 #include "bindings/bind.hpp"
+#include "linalg/cholesky.hpp"
 #include "linalg/gram.hpp"
 #include "linalg/inverse_factor.hpp"
 #include "linalg/quadratic_form.hpp"
@@ -58,6 +59,27 @@ void bind_linalg(py::module_& module) {
             return definite ? py::object(result) : py::none();
         },
         py::arg("gram"), py::arg("order"), py::arg("damping"));
+
+    module.def(
+        "cholesky_factor",
+        [](const py::object& square) {
+            auto a = writable_matrix<float>(square, "matrix");
+            require_extent(py::reinterpret_borrow<py::array>(square), "matrix", 1, a.rows());
+            const py::gil_scoped_release release;
+            return cholesky_factor(a);
+        },
+        py::arg("matrix"));
+
+    module.def(
+        "cholesky_solve",
+        [](const py::object& factor, const py::object& rows) {
+            const auto a = matrix<float>(factor, "factor");
+            require_extent(py::reinterpret_borrow<py::array>(factor), "factor", 1, a.rows());
+            auto x = writable_matrix<float>(rows, "rows", -1, a.cols());
+            const py::gil_scoped_release release;
+            cholesky_solve(a, x);
+        },
+        py::arg("factor"), py::arg("rows"));
 
     module.def(
         "row_quadratic_forms",

@@ -30,7 +30,8 @@ struct Solve {
                 work.middleCols(middle, high - middle).noalias() -=
                     work.middleCols(low, middle - low) *
                     upper.block(low, middle, middle - low, high - middle);
-            });
+            },
+            no_push);
     }
 
     // Columns [low, high), whose weights have received the errors of all columns before `low`.

@@ -11,18 +11,47 @@ namespace bitwright {
 namespace {
 
 constexpr Index BLOCK = 128;              // columns between two lazy updates
+constexpr Index TILE = 1024;              // rows at a time, which are independent of all others
 constexpr Index SYSTEM_BYTES = 16 << 20;  // of the normal equations that a thread has at a time
 constexpr float RIDGE = 1e-5f;            // of their diagonal
 
-// Columns are contiguous in `residual` and `change`, so that 16 rows of one column are one cache
-// line.
+// The gram's sums over the rows of each group, and over both rows and columns.
+struct GroupSums {
+    Matrix<float> rows;  // [groups, in]
+    Matrix<float> both;  // [groups, groups]
+
+    GroupSums(ConstMatrixView<float> gram, Index size)
+        : rows(gram.rows() / size, gram.cols()), both(rows.rows(), rows.rows()) {
+        for (Index group = 0; group < rows.rows(); ++group)
+            rows.row(group) = gram.middleRows(group * size, size).colwise().sum();
+        for (Index group = 0; group < rows.rows(); ++group)
+            both.col(group) = rows.middleCols(group * size, size).rowwise().sum();
+    }
+};
+
+// Of a tile of rows. Columns are contiguous in `residual`, `change` and `steps`, so that 16 rows of
+// one column are one cache line.
 struct Refinement {
     ConstMatrixView<float> weight, gram;
+    const GroupSums& sums;
     const GridRule& rule;
     QuantizedView result;
-    Eigen::MatrixXf residual;  // (W − Ŵ) G, [out padded to 16, in]
-    Eigen::MatrixXf change;    // of Ŵ, in one sweep; W − Ŵ while the residual is computed
-    Vector<double> gains;      // by which each row's objective has fallen, [out]
+    Eigen::MatrixXf residual;  // (W − Ŵ) G, [rows padded to 16, in]
+    Eigen::MatrixXf change;    // of Ŵ in one round; W − Ŵ at the start
+    Eigen::MatrixXf steps;     // the part of it that a sweep over the codes has made
+    Vector<double> gains;      // by which each row's objective has fallen, [rows]
+
+    Refinement(ConstMatrixView<float> weights, ConstMatrixView<float> moments,
+               const GroupSums& group_sums, const GridRule& grid_rule, QuantizedView quantized)
+        : weight(weights),
+          gram(moments),
+          sums(group_sums),
+          rule(grid_rule),
+          result(quantized),
+          residual((weights.rows() + lane_count - 1) / lane_count * lane_count, weights.cols()),
+          change(residual.rows(), residual.cols()),
+          steps(residual.rows(), residual.cols()),
+          gains(Vector<double>::Zero(weights.rows())) {}
 
     Index out() const { return weight.rows(); }
     Index in() const { return weight.cols(); }
@@ -31,27 +60,78 @@ struct Refinement {
 
     // residual = (W − Ŵ) G
     void start() {
-        parallel_for(residual.rows() / lane_count, 1, [&](Index first, Index last) {
-            std::vector<float> slab(static_cast<size_t>(in() * lane_count));
-            std::vector<float> codes(slab.size());
-            for (Index row = first * lane_count; row < last * lane_count; row += lane_count) {
-                load_slab(weight, row, 0, in(), slab.data());
-                load_slab(ConstMatrixView<std::uint8_t>(result.codes.data(), out(), in()), row, 0,
-                          in(), codes.data());
-                for (Index group = 0; group < groups(); ++group) {
-                    const GridLanes grid =
-                        load_grid(rule.grid, row, group, result.scales, result.offsets);
-                    for (Index j = group * result.group_size; j < (group + 1) * result.group_size;
-                         ++j) {
-                        const Eigen::Map<const Lanes> value(slab.data() + j * lane_count);
-                        const Eigen::Map<const Lanes> code(codes.data() + j * lane_count);
-                        change.col(j).segment<lane_count>(row) =
-                            (value - grid.decode(code)).matrix();
-                    }
-                }
-            }
+        each_slab([&](Index row, const float* codes, float* slab) {
+            load_slab(weight, row, 0, in(), slab);
+            for_each_weight(row, codes, result.scales, result.offsets,
+                            [&](Index j, const Lanes& value) {
+                                change.col(j).segment<lane_count>(row) =
+                                    (Eigen::Map<Lanes>(slab + j * lane_count) - value).matrix();
+                            });
         });
         residual.noalias() = change * gram;
+    }
+
+    // change = what new grids have changed, and the residual of each block of columns knows of
+    // that in its own and later blocks: sweep() carries the rest along.
+    void take_over_grids(Matrix<float>& old_scales, Matrix<float>& old_offsets) {
+        const MatrixView<float> scales(old_scales.data(), out(), groups()),
+            offsets(old_offsets.data(), out(), groups());
+        each_slab([&](Index row, const float* codes, float*) {
+            for_each_weight(row, codes, result.scales, result.offsets,
+                            [&](Index j, const Lanes& value) {
+                                change.col(j).segment<lane_count>(row) = value.matrix();
+                            });
+            for_each_weight(row, codes, scales, offsets, [&](Index j, const Lanes& value) {
+                change.col(j).segment<lane_count>(row).array() -= value;
+            });
+        });
+        by_halves(
+            0, in(), BLOCK, [&](Index low, Index high) { push(change, low, high, low, high); },
+            no_push,
+            [&](Index low, Index middle, Index high) { push(change, middle, high, low, middle); });
+    }
+
+    // One sweep over the codes, column by column, each of which knows of all steps before it.
+    void sweep(bool last) {
+        by_halves(
+            0, in(), BLOCK,
+            [&](Index low, Index high) {
+                sweep_columns(low, high);
+                if (!last) push(steps, low, high, low, high);
+            },
+            [&](Index low, Index middle, Index high) { push(change, low, middle, middle, high); },
+            [&](Index low, Index middle, Index high) {
+                if (!last) push(steps, middle, high, low, middle);
+            });
+    }
+
+    // What columns [low, high) of Ŵ have moved by reaches the residual of columns [first, end).
+    void push(const Eigen::MatrixXf& moved, Index low, Index high, Index first, Index end) {
+        residual.middleCols(first, end - first).noalias() -=
+            moved.middleCols(low, high - low) * gram.block(low, first, high - low, end - first);
+    }
+
+    template <typename Body>
+    void each_slab(const Body& body) const {
+        parallel_for(residual.rows() / lane_count, 1, [&](Index first, Index last) {
+            std::vector<float> codes(static_cast<size_t>(in() * lane_count)), other(codes.size());
+            for (Index row = first * lane_count; row < last * lane_count; row += lane_count) {
+                load_slab(ConstMatrixView<std::uint8_t>(result.codes.data(), out(), in()), row, 0,
+                          in(), codes.data());
+                body(row, codes.data(), other.data());
+            }
+        });
+    }
+
+    // body(j, values of column j of Ŵ in 16 rows)
+    template <typename Body>
+    void for_each_weight(Index row, const float* codes, const MatrixView<float>& scales,
+                         const MatrixView<float>& offsets, const Body& body) const {
+        for (Index group = 0; group < groups(); ++group) {
+            const GridLanes grid = load_grid(rule.grid, row, group, scales, offsets);
+            for (Index j = group * result.group_size; j < (group + 1) * result.group_size; ++j)
+                body(j, grid.decode(Eigen::Map<const Lanes>(codes + j * lane_count)));
+        }
     }
 
     double objective() const {
@@ -64,18 +144,6 @@ struct Refinement {
         double total = 0.0;
         for (const double part : parts) total += part;
         return total;
-    }
-
-    // One sweep over all columns, each of which knows of all steps before it. The residual of
-    // columns already passed is not kept up to date.
-    void sweep() {
-        by_halves(
-            0, in(), BLOCK, [this](Index low, Index high) { sweep_columns(low, high); },
-            [this](Index low, Index middle, Index high) {
-                residual.middleCols(middle, high - middle).noalias() -=
-                    change.middleCols(low, middle - low) *
-                    gram.block(low, middle, middle - low, high - middle);
-            });
     }
 
     void sweep_columns(Index low, Index high) {
@@ -106,11 +174,9 @@ struct Refinement {
                 loaded = group;
             }
             const float* row_of_gram = gram.data() + (low + j) * in() + low;
-            auto moved = change.col(low + j).segment<lane_count>(row);
-            if (!(row_of_gram[j] > 0.0f)) {
-                moved.setZero();
-                continue;
-            }
+            auto moved = steps.col(low + j).segment<lane_count>(row);
+            moved.setZero();
+            if (!(row_of_gram[j] > 0.0f)) continue;
             const Lanes now = grid.decode(lanes(codes, j));
             // The objective is a parabola in this weight, its minimum at now + residual / G[j, j].
             const Lanes code = grid.encode(now + lanes(here, j) / row_of_gram[j], rule.top());
@@ -120,8 +186,9 @@ struct Refinement {
             const auto better = (gain > 0.0f).eval();
             const Lanes taken = better.select(step, Lanes::Zero());
             lanes(codes, j) = better.select(code, lanes(codes, j));
-            moved = taken.matrix();
             if (!better.any()) continue;
+            moved = taken.matrix();
+            change.col(low + j).segment<lane_count>(row) += moved;
             gained += better.select(gain, Lanes::Zero());
             for (Index k = j + 1; k < count; ++k) lanes(here, k) -= taken * row_of_gram[k];
         }
@@ -138,12 +205,6 @@ struct Refinement {
     void fit_grids() {
         const Index size = result.group_size, count = groups();
         const Index unknowns = affine() ? 2 * count : count;
-        // Σ of the gram's rows of each group, and of that over each group's columns.
-        Matrix<float> sums(count, in()), constants(count, count);
-        for (Index group = 0; group < count; ++group)
-            sums.row(group) = gram.middleRows(group * size, size).colwise().sum();
-        for (Index group = 0; group < count; ++group)
-            constants.col(group) = sums.middleCols(group * size, size).rowwise().sum();
         const Index tile = std::clamp<Index>(SYSTEM_BYTES / (4 * unknowns * unknowns), 4, 64);
         const SerialBlas serial;
         parallel_for((out() + tile - 1) / tile, 1, [&](Index begin, Index end) {
@@ -167,8 +228,8 @@ struct Refinement {
                             if (!affine()) continue;
                             system(count + other, group) = part.sum();
                             system(count + group, other) =
-                                sums.row(group).segment(at, size).dot(code);
-                            system(count + other, count + group) = constants(other, group);
+                                sums.rows.row(group).segment(at, size).dot(code);
+                            system(count + other, count + group) = sums.both(other, group);
                         }
                 }
                 for (Index row = 0; row < rows; ++row)
@@ -243,22 +304,28 @@ struct Refinement {
 
 void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const GridRule& rule,
             Index rounds, QuantizedView result, VectorView<double> objectives) {
-    const Index padded = (weight.rows() + lane_count - 1) / lane_count * lane_count;
-    Refinement state{weight,
-                     gram,
-                     rule,
-                     result,
-                     Eigen::MatrixXf(padded, weight.cols()),
-                     Eigen::MatrixXf(padded, weight.cols()),
-                     Vector<double>::Zero(weight.rows())};
-    state.start();
-    objectives[0] = state.objective();
-    for (Index round = 0; round < rounds; ++round) {
-        if (round > 0) state.start();
-        state.fit_grids();
+    objectives.setZero();
+    const GroupSums sums(gram, result.group_size);
+    const Index in = weight.cols(), groups = result.scales.cols();
+    for (Index first = 0; first < weight.rows(); first += TILE) {
+        const Index rows = std::min(TILE, weight.rows() - first);
+        const QuantizedView part{
+            {result.codes.data() + first * in, rows, in},
+            {result.scales.data() + first * groups, rows, groups},
+            {result.offsets.data() + first * groups, rows, groups},
+            result.group_size,
+        };
+        Refinement state({weight.data() + first * in, rows, in}, gram, sums, rule, part);
         state.start();
-        state.sweep();
-        objectives[round + 1] = objectives[0] - state.gains.sum();
+        const double before = state.objective();
+        objectives[0] += before;
+        for (Index round = 0; round < rounds; ++round) {
+            Matrix<float> scales = part.scales, offsets = part.offsets;
+            state.fit_grids();
+            state.take_over_grids(scales, offsets);
+            state.sweep(round + 1 == rounds);
+            objectives[round + 1] += before - state.gains.sum();
+        }
     }
 }
 

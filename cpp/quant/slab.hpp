@@ -49,19 +49,23 @@ inline GridLanes load_grid(Grid grid, Index row, Index group, const MatrixView<f
 
 // Takes columns [low, high) in order, leaf(low, high) at most `block` at a time. What a left half
 // has changed reaches the right one by push(low, middle, high), as one large product at the speed
-// of the machine's matrix multiply instead of a thin one per block.
-template <typename Leaf, typename Push>
-void by_halves(Index low, Index high, Index block, const Leaf& leaf, const Push& push) {
+// of the machine's matrix multiply instead of a thin one per block; back(low, middle, high) takes
+// what the right half has changed to the left one.
+template <typename Leaf, typename Push, typename Back>
+void by_halves(Index low, Index high, Index block, const Leaf& leaf, const Push& push,
+               const Back& back) {
     if (high - low <= block) {
         leaf(low, high);
         return;
     }
     const Index blocks = (high - low + block - 1) / block;
     const Index middle = low + (blocks + 1) / 2 * block;
-    by_halves(low, middle, block, leaf, push);
+    by_halves(low, middle, block, leaf, push, back);
     push(low, middle, high);
-    by_halves(middle, high, block, leaf, push);
+    by_halves(middle, high, block, leaf, push, back);
+    back(low, middle, high);
 }
+inline void no_push(Index, Index, Index) {}
 
 // Rounds every group of the weight to the grid that fit(slab, row, group) returns for 16 rows of
 // it.

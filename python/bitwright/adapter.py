@@ -26,6 +26,7 @@ from bitwright.methods.awq import (
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.solver import (
     CORRECTED_METHODS,
+    DAMPING,
     METHODS,
     SCALED_METHODS,
     MethodOptions,
@@ -67,7 +68,7 @@ def quantize_with_transformers(
     grid: Grid | None = None,
     scale_dtype: DTypeLike | None = None,
     refine: bool | None = None,
-    damping: float = 0.01,
+    damping: float | None = None,
     act_order: bool = True,
     block_size: int = 128,
     grid_search: bool | None = None,
@@ -155,7 +156,7 @@ def quantize_with_transformers(
         raise ValueError(f"n_grid: expected at least 1, got {n_grid}")
     options = MethodOptions(
         method,
-        damping,
+        DAMPING if damping is None else damping,
         act_order,
         block_size,
         grid_search,

@@ -24,7 +24,7 @@ from bitwright.formats import FORMATS
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.metrics import METRICS
 from bitwright.methods.salient import ACTIVATION_METHODS
-from bitwright.methods.solver import METHODS, PRESETS
+from bitwright.methods.solver import CORRECTED_DAMPING, METHODS, PRESETS
 from bitwright.plots import require_matplotlib
 from bitwright.report import (
     print_dwq_report,
@@ -212,7 +212,9 @@ def cli() -> None:
     help="Dtype of scales and biases; by default what the format asks for.",
 )
 @click.option(
-    "--damping", type=click.FloatRange(0), default=0.01, help="Of the gram's mean diagonal (gptq)."
+    "--damping",
+    type=click.FloatRange(0),
+    help="Of the gram's mean diagonal (gptq, refinement); by default 0.01, and 0.05 with --drift.",
 )
 @click.option(
     "--act-order/--no-act-order", default=True, help="Columns with large inputs first (gptq)."
@@ -304,10 +306,11 @@ def quantize(
     report = run(overrides=dict(overrides), **options)
     console = Console()
     print_report(report, console)
-    raised = report.dampings_raised(options["damping"])
+    asked = CORRECTED_DAMPING if options["damping"] is None else options["damping"]
+    raised = report.dampings_raised(asked)
     if raised:
         console.print(
-            f"{len(raised)} layers needed more damping than {options['damping']:g}, for example "
+            f"{len(raised)} layers needed more damping than {asked:g}, for example "
             f"{raised[0].name}: {raised[0].damping:g}. More calibration data would help."
         )
 

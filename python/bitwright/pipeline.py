@@ -15,7 +15,7 @@ from bitwright import _kernels
 from bitwright.activations import ActivationFile
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
-from bitwright.drift import Drift, OriginalStream
+from bitwright.drift import Drift, OriginalStream, drift_rows
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, Precision
@@ -29,7 +29,9 @@ from bitwright.methods.salient import (
 )
 from bitwright.methods.salient import BITS as SALIENT_BITS
 from bitwright.methods.solver import (
+    CORRECTED_DAMPING,
     CORRECTED_METHODS,
+    DAMPING,
     METHODS,
     PRESETS,
     SCALED_METHODS,
@@ -74,7 +76,7 @@ def quantize(
     seed: int = 0,
     grid: Grid | None = None,
     scale_dtype: DTypeLike | None = None,
-    damping: float = 0.01,
+    damping: float | None = None,
     act_order: bool = True,
     block_size: int = 128,
     grid_search: bool | None = None,
@@ -137,7 +139,9 @@ def quantize(
         awq: zero_point, or symmetric).
     scale_dtype
         Dtype of scales and biases, by default what the format asks for.
-    damping, act_order, block_size, grid_search
+    damping
+        As for `quantize_gptq`, and for `bitwright.refine`; by default 0.01, and 0.05 with drift correction.
+    act_order, block_size, grid_search
         As for `quantize_gptq`; `grid_search` is on by default for gptq and awq+gptq, off for the others.
     n_grid, coarse_to_fine
         AWQ's scales are searched over so many ratios, see `search_scale`; and clipping over half as many
@@ -218,6 +222,8 @@ def quantize(
         corrected = preset != "fast" and method in CORRECTED_METHODS and propagate == "quantized"
     elif drift and propagate == "original":
         raise ValueError("drift: with propagate original there is none to correct")
+    if damping is None:
+        damping = CORRECTED_DAMPING if corrected else DAMPING
     options = MethodOptions(
         method,
         damping,
@@ -412,10 +418,11 @@ class _Run:
         count = model.config.num_hidden_layers
         prefixes = tuple(model.block_prefix(index) for index in range(count))
         hidden = self._embed()
-        self.original = None
-        if self.options.drift and self.tokens is not None:
-            self.original = model.embed(self.tokens)
         rope = None if self.tokens is None else model.rotation(self.tokens.shape[1])
+        self.original = None
+        if self.options.drift and self.tokens is not None and rope is not None:
+            rows = drift_rows(self.tokens.size, rope)
+            self.original = model.embed(self.tokens[: rows // rope.length])
         bar = progress_bar("quantizing", progress, "blocks")
         with bar:
             task = bar.add_task("", total=count, figures="")
@@ -540,14 +547,14 @@ class _Run:
             return LayerStatistics(block.layout.linears[planned[0]][1]) if planned else None
 
         chunks = [ChunkStates(rows) for rows in rope.chunks(hidden)]
-        original = self._original_stream(index, rope)
+        original = OriginalStream(block, self.original, rope)
         statistics = gatherer(block.stages[0])
         drift = original.drift(block.stages[0], statistics)
         for number, chunk in enumerate(chunks):
             if statistics is not None:
                 states = block.stage_input(block.stages[0], chunk)
                 statistics.add(states)
-                drift.add(number, states)
+                drift.add(number, states, chunk.hidden)
         for stage, following in zip(block.stages, (*block.stages[1:], None), strict=True):
             gram = known.get(stage)
             fallback = False
@@ -582,16 +589,13 @@ class _Run:
             for number, chunk in enumerate(chunks):
                 states = block.stage_input(stage, chunk)
                 block.advance(stage, states, chunk, rope)
-                original.advance(stage, number)
                 if following is not None and statistics is not None:
                     states = block.stage_input(following, chunk)
                     statistics.add(states)
-                    drift.add(number, states)
+                    drift.add(number, states, chunk.hidden)
             if release:
                 block.release(stage)
-
-    def _original_stream(self, index: int, rope: Rotation) -> OriginalStream:
-        return OriginalStream(self.model.block(index), self.original, rope)
+        original.finish(release)
 
     @staticmethod
     def _gram_of_all(

@@ -87,6 +87,12 @@ class LayerStatistics:
         infinity stay on the diagonal."""
         return bool(np.isfinite(self._sum.diagonal()).all())
 
+    def so_far(self) -> NDArray[np.float32]:
+        """Return ``XᵀX / tokens`` of what was added until now, in an array of its own."""
+        total = self._sum / np.float32(max(self.tokens, 1))
+        _kernels.mirror_lower(total)
+        return total
+
     def gram(self) -> NDArray[np.float32]:
         """Return ``XᵀX / tokens`` ``[channels, channels]``; the sums are handed over, not copied."""
         total, self._sum = self._sum, np.zeros((0, 0), np.float32)

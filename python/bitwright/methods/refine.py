@@ -12,7 +12,7 @@ from bitwright.methods.grid import FLOAT_DTYPES
 from bitwright.statistics import require_finite
 from bitwright.tensor import QuantizedTensor
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 def refine(

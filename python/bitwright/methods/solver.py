@@ -15,6 +15,10 @@ from bitwright.methods.rtn import quantize_rtn
 from bitwright.methods.salient import ActivationMethod, find_salient_weights, quantize_salient
 from bitwright.tensor import Grid, QuantizedTensor
 
+# What the paper of GPTQ takes. Corrected weights carry the noise of what they were estimated from along
+# directions that inputs hardly have, and want more.
+DAMPING, CORRECTED_DAMPING = 0.01, 0.05
+
 
 @dataclass(frozen=True)
 class MethodOptions:
@@ -24,7 +28,7 @@ class MethodOptions:
     """
 
     method: str = "gptq"
-    damping: float = 0.01
+    damping: float = DAMPING
     act_order: bool = True
     block_size: int = 128
     grid_search: bool | None = None

@@ -124,6 +124,14 @@ class DecoderBlock:
             case "shared_output" | "expert_output":
                 self._add_weighed(stage, states, chunk)
 
+    def adds_linearly(self, stage: Stage) -> bool:
+        """Tell whether the hidden states are those before plus the outputs of the stage's one linear."""
+        post_norms = {
+            "attention_output": self.architecture.attention_post_norm,
+            "mlp_output": self.architecture.mlp_post_norm,
+        }
+        return post_norms.get(stage.kind, "") is None
+
     def forward(
         self,
         hidden: Float,
