@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from bitwright.checkpoint import Checkpoint, CheckpointWriter
 from bitwright.errors import CheckpointError, UnsupportedModelError
 from bitwright.formats import FORMATS, Format, Precision, detect_format
 from bitwright.formats.awq import AwqFormat
+from bitwright.formats.compressed_tensors import CompressedTensorsFormat
 from bitwright.formats.gptq import GptqFormat
 from bitwright.formats.mlx import MlxFormat
 from bitwright.tensor import Grid
@@ -288,6 +290,13 @@ def test_mlx_settings_that_do_not_fit_the_tensors(tmp_path: Path, settings: dict
         {"quantization_config": {"quant_method": "bitsandbytes"}},
         {"quantization_config": {"quant_method": "awq", "version": "gemv"}},
         {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}},
+        {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": {"group_0": {}},
+            }
+        },
         {"quantization": {"bits": 4, "group_size": 32, "mode": "mxfp4"}},
         {"quantization": "nf4"},
     ],
@@ -315,6 +324,8 @@ def test_other_quantizations_are_refused(tmp_path: Path, config: dict[str, Any])
         (GptqFormat, (32, 64), Precision(4, 64, "affine"), "affine"),
         (GptqFormat, (33, 64), Precision(4, 64, "symmetric"), "multiples of 32"),
         (GptqFormat, (32, 48), Precision(4, None, "symmetric"), "multiples of 32"),
+        (CompressedTensorsFormat, (8, 64), Precision(3, 64, "symmetric"), "4 or 8 bits"),
+        (CompressedTensorsFormat, (9, 64), Precision(4, 64, "symmetric"), "multiples of 8"),
     ],
 )
 def test_precisions_that_a_format_has_not(
@@ -324,7 +335,10 @@ def test_precisions_that_a_format_has_not(
         kind.check(LAYER, shape, precision)
 
 
-@pytest.mark.parametrize(("kind", "grid"), [(MlxFormat, "zero_point"), (GptqFormat, "affine")])
+@pytest.mark.parametrize(
+    ("kind", "grid"),
+    [(MlxFormat, "zero_point"), (GptqFormat, "affine"), (CompressedTensorsFormat, "affine")],
+)
 def test_grids_that_a_format_has_not(kind: type[Format], grid: Grid) -> None:
     with pytest.raises(ValueError, match=LAYER):
         kind.pack(LAYER, quantized(4, 64, grid))
@@ -366,6 +380,69 @@ def test_awq_tensors_that_contradict_each_other_are_refused(tmp_path: Path, part
         pytest.raises(CheckpointError, match="contradict"),
     ):
         read_layer(checkpoint)
+
+
+@pytest.mark.parametrize("bits", CompressedTensorsFormat.bits)
+def test_compressed_tensors_words_are_signed_codes_plus_half_their_range(bits: int) -> None:
+    tensor = quantized(bits, 64, "zero_point")
+    packed = CompressedTensorsFormat.pack(LAYER, tensor)
+    assert tensor.zeros is not None
+    words = {"weight_packed": tensor.codes, "weight_zero_point": tensor.zeros}
+    half, each = 1 << (bits - 1), 32 // bits
+    for name, values in words.items():
+        found = packed[f"{LAYER}.{name}"].view(np.uint32)
+        wide = values.astype(np.int64) - half
+        if name == "weight_zero_point":  # packed along the output channels
+            found, wide = found.T, wide.T
+        for position in range(each):
+            signed = ((found >> np.uint32(bits * position)) & (2 * half - 1)).astype(int) - half
+            np.testing.assert_array_equal(signed, wide[:, position::each])
+    assert packed[f"{LAYER}.weight_shape"].tolist() == [OUT, CHANNELS]
+    assert f"{LAYER}.weight_zero_point" not in CompressedTensorsFormat.pack(
+        LAYER, quantized(bits, 64, "symmetric")
+    )
+
+
+def test_compressed_tensors_of_others_may_be_grouped_in_another_order(tmp_path: Path) -> None:
+    tensor = quantized(4, 64, "zero_point")
+    index = np.random.default_rng(0).permutation(CHANNELS).astype(np.int32) // 64
+    packed = CompressedTensorsFormat.pack(LAYER, tensor) | {f"{LAYER}.weight_g_idx": index}
+    config = settings_for(CompressedTensorsFormat, Precision(4, 64, "zero_point"))
+    with written(tmp_path / "out", packed, config) as checkpoint:
+        assert_same(read_layer(checkpoint), replace(tensor, group_index=index))
+    packed[f"{LAYER}.weight_g_idx"] = index + 1
+    with (
+        written(tmp_path / "out", packed, config) as checkpoint,
+        pytest.raises(CheckpointError, match="weight_g_idx does not name one of 6 groups"),
+    ):
+        read_layer(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "part", ["weight_packed", "weight_zero_point", "weight_scale", "weight_shape"]
+)
+def test_compressed_tensors_that_contradict_each_other_are_refused(
+    tmp_path: Path, part: str
+) -> None:
+    tensors = CompressedTensorsFormat.pack(LAYER, quantized(4, 64, "zero_point"))
+    name = f"{LAYER}.{part}"
+    tensors[name] = tensors[name][:-1] if part == "weight_shape" else tensors[name][:, :-1].copy()
+    config = settings_for(CompressedTensorsFormat, Precision(4, 64, "zero_point"))
+    with (
+        written(tmp_path / "out", tensors, config) as checkpoint,
+        pytest.raises(CheckpointError, match="contradict"),
+    ):
+        read_layer(checkpoint)
+
+
+def test_compressed_tensors_config_names_what_differs() -> None:
+    default = Precision(4, 64, "symmetric")
+    layers = {"a.0.q": default, "a.0.down": Precision(8, None, "symmetric"), "a.0.gate": None}
+    config = CompressedTensorsFormat.config(default, layers, "a.")["quantization_config"]
+    assert config["ignore"] == ["a.0.gate", "lm_head"]
+    groups = config["config_groups"].values()
+    assert [group["targets"] for group in groups] == [["Linear"], ["a.0.down"]]
+    assert [group["weights"]["strategy"] for group in groups] == ["group", "channel"]
 
 
 def test_symmetric_tensors_are_affine_ones_too() -> None:

@@ -16,7 +16,7 @@ from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_at_most, load_tokens
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
-from bitwright.formats import FORMATS, Precision
+from bitwright.formats import FORMATS, FormatName, Precision
 from bitwright.methods.awq import (
     DEFAULT_GRID,
     ScaleSearch,
@@ -59,7 +59,7 @@ def quantize_with_transformers(
     method: Literal["gptq", "rtn", "awq", "awq+gptq"] = "gptq",
     bits: int = 4,
     group_size: int | None = 64,
-    format: Literal["mlx", "gptq", "awq"] = "mlx",
+    format: FormatName = "mlx",
     calibration: TokenSource | None = None,
     *,
     samples: int | None = None,

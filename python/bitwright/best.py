@@ -11,7 +11,7 @@ import numpy as np
 from bitwright.calibration import TokenSource
 from bitwright.dwq import dwq_quantize
 from bitwright.dynamic import Candidate, choose_precisions, fineness
-from bitwright.formats import FORMATS, Format
+from bitwright.formats import FORMATS, Format, FormatName
 from bitwright.models.model import load_model
 from bitwright.pipeline import quantize
 from bitwright.report import QuantizationReport
@@ -28,7 +28,7 @@ def quantize_best(
     method: Any = "gptq",
     bits: int = 4,
     group_size: int | None = 64,
-    format: Any = "mlx",
+    format: FormatName = "mlx",
     calibration: TokenSource | None = None,
     *,
     samples: int | None = None,

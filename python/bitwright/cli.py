@@ -637,17 +637,16 @@ def evaluate(
 @cli.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--method", type=click.Choice(list(METHODS)), default="gptq")
+@click.option("--preset", type=click.Choice(["fast", "default"]), default="default")
 @click.option("--samples", type=click.IntRange(1), default=128, help="Calibration samples.")
 @click.option("--length", type=click.IntRange(1), default=512, help="Tokens per sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_threads
-def inspect_command(
-    model: Path, method: str, samples: int, length: int, as_json: bool, threads: int | None
-) -> None:
+def inspect_command(model: Path, as_json: bool, threads: int | None, **options: Any) -> None:
     """Describe MODEL: its layers, what would be quantized, and what a run would take."""
     if threads is not None:
         bitwright.set_num_threads(threads)
-    found = bitwright.inspect_model(model, method=method, samples=samples, length=length)
+    found = bitwright.inspect_model(model, **options)
     if as_json:
         click.echo(json.dumps(asdict(found), default=str))
     else:

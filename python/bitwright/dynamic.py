@@ -14,7 +14,7 @@ from bitwright.calibration import TokenSource
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.errors import SensitivityError, check_choice
 from bitwright.evaluate import Evaluation, evaluate
-from bitwright.formats import FORMATS, Format, Precision
+from bitwright.formats import FORMATS, Format, FormatName, Precision
 from bitwright.methods.dynamic import allocate, check_target
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.model import Model, load_model
@@ -62,7 +62,7 @@ def choose_precisions(
     target_bpw: float,
     candidates: Sequence[Candidate] = DEFAULT_CANDIDATES,
     *,
-    format: str = "mlx",
+    format: FormatName = "mlx",
     grid: Grid | None = None,
     scale_dtype: DTypeLike | None = None,
 ) -> Recipe:
@@ -168,7 +168,7 @@ def dynamic_quantize(
     target_bpw: float,
     candidates: Sequence[Candidate] = DEFAULT_CANDIDATES,
     method: Literal["gptq", "rtn", "awq", "awq+gptq"] = "gptq",
-    format: Literal["mlx", "gptq"] = "mlx",
+    format: FormatName = "mlx",
     data: TokenSource | None = None,
     *,
     sensitivities: str | os.PathLike[str] | Sensitivities | None = None,

@@ -6,13 +6,17 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from bitwright import _kernels
+from bitwright.drift import drift_rows
 from bitwright.errors import check_choice
 from bitwright.evaluate import bits_per_weight, parameter_count
-from bitwright.methods.solver import METHODS, SCALED_METHODS
+from bitwright.methods.refine import ROUNDS
+from bitwright.methods.solver import CORRECTED_METHODS, METHODS, SCALED_METHODS
+from bitwright.models.block import Rotation
 from bitwright.models.model import Model, load_model
 
 PROCESS_BYTES = 90_000_000  # the interpreter and its libraries
@@ -60,7 +64,7 @@ class Inspection:
         Whether embedding and head are one matrix.
     layers
         The matrices in the blocks.
-    method, tokens
+    method, preset, tokens
         The run that memory and time are estimated for.
     memory_bytes, seconds
         Estimates of its peak memory and of its time on this machine.
@@ -77,13 +81,19 @@ class Inspection:
     tied: bool
     layers: tuple[LayerKind, ...]
     method: str
+    preset: str
     tokens: int
     memory_bytes: int
     seconds: float
 
 
 def inspect_model(
-    model: str | os.PathLike[str], *, method: str = "gptq", samples: int = 128, length: int = 512
+    model: str | os.PathLike[str],
+    *,
+    method: str = "gptq",
+    preset: Literal["fast", "default"] = "default",
+    samples: int = 128,
+    length: int = 512,
 ) -> Inspection:
     """Describe a checkpoint folder, and estimate what quantizing it would take.
 
@@ -94,7 +104,7 @@ def inspect_model(
     ----------
     model
         Checkpoint folder.
-    method, samples, length
+    method, preset, samples, length
         The run to estimate, as for `quantize`.
 
     Returns
@@ -104,7 +114,7 @@ def inspect_model(
     Raises
     ------
     CheckpointError, UnsupportedModelError, ValueError
-        If the model cannot be used, or there is no such method.
+        If the model cannot be used, or there is no such method or preset.
 
     Examples
     --------
@@ -114,6 +124,7 @@ def inspect_model(
     ('llama', 3, 'self_attn.q_proj', (64, 64))
     """
     check_choice("method", method, METHODS)
+    check_choice("preset", preset, ("fast", "default"))
     opened = load_model(model)
     counts: Counter[tuple[str, tuple[int, int], bool]] = Counter()
     for layout in opened.layouts:
@@ -122,6 +133,9 @@ def inspect_model(
                 counts[re.sub(r"\.\d+\.", ".*.", name), shape, quantized] += 1
     tokens = 0 if method == "rtn" else samples * length
     config = opened.config
+    run = _Plan(method, tokens, 0)
+    if preset == "default" and method in CORRECTED_METHODS:
+        run = _Plan(method, tokens, drift_rows(tokens, Rotation(length, {})))
     return Inspection(
         folder=opened.checkpoint.folder,
         model_type=config.model_type,
@@ -137,40 +151,56 @@ def inspect_model(
             for (name, shape, quantized), count in counts.items()
         ),
         method=method,
+        preset=preset,
         tokens=tokens,
-        memory_bytes=_memory(opened, method, tokens),
-        seconds=_products(opened, method, tokens) / _speed()
+        memory_bytes=_memory(opened, run),
+        seconds=_products(opened, run) / _speed()
         + opened.checkpoint.nbytes() / CARRIED_BYTES_PER_SECOND,
     )
 
 
-def _memory(model: Model, method: str, tokens: int) -> int:
+@dataclass(frozen=True)
+class _Plan:
+    """A run to estimate; `drift_tokens` of its tokens go through the original, too, none without drift
+    correction (and refinement)."""
+
+    method: str
+    tokens: int
+    drift_tokens: int
+
+
+def _memory(model: Model, run: _Plan) -> int:
     """Estimate the peak: a block's weights (of experts, one), the largest gram with what solving by it
     takes, the hidden states and the widest states between two stages; or the embedding and its copy."""
+    scaled, corrected = run.method in SCALED_METHODS, run.drift_tokens > 0
+    copies = (3 if scaled else 1) + corrected  # in float, rounded, and scaled
     largest = states = 0
     for layout in model.layouts:
         shapes = layout.linears
         one_expert = {
             name: shape
             for name, shape in (*shapes.items(), *layout.floats.items())
-            if method in SCALED_METHODS or name not in layout.experts
+            if scaled or name not in layout.experts
         }
         weights = sum(out * channels for out, channels in one_expert.values())
         experts = [shapes[name] for name, place in layout.experts.items() if place.index == 0]
         weights += sum(out * channels for out, channels in experts)
-        weights *= 3 if method in SCALED_METHODS else 1  # in float, rounded, and scaled
         widest = max(channels for _, channels in shapes.values())
         solving = max(out * channels for out, channels in shapes.values())
-        largest = max(largest, 4 * (weights + 3 * widest**2 + 2 * solving))
-        states = max(states, 4 * tokens * (widest + model.config.hidden_size))
+        grams = 6 if corrected else 3
+        largest = max(largest, 4 * (copies * weights + grams * widest**2 + 2 * solving))
+        rows = run.tokens + run.drift_tokens
+        states = max(states, 4 * rows * (widest + model.config.hidden_size))
     matrix = model.config.vocab_size * model.config.hidden_size
     embedding = matrix * (4 + model.dtype.itemsize)
     return PROCESS_BYTES + max(largest + states, embedding)
 
 
-def _products(model: Model, method: str, tokens: int) -> float:
+def _products(model: Model, run: _Plan) -> float:
     """Count the floating-point operations of a run: forward passes, grams, and solving."""
-    passes = 2.25 if method in SCALED_METHODS else 1.0
+    tokens, drift = run.tokens, run.drift_tokens
+    passes = 2.25 if run.method in SCALED_METHODS else 1.0
+    passes += drift / max(tokens, 1)
     operations = 0.0
     for index, layout in enumerate(model.layouts):
         share = _routed_share(model, index)
@@ -180,8 +210,10 @@ def _products(model: Model, method: str, tokens: int) -> float:
                 out, channels = layout.linears[name]
                 operations += passes * 2 * seen * out * channels
                 if number == 0:
-                    operations += seen * channels**2
-                operations += _solving(method, out, channels, number == 0)
+                    operations += seen * channels**2 + 2.0 * drift * channels * min(out, channels)
+                operations += _solving(run.method, out, channels, number == 0)
+                if drift:  # correction, and refinement: a full product, then four halves per round
+                    operations += (4.0 + 2.0 + 4.0 * ROUNDS) * out * channels**2
         operations += passes * _attention_products(model, tokens)
     return operations
 

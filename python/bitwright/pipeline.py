@@ -18,7 +18,7 @@ from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.drift import Drift, OriginalStream, drift_rows
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.evaluate import parameter_count
-from bitwright.formats import FORMATS, Format, Precision
+from bitwright.formats import FORMATS, Format, FormatName, Precision
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.metrics import Metric
@@ -65,7 +65,7 @@ def quantize(
     method: Literal["gptq", "rtn", "awq", "awq+gptq", "salient"] = "gptq",
     bits: int = 4,
     group_size: int | None = 64,
-    format: Literal["mlx", "gptq", "awq"] = "mlx",
+    format: FormatName = "mlx",
     calibration: TokenSource | None = None,
     *,
     preset: Preset = "default",

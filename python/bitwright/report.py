@@ -335,7 +335,7 @@ def print_inspection(found: Inspection, console: Console) -> None:
             f"{', embedding and head are one matrix' if found.tied else ''}",
         ),
         (
-            f"{found.method} would take",
+            f"{found.method}, preset {found.preset}, would take",
             f"about {megabytes(found.memory_bytes)} of memory and {found.seconds:,.0f} s here, with "
             f"{found.tokens:,} calibration tokens",
         ),

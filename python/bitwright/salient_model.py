@@ -1,8 +1,8 @@
 """Salient-weight AWQ of whole models, from a file of activations."""
 
 import os
-from typing import Literal
 
+from bitwright.formats import FormatName
 from bitwright.methods.salient import ActivationMethod
 from bitwright.pipeline import quantize
 from bitwright.report import QuantizationReport
@@ -17,7 +17,7 @@ def awq_quantize_model(
     activation_method: ActivationMethod = "rms",
     verbose: bool = True,
     *,
-    format: Literal["awq", "mlx", "gptq"] = "awq",
+    format: FormatName = "awq",
     overwrite: bool = False,
 ) -> QuantizationReport:
     """Quantize all linear layers of a model's blocks to symmetric INT4, protecting the salient weights.

@@ -16,6 +16,7 @@ CLIENTS = {
         "optimum==2.3.0",
         "accelerate==1.15.0",
         "gptqmodel==7.6.0",
+        "compressed-tensors==0.19.0",
     ],
 }
 ROOT = Path(__file__).resolve().parents[2] / ".interop"

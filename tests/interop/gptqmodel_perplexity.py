@@ -1,4 +1,5 @@
-"""Perplexity of a saved GPTQ or AWQ folder, as transformers loads it. Usage: MODEL TOKENS.npy"""
+"""Perplexity of a saved GPTQ, AWQ or compressed-tensors folder, as transformers loads it. Usage: MODEL
+TOKENS.npy"""
 
 import json
 import math
@@ -22,15 +23,16 @@ def main(folder: str, tokens_file: str) -> None:
     # Of this config only the kernel counts; the rest comes from the folder. The kernel GPTQModel
     # picks by itself for 4 bits on a CPU computes in bfloat16, too coarse to judge by.
     config = json.loads(Path(folder, "config.json").read_text())["quantization_config"]
-    kernel: GPTQConfig = GPTQConfig(bits=4, backend="gptq_torch")
-    if config["quant_method"] == "awq":
-        kernel = AwqConfig(backend="torch_awq")  # always computes in float16
+    kernels = {
+        "gptq": {"quantization_config": GPTQConfig(bits=4, backend="gptq_torch")},
+        "awq": {"quantization_config": AwqConfig(backend="torch_awq")},  # computes in float16
+    }
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=kernel
+        folder, dtype=torch.float32, **kernels.get(config["quant_method"], {})
     )
     # Unpacking multiplies in the dtype of the scales, float16 as stored, and would round each weight.
     for module in model.modules():
-        if isinstance(module, BaseQuantLinear) and not isinstance(kernel, AwqConfig):
+        if isinstance(module, BaseQuantLinear) and config["quant_method"] != "awq":
             module.float()
     total = 0.0
     with torch.inference_mode():

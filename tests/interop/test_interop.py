@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 DEMO = bitwright.demo_folder()
 GPTQ = {"format": "gptq", "group_size": 64}
 AWQ = {"format": "awq", "group_size": 64}
+COMPRESSED = {"format": "compressed-tensors", "scale_dtype": "float32"}
 
 
 def client_perplexity(client: str, script: str, model: Path, tokens: Path) -> float:
@@ -64,6 +65,10 @@ def check(
         ("gptqmodel", {"method": "awq", **AWQ}),
         ("gptqmodel", {"method": "awq+gptq", **AWQ, "exclude": ["*.0.*", "*.v_proj"]}),
         ("gptqmodel", {"method": "salient", **AWQ, "group_size": 32}),
+        ("gptqmodel", {"bits": 4, **COMPRESSED, "exclude": ["*.0.*"]}),
+        ("gptqmodel", {"bits": 4, **COMPRESSED, "grid": "zero_point", "group_size": 32}),
+        ("gptqmodel", {"bits": 8, **COMPRESSED, "group_size": None}),
+        ("gptqmodel", {**COMPRESSED, "overrides": {"*.down_proj": {"bits": 8, "group_size": 32}}}),
         ("mlx", {"method": "awq", "bits": 3}),
         ("mlx", {"method": "salient"}),
     ],

@@ -3,13 +3,19 @@
 from bitwright.checkpoint import Checkpoint
 from bitwright.errors import UnsupportedModelError, shown
 from bitwright.formats.awq import AwqFormat
-from bitwright.formats.format import Format, Precision
+from bitwright.formats.compressed_tensors import CompressedTensorsFormat
+from bitwright.formats.format import Format, FormatName, Precision
 from bitwright.formats.gptq import GptqFormat
 from bitwright.formats.mlx import MlxFormat
 
-FORMATS: dict[str, type[Format]] = {"mlx": MlxFormat, "gptq": GptqFormat, "awq": AwqFormat}
+FORMATS: dict[FormatName, type[Format]] = {
+    "mlx": MlxFormat,
+    "gptq": GptqFormat,
+    "awq": AwqFormat,
+    "compressed-tensors": CompressedTensorsFormat,
+}
 
-__all__ = ["FORMATS", "Format", "Precision", "detect_format"]
+__all__ = ["FORMATS", "Format", "FormatName", "Precision", "detect_format"]
 
 
 def detect_format(checkpoint: Checkpoint) -> Format | None:

@@ -8,12 +8,11 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
-from bitwright.formats.format import Format, Precision, read_shaped
+from bitwright.formats.format import INT32, Format, Precision, read_shaped
 from bitwright.tensor import QuantizedTensor, pack, unpack
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight output channels each nibble of a word holds
-INT32 = (np.dtype(np.int32),)
 
 
 class AwqFormat(Format):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError
 from bitwright.tensor import Grid, QuantizedTensor
+
+FormatName = Literal["mlx", "gptq", "awq", "compressed-tensors"]
+INT32 = (np.dtype(np.int32),)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,23 @@ def read_shaped(
             f"expected {_any_of(dtypes)} with {dimensions} axes"
         )
     return array
+
+
+def read_group_index(
+    checkpoint: Checkpoint | CheckpointSlice, tensor: str, channels: int, groups: int
+) -> NDArray[np.int32] | None:
+    """Read which group each channel is in; None where there is no such tensor, or they are consecutive."""
+    if tensor not in checkpoint:
+        return None
+    index = read_shaped(checkpoint, tensor, INT32, dimensions=1)
+    if index.shape != (channels,) or index.min() < 0 or index.max() >= groups:
+        raise CheckpointError(
+            f"{checkpoint.file(tensor)}: tensor {tensor} does not name one of "
+            f"{groups} groups for each of {channels} channels"
+        )
+    if (index == np.arange(channels) // (channels // groups)).all():
+        return None
+    return np.ascontiguousarray(index)
 
 
 def _any_of(values: tuple[Any, ...]) -> str:

@@ -9,10 +9,8 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
-from bitwright.formats.format import Format, Precision, read_shaped
+from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
 from bitwright.tensor import QuantizedTensor, pack, unpack
-
-INT32 = (np.dtype(np.int32),)
 
 
 class GptqFormat(Format):
@@ -147,24 +145,8 @@ class GptqFormat(Format):
             bits=bits,
             group_size=channels // groups,
             grid="symmetric" if (zeros == 1 << (bits - 1)).all() else "zero_point",
-            group_index=self._group_index(checkpoint, name, channels, groups),
+            group_index=read_group_index(checkpoint, f"{name}.g_idx", channels, groups),
         )
-
-    @staticmethod
-    def _group_index(
-        checkpoint: Checkpoint | CheckpointSlice, name: str, channels: int, groups: int
-    ) -> NDArray[np.int32] | None:
-        if f"{name}.g_idx" not in checkpoint:
-            return None
-        index = read_shaped(checkpoint, f"{name}.g_idx", INT32, dimensions=1)
-        if index.shape != (channels,) or index.min() < 0 or index.max() >= groups:
-            raise CheckpointError(
-                f"{checkpoint.file(f'{name}.g_idx')}: tensor {name}.g_idx does not name one of "
-                f"{groups} groups for each of {channels} channels"
-            )
-        if (index == np.arange(channels) // (channels // groups)).all():
-            return None
-        return np.ascontiguousarray(index)
 
 
 def _grid(name: str, tensor: QuantizedTensor, subtracted: int) -> dict[str, NDArray[Any]]:

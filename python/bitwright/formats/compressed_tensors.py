@@ -1,0 +1,169 @@
+"""compressed-tensors, pack-quantized: what llm-compressor writes and vLLM reads."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.checkpoint import Checkpoint, CheckpointSlice
+from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
+from bitwright.tensor import QuantizedTensor, pack, unpack
+
+METHOD, LAYOUT = "compressed-tensors", "pack-quantized"
+HEAD = "lm_head"  # a module of its own for loaders even where it is tied to the embedding
+
+
+class CompressedTensorsFormat(Format):
+    """Reads and writes the layout that packs codes along the input channels, ``w = scale * (code - zero)``.
+
+    Its codes and zeros are signed, and stored with half their range added: what is stored are ours.
+    """
+
+    name = METHOD
+    bits = (4, 8)
+    group_sizes = (32, 64, 128)
+    whole_row = True
+    grids = ("symmetric", "zero_point")
+    scale_dtypes = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
+    embeddings = False
+    fuses_shared_inputs = True  # vLLM: query, key and value; gate and up; all experts of a layer
+    metadata = "pt"
+
+    @classmethod
+    def detect(cls, checkpoint: Checkpoint) -> Self | None:
+        settings = checkpoint.config.get("quantization_config")
+        if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
+            return None
+        where = f'{checkpoint.folder / "config.json"}: "quantization_config'
+        groups = settings.get("config_groups")
+        if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
+            raise CheckpointError(f'{where}.config_groups" is {shown(groups)}')
+        for group in groups.values():
+            layout = group.get("format") or settings.get("format")
+            if layout != LAYOUT:
+                raise UnsupportedModelError(
+                    f'{where}.format" is {shown(layout)}; only {LAYOUT} is supported'
+                )
+        return cls()
+
+    @classmethod
+    def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
+        return model_dtype
+
+    @classmethod
+    def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
+        super().check(name, shape, precision)
+        if shape[0] % 8 or shape[1] % 8:
+            raise ValueError(
+                f"{name}: the {cls.name} format is written for multiples of 8 channels, not {list(shape)}"
+            )
+
+    @classmethod
+    def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        if tensor.zeros is None or tensor.group_index is not None:
+            raise ValueError(
+                f"{name}: the {cls.name} format stores integer zeros and consecutive groups, "
+                f"not {tensor.grid} grids"
+            )
+        return {
+            f"{name}.weight_packed": pack(tensor.codes, tensor.bits).view(np.int32),
+            f"{name}.weight_shape": np.array(tensor.shape, np.int64),
+            **_grid(name, tensor),
+        }
+
+    def pack_grid(self, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        return _grid(name, tensor)
+
+    @classmethod
+    def config(
+        cls, default: Precision, layers: Mapping[str, Precision | None], block_prefix: str
+    ) -> dict[str, Any]:
+        kinds: dict[Precision, list[str]] = {default: ["Linear"]}
+        for name, kind in layers.items():
+            if kind not in (None, default):
+                kinds.setdefault(kind, []).append(name)  # a name goes before a class of modules
+        in_float = [name for name, kind in layers.items() if kind is None]
+        groups = {
+            f"group_{number}": {
+                "targets": targets,
+                "weights": {
+                    "num_bits": kind.bits,
+                    "type": "int",
+                    "symmetric": kind.grid == "symmetric",
+                    "strategy": "group" if kind.group_size else "channel",
+                    "group_size": kind.group_size,
+                    "dynamic": False,
+                },
+                "input_activations": None,
+                "output_activations": None,
+                "format": LAYOUT,
+            }
+            for number, (kind, targets) in enumerate(kinds.items())
+        }
+        return {
+            "quantization_config": {
+                "quant_method": METHOD,
+                "format": LAYOUT,
+                "quantization_status": "compressed",
+                "config_groups": groups,
+                "ignore": [*in_float, *({HEAD} - set(layers))],
+                "kv_cache_scheme": None,
+                "global_compression_ratio": None,
+            }
+        }
+
+    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
+        if f"{name}.weight_packed" not in checkpoint:
+            return None
+        words = read_shaped(checkpoint, f"{name}.weight_packed", INT32)
+        scales = read_shaped(checkpoint, f"{name}.weight_scale", self.scale_dtypes)
+        shape = read_shaped(
+            checkpoint, f"{name}.weight_shape", (np.dtype(np.int64), *INT32), dimensions=1
+        ).tolist()
+        zero_words = None
+        if f"{name}.weight_zero_point" in checkpoint:
+            zero_words = read_shaped(checkpoint, f"{name}.weight_zero_point", INT32)
+        where = f"{checkpoint.file(f'{name}.weight_packed')}: layer {name}"
+        (out, row), (rows, groups) = words.shape, scales.shape
+        channels = shape[-1]
+        bits = row * 32 // channels if channels > 0 else 0
+        if (
+            bits not in self.bits
+            or shape != [out, channels]
+            or row * 32 != channels * bits
+            or rows != out
+            or channels % groups
+            or (zero_words is not None and zero_words.shape != (out * bits // 32, groups))
+        ):
+            zeros_shape = None if zero_words is None else list(zero_words.shape)
+            raise CheckpointError(
+                f"{where}: weight_packed {list(words.shape)}, weight_shape {shape}, weight_scale "
+                f"{list(scales.shape)} and weight_zero_point {zeros_shape} contradict each other"
+            )
+        if zero_words is None:
+            zeros = np.full(scales.shape, 1 << (bits - 1), np.uint8)
+        else:
+            packed = np.ascontiguousarray(zero_words.T).view(np.uint32)
+            zeros = np.ascontiguousarray(unpack(packed, bits).T)
+        return QuantizedTensor(
+            codes=unpack(words.view(np.uint32), bits),
+            scales=scales,
+            biases=None,
+            zeros=zeros,
+            bits=bits,
+            group_size=channels // groups,
+            grid="symmetric" if zero_words is None else "zero_point",
+            group_index=read_group_index(checkpoint, f"{name}.weight_g_idx", channels, groups),
+        )
+
+
+def _grid(name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {f"{name}.weight_scale": tensor.scales}
+    if tensor.grid != "symmetric":
+        zeros = np.ascontiguousarray(np.asarray(tensor.zeros).T)
+        words = pack(zeros, tensor.bits).view(np.int32)
+        arrays[f"{name}.weight_zero_point"] = np.ascontiguousarray(words.T)
+    return arrays
