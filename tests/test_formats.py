@@ -441,7 +441,10 @@ def test_compressed_tensors_config_names_what_differs() -> None:
     config = CompressedTensorsFormat.config(default, layers, "a.")["quantization_config"]
     assert config["ignore"] == ["a.0.gate", "lm_head"]
     groups = config["config_groups"].values()
-    assert [group["targets"] for group in groups] == [["Linear"], ["a.0.down"]]
+    assert [group["targets"] for group in groups] == [["a.0.q"], ["a.0.down"]]
+    layers["a.0.down"] = default
+    config = CompressedTensorsFormat.config(default, layers, "a.")["quantization_config"]
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert [group["weights"]["strategy"] for group in groups] == ["group", "channel"]
 
 

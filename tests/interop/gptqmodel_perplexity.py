@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
+from transformers import AutoModelForCausalLM, AwqConfig, CompressedTensorsConfig, GPTQConfig
 
 
 def main(folder: str, tokens_file: str) -> None:
@@ -24,11 +24,13 @@ def main(folder: str, tokens_file: str) -> None:
     # picks by itself for 4 bits on a CPU computes in bfloat16, too coarse to judge by.
     config = json.loads(Path(folder, "config.json").read_text())["quantization_config"]
     kernels = {
-        "gptq": {"quantization_config": GPTQConfig(bits=4, backend="gptq_torch")},
-        "awq": {"quantization_config": AwqConfig(backend="torch_awq")},  # computes in float16
+        "gptq": GPTQConfig(bits=4, backend="gptq_torch"),
+        "awq": AwqConfig(backend="torch_awq"),  # computes in float16
+        # Left packed, transformers 5.23 has no room for zeros: it expects them unpacked.
+        "compressed-tensors": CompressedTensorsConfig(dequantize=True),
     }
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, **kernels.get(config["quant_method"], {})
+        folder, dtype=torch.float32, quantization_config=kernels[config["quant_method"]]
     )
     # Unpacking multiplies in the dtype of the scales, float16 as stored, and would round each weight.
     for module in model.modules():

@@ -68,7 +68,6 @@ def check(
         ("gptqmodel", {"bits": 4, **COMPRESSED, "exclude": ["*.0.*"]}),
         ("gptqmodel", {"bits": 4, **COMPRESSED, "grid": "zero_point", "group_size": 32}),
         ("gptqmodel", {"bits": 8, **COMPRESSED, "group_size": None}),
-        ("gptqmodel", {**COMPRESSED, "overrides": {"*.down_proj": {"bits": 8, "group_size": 32}}}),
         ("mlx", {"method": "awq", "bits": 3}),
         ("mlx", {"method": "salient"}),
     ],

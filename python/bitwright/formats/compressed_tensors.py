@@ -81,10 +81,13 @@ class CompressedTensorsFormat(Format):
     def config(
         cls, default: Precision, layers: Mapping[str, Precision | None], block_prefix: str
     ) -> dict[str, Any]:
-        kinds: dict[Precision, list[str]] = {default: ["Linear"]}
+        kinds: dict[Precision, list[str]] = {default: []}
         for name, kind in layers.items():
-            if kind not in (None, default):
-                kinds.setdefault(kind, []).append(name)  # a name goes before a class of modules
+            if kind is not None:
+                kinds.setdefault(kind, []).append(name)
+        if len(kinds) == 1:
+            # Otherwise names for all, so that exactly one group matches a layer.
+            kinds[default] = ["Linear"]
         in_float = [name for name, kind in layers.items() if kind is None]
         groups = {
             f"group_{number}": {
