@@ -99,24 +99,38 @@ class Drift:
         """Add one chunk, just added to the statistics: inputs and hidden states of the quantized stream."""
         if self._stage is None or self._statistics is None or number >= self._stream.chunks:
             return
+        # States that overflow are an error of the layer that sees them next; no correction until then.
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._add(self._stage, self._statistics, number, states, hidden)
+            if self._gram is not None and not np.isfinite(np.asarray(self._cross)).all():
+                self._cross = None
+
+    def _add(
+        self,
+        stage: Stage,
+        statistics: LayerStatistics,
+        number: int,
+        states: Float,
+        hidden: Float,
+    ) -> None:
         block = self._stream.block
-        index = block.stages.index(self._stage)
+        index = block.stages.index(stage)
         chunk = self._stream.reach(index, number)
         if self._adds:
             target = np.float32(FEEDBACK) * (chunk.hidden - hidden) - chunk.hidden
             target += self._stream.reach(index + 1, number).hidden
             target /= np.float32(block.config.residual_scale)
-            bias = block.operations.bias(self._stage.linears[0])
+            bias = block.operations.bias(stage.linears[0])
             if bias is not None:
                 target -= bias
         else:
-            target = block.stage_input(self._stage, chunk)
+            target = block.stage_input(stage, chunk)
         if self._cross is None:
             self._cross = np.zeros((target.shape[1], states.shape[1]), np.float32)
         _kernels.linear_backward_weight(target, states, self._cross)
         if number + 1 == self._stream.chunks:
-            self._cross /= np.float32(self._statistics.tokens)
-            self._gram = self._statistics.so_far()
+            self._cross /= np.float32(statistics.tokens)
+            self._gram = statistics.so_far()
             if not self._adds:
                 self._cross -= self._gram
 
