@@ -596,7 +596,7 @@ def disk_full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ["write_safetensors", "_synchronize"])
+@pytest.mark.parametrize("step", ["_safetensors_header", "_synchronize"])
 def test_full_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     monkeypatch.setattr(writer_module, step, disk_full)
     with pytest.raises(OutputError, match="out: cannot be written: No space left"):

@@ -25,7 +25,7 @@ from bitwright.formats.mlx import MlxFormat
 from bitwright.tensor import Grid
 
 LAYER = "model.layers.0.self_attn.q_proj"
-OUT, CHANNELS = 96, 384
+OUT, CHANNELS = 192, 384
 CASES = [
     (kind, bits, size, grid)
     for kind in FORMATS.values()
@@ -289,7 +289,7 @@ def test_mlx_settings_that_do_not_fit_the_tensors(tmp_path: Path, settings: dict
     [
         {"quantization_config": {"quant_method": "bitsandbytes"}},
         {"quantization_config": {"quant_method": "awq", "version": "gemv"}},
-        {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}},
+        {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "bitblas"}},
         {
             "quantization_config": {
                 "quant_method": "compressed-tensors",

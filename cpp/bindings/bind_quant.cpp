@@ -78,7 +78,8 @@ void bind_methods(py::module_& module) {
         "quantize_gptq",
         [](const py::object& weight, const py::object& upper, const py::object& order,
            const py::object& importance, int bits, Index group_size, const std::string& grid,
-           const std::string& scale_dtype, bool search, Index block_size, bool static_groups) {
+           const std::string& scale_dtype, bool search, Index block_size, bool static_groups,
+           const py::object& scales, const py::object& offsets) {
             const GridRule rule = rule_from(bits, grid, scale_dtype, search);
             if (block_size < 1) throw py::value_error("block_size: expected at least 1");
             py::tuple outcome;
@@ -91,12 +92,18 @@ void bind_methods(py::module_& module) {
                 const auto h = vector<float>(importance, "importance", in);
                 Result result(w.rows(), in, group_size);
                 auto quantized = result.quantized();
+                auto grids = static_groups ? GridsFrom::original : GridsFrom::progress;
+                if (!scales.is_none()) {
+                    grids = GridsFrom::result;
+                    const Index groups = in / group_size;
+                    quantized.scales = matrix<float>(scales, "scales", w.rows(), groups);
+                    quantized.offsets = matrix<float>(offsets, "offsets", w.rows(), groups);
+                }
                 py::array_t<double> losses(in);
                 VectorView<double> loss(losses.mutable_data(), in);
                 {
                     const py::gil_scoped_release release;
-                    quantize_gptq(w, u, columns, h, rule, block_size, static_groups, quantized,
-                                  loss);
+                    quantize_gptq(w, u, columns, h, rule, block_size, grids, quantized, loss);
                 }
                 outcome = py::make_tuple(result.codes, result.scales, result.offsets, losses);
             });
@@ -104,7 +111,8 @@ void bind_methods(py::module_& module) {
         },
         py::arg("weight"), py::arg("upper"), py::arg("order"), py::arg("importance"),
         py::arg("bits"), py::arg("group_size"), py::arg("grid"), py::arg("scale_dtype"),
-        py::arg("search"), py::arg("block_size"), py::arg("static_groups"));
+        py::arg("search"), py::arg("block_size"), py::arg("static_groups"),
+        py::arg("scales") = py::none(), py::arg("offsets") = py::none());
 }
 
 void bind_refine(py::module_& module) {
@@ -112,7 +120,7 @@ void bind_refine(py::module_& module) {
         "refine",
         [](const py::object& weight, const py::object& gram, const py::object& codes,
            const py::object& scales, const py::object& offsets, int bits, Index group_size,
-           const std::string& grid, const std::string& scale_dtype, Index rounds) {
+           const std::string& grid, const std::string& scale_dtype, Index rounds, bool codes_only) {
             const GridRule rule = rule_from(bits, grid, scale_dtype, false);
             const auto w = matrix<float>(weight, "weight");
             const Index out = w.rows(), in = w.cols();
@@ -127,13 +135,13 @@ void bind_refine(py::module_& module) {
             VectorView<double> values(objectives.mutable_data(), rounds + 1);
             {
                 const py::gil_scoped_release release;
-                refine(w, g, rule, rounds, result, values);
+                refine(w, g, rule, rounds, codes_only, result, values);
             }
             return objectives;
         },
         py::arg("weight"), py::arg("gram"), py::arg("codes"), py::arg("scales"), py::arg("offsets"),
         py::arg("bits"), py::arg("group_size"), py::arg("grid"), py::arg("scale_dtype"),
-        py::arg("rounds"));
+        py::arg("rounds"), py::arg("codes_only") = false);
 }
 
 void bind_awq(py::module_& module) {

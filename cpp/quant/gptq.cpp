@@ -18,7 +18,7 @@ struct Solve {
     ConstVectorView<float> importance;
     const GridRule& rule;
     Index block;
-    bool static_groups;
+    GridsFrom grids;
     QuantizedView result;
 
     Index slabs() const { return work.rows() / lane_count; }
@@ -61,10 +61,10 @@ struct Solve {
         Index loaded = -1;
         for (Index j = 0; j < count; ++j) {
             const Index group = order[low + j] / group_size;
-            if (!static_groups && (low + j) % group_size == 0) {
+            if (grids == GridsFrom::progress && (low + j) % group_size == 0) {
                 grid = fit_grid(rule, weights + j * lane_count, importance_here + j, group_size);
                 store_grid(rule.grid, grid, row, group, result.scales, result.offsets);
-            } else if (static_groups && group != loaded) {
+            } else if (grids != GridsFrom::progress && group != loaded) {
                 grid = load_grid(rule.grid, row, group, result.scales, result.offsets);
                 loaded = group;
             }
@@ -90,14 +90,13 @@ struct Solve {
 template <typename Weight>
 void quantize_gptq(ConstMatrixView<Weight> weight, ConstMatrixView<float> upper,
                    ConstVectorView<std::int32_t> order, ConstVectorView<float> importance,
-                   const GridRule& rule, Index block, bool static_groups, QuantizedView result,
+                   const GridRule& rule, Index block, GridsFrom grids, QuantizedView result,
                    VectorView<double> losses) {
     const Index out = weight.rows(), in = weight.cols(), group_size = result.group_size;
     const Index padded = (out + lane_count - 1) / lane_count * lane_count;
     // A group fitted on the way must lie within one block, where its weights are up to date.
-    if (!static_groups) block = (block + group_size - 1) / group_size * group_size;
-    Solve solve{
-        Eigen::MatrixXf(padded, in), upper, order, importance, rule, block, static_groups, result};
+    if (grids == GridsFrom::progress) block = (block + group_size - 1) / group_size * group_size;
+    Solve solve{Eigen::MatrixXf(padded, in), upper, order, importance, rule, block, grids, result};
 
     parallel_for(padded / lane_count, 1, [&](Index first, Index last) {
         std::vector<float> slab(static_cast<size_t>(in * lane_count));
@@ -106,7 +105,7 @@ void quantize_gptq(ConstMatrixView<Weight> weight, ConstMatrixView<float> upper,
             for (Index j = 0; j < in; ++j)
                 solve.work.col(j).segment<lane_count>(row) =
                     Eigen::Map<Lanes>(slab.data() + order[j] * lane_count).matrix();
-            if (!static_groups) continue;
+            if (grids != GridsFrom::original) continue;
             for (Index group = 0; group < result.scales.cols(); ++group) {
                 const Index start = group * group_size;
                 const GridLanes grid = fit_grid(rule, slab.data() + start * lane_count,
@@ -126,12 +125,12 @@ void quantize_gptq(ConstMatrixView<Weight> weight, ConstMatrixView<float> upper,
 
 template void quantize_gptq(ConstMatrixView<float>, ConstMatrixView<float>,
                             ConstVectorView<std::int32_t>, ConstVectorView<float>, const GridRule&,
-                            Index, bool, QuantizedView, VectorView<double>);
+                            Index, GridsFrom, QuantizedView, VectorView<double>);
 template void quantize_gptq(ConstMatrixView<Eigen::half>, ConstMatrixView<float>,
                             ConstVectorView<std::int32_t>, ConstVectorView<float>, const GridRule&,
-                            Index, bool, QuantizedView, VectorView<double>);
+                            Index, GridsFrom, QuantizedView, VectorView<double>);
 template void quantize_gptq(ConstMatrixView<Eigen::bfloat16>, ConstMatrixView<float>,
                             ConstVectorView<std::int32_t>, ConstVectorView<float>, const GridRule&,
-                            Index, bool, QuantizedView, VectorView<double>);
+                            Index, GridsFrom, QuantizedView, VectorView<double>);
 
 }  // namespace bitwright

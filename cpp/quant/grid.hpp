@@ -100,7 +100,13 @@ inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& 
 template <typename Try>
 void range_grids(const GridRule& rule, const Lanes& low, const Lanes& high, Try&& try_grid) {
     if (rule.grid != Grid::affine) {
-        try_grid(span_grid(rule, low, high));
+        GridLanes spanning = span_grid(rule, low, high);
+        try_grid(spanning);
+        if (rule.grid == Grid::zero_point) return;
+        // There is one code more below the zero than above it: for the side with the larger
+        // weights.
+        spanning.scale = -spanning.scale;
+        try_grid(spanning);
         return;
     }
     const float tiny = smallest_scale(rule.scale_type);

@@ -27,13 +27,14 @@ void encode(ConstMatrixView<float> weight, const GridRule& rule, QuantizedView r
 // GPTQ (Frantar et al. 2023): columns in the given order, each one's rounding error spread over the
 // columns still to come. `upper` [in, in] is the factor of the permuted gram (inverse_factor.hpp),
 // `importance` [in] the gram's diagonal, `block` the number of columns between two lazy updates.
-// With `static_groups` the grids are fitted to the original weights, otherwise when a group's first
-// column is reached; an order other than 0, 1, 2 … needs static groups. `losses` [in] receives, per
-// column, its part of tr((W − Ŵ)(G + D)(W − Ŵ)ᵀ), exactly.
+// Grids are those that `result` holds, fitted to the original weights, or fitted when a group's
+// first column is reached; an order other than 0, 1, 2 … excludes the last. `losses` [in] receives,
+// per column, its part of tr((W − Ŵ)(G + D)(W − Ŵ)ᵀ), exactly.
+enum class GridsFrom { result, original, progress };
 template <typename Weight>
 void quantize_gptq(ConstMatrixView<Weight> weight, ConstMatrixView<float> upper,
                    ConstVectorView<std::int32_t> order, ConstVectorView<float> importance,
-                   const GridRule& rule, Index block, bool static_groups, QuantizedView result,
+                   const GridRule& rule, Index block, GridsFrom grids, QuantizedView result,
                    VectorView<double> losses);
 
 }  // namespace bitwright

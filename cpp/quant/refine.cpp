@@ -303,7 +303,7 @@ struct Refinement {
 }  // namespace
 
 void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const GridRule& rule,
-            Index rounds, QuantizedView result, VectorView<double> objectives) {
+            Index rounds, bool codes_only, QuantizedView result, VectorView<double> objectives) {
     objectives.setZero();
     const GroupSums sums(gram, result.group_size);
     const Index in = weight.cols(), groups = result.scales.cols();
@@ -321,7 +321,7 @@ void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Gr
         objectives[0] += before;
         for (Index round = 0; round < rounds; ++round) {
             Matrix<float> scales = part.scales, offsets = part.offsets;
-            state.fit_grids();
+            if (!codes_only) state.fit_grids();
             state.take_over_grids(scales, offsets);
             state.sweep(round + 1 == rounds);
             objectives[round + 1] += before - state.gains.sum();

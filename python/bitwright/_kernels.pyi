@@ -69,6 +69,8 @@ def quantize_gptq(
     search: bool,
     block_size: int,
     static_groups: bool,
+    scales: _Float32 | None = None,
+    offsets: _Float32 | None = None,
 ) -> tuple[_Codes, _Float32, _Float32, NDArray[np.float64]]: ...
 def refine(
     weight: _Float32,
@@ -81,6 +83,7 @@ def refine(
     grid: str,
     scale_dtype: str,
     rounds: int,
+    codes_only: bool = False,
 ) -> NDArray[np.float64]: ...
 def dequantize(
     codes: _Codes,

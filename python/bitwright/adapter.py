@@ -16,7 +16,7 @@ from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_at_most, load_tokens
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
-from bitwright.formats import FORMATS, FormatName, Precision
+from bitwright.formats import FORMATS, FormatName, GroupSize, Precision
 from bitwright.methods.awq import (
     DEFAULT_GRID,
     ScaleSearch,
@@ -58,7 +58,7 @@ def quantize_with_transformers(
     out: str | os.PathLike[str],
     method: Literal["gptq", "rtn", "awq", "awq+gptq"] = "gptq",
     bits: int = 4,
-    group_size: int | None = 64,
+    group_size: GroupSize = "auto",
     format: FormatName = "mlx",
     calibration: TokenSource | None = None,
     *,
@@ -167,11 +167,11 @@ def quantize_with_transformers(
         _kernels.set_num_threads(threads)
         original.torch.set_num_threads(threads)
     kind = FORMATS[format]
-    default = Precision(bits, None if group_size == -1 else group_size, grid or kind.grids[0])
     linears = original.linears()
     shapes = {
         name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in linears.items()
     }
+    default = kind.precision(bits, group_size, grid, {shape[1] for shape in shapes.values()})
     plan = plan_shapes(shapes, default, include=include, exclude=exclude, overrides=overrides)
     check_plan(plan, shapes, kind)
     dtype = kind.scale_dtype(original.dtype)

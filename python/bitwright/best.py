@@ -11,12 +11,12 @@ import numpy as np
 from bitwright.calibration import TokenSource
 from bitwright.dwq import dwq_quantize
 from bitwright.dynamic import Candidate, choose_precisions, fineness
-from bitwright.formats import FORMATS, Format, FormatName
+from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
 from bitwright.models.model import load_model
 from bitwright.pipeline import quantize
 from bitwright.report import QuantizationReport
 from bitwright.sensitivity import estimate_sensitivities
-from bitwright.tensor import Grid, stored_bits
+from bitwright.tensor import K_GRIDS, Grid, stored_bits
 
 TRAINED_TOKENS = 100_000
 LEARNING_RATE = 3e-4  # what is known to suit students that are good already
@@ -27,7 +27,7 @@ def quantize_best(
     out: str | os.PathLike[str],
     method: Any = "gptq",
     bits: int = 4,
-    group_size: int | None = 64,
+    group_size: GroupSize = "auto",
     format: FormatName = "mlx",
     calibration: TokenSource | None = None,
     *,
@@ -77,11 +77,11 @@ def quantize_best(
         raise ValueError("calibration: preset best needs text or token ids")
     original = load_model(model)
     kind = FORMATS[format]
-    size = None if group_size == -1 else group_size
+    asked = kind.precision(bits, group_size, grid, original.input_channels())
+    size = asked.group_size
     if recipe is None and not kind.one_precision and not options.get("overrides"):
-        chosen_grid = grid or kind.grids[0]
         shapes = list(original.linear_shapes().values())
-        candidates = _candidates(kind, bits, size, {channels for _, channels in shapes})
+        candidates = _candidates(kind, asked, original.input_channels())
         found = estimate_sensitivities(
             original,
             calibration,
@@ -96,7 +96,7 @@ def quantize_best(
         dtype = kind.scale_dtype(original.dtype) if given is None else np.dtype(given)
         weights = [out_channels * channels for out_channels, channels in shapes]
         taken = sum(
-            weight * stored_bits(bits, size or shape[1], chosen_grid, dtype)
+            weight * stored_bits(bits, size or shape[1], asked.grid, dtype)
             for weight, shape in zip(weights, shapes, strict=True)
         )
         recipe = choose_precisions(
@@ -105,7 +105,7 @@ def quantize_best(
             taken / sum(weights),
             candidates,
             format=format,
-            grid=grid,
+            grid=asked.grid,
             scale_dtype=dtype,
         )
     reports: list[QuantizationReport] = []
@@ -151,11 +151,11 @@ def quantize_best(
     )
 
 
-def _candidates(
-    kind: type[Format], bits: int, size: int | None, channels: set[int]
-) -> list[Candidate]:
+def _candidates(kind: type[Format], asked: Precision, channels: set[int]) -> list[Candidate]:
     """Return precisions around the one asked for, that the format stores."""
-    near = [other for other in kind.bits if abs(other - bits) <= 1]
+    near, size = [other for other in kind.bits if abs(other - asked.bits) <= 1], asked.group_size
+    if asked.grid == "k":
+        return [(each, K_GRIDS[each].group_size) for each in near if each in K_GRIDS]
     groups: list[int | None] = [size]
     if (
         size is not None

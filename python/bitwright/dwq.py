@@ -708,6 +708,7 @@ def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> Non
     checkpoint, changed = student.model.checkpoint, student.stored()
     if student.model.format is not None:
         writer.metadata["format"] = student.model.format.metadata
+        writer.container = student.model.format.files(checkpoint)
     for name in checkpoint.names():
         writer.add(name, changed[name] if name in changed else checkpoint.read(name))
     config, settings = checkpoint.config, checkpoint.config.get("quantization_config")

@@ -125,7 +125,8 @@ def choose_precisions(
             f"candidates: the {format} format has one precision for all layers; mixed ones can be had in "
             f"the mlx and gptq formats"
         )
-    chosen_grid = grid or kind.grids[0]
+    channels = original.input_channels()
+    chosen_grid = grid or kind.default_grid(max(bits for bits, _ in choices), channels)
     dtype = kind.scale_dtype(original.dtype) if scale_dtype is None else np.dtype(scale_dtype)
     weights = np.array([float(np.prod(shape)) for shape in shapes.values()])
     per_weight = np.empty((len(shapes), len(choices)))

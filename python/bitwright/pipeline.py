@@ -18,7 +18,7 @@ from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.drift import Drift, OriginalStream, drift_rows
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.evaluate import parameter_count
-from bitwright.formats import FORMATS, Format, FormatName, Precision
+from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.metrics import Metric
@@ -64,7 +64,7 @@ def quantize(
     out: str | os.PathLike[str],
     method: Literal["gptq", "rtn", "awq", "awq+gptq", "salient"] = "gptq",
     bits: int = 4,
-    group_size: int | None = 64,
+    group_size: GroupSize = "auto",
     format: FormatName = "mlx",
     calibration: TokenSource | None = None,
     *,
@@ -115,9 +115,11 @@ def quantize(
         ``"gptq"``, ``"rtn"``, ``"awq"``, ``"awq+gptq"`` (AWQ's scales, then GPTQ on the scaled weights) or
         ``"salient"`` (see `awq_quantize`; 4 bits). All but rtn need `calibration`.
     bits, group_size
-        Of every linear layer in the decoder blocks; group size None or -1 is the whole row.
+        Of every linear layer in the decoder blocks; group size None or -1 is the whole row, ``"auto"`` 64
+        or what the format asks for.
     format
-        ``"mlx"`` (mlx-lm), ``"gptq"`` or ``"awq"`` (transformers, GPTQModel, vLLM).
+        ``"mlx"`` (mlx-lm), ``"gptq"``, ``"awq"`` or ``"compressed-tensors"`` (transformers, vLLM),
+        ``"gguf"`` (llama.cpp), ``"marlin"`` (vLLM up to 0.10.1); see docs/formats.md.
     calibration
         A ``.txt``, ``.jsonl`` or ``.npy`` file, token ids ``[samples, length]``, or a list of texts; see
         `bitwright.load_tokens`. For ``"rtn"`` it only serves the grid search and the reported errors.
@@ -136,7 +138,7 @@ def quantize(
         tokens where `calibration` is text.
     grid
         One that the format stores; its first by default (mlx: affine; gptq: symmetric, or zero_point;
-        awq: zero_point, or symmetric).
+        awq: zero_point, or symmetric; gguf: k where rows are multiples of 256, or affine or symmetric).
     scale_dtype
         Dtype of scales and biases, by default what the format asks for.
     damping
@@ -248,15 +250,14 @@ def quantize(
             f"start from the original"
         )
     kind = FORMATS[format]
-    if grid is None:
-        wanted = method == "salient" and "symmetric" in kind.grids
-        grid = "symmetric" if wanted else kind.grids[0]
+    if grid is None and method == "salient" and "symmetric" in kind.grids:
+        grid = "symmetric"
     if recipe is not None:
         per_layer = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         check_recipe(per_layer, original)
         bits, group_size = per_layer.most_common
         overrides = per_layer.overrides() | dict(overrides or {})
-    default = Precision(bits, None if group_size == -1 else group_size, grid)
+    default = kind.precision(bits, group_size, grid, original.input_channels())
     plan = plan_layers(
         original,
         kind,
@@ -297,7 +298,11 @@ def quantize(
     with (
         nullcontext() if activations is None else ActivationFile(activations) as inputs,
         CheckpointWriter(
-            out, overwrite, metadata={"format": kind.metadata}, source=original.checkpoint.folder
+            out,
+            overwrite,
+            metadata={"format": kind.metadata},
+            source=original.checkpoint.folder,
+            container=kind.files(original.checkpoint),
         ) as writer,
     ):
         run = _Run(

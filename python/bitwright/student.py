@@ -11,7 +11,7 @@ from bitwright import _kernels
 from bitwright.errors import UnsupportedModelError
 from bitwright.models.model import Model
 from bitwright.models.operations import Float, Float32
-from bitwright.tensor import QuantizedTensor
+from bitwright.tensor import QuantizedTensor, SuperBlocks
 
 Zeros = Literal["fixed", "project"]
 ZEROS: tuple[Zeros, ...] = ("fixed", "project")
@@ -108,6 +108,55 @@ class TrainedTensor:
         return result
 
 
+class TrainedSuperBlocks(TrainedTensor):
+    """The scales of scales, and of mins, of a "k" grid as parameters; all codes stay.
+
+    Trained are relative changes: of d and dmin together, which moves weights in proportion, and of dmin.
+    """
+
+    def __init__(self, tensor: QuantizedTensor, blocks: SuperBlocks) -> None:
+        super().__init__(tensor)
+        self.blocks = blocks
+        self.parameters = np.zeros((1 if blocks.dmin is None else 2, *blocks.d.shape), np.float32)
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def tensor(self) -> QuantizedTensor:
+        """Return what would be stored now."""
+        blocks, factor = self.blocks, 1 + PACE * self.parameters[0]
+        moved = replace(blocks, d=(blocks.d * factor).astype(np.float16))
+        if blocks.dmin is not None:
+            shift = PACE / 2 * self.parameters[1]
+            moved = replace(moved, dmin=(blocks.dmin * (factor + shift)).astype(np.float16))
+        scales, biases = moved.scales(), moved.biases()
+        return replace(self.start, scales=scales, biases=biases, superblocks=moved)
+
+    def gradient(self) -> Float32:
+        """Return the gradient of the parameters, and forget it."""
+        by_code, by_weight = self.sums
+        if self.start.zeros is not None:
+            by_code = by_code - self.start.zeros * by_weight
+        result = np.empty_like(self.parameters)
+        by_scale = self._summed(self.scales * by_code)
+        result[0] = PACE * by_scale
+        if self.offsets is not None:
+            by_bias = self._summed(self.offsets * by_weight)
+            result[0] += PACE * by_bias
+            result[1] = PACE / 2 * by_bias
+        self.sums[...] = 0
+        return result
+
+    def _summed(self, groups: Float32) -> Float32:
+        """Sum what groups say over each superblock."""
+        sums: Float32 = groups.reshape(*self.blocks.d.shape, -1).sum(axis=2)
+        return sums
+
+
+def _trained(tensor: QuantizedTensor, zeros: Zeros) -> TrainedTensor:
+    if tensor.superblocks is not None:
+        return TrainedSuperBlocks(tensor, tensor.superblocks)
+    return TrainedTensor(tensor, zeros)
+
+
 class Student:
     """A quantized model in training: a source of weights for `Network`, and where its gradients go.
 
@@ -130,9 +179,7 @@ class Student:
         names = [*model.linear_shapes(), model.embedding_name, model.head_name]
         found = {name: model.quantized(name) for name in dict.fromkeys(names)}
         self.tensors = {
-            name: TrainedTensor(tensor, zeros)
-            for name, tensor in found.items()
-            if tensor is not None
+            name: _trained(tensor, zeros) for name, tensor in found.items() if tensor is not None
         }
         if not self.tensors:
             raise UnsupportedModelError(

@@ -8,9 +8,100 @@ from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
 
-Grid = Literal["affine", "zero_point", "symmetric"]
-GRIDS: tuple[Grid, ...] = ("affine", "zero_point", "symmetric")
+Grid = Literal["affine", "zero_point", "symmetric", "k"]
+GRIDS: tuple[Grid, ...] = (
+    "affine",
+    "zero_point",
+    "symmetric",
+)  # "k" is one of these with superblocks
 BITS = (2, 3, 4, 5, 6, 8)
+SUPERBLOCK = 256  # weights that share the scale of their scales
+
+
+@dataclass(frozen=True)
+class KGrid:
+    """What a "k" grid is, by its bits: GGUF's Q2_K to Q6_K.
+
+    `scale_codes` are the least and the largest code that a group's scale may have.
+    """
+
+    group_size: int
+    grid: Grid
+    scale_codes: tuple[int, int]
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits per weight of what is stored beside the codes."""
+        low, high = self.scale_codes
+        parts = 2 if self.grid == "affine" else 1
+        return parts * ((high - low).bit_length() / self.group_size + 16 / SUPERBLOCK)
+
+
+K_GRIDS = {
+    2: KGrid(16, "affine", (0, 15)),
+    3: KGrid(16, "symmetric", (-32, 31)),
+    4: KGrid(32, "affine", (0, 63)),
+    5: KGrid(32, "affine", (0, 63)),
+    6: KGrid(16, "symmetric", (-128, 127)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class SuperBlocks:
+    """The scales and mins of a "k" grid, which are codes themselves: of group g in superblock k, scale
+    ``d[k] * scale_codes[g]`` and bias ``-dmin[k] * min_codes[g]``.
+
+    Parameters
+    ----------
+    d, dmin
+        ``[out, in / 256]`` float16; `dmin` None where the grid is symmetric.
+    scale_codes, min_codes
+        ``[out, groups]`` int8 and uint8.
+    """
+
+    d: NDArray[np.float16]
+    scale_codes: NDArray[np.int8]
+    dmin: NDArray[np.float16] | None = None
+    min_codes: NDArray[np.uint8] | None = None
+
+    def scales(self) -> NDArray[np.float32]:
+        """Return the scale of each group, exactly."""
+        return _times(self.d, self.scale_codes)
+
+    def biases(self) -> NDArray[np.float32] | None:
+        """Return the bias of each group, exactly; None where the grid is symmetric."""
+        if self.dmin is None or self.min_codes is None:
+            return None
+        return -_times(self.dmin, self.min_codes)
+
+    def rows(self, index: Any) -> "SuperBlocks":
+        """Return those of some output rows."""
+        return SuperBlocks(
+            self.d[index],
+            self.scale_codes[index],
+            None if self.dmin is None else self.dmin[index],
+            None if self.min_codes is None else self.min_codes[index],
+        )
+
+    def replaced(self, rows: NDArray[np.bool_], other: "SuperBlocks") -> "SuperBlocks":
+        """Return these with some rows taken from others."""
+
+        def mixed(mine: NDArray[Any] | None, theirs: NDArray[Any] | None) -> Any:
+            if mine is None or theirs is None:
+                return None
+            return np.where(rows[:, None], theirs, mine)
+
+        return SuperBlocks(
+            mixed(self.d, other.d),
+            mixed(self.scale_codes, other.scale_codes),
+            mixed(self.dmin, other.dmin),
+            mixed(self.min_codes, other.min_codes),
+        )
+
+
+def _times(d: NDArray[np.float16], codes: NDArray[Any]) -> NDArray[np.float32]:
+    factors = np.repeat(d.astype(np.float32), codes.shape[1] // d.shape[1], axis=1)
+    return factors * codes.astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +126,8 @@ class QuantizedTensor:
         ``"affine"``, ``"zero_point"`` or ``"symmetric"`` (every zero is ``2**(bits - 1)``).
     group_index
         ``[in]`` int32, the group of each channel, for files whose groups are not consecutive.
+    superblocks
+        Of a "k" grid: what `scales` and `biases` (float32 then) are the products of.
 
     Raises
     ------
@@ -58,6 +151,7 @@ class QuantizedTensor:
     group_size: int
     grid: Grid
     group_index: NDArray[np.int32] | None = None
+    superblocks: SuperBlocks | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -85,6 +179,11 @@ class QuantizedTensor:
             raise ValueError(
                 f"group_index: expected [{channels}], got {_describe(self.group_index)}"
             )
+        if self.superblocks is not None:
+            biases = self.superblocks.biases()
+            alike = np.array_equal(self.scales, self.superblocks.scales())
+            if not alike or (biases is not None and not np.array_equal(offsets, biases)):
+                raise ValueError("superblocks: scales and biases are not their products")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,7 +193,8 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> float:
         """Bytes that the packed codes, scales and biases or zeros take in a file."""
-        per_weight = stored_bits(self.bits, self.group_size, self.grid, self.scales.dtype)
+        grid: Grid = self.grid if self.superblocks is None else "k"
+        per_weight = stored_bits(self.bits, self.group_size, grid, self.scales.dtype)
         return self.codes.size * per_weight / 8
 
     def dequantize(self) -> NDArray[np.float32]:
@@ -116,6 +216,11 @@ class QuantizedTensor:
         )
         return weight
 
+    def grids(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return scales and biases or zeros in float32, as kernels take them; copies."""
+        offsets = self.zeros if self.biases is None else self.biases
+        return self.scales.astype(np.float32), np.asarray(offsets).astype(np.float32)
+
     def as_affine(self) -> "QuantizedTensor":
         """Return a tensor with a symmetric grid as one with an affine grid, and the same weights."""
         if self.grid != "symmetric":
@@ -135,6 +240,7 @@ class QuantizedTensor:
             group_size=self.group_size,
             grid=self.grid,
             group_index=self.group_index,
+            superblocks=self.superblocks and self.superblocks.rows(slice(start, stop)),
         )
 
 
@@ -163,6 +269,8 @@ def dequantize(tensor: QuantizedTensor) -> NDArray[np.float32]:
 
 def stored_bits(bits: int, group_size: int, grid: Grid, scale_dtype: DTypeLike) -> float:
     """Return the bits per weight that codes, scales and biases or zeros take."""
+    if grid == "k":
+        return bits + K_GRIDS[bits].stored_bits
     scale = 8 * np.dtype(scale_dtype).itemsize
     return bits + (scale + (scale if grid == "affine" else bits)) / group_size
 

@@ -9,8 +9,14 @@ from bitwright.checkpoint.config import (
     ModelConfig,
     RopeConfig,
 )
+from bitwright.checkpoint.opening import open_checkpoint
 from bitwright.checkpoint.reader import Checkpoint, CheckpointSlice
-from bitwright.checkpoint.writer import CheckpointWriter, copy_side_files
+from bitwright.checkpoint.writer import (
+    CheckpointWriter,
+    SafetensorsFiles,
+    WeightFiles,
+    copy_side_files,
+)
 
 __all__ = [
     "Checkpoint",
@@ -23,5 +29,8 @@ __all__ = [
     "LayerType",
     "ModelConfig",
     "RopeConfig",
+    "SafetensorsFiles",
+    "WeightFiles",
     "copy_side_files",
+    "open_checkpoint",
 ]

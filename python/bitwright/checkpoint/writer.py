@@ -1,16 +1,18 @@
 """Checkpoint folders, written beside their place and renamed into it: whole, or not at all."""
 
 import json
+import math
 import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,6 @@ from numpy.typing import NDArray
 from bitwright.checkpoint.reader import (
     DTYPES,
     INDEX_NAME,
-    SINGLE_NAME,
     Checkpoint,
     is_plain_file_name,
 )
@@ -50,7 +51,92 @@ SIDE_FILES = (
     "USE_POLICY*",
 )
 SIDE_FILE_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40 MB
+SHARD_BYTES = 5_000_000_000  # as model hubs have them
+COPY_BYTES = 8 << 20
+DATA_NAME = ".data"  # of the weight file that is being written
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".gguf")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a weight file, and where its data lie until they are there."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def copy(self, data: BinaryIO, file: BinaryIO) -> None:
+        """Append its data to a file."""
+        data.seek(self.offset)
+        left = self.nbytes
+        while left:
+            piece = data.read(min(left, COPY_BYTES))
+            if not piece:
+                raise OSError("data that were written are no longer there")
+            file.write(piece)
+            left -= len(piece)
+
+
+class WeightFiles(Protocol):
+    """What the weight files of a checkpoint are."""
+
+    suffix: str
+    splits: bool  # into several, if they get too large
+    dtypes: Collection[np.dtype[Any]]
+
+    def stored(self, name: str, array: NDArray[Any]) -> tuple[str, NDArray[Any]] | None:
+        """Return a tensor as it is stored, and under which name; None if it is not."""
+        ...
+
+    def more(self) -> Iterable[tuple[str, NDArray[Any]]]:
+        """Return what is stored beside what was added."""
+        ...
+
+    def write(
+        self,
+        file: BinaryIO,
+        tensors: Sequence[StoredTensor],
+        data: BinaryIO,
+        metadata: dict[str, str],
+    ) -> None:
+        """Write a file of tensors whose data lie in another file."""
+        ...
+
+
+class SafetensorsFiles:
+    """Tensors as they are, in safetensors files."""
+
+    suffix = ".safetensors"
+    splits = True
+    dtypes: Collection[np.dtype[Any]] = _DTYPE_NAMES
+
+    def stored(self, name: str, array: NDArray[Any]) -> tuple[str, NDArray[Any]] | None:
+        """As `WeightFiles.stored`."""
+        return name, array
+
+    def more(self) -> Iterable[tuple[str, NDArray[Any]]]:
+        """As `WeightFiles.more`: nothing."""
+        return ()
+
+    def write(
+        self,
+        file: BinaryIO,
+        tensors: Sequence[StoredTensor],
+        data: BinaryIO,
+        metadata: dict[str, str],
+    ) -> None:
+        """As `WeightFiles.write`."""
+        ordered = _in_order(tensors)
+        file.write(_safetensors_header(ordered, metadata))
+        for tensor in ordered:
+            tensor.copy(data, file)
 
 
 class CheckpointWriter:
@@ -68,7 +154,9 @@ class CheckpointWriter:
     shard_bytes : int
         Weight files are split so that none is larger, unless one tensor alone is.
     metadata : dict of str to str, optional
-        Goes into the header of every weight file; also an attribute, to be changed before the first tensor.
+        Goes into the header of every weight file; also an attribute, to be changed before the last tensor.
+    container : WeightFiles, optional
+        What weight files are, safetensors by default; also an attribute, as `metadata`.
     source : pathlib.Path, optional
         Folder of the checkpoint that is being read; ``out`` may not touch it.
 
@@ -90,9 +178,10 @@ class CheckpointWriter:
         self,
         out: str | os.PathLike[str],
         overwrite: bool = False,
-        shard_bytes: int = 1 << 30,
+        shard_bytes: int = SHARD_BYTES,
         metadata: dict[str, str] | None = None,
         source: Path | None = None,
+        container: "WeightFiles | None" = None,
     ) -> None:
         try:
             # A link is followed: what it points to is written and replaced, not the link.
@@ -105,10 +194,12 @@ class CheckpointWriter:
         self._source = source
         self._folder: Path | None = None
         self._made_parents: list[Path] = []
+        self.container: WeightFiles = SafetensorsFiles() if container is None else container
         self._shard_of: dict[str, int] = {}
         self._shard_count = 0
         self._total_bytes = 0
-        self._waiting: dict[str, NDArray[Any]] = {}
+        # Headers come first in weight files, so data wait for theirs on disk, not in memory.
+        self._waiting: list[StoredTensor] = []
         self._waiting_bytes = 0
 
     def __enter__(self) -> Self:
@@ -159,15 +250,24 @@ class CheckpointWriter:
             raise CheckpointError(f"{self._out}: tensor {shown(name)} was added before")
         if name == "__metadata__" or not _is_unicode(name):
             raise CheckpointError(f"{self._out}: {shown(name)} cannot be the name of a tensor")
+        stored = self.container.stored(name, array)
+        if stored is None:
+            return
+        stored_name, array = stored
         dtype = array.dtype.newbyteorder("=")
-        if dtype not in _DTYPE_NAMES:
+        if dtype not in self.container.dtypes:
             raise CheckpointError(
                 f"{self._out}: tensor {shown(name)} has dtype {array.dtype}; supported are: "
-                f"{', '.join(map(str, _DTYPE_NAMES))}"
+                f"{', '.join(map(str, self.container.dtypes))}"
             )
-        if self._waiting and self._waiting_bytes + array.nbytes > self._shard_bytes:
+        full = self._waiting_bytes + array.nbytes > self._shard_bytes
+        if self._waiting and full and self.container.splits:
             self._flush(folder)
-        self._waiting[name] = np.array(array, dtype=dtype, order="C", copy=True)
+        data = np.ascontiguousarray(array, dtype)
+        with output_errors(self._out), open(folder / DATA_NAME, "ab") as file:
+            file.write(data.reshape(-1).view(np.uint8).data)
+        tensor = StoredTensor(stored_name, dtype, array.shape, self._waiting_bytes)
+        self._waiting.append(tensor)
         self._waiting_bytes += array.nbytes
         self._total_bytes += array.nbytes
         self._shard_of[name] = self._shard_count
@@ -264,10 +364,10 @@ class CheckpointWriter:
         if content is None:
             raise OutputError(f"{out}: is a file; only a checkpoint folder is overwritten")
         names = {entry.name for entry in content}
-        if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        if "config.json" not in names or not any(name.endswith(WEIGHT_SUFFIXES) for name in names):
             raise OutputError(
-                f"{out}: is not a checkpoint folder (no config.json with *.safetensors), so it is "
-                f"not overwritten. Remove it yourself or write elsewhere"
+                f"{out}: is not a checkpoint folder (no config.json with *.safetensors or *.gguf), "
+                f"so it is not overwritten. Remove it yourself or write elsewhere"
             )
         for entry in content:
             if entry.is_dir(follow_symlinks=False):
@@ -280,21 +380,26 @@ class CheckpointWriter:
         folder = self._open_folder()
         if not is_plain_file_name(name):
             raise CheckpointError(f"{self._out}: {shown(name)} is not a plain file name")
-        if name.endswith((".safetensors", ".safetensors.index.json")):
+        if name.endswith(WEIGHT_SUFFIXES) or name == DATA_NAME:
             raise CheckpointError(f"{self._out}: {name} is a name for weights; use add()")
         if os.path.lexists(folder / name):
             raise CheckpointError(f"{self._out}: {name} was written before")
         return folder / name
 
     def _flush(self, folder: Path) -> None:
-        path = folder / f"{self._shard_count}.safetensors"
+        path, waiting = folder / f"{self._shard_count}{self.container.suffix}", folder / DATA_NAME
         with output_errors(self._out):
-            write_safetensors(path, self._waiting, dict(sorted(self.metadata.items())))
+            waiting.touch()
+            with open(waiting, "rb") as data, open(path, "xb") as file:
+                self.container.write(file, self._waiting, data, dict(sorted(self.metadata.items())))
+            waiting.unlink()
         self._shard_count += 1
-        self._waiting, self._waiting_bytes = {}, 0
+        self._waiting, self._waiting_bytes = [], 0
 
     def _finish(self) -> None:
         folder = self._open_folder()
+        for name, array in self.container.more():
+            self.add(name, array)
         if self._waiting or not self._shard_count:
             self._flush(folder)
         with output_errors(self._out):
@@ -307,12 +412,12 @@ class CheckpointWriter:
         self._move_into_place(folder)
 
     def _name_shards(self, folder: Path) -> None:
-        total = self._shard_count
-        names = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+        total, suffix = self._shard_count, self.container.suffix
+        names = [f"model-{i + 1:05d}-of-{total:05d}{suffix}" for i in range(total)]
         if total == 1:
-            names = [SINGLE_NAME]
+            names = [f"model{suffix}"]
         for i, name in enumerate(names):
-            (folder / f"{i}.safetensors").rename(folder / name)
+            (folder / f"{i}{suffix}").rename(folder / name)
         if total > 1:
             index = {
                 "metadata": {"total_size": self._total_bytes},
@@ -460,25 +565,35 @@ def write_safetensors(
     """Write one safetensors file.
 
     The library's own writer orders metadata at random, which makes equal inputs give different
-    bytes, and makes files that only their owner may read.
+    bytes, makes files that only their owner may read, and wants all of a file in memory.
     """
+    ordered = _in_order(
+        StoredTensor(name, each.dtype, each.shape) for name, each in tensors.items()
+    )
+    with open(path, "xb") as file:
+        file.write(_safetensors_header(ordered, metadata))
+        for tensor in ordered:
+            file.write(tensors[tensor.name].reshape(-1).view(np.uint8).data)
+
+
+def _in_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
+    """Widest elements first, so that every tensor begins at a multiple of its element size."""
+    return sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+
+
+def _safetensors_header(ordered: Sequence[StoredTensor], metadata: dict[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    # Widest elements first, so that every tensor begins at a multiple of its element size.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     end = 0
-    for name, array in ordered:
-        begin, end = end, end + array.nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[array.dtype],
-            "shape": list(array.shape),
+    for tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, array in ordered:
-            file.write(array.reshape(-1).view(np.uint8).data)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _synchronize(path: Path) -> None:

@@ -4,18 +4,22 @@ from bitwright.checkpoint import Checkpoint
 from bitwright.errors import UnsupportedModelError, shown
 from bitwright.formats.awq import AwqFormat
 from bitwright.formats.compressed_tensors import CompressedTensorsFormat
-from bitwright.formats.format import Format, FormatName, Precision
+from bitwright.formats.format import Format, FormatName, GroupSize, Precision
+from bitwright.formats.gguf import GgufFormat
 from bitwright.formats.gptq import GptqFormat
+from bitwright.formats.marlin import MarlinFormat
 from bitwright.formats.mlx import MlxFormat
 
 FORMATS: dict[FormatName, type[Format]] = {
     "mlx": MlxFormat,
+    "marlin": MarlinFormat,  # before gptq, which refuses the marlin layout of AutoGPTQ
     "gptq": GptqFormat,
     "awq": AwqFormat,
     "compressed-tensors": CompressedTensorsFormat,
+    "gguf": GgufFormat,
 }
 
-__all__ = ["FORMATS", "Format", "FormatName", "Precision", "detect_format"]
+__all__ = ["FORMATS", "Format", "FormatName", "GroupSize", "Precision", "detect_format"]
 
 
 def detect_format(checkpoint: Checkpoint) -> Format | None:

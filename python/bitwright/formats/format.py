@@ -1,17 +1,20 @@
 """What a format is: packing, unpacking, and the words for it in config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint import Checkpoint, CheckpointSlice
+from bitwright.checkpoint import Checkpoint, CheckpointSlice, SafetensorsFiles, WeightFiles
 from bitwright.errors import CheckpointError
 from bitwright.tensor import Grid, QuantizedTensor
 
-FormatName = Literal["mlx", "gptq", "awq", "compressed-tensors"]
+FormatName = Literal["mlx", "gptq", "awq", "compressed-tensors", "marlin", "gguf"]
+GroupSize = (
+    int | Literal["auto"] | None
+)  # -1 and None are the whole row, "auto" what the format has
 INT32 = (np.dtype(np.int32),)
 
 
@@ -53,6 +56,31 @@ class Format:
     def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
         """Return the dtype that scales are stored in, for a model of that dtype."""
         raise NotImplementedError
+
+    @classmethod
+    def files(cls, checkpoint: Checkpoint) -> WeightFiles:
+        """Return what weight files are, for the model of a checkpoint."""
+        return SafetensorsFiles()
+
+    @classmethod
+    def default_grid(cls, bits: int, channels: Iterable[int]) -> Grid:
+        """Return the grid where none is asked for, for layers with so many input channels."""
+        return cls.grids[0]
+
+    @classmethod
+    def default_group_size(cls, bits: int, grid: Grid) -> int:
+        """Return the group size where none is asked for."""
+        return 64
+
+    @classmethod
+    def precision(
+        cls, bits: int, group_size: GroupSize, grid: Grid | None, channels: Iterable[int]
+    ) -> Precision:
+        """Return the precision that is asked for, for layers with so many input channels."""
+        chosen = grid or cls.default_grid(bits, channels)
+        if group_size == "auto":
+            group_size = cls.default_group_size(bits, chosen)
+        return Precision(bits, None if group_size == -1 else group_size, chosen)
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:

@@ -8,8 +8,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.methods.grid import GridChoice
+from bitwright.methods.rtn import quantize_rtn
 from bitwright.statistics import require_finite
-from bitwright.tensor import Grid, QuantizedTensor
+from bitwright.tensor import Grid, QuantizedTensor, SuperBlocks
 
 MOST_DAMPING = 1.0
 
@@ -198,6 +199,20 @@ def quantize_gptq(
         raise ValueError(
             "static_groups: act_order needs them, since groups stay consecutive channels"
         )
+    blocks: SuperBlocks | None = None
+    given: tuple[NDArray[np.float32], ...] = ()
+    if grid == "k":
+        if not static_groups:
+            raise ValueError("static_groups: k grids need them")
+        rounded = quantize_rtn(
+            weight,
+            bits,
+            group_size,
+            grid="k",
+            grid_search=grid_search,
+            importance=gram.importance,
+        )
+        blocks, given = rounded.superblocks, rounded.grids()
     codes, scales, offsets, losses = _kernels.quantize_gptq(
         weight,
         gram.upper,
@@ -205,12 +220,16 @@ def quantize_gptq(
         gram.importance,
         choice.bits,
         choice.group_size,
-        choice.grid,
+        choice.base,
         choice.scale_dtype.name,
         choice.search,
         block_size,
         static_groups,
+        *given,
     )
     return GptqTensor(
-        **choice.fields(codes, scales, offsets), column_losses=losses, damping=gram.damping
+        **choice.fields(codes, scales, offsets),
+        superblocks=blocks,
+        column_losses=losses,
+        damping=gram.damping,
     )

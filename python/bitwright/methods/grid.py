@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from bitwright.tensor import BITS, GRIDS, Grid
+from bitwright.tensor import BITS, GRIDS, K_GRIDS, SUPERBLOCK, Grid
 
 FLOAT_DTYPES: tuple[np.dtype[Any], ...] = (
     np.dtype(np.float32),
@@ -49,9 +49,21 @@ class GridChoice:
             raise ValueError(f"weight: expected shape [out, in], got {list(weight.shape)}")
         if bits not in BITS:
             raise ValueError(f"bits: expected one of {BITS}, got {bits}")
-        if grid not in GRIDS:
-            raise ValueError(f"grid: expected one of {GRIDS}, got {grid!r}")
+        if grid not in (*GRIDS, "k"):
+            raise ValueError(f"grid: expected one of {(*GRIDS, 'k')}, got {grid!r}")
         channels = weight.shape[1]
+        if grid == "k":
+            if bits not in K_GRIDS or channels % SUPERBLOCK:
+                raise ValueError(
+                    f"grid: k has {', '.join(map(str, K_GRIDS))} bits and rows of multiples of "
+                    f"{SUPERBLOCK} weights, not {bits} bits and {channels}"
+                )
+            size = K_GRIDS[bits].group_size
+            if group_size not in (None, size):
+                raise ValueError(
+                    f"group_size: k grids of {bits} bits have {size}, not {group_size}; leave it out (None)"
+                )
+            group_size, scale_dtype = size, np.float32  # products of float16 and integers
         size = channels if group_size in (None, -1) else int(group_size or 0)
         if size < 1 or channels % size:
             raise ValueError(
@@ -64,6 +76,11 @@ class GridChoice:
             )
         return cls(bits, size, grid, dtype, search)
 
+    @property
+    def base(self) -> Grid:
+        """The grid of each group by itself."""
+        return K_GRIDS[self.bits].grid if self.grid == "k" else self.grid
+
     def fields(
         self,
         codes: NDArray[np.uint8],
@@ -71,7 +88,7 @@ class GridChoice:
         offsets: NDArray[np.float32],
     ) -> dict[str, Any]:
         """Return the fields of a `QuantizedTensor`; scales and biases are already exact in their dtype."""
-        affine = self.grid == "affine"
+        affine = self.base == "affine"
         stored = scales.astype(self.scale_dtype)
         if not (np.isfinite(stored).all() and np.isfinite(offsets).all()):
             raise ValueError(
@@ -85,7 +102,7 @@ class GridChoice:
             "zeros": None if affine else offsets.astype(np.uint8),
             "bits": self.bits,
             "group_size": self.group_size,
-            "grid": self.grid,
+            "grid": self.base,
         }
 
 

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.methods.gptq import GptqTensor
 from bitwright.methods.grid import FLOAT_DTYPES
+from bitwright.methods.k_grid import expanded, fit_superblocks
 from bitwright.statistics import require_finite
-from bitwright.tensor import QuantizedTensor
+from bitwright.tensor import QuantizedTensor, SuperBlocks
 
 ROUNDS = 2
 
@@ -28,6 +29,7 @@ def refine(
     In each round scales and biases get their closed form, which is least squares in the metric of the gram,
     and then each code its best value given all others, column by column. Scales and biases are rounded to
     their stored dtype inside the loop, and integer zeros stay: no step raises the error of what is stored.
+    The scales of "k" grids are fitted with their superblocks again, and each row keeps the better.
 
     Parameters
     ----------
@@ -79,9 +81,9 @@ def refine(
     live = diagonal[diagonal > 0]
     damped = gram.copy()
     damped[np.diag_indices_from(damped)] += np.float32(damping * (live.mean() if live.size else 1))
-    codes, scales = tensor.codes.copy(), tensor.scales.astype(np.float32)
-    stored = tensor.zeros if tensor.biases is None else tensor.biases
-    offsets = np.asarray(stored).astype(np.float32)
+    if tensor.superblocks is not None:
+        return _refine_superblocks(tensor, tensor.superblocks, weight, damped, rounds)
+    codes, (scales, offsets) = tensor.codes.copy(), tensor.grids()
     objectives = _kernels.refine(
         weight,
         damped,
@@ -100,3 +102,62 @@ def refine(
     if isinstance(tensor, GptqTensor):
         changed["column_losses"] = None  # they were those of other codes
     return replace(tensor, **changed), objectives
+
+
+def _refine_superblocks(
+    tensor: QuantizedTensor,
+    blocks: SuperBlocks,
+    weight: NDArray[np.float32],
+    gram: NDArray[np.float32],
+    rounds: int,
+) -> tuple[QuantizedTensor, NDArray[np.float64]]:
+    """Refine a "k" grid: its scales take their closed form and are fitted with superblocks again, the codes
+    follow, and each row keeps what has the least error."""
+    bits, size = tensor.bits, tensor.group_size
+    codes = tensor.codes.copy()
+    importance = np.ascontiguousarray(gram.diagonal())
+
+    def refined(
+        codes: NDArray[np.uint8],
+        scales: NDArray[np.float32],
+        offsets: NDArray[np.float32],
+        only: bool,
+    ) -> None:
+        _kernels.refine(
+            weight, gram, codes, scales, offsets, bits, size, tensor.grid, "float32", 1, only
+        )
+
+    def errors(codes: NDArray[np.uint8], blocks: SuperBlocks) -> NDArray[np.float64]:
+        change = _k_tensor(tensor, codes, blocks).dequantize()
+        np.subtract(weight, change, out=change)
+        return np.maximum(_kernels.row_quadratic_forms(change, gram), 0)
+
+    least = errors(codes, blocks)
+    objectives = [float(least.sum())]
+    for _ in range(rounds):
+        free, (scales, offsets) = codes.copy(), expanded(blocks, bits)
+        refined(free, scales, offsets, False)
+        fitted = fit_superblocks(scales, offsets, importance, bits)
+        refined(free, *expanded(fitted, bits), True)
+        refined(codes, *expanded(blocks, bits), True)
+        kept, tried = errors(codes, blocks), errors(free, fitted)
+        rows = tried < kept
+        codes[rows] = free[rows]
+        blocks = blocks.replaced(rows, fitted)
+        least = np.where(rows, tried, kept)
+        objectives.append(float(least.sum()))
+    return _k_tensor(tensor, codes, blocks), np.array(objectives)
+
+
+def _k_tensor(
+    tensor: QuantizedTensor, codes: NDArray[np.uint8], blocks: SuperBlocks
+) -> QuantizedTensor:
+    changed: dict[str, Any] = {"column_losses": None} if isinstance(tensor, GptqTensor) else {}
+    return replace(
+        tensor,
+        codes=codes,
+        scales=blocks.scales(),
+        biases=blocks.biases(),
+        superblocks=blocks,
+        **changed,
+    )

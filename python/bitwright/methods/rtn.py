@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.methods.grid import GridChoice, check_importance
+from bitwright.methods.k_grid import expanded, fit_superblocks
 from bitwright.statistics import require_finite
 from bitwright.tensor import Grid, QuantizedTensor
 
@@ -31,7 +33,8 @@ def quantize_rtn(
     group_size
         Consecutive input channels that share a scale, a divisor of ``in``; None or -1: the whole row.
     grid
-        ``"affine"`` (as MLX fits it), ``"zero_point"`` or ``"symmetric"``.
+        ``"affine"`` (as MLX fits it), ``"zero_point"``, ``"symmetric"``, or ``"k"``: GGUF's, whose scales
+        are quantized as well; its group size is None, and its scales are products in float32.
     scale_dtype
         Dtype that scales and biases are stored in, by default that of `weight`. They are rounded to it
         before the codes are chosen.
@@ -58,13 +61,20 @@ def quantize_rtn(
     """
     choice = GridChoice.check(weight, bits, group_size, grid, scale_dtype, grid_search)
     require_finite(weight, "weight")
+    weights = check_importance(importance, weight.shape[1])
     codes, scales, offsets = _kernels.quantize_rtn(
         weight,
-        check_importance(importance, weight.shape[1]),
+        weights,
         choice.bits,
         choice.group_size,
-        choice.grid,
+        choice.base,
         choice.scale_dtype.name,
         choice.search,
     )
-    return QuantizedTensor(**choice.fields(codes, scales, offsets))
+    if grid != "k":
+        return QuantizedTensor(**choice.fields(codes, scales, offsets))
+    blocks = fit_superblocks(scales, offsets, weights, bits)
+    scales, offsets = expanded(blocks, bits)
+    rounded = np.ascontiguousarray(weight, np.float32)
+    codes = _kernels.encode(rounded, scales, offsets, bits, choice.group_size, choice.base)
+    return QuantizedTensor(**choice.fields(codes, scales, offsets), superblocks=blocks)

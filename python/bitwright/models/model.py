@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from bitwright.checkpoint import (
     LayerType,
     ModelConfig,
     RopeConfig,
+    open_checkpoint,
 )
 from bitwright.checkpoint.config import MODEL_DTYPES
 from bitwright.errors import CheckpointError
@@ -93,6 +93,10 @@ class Model:
             for index, layout in enumerate(self.layouts)
             for name, shape in layout.linears.items()
         }
+
+    def input_channels(self) -> set[int]:
+        """Return how many input channels linears have."""
+        return {channels for _, channels in self.linear_shapes().values()}
 
     def never_quantized(self) -> list[str]:
         """Return the full names of the matrices that stay in float: routers, and what is not the
@@ -410,7 +414,8 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     Parameters
     ----------
     path
-        Folder with config.json and safetensors files: float, or quantized in a format that is read.
+        Folder with config.json and safetensors files, or a GGUF file: float, or quantized in a format that
+        is read.
 
     Returns
     -------
@@ -427,4 +432,4 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     >>> bitwright.load_model(bitwright.demo_folder()).config.num_hidden_layers
     3
     """
-    return Model(Checkpoint(Path(path)))
+    return Model(open_checkpoint(path))

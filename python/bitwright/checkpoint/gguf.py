@@ -1,0 +1,182 @@
+"""A GGUF file as a checkpoint."""
+
+import os
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.checkpoint.config import MODEL_DTYPES, Keys
+from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES, Header, TensorInfo
+from bitwright.checkpoint.gguf_metadata import config_from_gguf
+from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames, nested
+from bitwright.checkpoint.reader import Checkpoint, _Tensor, read_json_object
+from bitwright.errors import CheckpointError, CheckpointNotFoundError, malformed_as, shown
+
+
+class _GgufShard:
+    """A file's tensors under the names that models ask for; as safetensors presents them."""
+
+    def __init__(self, file: BinaryIO, names: GgufNames, tensors: Mapping[str, Any]) -> None:
+        self.file = file
+        self.names = names
+        self.tensors = tensors
+        self.lock = threading.Lock()
+
+    def get_tensor(self, name: str) -> NDArray[Any]:
+        info, position = self.tensors[name]
+        array = self.load(position, info.dtype, info.shape)
+        return np.ascontiguousarray(self.names.from_gguf(info.name, array)[1])
+
+    def get_slice(self, name: str) -> "_GgufSlice":
+        return _GgufSlice(self, *self.tensors[name])
+
+    def load(self, position: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        array = np.empty(shape, dtype)
+        place = array.reshape(-1).view(np.uint8).data
+        with self.lock:
+            self.file.seek(position)
+            # BufferedReader has readinto, but the type of all binary files does not say so.
+            count = self.file.readinto(place)  # type: ignore[attr-defined]
+        if count != len(place):
+            raise ValueError("the file ends early")
+        return array
+
+
+@dataclass(frozen=True)
+class _GgufSlice:
+    shard: _GgufShard
+    info: TensorInfo
+    position: int
+
+    def __getitem__(self, part: tuple[slice, slice]) -> NDArray[Any]:
+        """Return consecutive rows of one matrix of a stack; no stack's rows are reordered."""
+        _, rows, width = self.info.shape
+        first, last, _ = part[1].indices(rows)
+        start = part[0].start * rows + first
+        shape = (1, max(last - first, 0), width)
+        skipped = start * width * self.info.dtype.itemsize
+        return self.shard.load(self.position + skipped, self.info.dtype, shape)
+
+
+class GgufCheckpoint(Checkpoint):
+    """An open GGUF file: its configuration and its tensors, under the names of Hugging Face.
+
+    What llama.cpp stores otherwise (reordered rows, norms with an offset) is undone when it is read.
+    Quantized matrices ``[out, in]`` are arrays of blocks ``[out, in / weights per block]``, see `BLOCKS`.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file.
+
+    Attributes
+    ----------
+    path : pathlib.Path
+        The file as given.
+    folder : pathlib.Path
+        Where it lies.
+    config : dict
+        The config.json beside it if that is of the same model, otherwise made of the metadata.
+    metadata : dict
+        What the file says of itself.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If there is no such file.
+    CheckpointError
+        If it is damaged.
+    UnsupportedModelError
+        If it is of a kind that is not read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.folder = self.path.parent
+        if not os.path.isfile(self.path):
+            raise CheckpointNotFoundError(f"{self.path}: there is no such file")
+        what = f"{self.path}: is not a sound GGUF file"
+        damaged = malformed_as(CheckpointError, what, ". Download it again", IndexError)
+        with ExitStack() as stack, damaged:
+            try:
+                file = stack.enter_context(self.path.open("rb"))
+                header = Header(file, self.path)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+            self.metadata = header.metadata
+            names = self._names_beside(header) or self._own_names(header)
+            self.config: dict[str, Any] = {
+                key: value
+                for key, value in names.config.raw.items()
+                if key not in ("quantization", "quantization_config")
+            }
+            shard = _GgufShard(
+                file,
+                names,
+                {
+                    names.name(name): place
+                    for name, place in header.tensors.items()
+                    if name not in ROTATION_TENSORS
+                },
+            )
+            self._shards = {self.path: shard}
+            self._tensors = {
+                name: _Tensor(self.path, TYPE_NAMES[info.dtype], names.shape(info.name, info.shape))
+                for name, (info, _) in shard.tensors.items()
+            }
+            self._names = sorted(self._tensors)
+            self._stack = stack.pop_all()
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """As `Checkpoint.dtype`, but quantized matrices are of structured types, see `BLOCKS`."""
+        return BLOCKS[self._tensor(name).dtype]
+
+    def _own_names(self, header: Header) -> GgufNames:
+        shapes = {name: info.shape for name, (info, _) in header.tensors.items()}
+        config = config_from_gguf(header.metadata, shapes, self._extras(header), self.path)
+        stored = header.tensors["token_embd.weight"][0].dtype
+        known = [name for name, dtype in MODEL_DTYPES.items() if dtype == stored]
+        return GgufNames({**config, "dtype": known[0] if known else "float32"}, self.path)
+
+    def _extras(self, header: Header) -> dict[str, NDArray[np.float32]]:
+        """Read the tensors that no checkpoint of Hugging Face has: what the rotations are divided by."""
+        extras = {}
+        for name, (info, position) in header.tensors.items():
+            if name in ROTATION_TENSORS:
+                if info.dtype != np.float32 or len(info.shape) != 1:
+                    raise header.damaged(f"tensor {shown(name)} is not a vector of float32")
+                header.file.seek(position)
+                extras[name] = np.frombuffer(header.file.read(info.nbytes), np.float32)
+        return extras
+
+    def _names_beside(self, header: Header) -> GgufNames | None:
+        """Return the names by the config.json beside the file, None unless it is of the same model."""
+        said, tensors = Keys(header.metadata, self.path), header.tensors
+        with suppress(CheckpointError):
+            path = self.folder / "config.json"
+            config = nested(
+                read_json_object(path), tie_word_embeddings="output.weight" not in tensors
+            )
+            names = GgufNames(config, path)
+            stored, computed = self._extras(header), names.extra_tensors()
+            architecture = said.choice("general.architecture", [names.architecture])
+            if (
+                said.integer(f"{architecture}.block_count") == names.config.num_hidden_layers
+                and said.integer(f"{architecture}.embedding_length") == names.config.hidden_size
+                and "token_embd.weight" in tensors
+                and tensors["token_embd.weight"][0].shape[0] == names.config.vocab_size
+                and stored.keys() == computed.keys()
+                and all(
+                    stored[name].shape == computed[name].shape
+                    and np.allclose(stored[name], computed[name], 1e-4)
+                    for name in stored
+                )
+            ):
+                return names
+        return None

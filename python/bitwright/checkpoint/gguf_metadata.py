@@ -1,0 +1,362 @@
+"""What a GGUF file says of its model, made of config.json, and the way back."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.checkpoint.config import Keys, ModelConfig
+from bitwright.checkpoint.gguf_names import GGUF_FAMILIES, GgufFamily, GgufNames
+from bitwright.checkpoint.gguf_tokenizer import tokenizer_metadata
+from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+
+_QUANTIZATION_VERSION = 2  # of ggml's blocks; those before were packed otherwise
+_UNKNOWN_KEYS = (
+    "attention.scale",
+    "embedding_scale",
+    "residual_scale",
+    "logit_scale",
+    "rope.scaling.alpha",
+    "rope.scaling.yarn_log_multiplier",
+    "expert_weights_scale",
+    "expert_group_count",
+)
+
+
+def gguf_metadata(config: Mapping[str, Any], folder: Path, file_type: int) -> dict[str, Any]:
+    """Describe a model as llama.cpp expects it.
+
+    Where llama.cpp attends to all tokens and the model only to the last ones, the context is as short as
+    the model's window: up to there both are the same.
+
+    Parameters
+    ----------
+    config : mapping
+        config.json.
+    folder : pathlib.Path
+        Where the tokenizer's files are.
+    file_type : int
+        What llama.cpp calls the mixture of tensor types, such as 0 for float32.
+
+    Returns
+    -------
+    dict
+        For `bitwright.checkpoint.gguf.write_header`.
+
+    Raises
+    ------
+    CheckpointError
+        If a value of config.json is wrong, or the tokenizer is absent or damaged.
+    UnsupportedModelError
+        If llama.cpp would compute something else, or does not know the tokenizer.
+    """
+    names = GgufNames(config, folder / "config.json")
+    _check_computable(names)
+    model, family = names.config, names.family
+    context = model.max_position_embeddings
+    slides = [each == "sliding_attention" for each in model.layer_types]
+    if not family.full_every and any(slides) and model.sliding_window is not None:
+        context = min(context, model.sliding_window)
+    values: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "context_length": context,
+        "embedding_length": model.hidden_size,
+        "block_count": model.num_hidden_layers,
+        "feed_forward_length": model.intermediate_size,
+        "attention.head_count": model.num_attention_heads,
+        "attention.head_count_kv": model.num_key_value_heads,
+        "attention.key_length": model.head_dim,
+        "attention.value_length": model.head_dim,
+        "attention.layer_norm_rms_epsilon": model.norm_eps,
+        "rope.dimension_count": model.rotary_dim,
+        "rope.freq_base": model.rope.theta,
+        **_rope_metadata(model),
+    }
+    if family.full_every and any(slides):
+        values["attention.sliding_window"] = model.sliding_window
+        if slides != _usual_windows(family, len(slides)):
+            values["attention.sliding_window_pattern"] = slides
+    elif family.architecture == "phi3":
+        values["attention.sliding_window"] = model.sliding_window or 0
+    if family.architecture == "gemma3":
+        values["rope.freq_base_swa"] = model.sliding_rope.theta
+    if model.attention_softcap is not None:
+        values["attn_logit_softcapping"] = model.attention_softcap
+    if model.final_softcap is not None:
+        values["final_logit_softcapping"] = model.final_softcap
+    if model.experts is not None:
+        values["expert_count"] = model.experts.count
+        values["expert_used_count"] = model.experts.chosen
+        if family.architecture != "llama":
+            values["expert_feed_forward_length"] = model.experts.intermediate_size
+        if model.experts.shared_size:
+            values["expert_shared_feed_forward_length"] = model.experts.shared_size
+    return {
+        "general.architecture": names.architecture,
+        "general.type": "model",
+        "general.name": folder.resolve().name,
+        "general.file_type": file_type,
+        "general.quantization_version": _QUANTIZATION_VERSION,
+        **{f"{names.architecture}.{key}": value for key, value in values.items()},
+        **tokenizer_metadata(folder, model.vocab_size, config),
+    }
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    extras: Mapping[str, NDArray[np.float32]],
+    source: Path,
+) -> dict[str, Any]:
+    """Make a config.json of what a GGUF file says.
+
+    Parameters
+    ----------
+    metadata : mapping
+        What it says of itself.
+    shapes : mapping
+        Of its tensors, by their names there.
+    extras : mapping
+        Those of its tensors that are in `ROTATION_TENSORS`.
+    source : pathlib.Path
+        The file, for messages.
+
+    Returns
+    -------
+    dict
+        config.json.
+
+    Raises
+    ------
+    CheckpointError
+        If a value is absent or wrong.
+    UnsupportedModelError
+        If the model is of a kind that is not computed.
+    """
+    architecture = metadata.get("general.architecture")
+    known = {family.architecture: name for name, family in reversed(GGUF_FAMILIES.items())}
+    if not isinstance(architecture, str) or architecture not in known:
+        raise UnsupportedModelError(
+            f'{source}: "general.architecture" is {shown(architecture)}, which is not supported; '
+            f"supported are: {', '.join(sorted(known))}. Start from the safetensors files of the model"
+        )
+    prefix = f"{architecture}."
+    values = {
+        key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
+    }
+    keys = Keys(values, source, prefix)
+    for key in _UNKNOWN_KEYS:
+        if keys.number(key, 1.0, zero=True) not in (0, 1):
+            raise UnsupportedModelError(
+                f"{source}: {keys.quoted(key)} is {shown(values[key])}, which is not supported. Start "
+                f"from the safetensors files of the model"
+            )
+    model_type = "gemma3_text" if architecture == "gemma3" else known[architecture]
+    experts = keys.integer("expert_count", 0, zero=True)
+    if architecture == "llama" and experts:
+        model_type = "mixtral"
+    family = GGUF_FAMILIES[model_type]
+    hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
+    layers = keys.integer("block_count")
+    width = keys.integer("attention.key_length", hidden // heads)
+    if keys.integer("attention.value_length", width) != width:
+        raise keys.wrong("attention.value_length", f"only {width}, as of keys, is supported")
+    if len(embedding := shapes.get("token_embd.weight", ())) != 2:
+        raise CheckpointError(f"{source}: there is no matrix token_embd.weight, the embedding")
+    biased = "blk.0.attn_q.bias" in shapes
+    config: dict[str, Any] = {
+        "model_type": model_type,
+        "vocab_size": embedding[0],
+        "hidden_size": hidden,
+        "intermediate_size": keys.integer("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "head_dim": width,
+        "hidden_act": family.activation,
+        "hidden_activation": family.activation,
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon", zero=True),
+        "max_position_embeddings": keys.integer("context_length"),
+        "rope_theta": keys.number("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(keys, extras),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "attention_bias": biased,
+        "qkv_bias": biased,
+        "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
+    if (rotated := keys.integer("rope.dimension_count", width)) != width:
+        config["partial_rotary_factor"] = rotated / width
+    if family.full_every or architecture == "phi3":
+        config |= _window_config(keys, family, layers)
+    if family.full_every:
+        widest = layers == family.widest
+        config["query_pre_attn_scalar"] = hidden // heads if widest else width
+        config["rope_local_base_freq"] = (
+            keys.number("rope.freq_base_swa", 10000.0) if architecture == "gemma3" else None
+        )
+        # llama.cpp takes these numbers where a file of Gemma 2 has none.
+        caps = (50.0, 30.0) if architecture == "gemma2" else (None, None)
+        for key, cap in zip(
+            ("attn_logit_softcapping", "final_logit_softcapping"), caps, strict=True
+        ):
+            config[key] = keys.optional_number(key) if key in values else cap
+    if experts:
+        size = [*shapes.get("blk.0.ffn_up_exps.weight", ()), 0, 0][1]
+        config |= {
+            "num_experts": experts,
+            "num_experts_per_tok": keys.integer("expert_used_count"),
+            "moe_intermediate_size": keys.integer("expert_feed_forward_length", size),
+            "shared_expert_intermediate_size": keys.integer(
+                "expert_shared_feed_forward_length",
+                shapes.get("blk.0.ffn_up_shexp.weight", (0,))[0],
+                zero=True,
+            ),
+            "norm_topk_prob": family.normalized,
+        }
+    for key in ("bos", "eos"):
+        if type(number := metadata.get(f"tokenizer.ggml.{key}_token_id")) is int:
+            config[f"{key}_token_id"] = number
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _usual_windows(family: GgufFamily, layers: int) -> list[bool]:
+    return [(index + 1) % family.full_every != 0 for index in range(layers)]
+
+
+def _window_config(keys: Keys, family: GgufFamily, layers: int) -> dict[str, Any]:
+    window = keys.integer(
+        "attention.sliding_window", 4096 if family.architecture == "gemma2" else 0, zero=True
+    )
+    if family.architecture == "phi3":
+        return {"sliding_window": window or None}
+    pattern = keys.get("attention.sliding_window_pattern")
+    if not window:
+        slides = [False] * layers
+    elif pattern is None:
+        slides = _usual_windows(family, layers)
+    elif type(pattern) is int and pattern > 0:
+        slides = [(index + 1) % pattern != 0 for index in range(layers)]
+    elif isinstance(pattern, np.ndarray) and len(pattern) == layers:
+        slides = [bool(each) for each in pattern]
+    else:
+        raise keys.wrong("attention.sliding_window_pattern", f"must be a list of {layers} values")
+    kinds = ["sliding_attention" if each else "full_attention" for each in slides]
+    return {"sliding_window": window, "layer_types": kinds}
+
+
+def _rope_metadata(model: ModelConfig) -> dict[str, Any]:
+    from bitwright.models.rope import rope_frequencies
+
+    rope = model.rope
+    if rope.rope_type == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor}
+    if rope.rope_type not in ("yarn", "longrope"):
+        return {}
+    length = model.max_position_embeddings
+    _, factor = rope_frequencies(rope, model.rotary_dim, length)
+    values: dict[str, Any] = {
+        "rope.scaling.type": rope.rope_type,
+        "rope.scaling.original_context_length": rope.original_max_position_embeddings or length,
+    }
+    if rope.rope_type == "yarn":
+        values["rope.scaling.factor"] = rope.factor
+        factor /= _yarn_temperature(rope.factor)
+    if not math.isclose(factor, 1.0):
+        values["rope.scaling.attn_factor"] = factor
+    return values
+
+
+def _yarn_temperature(factor: float) -> float:
+    """What llama.cpp multiplies cosines and sines by where the file does not say more."""
+    return 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
+
+
+def _rope_scaling(keys: Keys, extras: Mapping[str, NDArray[np.float32]]) -> dict[str, Any] | None:
+    kind = keys.choice("rope.scaling.type", ("none", "linear", "yarn", "longrope"), "linear")
+    factor = keys.number(
+        "rope.scaling.factor", keys.number("rope.scale_linear", 1.0, zero=True), zero=True
+    )
+    length = keys.integer("rope.scaling.original_context_length", keys.integer("context_length"))
+    attention = keys.number("rope.scaling.attn_factor", 1.0)
+    divisors = {name.removesuffix(".weight"): each.tolist() for name, each in extras.items()}
+    short = divisors.get("rope_factors_short", divisors.get("rope_freqs"))
+    long = divisors.get("rope_factors_long", divisors.get("rope_freqs"))
+    if kind == "yarn" and not divisors:
+        return {
+            "rope_type": "yarn",
+            "factor": factor or 1.0,
+            "original_max_position_embeddings": length,
+            "attention_factor": attention * _yarn_temperature(factor),
+        }
+    scaled = kind == "linear" and factor not in (0, 1)
+    if divisors and not scaled and kind != "yarn" and short and long:
+        # Whatever the divisors were made by (llama3, longrope), this type takes them as they are.
+        return {
+            "rope_type": "longrope",
+            "factor": 1.0,
+            "short_factor": short,
+            "long_factor": long,
+            "original_max_position_embeddings": length,
+            "attention_factor": attention,
+        }
+    if divisors or attention != 1 or kind == "longrope":
+        raise UnsupportedModelError(
+            f"{keys.source}: {keys.quoted('rope.scaling.type')} is {shown(kind)} and the tensors for "
+            f"rotations are: {', '.join(divisors) or 'none'}, which is not supported together. Put the "
+            f"model's config.json beside the file, or start from its safetensors files"
+        )
+    return {"rope_type": "linear", "factor": factor} if scaled else None
+
+
+def _check_computable(names: GgufNames) -> None:
+    """Raise unless llama.cpp computes the model as it is meant."""
+    model, family, rope = names.config, names.family, names.config.rope
+    scalar = model.hidden_size // model.num_attention_heads
+    if not family.widest or model.num_hidden_layers != family.widest:
+        scalar = model.head_dim
+    capped = (model.attention_softcap is not None, model.final_softcap is not None)
+    experts = model.experts
+    wrong = {
+        f'"hidden_act" is {model.hidden_act}': model.hidden_act != family.activation,
+        f"{model.num_attention_heads} heads of {model.head_dim} channels are not as wide as the hidden "
+        f"states": family.full_width
+        and model.num_attention_heads * model.head_dim != model.hidden_size,
+        f'"tie_word_embeddings" is {model.tie_word_embeddings}': family.tied
+        not in (None, model.tie_word_embeddings),
+        '"query_pre_attn_scalar" is not that of the released models': not math.isclose(
+            model.attention_scale, scalar**-0.5, rel_tol=1e-6
+        ),
+        "linears other than queries, keys and values have biases": names.architecture != "llama"
+        and (model.output_bias or model.mlp_bias),
+        "some layers have experts, others not": any(model.is_sparse) and not all(model.is_sparse),
+        "experts are weighed otherwise": experts is not None
+        and (experts.normalized != family.normalized or experts.scale != 1),
+        "there is no expert that every token passes": names.architecture == "qwen2moe"
+        and (experts is None or not experts.shared_size),
+        "soft caps are others than the family has": capped
+        != {"gemma2": (True, True), "gemma3": (False, capped[1])}.get(
+            names.architecture, (False, False)
+        ),
+        f'"rope_type" is {rope.rope_type}': rope.rope_type
+        not in ("default", "linear", "yarn", *_rope_types(names.architecture)),
+        '"rope_parameters" has a "beta_fast", "beta_slow" or "truncate" of its own': (
+            rope.rope_type == "yarn"
+            and (rope.beta_fast, rope.beta_slow, rope.truncate) != (32, 1, True)
+        ),
+    }
+    for what, is_so in wrong.items():
+        if is_so:
+            raise UnsupportedModelError(
+                f"{names.source}: {what}, which llama.cpp does not compute in the architecture "
+                f"{names.architecture}. Choose another format than gguf"
+            )
+
+
+def _rope_types(architecture: str) -> tuple[str, ...]:
+    """Return the types that llama.cpp reads tensors for."""
+    return {"llama": ("llama3", "longrope"), "phi3": ("longrope",)}.get(architecture, ())

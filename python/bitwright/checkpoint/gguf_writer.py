@@ -1,0 +1,85 @@
+"""What a checkpoint's weight file is in GGUF: one, with configuration and tokenizer inside."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.checkpoint.gguf_file import (
+    TYPE_NAMES,
+    TensorInfo,
+    tensor_offsets,
+    write_header,
+)
+from bitwright.checkpoint.gguf_metadata import gguf_metadata
+from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames
+from bitwright.checkpoint.writer import StoredTensor
+
+# What llama.cpp calls a file by the type of most of its weights (llama_ftype).
+FILE_TYPES = {
+    **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10},
+    **{"Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "BF16": 32},
+}
+
+
+class GgufFiles:
+    """One GGUF file, as `WeightFiles`.
+
+    Parameters
+    ----------
+    config
+        config.json.
+    folder
+        Where the tokenizer is.
+    metadata
+        What a GGUF file of this model says of itself, in place of config and tokenizer.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If llama.cpp does not know the model or its tokenizer.
+    """
+
+    suffix = ".gguf"
+    splits = False
+    dtypes: Collection[np.dtype[Any]] = TYPE_NAMES
+
+    def __init__(
+        self, config: Mapping[str, Any], folder: Path, metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        self._names = GgufNames(config, folder / "config.json")
+        self._metadata = metadata or gguf_metadata(dict(config), folder, FILE_TYPES["F32"])
+
+    def stored(self, name: str, array: NDArray[Any]) -> tuple[str, NDArray[Any]] | None:
+        """As `WeightFiles.stored`."""
+        if name in ROTATION_TENSORS:
+            return name, array
+        if name.endswith("rotary_emb.inv_freq"):  # which follows from the configuration
+            return None
+        return self._names.to_gguf(name, array)
+
+    def more(self) -> Iterable[tuple[str, NDArray[Any]]]:
+        """As `WeightFiles.more`: what rotations are divided by."""
+        return self._names.extra_tensors().items()
+
+    def write(
+        self,
+        file: BinaryIO,
+        tensors: Sequence[StoredTensor],
+        data: BinaryIO,
+        metadata: dict[str, str],
+    ) -> None:
+        """As `WeightFiles.write`."""
+        sizes: Counter[str] = Counter()
+        for tensor in tensors:
+            sizes[TYPE_NAMES[tensor.dtype]] += tensor.nbytes
+        most = FILE_TYPES[sizes.most_common(1)[0][0]] if sizes else FILE_TYPES["F32"]
+        infos = [TensorInfo(each.name, each.dtype, each.shape) for each in tensors]
+        start = write_header(file, {**self._metadata, "general.file_type": np.uint32(most)}, infos)
+        offsets = tensor_offsets(infos)
+        for tensor, end in zip(tensors, offsets[1:], strict=True):
+            tensor.copy(data, file)
+            file.write(bytes(start + end - file.tell()))

@@ -1,0 +1,40 @@
+"""Checkpoints by their paths, whatever their weight files are."""
+
+import os
+from pathlib import Path
+
+from bitwright.checkpoint.gguf import GgufCheckpoint
+from bitwright.checkpoint.reader import Checkpoint
+from bitwright.errors import CheckpointError
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a checkpoint.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        A folder with config.json and safetensors files, a GGUF file, or a folder with one.
+
+    Returns
+    -------
+    Checkpoint
+
+    Raises
+    ------
+    CheckpointNotFoundError, CheckpointError, UnsupportedModelError
+        If it is absent, damaged or not supported.
+    """
+    place = Path(path)
+    if place.suffix == ".gguf" and place.is_file():
+        return GgufCheckpoint(place)
+    if place.is_dir() and not any(place.glob("*.safetensors*")):
+        files = sorted(place.glob("*.gguf"))
+        if len(files) > 1:
+            raise CheckpointError(
+                f"{place}: holds {len(files)} GGUF files, {files[0].name} for one; give the path of "
+                f"the file that is meant"
+            )
+        if files:
+            return GgufCheckpoint(files[0])
+    return Checkpoint(place)

@@ -1,0 +1,287 @@
+"""GGUF: blocks of 32 weights with a scale, and superblocks of 256 with quantized scales (llama.cpp)."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.checkpoint import Checkpoint, CheckpointSlice
+from bitwright.checkpoint.gguf import GgufCheckpoint
+from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES
+from bitwright.checkpoint.gguf_writer import GgufFiles
+from bitwright.errors import CheckpointError
+from bitwright.formats.format import Format, Precision
+from bitwright.tensor import K_GRIDS, SUPERBLOCK, Grid, QuantizedTensor, SuperBlocks
+
+BLOCK = 32
+HALF = np.dtype(np.float16)
+TYPES: dict[tuple[Grid, int], str] = {
+    ("symmetric", 4): "Q4_0",
+    ("affine", 4): "Q4_1",
+    ("symmetric", 5): "Q5_0",
+    ("affine", 5): "Q5_1",
+    ("symmetric", 8): "Q8_0",
+    **{("k", bits): f"Q{bits}_K" for bits in K_GRIDS},
+}
+GRIDS_OF_TYPES = {name: key for key, name in TYPES.items()}
+Blocks = NDArray[Any]
+Codes = NDArray[Any]  # uint8 or int8
+
+
+class GgufFormat(Format):
+    """Reads and writes one file with weights, configuration and tokenizer."""
+
+    name = "gguf"
+    bits = (2, 3, 4, 5, 6, 8)
+    group_sizes = (16, 32)
+    whole_row = False
+    grids = ("k", "affine", "symmetric")
+    scale_dtypes = (HALF,)
+    embeddings = True
+    stacks_experts = True
+    metadata = "gguf"
+
+    @classmethod
+    def detect(cls, checkpoint: Checkpoint) -> Self | None:
+        return cls() if isinstance(checkpoint, GgufCheckpoint) else None
+
+    @classmethod
+    def files(cls, checkpoint: Checkpoint) -> GgufFiles:
+        known = checkpoint.metadata if isinstance(checkpoint, GgufCheckpoint) else None
+        return GgufFiles(checkpoint.config, checkpoint.folder, known)
+
+    @classmethod
+    def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
+        return HALF
+
+    @classmethod
+    def default_grid(cls, bits: int, channels: Iterable[int]) -> Grid:
+        """The k grid where rows have whole superblocks, otherwise what has these bits."""
+        if bits in K_GRIDS and not any(each % SUPERBLOCK for each in channels):
+            return "k"
+        return "affine" if ("affine", bits) in TYPES else "symmetric"
+
+    @classmethod
+    def default_group_size(cls, bits: int, grid: Grid) -> int:
+        return K_GRIDS[bits].group_size if grid == "k" and bits in K_GRIDS else BLOCK
+
+    @classmethod
+    def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
+        bits, grid = precision.bits, precision.grid
+        if (grid, bits) not in TYPES:
+            known = ", ".join(f"{b} bits {g}" for g, b in sorted(TYPES, key=lambda key: key[1]))
+            raise ValueError(
+                f"{name}: the gguf format stores no {bits} bits with {grid} grids, but {known}"
+            )
+        size = cls.default_group_size(bits, grid)
+        if precision.group_for(shape[1]) != size:
+            raise ValueError(
+                f"{name}: {TYPES[grid, bits]} has groups of {size}, not {precision.group_for(shape[1])}"
+            )
+        block = SUPERBLOCK if grid == "k" else BLOCK
+        if shape[1] % block:
+            raise ValueError(
+                f"{name}: {TYPES[grid, bits]} stores rows of multiples of {block} weights, not "
+                f"{shape[1]}" + ("; grids affine and symmetric need 32" if grid == "k" else "")
+            )
+
+    @classmethod
+    def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        grid = tensor.grid if tensor.superblocks is None else "k"
+        kind = TYPES.get((grid, tensor.bits))
+        if kind is None or tensor.group_index is not None or tensor.group_size % 16:
+            raise ValueError(
+                f"{name}: the gguf format stores no {tensor.bits} bits with {grid} grids in groups of "
+                f"{tensor.group_size}"
+            )
+        return {
+            f"{name}.weight": _pack_superblocks(kind, tensor, tensor.superblocks)
+            if tensor.superblocks is not None
+            else _pack_blocks(kind, name, tensor)
+        }
+
+    def pack_grid(self, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        return self.pack(name, tensor)  # codes and grids are in one tensor
+
+    @classmethod
+    def config(
+        cls, default: Precision, layers: Mapping[str, Precision | None], block_prefix: str
+    ) -> dict[str, Any]:
+        return {}  # each tensor of the file has its type
+
+    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
+        tensor = f"{name}.weight"
+        if tensor not in checkpoint:
+            return None
+        blocks = checkpoint.read(tensor)
+        if blocks.dtype.names is None:
+            return None
+        if blocks.ndim != 2:
+            raise CheckpointError(
+                f"{checkpoint.file(tensor)}: tensor {tensor} has {blocks.ndim} axes, expected 2"
+            )
+        grid, bits = GRIDS_OF_TYPES[TYPE_NAMES[blocks.dtype]]
+        fields: dict[str, Any] = {"superblocks": None, "biases": None}
+        if grid == "k":
+            codes, superblocks = _unpack_superblocks(blocks, bits)
+            scales, grid = superblocks.scales(), K_GRIDS[bits].grid
+            fields = {"superblocks": superblocks, "biases": superblocks.biases()}
+        else:
+            codes, scales = _unpack_blocks(blocks, bits), np.ascontiguousarray(blocks["d"])
+            if grid == "affine":
+                fields["biases"] = np.ascontiguousarray(blocks["m"])
+        zeros = np.full(scales.shape, 1 << (bits - 1), np.uint8) if grid == "symmetric" else None
+        return QuantizedTensor(
+            codes=codes,
+            scales=scales,
+            zeros=zeros,
+            bits=bits,
+            group_size=codes.shape[1] // scales.shape[1],
+            grid=grid,
+            **fields,
+        )
+
+
+def _pack_blocks(kind: str, name: str, tensor: QuantizedTensor) -> Blocks:
+    """Return ``[out, in / 32]`` blocks; larger groups are stored as several of 32 with one scale."""
+    blocks = np.zeros((tensor.shape[0], tensor.shape[1] // BLOCK), BLOCKS[kind])
+    repeats = tensor.group_size // BLOCK
+    for field, values in (("d", tensor.scales), ("m", tensor.biases)):
+        if values is None:
+            continue
+        with np.errstate(over="ignore"):
+            stored = values.astype(HALF)
+        if not repeats or (stored.astype(np.float32) != values.astype(np.float32)).any():
+            raise ValueError(
+                f"{name}: the gguf format stores scales and biases of multiples of {BLOCK} weights in "
+                f"float16; these are of {tensor.group_size}, and not all such numbers"
+            )
+        blocks[field] = np.repeat(stored, repeats, axis=1)
+    codes = tensor.codes.reshape(*blocks.shape, BLOCK)
+    if tensor.bits == 8:
+        blocks["qs"] = (codes ^ 0x80).view(np.int8)
+        return blocks
+    blocks["qs"] = _merged(codes & 15, 4, 16)
+    if tensor.bits == 5:
+        blocks["qh"] = np.packbits(codes >> 4, axis=-1, bitorder="little")
+    return blocks
+
+
+def _unpack_blocks(blocks: Blocks, bits: int) -> Codes:
+    if bits == 8:
+        codes = blocks["qs"].view(np.uint8) ^ 0x80
+    else:
+        codes = _split(blocks["qs"], 4, 16)
+        if bits == 5:
+            codes |= np.unpackbits(blocks["qh"], axis=-1, bitorder="little") << 4
+    return np.ascontiguousarray(codes.reshape(len(blocks), -1))
+
+
+def _pack_superblocks(kind: str, tensor: QuantizedTensor, grid: SuperBlocks) -> Blocks:
+    blocks = np.zeros((tensor.shape[0], tensor.shape[1] // SUPERBLOCK), BLOCKS[kind])
+    codes = tensor.codes.reshape(*blocks.shape, SUPERBLOCK)
+    scales = grid.scale_codes.reshape(*blocks.shape, -1)
+    blocks["d"] = grid.d
+    if grid.dmin is not None and grid.min_codes is not None:
+        blocks["dmin"], mins = grid.dmin, grid.min_codes.reshape(*blocks.shape, -1)
+    bits = tensor.bits
+    if bits == 2:
+        blocks["scales"] = scales.view(np.uint8) | mins << 4
+        blocks["qs"] = _merged(codes, 2, 32)
+    elif bits == 3:
+        blocks["scales"] = _pack_six_bits_3(scales + np.int8(32))
+        blocks["qs"] = _merged(codes & 3, 2, 32)
+        blocks["hmask"] = _merged(codes >> 2, 1, 32)
+    elif bits == 6:
+        blocks["scales"] = scales
+        blocks["ql"] = _merged(codes & 15, 4, 64)
+        blocks["qh"] = _merged(codes >> 4, 2, 32)
+    else:
+        blocks["scales"] = _pack_six_bits(scales.view(np.uint8), mins)
+        blocks["qs"] = _merged(codes & 15, 4, 32)
+        if bits == 5:
+            blocks["qh"] = _merged(codes >> 4, 1, 32)
+    return blocks
+
+
+def _unpack_superblocks(blocks: Blocks, bits: int) -> tuple[Codes, SuperBlocks]:
+    mins = None
+    if bits == 2:
+        scales, mins = blocks["scales"] & 15, blocks["scales"] >> 4
+        codes = _split(blocks["qs"], 2, 32)
+    elif bits == 3:
+        scales = _unpack_six_bits_3(blocks["scales"]).view(np.int8) - np.int8(32)
+        codes = _split(blocks["qs"], 2, 32) | _split(blocks["hmask"], 1, 32) << 2
+    elif bits == 6:
+        scales = blocks["scales"]
+        codes = _split(blocks["ql"], 4, 64) | _split(blocks["qh"], 2, 32) << 4
+    else:
+        scales, mins = _unpack_six_bits(blocks["scales"])
+        codes = _split(blocks["qs"], 4, 32)
+        if bits == 5:
+            codes |= _split(blocks["qh"], 1, 32) << 4
+
+    def rows(values: NDArray[Any]) -> NDArray[Any]:
+        return np.ascontiguousarray(values.reshape(len(blocks), -1))
+
+    return rows(codes), SuperBlocks(
+        np.ascontiguousarray(blocks["d"]),
+        rows(scales).astype(np.int8),
+        None if mins is None else np.ascontiguousarray(blocks["dmin"]),
+        None if mins is None else rows(mins),
+    )
+
+
+def _merged(parts: Codes, bits: int, width: int) -> Codes:
+    """Merge values of few bits ``[…, n]`` into bytes: the lowest bits of `width` bytes hold the first
+    `width` values, the next bits the next, until they are full."""
+    count = 8 // bits
+    runs = parts.reshape(*parts.shape[:-1], -1, count, width)
+    merged = runs[..., 0, :].copy()
+    for place in range(1, count):
+        merged |= runs[..., place, :] << (bits * place)
+    return merged.reshape(*parts.shape[:-1], -1)
+
+
+def _split(merged: Codes, bits: int, width: int) -> Codes:
+    """Return what `_merged` merged."""
+    runs = merged.reshape(*merged.shape[:-1], -1, 1, width)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    parts = runs >> shifts & np.uint8((1 << bits) - 1)
+    return parts.reshape(*merged.shape[:-1], -1)
+
+
+def _pack_six_bits(scales: Codes, mins: Codes) -> Codes:
+    """Pack eight scales and eight mins of Q4_K and Q5_K: the first four of both are whole, the other four
+    lie in a third row of nibbles and in the upper bits of the first two rows."""
+    first, last = (slice(0, 4), slice(4, 8))
+    return np.concatenate(
+        [
+            scales[..., first] | scales[..., last] >> 4 << 6,
+            mins[..., first] | mins[..., last] >> 4 << 6,
+            scales[..., last] & 15 | (mins[..., last] & 15) << 4,
+        ],
+        axis=-1,
+    )
+
+
+def _unpack_six_bits(packed: Codes) -> tuple[Codes, Codes]:
+    scales, mins, rest = (packed[..., start : start + 4] for start in (0, 4, 8))
+    return (
+        np.concatenate([scales & 63, rest & 15 | scales >> 6 << 4], axis=-1),
+        np.concatenate([mins & 63, rest >> 4 | mins >> 6 << 4], axis=-1),
+    )
+
+
+def _pack_six_bits_3(scales: Codes) -> Codes:
+    """Pack sixteen scales of Q3_K: their lower nibbles, then their upper two bits."""
+    values = scales.view(np.uint8)
+    return np.concatenate([_merged(values & 15, 4, 8), _merged(values >> 4, 2, 4)], axis=-1)
+
+
+def _unpack_six_bits_3(packed: Codes) -> Codes:
+    low: Codes = _split(packed[..., :8], 4, 8)
+    high: Codes = _split(packed[..., 8:], 2, 4)
+    low |= high << 4
+    return low
