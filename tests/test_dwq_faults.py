@@ -199,7 +199,7 @@ def test_formats_round_trip(
     assert not (tmp_path / ".out.dwq").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     for path in start.iterdir():
-        if path.name not in ("model.safetensors", "config.json", "bitwright.json"):
+        if path.name not in ("model.safetensors", "config.json", "bitwright.json", "README.md"):
             assert (out / path.name).read_bytes() == path.read_bytes()
     assert json.loads((out / "dwq.json").read_text())["kl_after"] == report.kl_after
 

@@ -8,6 +8,7 @@ from bitwright.best import quantize_best
 from bitwright.build import BuildInfo, build_info, set_num_threads
 from bitwright.calibration import load_tokens
 from bitwright.checkpoint import Checkpoint
+from bitwright.convert import convert
 from bitwright.demo import demo_folder
 from bitwright.dwq import dwq_quantize
 from bitwright.dynamic import DynamicReport, choose_precisions, dynamic_quantize
@@ -55,7 +56,15 @@ from bitwright.models.model import Model, load_model
 from bitwright.pipeline import quantize
 from bitwright.plots import plot_dwq, plot_sensitivities
 from bitwright.recipe import Recipe
-from bitwright.report import BlockReport, DwqReport, LayerReport, QuantizationReport
+from bitwright.refinement import refine_model
+from bitwright.report import (
+    BlockReport,
+    ConversionReport,
+    ConvertedLayer,
+    DwqReport,
+    LayerReport,
+    QuantizationReport,
+)
 from bitwright.salient_model import awq_quantize_model
 from bitwright.sensitivity import Sensitivities, estimate_sensitivities
 from bitwright.statistics import LayerStatistics, gram
@@ -73,6 +82,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "ConversionReport",
+    "ConvertedLayer",
     "DwqReport",
     "DwqTargets",
     "DynamicReport",
@@ -110,6 +121,7 @@ __all__ = [
     "compute_activation_stats",
     "compute_dwq_targets",
     "compute_salient_scaling",
+    "convert",
     "demo_folder",
     "dequantize",
     "dwq_quantize",
@@ -136,6 +148,7 @@ __all__ = [
     "quantize_rtn",
     "quantize_with_transformers",
     "refine",
+    "refine_model",
     "search_scale",
     "set_num_threads",
     "token_loss",

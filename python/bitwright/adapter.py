@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_at_most, load_tokens
+from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.formats import FORMATS, FormatName, GroupSize, Precision
@@ -142,6 +143,7 @@ def quantize_with_transformers(
     >>> report.layer_bits_per_weight  # doctest: +SKIP
     4.5
     """
+    arguments = dict(locals())
     start = time.perf_counter()
     for name, value, known in (
         ("method", method, ADAPTER_METHODS),
@@ -167,6 +169,11 @@ def quantize_with_transformers(
         _kernels.set_num_threads(threads)
         original.torch.set_num_threads(threads)
     kind = FORMATS[format]
+    if format == "gguf":
+        raise ValueError(
+            "format: gguf needs an architecture that bitwright and llama.cpp both know; with the "
+            "transformers backend choose another"
+        )
     linears = original.linears()
     shapes = {
         name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in linears.items()
@@ -192,17 +199,23 @@ def quantize_with_transformers(
     config = kind.spell(original.checkpoint.config)
     in_float: dict[str, Precision | None] = dict.fromkeys(original.routers())
     config.update(kind.config(default, {**in_float, **plan}, ""))
-    with CheckpointWriter(
-        out, overwrite, metadata={"format": kind.metadata}, source=original.folder
-    ) as writer:
+    checkpoint = original.checkpoint
+    weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    with (
+        made_by(python_call(quantize_with_transformers, arguments)),
+        CheckpointWriter(
+            out, overwrite, metadata={"format": kind.metadata}, source=original.folder
+        ) as writer,
+    ):
         run = _Run(original, Output(writer, kind), plan, options, n_grid, dtype, tokens)
         run.go(progress)
         writer.write_json("config.json", config)
-        copy_side_files(original.checkpoint, writer)
-    checkpoint = original.checkpoint
-    weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    seconds = time.perf_counter() - start
-    return run.output.report(Path(out), method, checkpoint, weights, tokens, seconds)
+        copy_side_files(checkpoint, writer)
+        seconds = time.perf_counter() - start
+        report = run.output.report(Path(out), method, checkpoint, weights, tokens, seconds)
+        facts = {"grid": default.grid, "scales": dtype.name}
+        writer.write_text(CARD_NAME, model_card(checkpoint, out, kind, [report], facts=facts))
+    return report
 
 
 def collect_grams(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.calibration import TokenSource
+from bitwright.card import made_by, python_call
 from bitwright.dwq import dwq_quantize
 from bitwright.dynamic import Candidate, choose_precisions, fineness
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
@@ -72,6 +73,7 @@ def quantize_best(
     >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +SKIP
     ...     bitwright.quantize_best(demo, f"{folder}/q", bits=3, calibration=demo / "calibration.txt")
     """
+    arguments = dict(locals())
     started = time.perf_counter()
     if calibration is None:
         raise ValueError("calibration: preset best needs text or token ids")
@@ -110,7 +112,7 @@ def quantize_best(
         )
     reports: list[QuantizationReport] = []
 
-    def make(folder: Path) -> None:
+    def make(folder: Path) -> QuantizationReport:
         reports.append(
             quantize(
                 model,
@@ -130,19 +132,21 @@ def quantize_best(
                 **options,
             )
         )
+        return reports[0]
 
-    trained = dwq_quantize(
-        model,
-        make,
-        out,
-        calibration,
-        length=length,
-        tokens=TRAINED_TOKENS,
-        seed=seed,
-        learning_rate=LEARNING_RATE,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    with made_by(python_call(quantize_best, arguments)):
+        trained = dwq_quantize(
+            model,
+            make,
+            out,
+            calibration,
+            length=length,
+            tokens=TRAINED_TOKENS,
+            seed=seed,
+            learning_rate=LEARNING_RATE,
+            overwrite=overwrite,
+            progress=progress,
+        )
     return replace(
         reports[0],
         out=Path(out),

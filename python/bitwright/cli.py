@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import bitwright
 from bitwright.activations import DEFAULT_SAMPLES
+from bitwright.card import command_line, made_by
 from bitwright.demo import run_demo
 from bitwright.distillation import LOSSES
 from bitwright.dwq import SCHEDULES
@@ -27,6 +28,7 @@ from bitwright.methods.salient import ACTIVATION_METHODS
 from bitwright.methods.solver import CORRECTED_DAMPING, METHODS, PRESETS
 from bitwright.plots import require_matplotlib
 from bitwright.report import (
+    print_conversion,
     print_dwq_report,
     print_evaluations,
     print_inspection,
@@ -64,6 +66,17 @@ class _Bits(click.ParamType[int]):
         if str(value) not in map(str, BITS):
             self.fail(f"{value!r} is not one of {', '.join(map(str, BITS))}", param, ctx)
         return int(value)
+
+
+class _GroupSize(click.ParamType[int | str]):
+    """A number, or ``auto``."""
+
+    name = "SIZE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        return "auto" if value == "auto" else click.INT.convert(value, param, ctx)
 
 
 class _Override(click.ParamType[tuple[str, dict[str, int]]]):
@@ -171,7 +184,10 @@ def cli() -> None:
 @click.option("--method", type=click.Choice(list(METHODS)), default="gptq")
 @click.option("--bits", type=_Bits(), default=4, help="Bits per code: 2, 3, 4, 5, 6 or 8.")
 @click.option(
-    "--group-size", type=int, default=64, help="Input channels per scale; -1 is the whole row."
+    "--group-size",
+    type=_GroupSize(),
+    default="auto",
+    help="Input channels per scale; -1 is the whole row, auto 64 or what the format asks for.",
 )
 @click.option("--format", type=click.Choice(list(FORMATS)), default="mlx")
 @click.option(
@@ -205,7 +221,11 @@ def cli() -> None:
     default=None,
     help="Make up for what earlier layers' errors do to a layer's inputs; by default as the preset says.",
 )
-@click.option("--grid", type=click.Choice(GRIDS), help="By default the format's first.")
+@click.option(
+    "--grid",
+    type=click.Choice([*GRIDS, "k"]),
+    help="By default the format's first; k is GGUF's Q2_K to Q6_K.",
+)
 @click.option(
     "--scale-dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -278,6 +298,7 @@ def cli() -> None:
     metavar="GLOB=bits:B,group_size:G",
     help="Other settings for these layers; the last match wins.",
 )
+@click.option("--allow-requantize", is_flag=True, help="Take a MODEL that is quantized already.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
 @click.option(
     "--backend",
@@ -449,7 +470,11 @@ def sensitivities(
     type=click.IntRange(1),
     help=f"Samples that they are estimated on; by default up to {SENSITIVITY_SAMPLES}.",
 )
-@click.option("--grid", type=click.Choice(GRIDS), help="By default the format's first.")
+@click.option(
+    "--grid",
+    type=click.Choice([*GRIDS, "k"]),
+    help="By default the format's first; k is GGUF's Q2_K to Q6_K.",
+)
 @click.option("--embedding-bits", type=_Bits(), help="Quantize the embedding too.")
 @click.option("--head-bits", type=_Bits(), help="Quantize the head too.")
 @click.option("--recipe", type=_NewFile(), help="Write the layers' precisions here.")
@@ -521,7 +546,9 @@ def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None
 )
 @_method_and_format
 @click.option("--bits", type=_Bits(), default=4, help="Of the student that is made.")
-@click.option("--group-size", type=int, default=64, help="Of the student that is made.")
+@click.option(
+    "--group-size", type=_GroupSize(), default="auto", help="Of the student that is made."
+)
 @click.option(
     "--target-bpw",
     type=click.FloatRange(0, min_open=True),
@@ -540,7 +567,7 @@ def dwq(
     calibration: Path | None,
     samples: int | None,
     bits: int,
-    group_size: int,
+    group_size: Any,
     target_bpw: float | None,
     **options: Any,
 ) -> None:
@@ -582,6 +609,68 @@ def dwq(
     if plot is not None:
         bitwright.plot_dwq(report, plot)
     print_dwq_report(report, Console())
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--to",
+    "format",
+    required=True,
+    type=click.Choice([*FORMATS, "float"]),
+    help="float is plain safetensors of the dequantized weights.",
+)
+@click.option(
+    "--allow-requantize",
+    is_flag=True,
+    help="Round what the format cannot hold exactly; without it that is an error that tells the loss.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of the weights in float; by default as they are.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+def convert(source: Path, out: Path, **options: Any) -> None:
+    """Store the model SOURCE, a checkpoint folder or GGUF file, in another format."""
+    print_conversion(bitwright.convert(source, out, **options), Console())
+
+
+@cli.command()
+@click.argument("quantized", type=click.Path(path_type=Path))
+@click.option(
+    "--original",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="What it was made from, in float.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--calibration",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Text (.txt, .jsonl) or token ids (.npy).",
+)
+@click.option(
+    "--samples", type=click.IntRange(1), help="Calibration samples; by default up to 128."
+)
+@click.option(
+    "--length", type=click.IntRange(1), help="Tokens per sample; by default 512 of a text."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Chooses the samples.")
+@click.option(
+    "--drift/--no-drift",
+    default=True,
+    help="Make up for what earlier layers' errors do to a layer's inputs.",
+)
+@click.option("--damping", type=click.FloatRange(0), help="Of the gram's mean diagonal.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@_threads
+def refine(quantized: Path, original: Path, out: Path, **options: Any) -> None:
+    """Improve the codes and scales of the model QUANTIZED, by any tool; its format and size stay."""
+    report = bitwright.refine_model(original, quantized, out, **options)
+    print_report(report, Console())
 
 
 @cli.command()
@@ -672,7 +761,8 @@ def info() -> None:
 def main() -> None:
     """Run the command line; errors that a user can mend are one line on standard error."""
     try:
-        status = cli.main(standalone_mode=False)
+        with made_by(command_line(sys.argv[1:])):
+            status = cli.main(standalone_mode=False)
     except click.exceptions.Abort as error:
         click.echo(f"interrupted; {error.__cause__ or 'nothing was written'}", err=True)
         sys.exit(INTERRUPTED)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_tokenizer, load_tokens
+from bitwright.card import CARD_NAME, Report, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.writer import check_apart, output_errors, replaced, write_safetensors
@@ -44,7 +45,7 @@ from bitwright.models.model import Model, load_model
 from bitwright.models.network import Network
 from bitwright.models.operations import Float32
 from bitwright.progress import progress_bar
-from bitwright.report import DwqReport
+from bitwright.report import DwqReport, QuantizationReport
 from bitwright.student import ZEROS, Student, Zeros
 from bitwright.targets import (
     DwqTargets,
@@ -230,6 +231,7 @@ def dwq_quantize(
     >>> report.kl_after < report.kl_before
     True
     """
+    arguments = dict(locals())
     started = time.perf_counter()
     if threads is not None:
         _kernels.set_num_threads(threads)
@@ -277,18 +279,23 @@ def dwq_quantize(
     if targets is not None:
         for taken in (place, work):
             check_apart(taken, Path(targets), "targets")
-    with CheckpointWriter(out, overwrite, source=teacher_model.checkpoint.folder) as writer:
+    with (
+        made_by(python_call(dwq_quantize, arguments)),
+        CheckpointWriter(out, overwrite, source=teacher_model.checkpoint.folder) as writer,
+    ):
+        before: list[Report] = []  # of the run that made the student
         try:
             with output_errors(work):
                 work.mkdir(exist_ok=True)
             if callable(student):
                 made = work / "student"
                 shutil.rmtree(made, ignore_errors=True)  # of a run that may have had other settings
-                student(made)
+                said = student(made)
+                before = [said] if isinstance(said, QuantizationReport) else []
                 student = made
             student_model = load_model(student)
             learner = Student(student_model, zeros)
-            _check_pair(teacher_model, student_model)
+            check_pair(teacher_model, student_model)
             check_apart(place, student_model.checkpoint.folder, "student that is read")
             with progress_bar("teaching", progress) as bar:
                 task = bar.add_task("", total=1.0, figures="")
@@ -321,6 +328,15 @@ def dwq_quantize(
                 stopped = run.go(bar, every, fingerprint)
             report = run.report(Path(out), stopped, time.perf_counter() - started)
             _write(writer, learner, report)
+            tensors = [each.start for each in learner.tensors.values()]
+            card = model_card(
+                teacher_model.checkpoint,
+                out,
+                None if student_model.format is None else type(student_model.format),
+                [*before, report],
+                precisions=[(each.bits, each.group_size) for each in tensors],
+            )
+            writer.write_text(CARD_NAME, card)
         except BaseException as error:
             if not any(work.glob("training.*")) and not any(work.glob("*/targets-*.safetensors")):
                 shutil.rmtree(work, ignore_errors=True)  # nothing to go on from
@@ -567,7 +583,7 @@ class _Run:
             write_safetensors(partial, arrays, metadata)
 
 
-def _check_pair(teacher: Model, student: Model) -> None:
+def check_pair(teacher: Model, student: Model) -> None:
     """Raise CheckpointError unless the student can be a quantized form of the teacher."""
     where = f"{student.checkpoint.folder}: is not made from {teacher.checkpoint.folder}"
     for key in SAME:

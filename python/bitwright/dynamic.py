@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 
 from bitwright import _kernels
 from bitwright.calibration import TokenSource
+from bitwright.card import add_evaluations, made_by, python_call
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.errors import SensitivityError, check_choice
 from bitwright.evaluate import Evaluation, evaluate
@@ -229,6 +230,7 @@ def dynamic_quantize(
     >>> report.recipe.bits_per_weight <= 4.5
     True
     """
+    arguments = dict(locals())
     if threads is not None:
         _kernels.set_num_threads(threads)
     original = load_model(model)
@@ -259,24 +261,26 @@ def dynamic_quantize(
         scale_dtype=options.get("scale_dtype"),
     )
     text = data if calibration is None else calibration
-    report = quantize(
-        model,
-        out,
-        method,
-        format=format,
-        calibration=None if method == "rtn" and not options.get("grid_search") else text,
-        samples=samples,
-        length=length,
-        seed=seed,
-        grid=grid,
-        recipe=recipe,
-        progress=progress,
-        **options,
-    )
+    with made_by(python_call(dynamic_quantize, arguments)):
+        report = quantize(
+            model,
+            out,
+            method,
+            format=format,
+            calibration=None if method == "rtn" and not options.get("grid_search") else text,
+            samples=samples,
+            length=length,
+            seed=seed,
+            grid=grid,
+            recipe=recipe,
+            progress=progress,
+            **options,
+        )
     before = after = None
     if evaluate_on is not None:
         before = evaluate(original, evaluate_on, length=length)
         after = evaluate(out, evaluate_on, reference=original, length=length)
+        add_evaluations(out, {"original": before, "quantized": after})
     return DynamicReport(recipe, known, report, before, after)
 
 

@@ -62,7 +62,7 @@ class Output:
         self._stacks: dict[str, dict[int, dict[str, NDArray[Any]]]] = {}
         self._layer_bytes = 0.0
         self._layer_weights = 0
-        self._written_bytes = 0
+        self.size_bytes = 0
 
     def finish(self, layer: QuantizedLayer) -> None:
         """Write and report a layer."""
@@ -106,7 +106,7 @@ class Output:
     def add(self, name: str, array: NDArray[Any]) -> None:
         """Write a tensor."""
         self._writer.add(name, array)
-        self._written_bytes += array.nbytes
+        self.size_bytes += array.nbytes
 
     def report(
         self,
@@ -125,8 +125,8 @@ class Output:
             layers=tuple(self.layers),
             blocks=tuple(self.blocks),
             layer_bits_per_weight=8 * self._layer_bytes / self._layer_weights,
-            bits_per_weight=8 * self._written_bytes / parameters,
-            size_bytes=self._written_bytes,
+            bits_per_weight=8 * self.size_bytes / parameters,
+            size_bytes=self.size_bytes,
             original_bytes=checkpoint.nbytes(),
             calibration_tokens=0 if tokens is None else tokens.size,
             seconds=seconds,

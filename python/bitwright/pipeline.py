@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from numpy.typing import DTypeLike, NDArray
 from bitwright import _kernels
 from bitwright.activations import ActivationFile
 from bitwright.calibration import TokenSource, load_at_most
-from bitwright.checkpoint import CheckpointWriter, copy_side_files
+from bitwright.card import CARD_NAME, made_by, model_card, python_call
+from bitwright.checkpoint import CheckpointWriter, copy_side_files, float_config
 from bitwright.drift import Drift, OriginalStream, drift_rows
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.evaluate import parameter_count
@@ -52,7 +53,7 @@ from bitwright.report import BlockReport, QuantizationReport
 from bitwright.scaling import AwqOptions, Clip, Objective, ScaledBlock, observe_block
 from bitwright.statistics import LayerStatistics
 from bitwright.statistics import gram as gram_of
-from bitwright.tensor import Grid
+from bitwright.tensor import Grid, QuantizedTensor
 
 DEFAULT_SAMPLES = 128
 FEW_TOKENS = 128  # below so many an expert's gram is that of all tokens
@@ -95,6 +96,7 @@ def quantize(
     exclude: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, int]] | None = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
+    allow_requantize: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
     progress: bool = True,
@@ -108,7 +110,7 @@ def quantize(
     Parameters
     ----------
     model
-        Checkpoint folder in float (config.json and safetensors).
+        Checkpoint folder (config.json and safetensors) or GGUF file, in float.
     out
         Folder to write; it appears when everything is done, or not at all.
     method
@@ -174,6 +176,9 @@ def quantize(
     recipe
         The precision of every layer, see `bitwright.Recipe`, or a file of it, in place of bits and
         group_size; `overrides` count more.
+    allow_requantize
+        Take a model that is quantized already, in any format that is read, as if its weights were the
+        original's. What its first rounding lost stays lost: use the original where there is one.
     overwrite
         Replace an existing checkpoint folder `out`, once the new one is complete.
     threads
@@ -214,8 +219,9 @@ def quantize(
     if preset == "best":
         from bitwright.best import quantize_best  # which calls this function again
 
-        del arguments["preset"]
-        return quantize_best(**arguments)
+        with made_by(python_call(quantize, arguments)):
+            del arguments["preset"]
+            return quantize_best(**arguments)
     if threads is not None:
         _kernels.set_num_threads(threads)
     awq = AwqOptions(n_grid, coarse_to_fine, clip, metric, objective)
@@ -244,10 +250,12 @@ def quantize(
         raise ValueError("drift: needs calibration data, which the model is run on")
 
     original = load_model(model)
-    if original.format is not None:
+    declared = original.checkpoint.config != float_config(original.checkpoint.config)
+    if original.format and (declared or original.quantized_layers()) and not allow_requantize:
         raise ValueError(
-            f"{original.checkpoint.folder}: is quantized already ({original.format.name}); "
-            f"start from the original"
+            f"{original.checkpoint.folder}: is quantized already ({original.format.name}); start from the "
+            f"original, or say that it may be rounded again: allow_requantize (--allow-requantize). "
+            f"bitwright convert changes the format alone"
         )
     kind = FORMATS[format]
     if grid is None and method == "salient" and "symmetric" in kind.grids:
@@ -290,47 +298,18 @@ def quantize(
             vocab_size=original.config.vocab_size,
         )
 
-    config = kind.spell(original.checkpoint.config)
-    _check_experts(original, kind, plan)
-    config.update(
-        kind.config(default, _as_written(original, kind, plan), original.names.block.format(""))
-    )
+    facts = {"preset": preset, "grid": default.grid, "scales": dtype.name}
     with (
         nullcontext() if activations is None else ActivationFile(activations) as inputs,
-        CheckpointWriter(
-            out,
-            overwrite,
-            metadata={"format": kind.metadata},
-            source=original.checkpoint.folder,
-            container=kind.files(original.checkpoint),
-        ) as writer,
+        made_by(python_call(quantize, arguments)),
     ):
-        run = _Run(
-            original,
-            writer,
-            kind,
-            plan,
-            options,
-            awq,
-            dtype,
-            tokens,
-            inputs,
-            propagate == "quantized",
+        run = Run(
+            original, kind, plan, options, awq, dtype, tokens, inputs, propagate == "quantized"
         )
-        run.go(progress)
-        writer.write_json("config.json", config)
-        copy_side_files(original.checkpoint, writer)
-    return run.output.report(
-        Path(out),
-        method,
-        original.checkpoint,
-        parameter_count(original),
-        tokens,
-        time.perf_counter() - start,
-    )
+        return run.write(out, default, overwrite, progress, start, facts)
 
 
-def _as_written(
+def as_written(
     model: Model, format: type[Format], plan: Mapping[str, Precision | None]
 ) -> dict[str, Precision | None]:
     """Return the plan by the names that are written: of experts that are stacked, those of the stacks."""
@@ -385,14 +364,13 @@ class OwnSolver:
     gram: Float32 | None
 
 
-class _Run:
+class Run:
     """One pass over a model. Of the calibration it holds the hidden states before the current block and the
     inner states of the current stage, for all tokens; of the weights, one block."""
 
     def __init__(
         self,
         model: Model,
-        writer: CheckpointWriter,
         format: type[Format],
         plan: Mapping[str, Precision | None],
         options: MethodOptions,
@@ -401,8 +379,11 @@ class _Run:
         tokens: NDArray[np.int32] | None,
         activations: ActivationFile | None,
         propagate: bool,
+        quantized: Model | None = None,
     ) -> None:
         self.model = model
+        self.format = format
+        self.quantized = quantized  # whose layers are taken as they are, in place of a method's
         self.plan = plan
         self.options = options
         self.scale_dtype = scale_dtype
@@ -411,13 +392,53 @@ class _Run:
         self.propagate = propagate
         self.awq = awq if options.method in SCALED_METHODS else None
         self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
-        experts = model.experts if format.stacks_experts else None
-        stack_size = model.config.experts.count if model.config.experts else 0
-        self.output = Output(writer, format, experts, stack_size)
+        self.output: Output
+        self.packed = model.packed_tensors()
         self.stacked = model.stacked_tensors()
         self.shapes = model.linear_shapes()
 
-    def go(self, progress: bool) -> None:
+    def write(
+        self,
+        out: str | os.PathLike[str],
+        default: Precision,
+        overwrite: bool,
+        progress: bool,
+        start: float,
+        facts: Mapping[str, object],
+    ) -> QuantizationReport:
+        """Write the folder; `default` is the precision that config.json takes for granted, and `facts` are
+        for the model card."""
+        model, kind = self.model, self.format
+        config = kind.spell(float_config(model.checkpoint.config))
+        _check_experts(model, kind, self.plan)
+        written = as_written(model, kind, self.plan)
+        config.update(kind.config(default, written, model.names.block.format("")))
+        with CheckpointWriter(
+            out,
+            overwrite,
+            metadata={"format": kind.metadata},
+            source=model.checkpoint.folder,
+            container=kind.files(model.checkpoint),
+        ) as writer:
+            experts = model.experts if kind.stacks_experts else None
+            stack_size = model.config.experts.count if model.config.experts else 0
+            self.output = Output(writer, kind, experts, stack_size)
+            self._go(progress)
+            writer.write_json("config.json", config)
+            copy_side_files(model.checkpoint, writer)
+            report = self.output.report(
+                Path(out),
+                self.options.method,
+                model.checkpoint,
+                parameter_count(model),
+                self.tokens,
+                time.perf_counter() - start,
+            )
+            card = model_card(model.checkpoint, out, kind, [report], facts=facts)
+            writer.write_text(CARD_NAME, card)
+        return replace(report, seconds=time.perf_counter() - start)
+
+    def _go(self, progress: bool) -> None:
         """Quantize and write all tensors."""
         model = self.model
         count = model.config.num_hidden_layers
@@ -447,6 +468,11 @@ class _Run:
                 bar.update(task, advance=1, figures=block_error(self.output.layers[reported:]))
         self._quantize_head(hidden)
         self._carry(name for name in model.checkpoint.names() if not name.startswith(prefixes))
+        for name, shape in model.quantized_layers().items():
+            target = model.names.embedding if name == model.embedding_name else name
+            if self.plan.get(target) is None:
+                weight = model.weight(name, shape).astype(model.dtype)
+                self.output.add(f"{target}.weight", weight)
 
     def _embed(self) -> Float32 | None:
         """Quantize the embedding if it is planned, and look up the tokens in it."""
@@ -456,7 +482,8 @@ class _Run:
             return None
         matrix = self.model.embedding()
         if precision is not None:
-            solver = METHODS["rtn"](None, self.options)
+            known = self._known_solver(name, None)
+            solver = METHODS["rtn"](None, self.options) if known is None else known.solve
             matrix = self._quantize(name, matrix, solver, precision, None, self.output.finish)
         return None if self.tokens is None else self.model.embed(self.tokens, matrix)
 
@@ -673,7 +700,7 @@ class _Run:
             if drift is not None and gram is not None:
                 weight = drift.corrected(name, weight, gram)
             if precision is not None:
-                own = own_solver(name) or shared
+                own = own_solver(name) or self._known_solver(prefix + name, gram) or shared
                 if own is None:
                     own = shared = OwnSolver(METHODS[self.options.method](gram, self.options), gram)
                 stored = self._quantize(
@@ -681,6 +708,22 @@ class _Run:
                 )
                 if replace:
                     block.weights[f"{name}.weight"] = stored
+
+    def _known_solver(self, name: str, gram: Float32 | None) -> OwnSolver | None:
+        """Return what takes a layer of the model that is quantized already."""
+        if self.quantized is None:
+            return None
+        if name == self.model.names.embedding:
+            name = self.quantized.embedding_name
+        tensor = self.quantized.quantized(name)
+        if tensor is None:
+            return None
+
+        def solve(_: Any, bits: int, size: int | None, grid: Grid, dtype: Any) -> QuantizedTensor:
+            # Symmetric by chance, among layers that are not.
+            return replace(tensor, grid=grid) if grid == "zero_point" else tensor
+
+        return OwnSolver(solve, gram)
 
     def _solvers_from_file(
         self, block: DecoderBlock, prefix: str, stage: Stage
@@ -717,7 +760,9 @@ class _Run:
             own = self._solver_from_file(self.activations, (name,), self.model.config.hidden_size)
         else:
             gram = None if hidden is None else gram_of(self.model.final_norm(hidden))
-            own = OwnSolver(METHODS[self.options.method](gram, self.options), gram)
+            own = self._known_solver(name, gram) or OwnSolver(
+                METHODS[self.options.method](gram, self.options), gram
+            )
         self._quantize(name, self.model.head(), own.solve, precision, own.gram, self.output.finish)
 
     def _quantize(
@@ -748,6 +793,8 @@ class _Run:
         model = self.model
         matrix = f"{model.embedding_name}.weight"
         for name in names:
+            if name in self.packed:
+                continue
             target = name
             if model.tied:
                 target = f"{model.names.embedding}.weight" if name == matrix else name

@@ -1,5 +1,6 @@
 """What a run did, as figures and as tables."""
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitwright.evaluate import Evaluation
+from bitwright.formats import Precision
 from bitwright.inspection import Inspection
 from bitwright.methods.awq import ScaleSearch
 from bitwright.recipe import Recipe
@@ -208,6 +210,79 @@ def print_dwq_report(report: DwqReport, console: Console) -> None:
         console.print(
             "Training made nothing better: the scales are those of the student that was given. A smaller "
             "learning rate or more data may help."
+        )
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """One layer.
+
+    Parameters
+    ----------
+    name
+        Full name, without ``.weight``.
+    before, after
+        How it was and is stored; `after` None in float.
+    error
+        ``‖Ŵ − W‖² / ‖W‖²``, W as it was stored: 0 where nothing is lost.
+    """
+
+    name: str
+    before: Precision
+    after: Precision | None
+    error: float
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `bitwright.convert` did.
+
+    Parameters
+    ----------
+    out
+        The folder that was written.
+    source_format, format
+        From what to what; ``"float"`` where nothing is quantized.
+    layers
+        All that were quantized.
+    size_bytes, original_bytes
+        Bytes of all tensors, written and read.
+    """
+
+    out: Path
+    source_format: str
+    format: str
+    layers: tuple[ConvertedLayer, ...]
+    size_bytes: int
+    original_bytes: int
+
+    @property
+    def lossy(self) -> list[ConvertedLayer]:
+        """The layers that were rounded again."""
+        return [layer for layer in self.layers if layer.error > 0]
+
+
+def print_conversion(report: ConversionReport, console: Console) -> None:
+    """Print what became of the layers, alike ones together."""
+    kinds: Counter[tuple[Precision, Precision | None, bool]] = Counter()
+    for layer in report.layers:
+        kinds[layer.before, layer.after, layer.error > 0] += 1
+    table = Table(box=box.SIMPLE)
+    for heading in ("layers", report.source_format, report.format, "weights"):
+        table.add_column(heading, justify="right" if heading == "layers" else "left")
+    for (before, after, lossy), count in kinds.items():
+        kept = "rounded again" if lossy else "the same"
+        table.add_row(str(count), before.words(), after.words() if after else "float", kept)
+    console.print(table)
+    console.print(
+        f"written to {report.out}: {megabytes(report.size_bytes)}, from "
+        f"{megabytes(report.original_bytes)}"
+    )
+    if report.lossy:
+        worst = max(report.lossy, key=lambda layer: layer.error)
+        console.print(
+            f"{len(report.lossy)} layers lost something, {worst.name} most: {worst.error:.2g} of the "
+            f"energy of its weights"
         )
 
 

@@ -8,7 +8,9 @@ from bitwright.checkpoint.config import (
     LayerType,
     ModelConfig,
     RopeConfig,
+    float_config,
 )
+from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.opening import open_checkpoint
 from bitwright.checkpoint.reader import Checkpoint, CheckpointSlice
 from bitwright.checkpoint.writer import (
@@ -24,6 +26,7 @@ __all__ = [
     "CheckpointWriter",
     "ConfigRules",
     "ExpertsConfig",
+    "GgufCheckpoint",
     "Keys",
     "LatentConfig",
     "LayerType",
@@ -32,5 +35,6 @@ __all__ = [
     "SafetensorsFiles",
     "WeightFiles",
     "copy_side_files",
+    "float_config",
     "open_checkpoint",
 ]

@@ -633,3 +633,23 @@ def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) 
         mscale_all_dim=rope.optional_number("mscale_all_dim", zero=True),
         truncate=rope.boolean("truncate", True),
     )
+
+
+def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json without what it says of quantization.
+
+    Parameters
+    ----------
+    config : mapping
+        config.json of any checkpoint.
+
+    Returns
+    -------
+    dict
+        The rest, in the same order.
+    """
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in ("quantization", "quantization_config")
+    }

@@ -28,6 +28,9 @@ class _GgufShard:
         self.tensors = tensors
         self.lock = threading.Lock()
 
+    def __del__(self) -> None:
+        self.file.close()  # as safetensors does with its files, for who forgets to
+
     def get_tensor(self, name: str) -> NDArray[Any]:
         info, position = self.tensors[name]
         array = self.load(position, info.dtype, info.shape)

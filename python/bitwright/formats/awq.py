@@ -26,6 +26,8 @@ class AwqFormat(Format):
     scale_dtypes = (np.dtype(np.float16),)
     embeddings = False
     one_precision = True
+    parts = ("qweight", "qzeros", "scales")
+    engines = "transformers with GPTQModel, vLLM"
     metadata = "pt"
 
     @classmethod

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
-from bitwright.tensor import QuantizedTensor, pack, unpack
+from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
 
 METHOD, LAYOUT = "compressed-tensors", "pack-quantized"
 HEAD = "lm_head"  # a module of its own for loaders even where it is tied to the embedding
@@ -19,7 +19,8 @@ HEAD = "lm_head"  # a module of its own for loaders even where it is tied to the
 class CompressedTensorsFormat(Format):
     """Reads and writes the layout that packs codes along the input channels, ``w = scale * (code - zero)``.
 
-    Its codes and zeros are signed, and stored with half their range added: what is stored are ours.
+    Its codes and zeros are signed, and stored with half their range added: what is stored are ours. Bits
+    other than 4 and 8 are read, too; engines have no kernels for them.
     """
 
     name = METHOD
@@ -30,6 +31,14 @@ class CompressedTensorsFormat(Format):
     scale_dtypes = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
     embeddings = False
     fuses_shared_inputs = True  # vLLM: query, key and value; gate and up; all experts of a layer
+    parts = (
+        "weight_packed",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_shape",
+        "weight_g_idx",
+    )
+    engines = "transformers with compressed-tensors, vLLM"
     metadata = "pt"
 
     @classmethod
@@ -134,7 +143,7 @@ class CompressedTensorsFormat(Format):
         channels = shape[-1]
         bits = row * 32 // channels if channels > 0 else 0
         if (
-            bits not in self.bits
+            bits not in BITS
             or shape != [out, channels]
             or row * 32 != channels * bits
             or rows != out

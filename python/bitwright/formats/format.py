@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -30,6 +31,11 @@ class Precision:
         """Return the group size of a layer with so many input channels."""
         return self.group_size or channels
 
+    def words(self) -> str:
+        """Return it as people write it."""
+        size = "whole rows" if self.group_size is None else f"groups of {self.group_size}"
+        return f"{self.bits} bits in {size} ({self.grid})"
+
 
 class Format:
     """Base of the formats."""
@@ -45,6 +51,10 @@ class Format:
     # Whether engines fuse layers that share an input, so that these must have one precision.
     fuses_shared_inputs: ClassVar[bool] = False
     one_precision: ClassVar[bool] = False  # whether all layers must have the same
+    one_grid: ClassVar[bool] = False  # whether all layers must have grids of one kind
+    reorders: ClassVar[bool] = False  # whether groups may be other than consecutive channels
+    parts: ClassVar[tuple[str, ...]]  # endings of the names of tensors that hold a layer
+    engines: ClassVar[str]  # what loads it
     metadata: ClassVar[str]  # the "format" that loaders look for in the header of weight files
 
     @classmethod
@@ -70,7 +80,13 @@ class Format:
     @classmethod
     def default_group_size(cls, bits: int, grid: Grid) -> int:
         """Return the group size where none is asked for."""
-        return 64
+        return 64 if 64 in cls.group_sizes else cls.group_sizes[-1]
+
+    @classmethod
+    def precisions(cls) -> list[Precision]:
+        """Return all that is stored."""
+        sizes = (*cls.group_sizes, *((None,) if cls.whole_row else ()))
+        return [Precision(*each) for each in product(cls.bits, sizes, cls.grids)]
 
     @classmethod
     def precision(

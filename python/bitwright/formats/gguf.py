@@ -40,6 +40,8 @@ class GgufFormat(Format):
     scale_dtypes = (HALF,)
     embeddings = True
     stacks_experts = True
+    parts = ("weight",)
+    engines = "llama.cpp"
     metadata = "gguf"
 
     @classmethod
@@ -65,6 +67,10 @@ class GgufFormat(Format):
     @classmethod
     def default_group_size(cls, bits: int, grid: Grid) -> int:
         return K_GRIDS[bits].group_size if grid == "k" and bits in K_GRIDS else BLOCK
+
+    @classmethod
+    def precisions(cls) -> list[Precision]:
+        return [Precision(bits, cls.default_group_size(bits, grid), grid) for grid, bits in TYPES]
 
     @classmethod
     def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
@@ -121,6 +127,12 @@ class GgufFormat(Format):
             raise CheckpointError(
                 f"{checkpoint.file(tensor)}: tensor {tensor} has {blocks.ndim} axes, expected 2"
             )
+        for field in {"d", "dmin", "m"} & set(blocks.dtype.names):
+            if not np.isfinite(blocks[field]).all():
+                raise CheckpointError(
+                    f"{checkpoint.file(tensor)}: tensor {tensor} has scales that are NaN or infinite. "
+                    f"The file is damaged: fetch or make it again"
+                )
         grid, bits = GRIDS_OF_TYPES[TYPE_NAMES[blocks.dtype]]
         fields: dict[str, Any] = {"superblocks": None, "biases": None}
         if grid == "k":
@@ -146,7 +158,7 @@ class GgufFormat(Format):
 def _pack_blocks(kind: str, name: str, tensor: QuantizedTensor) -> Blocks:
     """Return ``[out, in / 32]`` blocks; larger groups are stored as several of 32 with one scale."""
     blocks = np.zeros((tensor.shape[0], tensor.shape[1] // BLOCK), BLOCKS[kind])
-    repeats = tensor.group_size // BLOCK
+    repeats = 0 if tensor.group_size % BLOCK else tensor.group_size // BLOCK
     for field, values in (("d", tensor.scales), ("m", tensor.biases)):
         if values is None:
             continue

@@ -29,6 +29,10 @@ class GptqFormat(Format):
     scale_dtypes = (np.dtype(np.float16),)
     embeddings = False
     fuses_shared_inputs = True  # vLLM: query, key and value; gate and up; all experts of a layer
+    one_grid = True
+    reorders = True
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    engines = "transformers with GPTQModel, vLLM"
     metadata = "pt"
 
     def __init__(self, settings: Mapping[str, Any], subtracted: int) -> None:
@@ -136,7 +140,7 @@ class GptqFormat(Format):
                 f"{where}: qweight {list(words.shape)}, qzeros {list(zero_words.shape)} and scales "
                 f"{list(scales.shape)} contradict each other"
             )
-        zeros = unpack(zero_words.view(np.uint32), bits) + np.uint8(self.subtracted)
+        zeros = unpack(_moved(zero_words.view(np.uint32), bits, self.subtracted), bits)
         return QuantizedTensor(
             codes=unpack(np.ascontiguousarray(words.T).view(np.uint32), bits),
             scales=np.ascontiguousarray(scales.T),
@@ -150,8 +154,19 @@ class GptqFormat(Format):
 
 
 def _grid(name: str, tensor: QuantizedTensor, subtracted: int) -> dict[str, NDArray[Any]]:
-    zeros = np.ascontiguousarray(np.asarray(tensor.zeros).T) - np.uint8(subtracted)
+    zeros = pack(np.ascontiguousarray(np.asarray(tensor.zeros).T), tensor.bits)
     return {
-        f"{name}.qzeros": pack(zeros, tensor.bits).view(np.int32),
+        f"{name}.qzeros": _moved(zeros, tensor.bits, -subtracted).view(np.int32),
         f"{name}.scales": np.ascontiguousarray(tensor.scales.T),
     }
+
+
+def _moved(words: NDArray[np.uint32], bits: int, by: int) -> NDArray[np.uint32]:
+    """Add `by` to each of the packed zeros, as GPTQModel does between the two versions: to whole words, so
+    that a zero of 0 borrows from the next; but zeros of 3 bits lie across words, and are taken modulo 8."""
+    if not by:
+        return words
+    if bits == 3:
+        return pack(unpack(words, bits) + np.uint8(by % 8) & np.uint8(7), bits)
+    ones = sum(1 << place for place in range(0, 32, bits))
+    return words + np.uint32(by * ones % (1 << 32))

@@ -44,6 +44,8 @@ class MarlinFormat(Format):
     embeddings = False
     fuses_shared_inputs = True  # vLLM: query, key and value; gate and up
     one_precision = True
+    parts = ("B", "s")
+    engines = "vLLM up to 0.10.1"
     metadata = "pt"
 
     def __init__(self, group_size: int) -> None:

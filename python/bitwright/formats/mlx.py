@@ -26,6 +26,8 @@ class MlxFormat(Format):
     scale_dtypes = FLOATS
     embeddings = True
     stacks_experts = True
+    parts = ("weight", "scales", "biases")
+    engines = "mlx-lm"
     metadata = "mlx"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:

@@ -31,7 +31,9 @@ def fit_superblocks(
     """
     kind = K_GRIDS[bits]
     per = SUPERBLOCK // kind.group_size
-    costs = importance.reshape(-1, per, kind.group_size).sum(axis=2) + np.float32(1e-30)
+    # In units of the largest, so that no sum of squares is more than float32 can hold.
+    relative = np.ldexp(importance, -np.frexp(importance.max())[1])
+    costs = relative.reshape(-1, per, kind.group_size).sum(axis=2) + np.float32(1e-30)
 
     def blocks(values: Float32) -> Float32:
         return values.reshape(len(values), -1, per)
@@ -50,6 +52,7 @@ def fit_superblocks(
     rounded = SuperBlocks(d, codes.astype(np.int8)).scales()
     # Where the scale has been rounded, the middle of the range stays where it is.
     mins = np.maximum((rounded - scales) * (top / 2) - bottom, 0)
+    mins[(scales == 0) & (bottom == 0)] = 0  # so that zeros stay zeros
     dmin, min_codes = _fit(blocks(mins), costs, low, high, least=0)
     return SuperBlocks(
         d, codes.astype(np.int8), dmin, min_codes.reshape(scales.shape).astype(np.uint8)
@@ -79,21 +82,24 @@ def _fit(
             stored = candidate.astype(np.float16)
         tiny = np.where(np.signbit(candidate), -SMALLEST, SMALLEST)
         stored = np.where(stored == 0, tiny, stored)
-        if not np.isfinite(stored).all():
-            raise ValueError("weights: their scales are more than float16 can hold")
-        wide = stored.astype(np.float32)[:, :, None]
+        holds = np.isfinite(stored)
+        wide = np.where(holds, stored, 1).astype(np.float32)[:, :, None]
         steps = np.clip(np.rint(values / wide), low, high)
         if least:
             steps = np.where(steps == 0, np.where(values * wide < 0, -1, 1), steps)
             steps = np.clip(steps, low or 1, high)
         error = (costs * np.square(values - wide * steps)).sum(axis=2)
-        better = error < best
+        better = holds & (error < best)
         best[better], d[better] = error[better], stored[better]
         codes[better] = steps[better]
 
     for end in (high, low) if low else (high,):
         for shrink in SHRINKS:
             offer(extreme / np.float32(end * shrink))
+    if not np.isfinite(best).all():
+        raise ValueError(
+            "weight: its scales are more than float16 can hold; use another grid than k"
+        )
     energy = (costs * codes * codes).sum(axis=2)
     offer((costs * values * codes).sum(axis=2) / np.where(energy > 0, energy, 1))
     return d, codes

@@ -79,8 +79,11 @@ class Model:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The dtype that config.json declares, or else that of the embedding."""
-        return self.config.dtype or self.checkpoint.dtype(f"{self.embedding_name}.weight")
+        """The dtype that config.json declares, or else that of the embedding or, if that is quantized, the
+        last norm."""
+        matrix = f"{self.embedding_name}.weight"
+        stored = matrix if self._is_float(matrix) else f"{self.names.final_norm}.weight"
+        return self.config.dtype or self.checkpoint.dtype(stored)
 
     def block_prefix(self, index: int) -> str:
         """Return the start of the names of block `index`'s tensors."""
@@ -125,6 +128,35 @@ class Model:
             slices = CheckpointSlice(self.checkpoint, place.index)
             return self.format.read(slices, place.stacked_name)
         return self.format.read(self.checkpoint, name)
+
+    def quantized_layers(self) -> dict[str, tuple[int, int]]:
+        """Return ``(out, in)`` of every layer that is quantized, by full name."""
+        packed = set(self.packed_tensors().values())
+        matrix = (self.config.vocab_size, self.config.hidden_size)
+        shapes = {self.embedding_name: matrix, self.head_name: matrix, **self.linear_shapes()}
+        return {
+            name: shape
+            for name, shape in shapes.items()
+            if name in packed
+            or (name in self.experts and self.experts[name].stacked_name in packed)
+        }
+
+    def packed_tensors(self) -> dict[str, str]:
+        """Return the tensors that hold quantized layers, and which layer each holds: of stacked experts the
+        stack."""
+        if self.format is None:
+            return {}
+        parts, layers = self.format.parts, set()
+        for name in (*self.linear_shapes(), self.embedding_name, self.head_name):
+            place = self.experts.get(name)
+            layers |= {name} if place is None else {name, place.stacked_name}
+        found: dict[str, str] = {}
+        for layer in layers:
+            there = [f"{layer}.{part}" for part in parts if f"{layer}.{part}" in self.checkpoint]
+            if not there or (len(there) == 1 and self._is_float(there[0])):
+                continue
+            found |= dict.fromkeys(there, layer)
+        return found
 
     def stored_dtype(self, tensor: str) -> np.dtype[Any]:
         """Return the dtype that a float tensor is stored in, by its full name."""

@@ -1,0 +1,51 @@
+"""The formats as a table for people, made from what the code says of them."""
+
+from bitwright.formats import FORMATS, Format
+
+
+def format_table() -> str:
+    """Return the table of docs/formats.md: format, bits, groups, grids, and what loads them.
+
+    Returns
+    -------
+    str
+        Markdown.
+
+    Examples
+    --------
+    >>> print(format_table().splitlines()[0])
+    | format | bits | groups | grid | scales | embedding and head | engines |
+    """
+    lines = [
+        "| format | bits | groups | grid | scales | embedding and head | engines |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, kind in FORMATS.items():
+        for bits, groups, grids in _rows(kind):
+            scales = ", ".join(str(dtype) for dtype in kind.scale_dtypes)
+            if grids == "k":
+                scales = "integers times float16"
+            embeddings = "quantized or in float" if kind.embeddings else "in float"
+            cells = (name, bits, groups, grids, scales, embeddings, kind.engines)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rows(kind: type[Format]) -> list[tuple[str, str, str]]:
+    """Return bits, groups and grids that go together, each as words."""
+    sizes: dict[tuple[str, int], list[str]] = {}
+    for each in kind.precisions():
+        size = "whole row" if each.group_size is None else str(each.group_size)
+        sizes.setdefault((each.grid, each.bits), []).append(size)
+    bits: dict[tuple[str, str], list[str]] = {}
+    for (grid, number), groups in sorted(sizes.items()):
+        together = ", ".join(groups)
+        bits.setdefault((grid, together), []).append(str(number))
+    grids: dict[tuple[str, str, bool], list[str]] = {}
+    for (grid, together), numbers in bits.items():
+        grids.setdefault((", ".join(numbers), together, grid == "k"), []).append(grid)
+    return [(numbers, groups, ", ".join(kinds)) for (numbers, groups, _), kinds in grids.items()]
+
+
+if __name__ == "__main__":
+    print(format_table(), end="")
