@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -115,7 +115,9 @@ def plan_layers(
         If a pattern matches no layer, or the format cannot store what is asked for.
     """
     shapes = dict(model.linear_shapes())
-    plan = plan_shapes(shapes, default, include=include, exclude=exclude, overrides=overrides)
+    plan = plan_shapes(
+        shapes, default, format, include=include, exclude=exclude, overrides=overrides
+    )
     plan.update(dict.fromkeys(model.never_quantized()))
     matrix = (model.config.vocab_size, model.config.hidden_size)
     for name, bits, option in (
@@ -130,7 +132,7 @@ def plan_layers(
             )
         if model.tied and option == "head_bits":
             raise ValueError("head_bits: the head is the embedding; use embedding_bits")
-        plan[name] = Precision(bits, default.group_size, default.grid)
+        plan[name] = format.with_bits(default, bits)
         shapes[name] = matrix
     check_plan(plan, shapes, format)
     return plan
@@ -139,6 +141,7 @@ def plan_layers(
 def plan_shapes(
     shapes: Mapping[str, tuple[int, int]],
     default: Precision,
+    format: type[Format] = Format,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -153,7 +156,7 @@ def plan_shapes(
             )
     plan: dict[str, Precision | None] = dict.fromkeys(shapes, default)
     for pattern, changes in overrides.items():
-        precision = _changed(default, pattern, changes)
+        precision = _changed(default, pattern, changes, format)
         # A recipe names every layer: trying each as a pattern on each would take minutes.
         named = [pattern] if pattern in shapes else [n for n in shapes if fnmatchcase(n, pattern)]
         plan.update(dict.fromkeys(named, precision))
@@ -188,11 +191,15 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
             )
 
 
-def _changed(default: Precision, pattern: str, changes: Mapping[str, int]) -> Precision:
+def _changed(
+    default: Precision, pattern: str, changes: Mapping[str, int], format: type[Format]
+) -> Precision:
     unknown = set(changes) - {"bits", "group_size"}
     if unknown:
         raise ValueError(
             f"override of {pattern!r}: unknown {', '.join(sorted(unknown))}; known: bits, group_size"
         )
-    size = changes.get("group_size", default.group_size)
-    return Precision(changes.get("bits", default.bits), None if size == -1 else size, default.grid)
+    bits = changes.get("bits", default.bits)
+    precision = default if bits == default.bits else format.with_bits(default, bits)
+    size = changes.get("group_size", precision.group_size)
+    return replace(precision, group_size=None if size == -1 else size)

@@ -181,8 +181,10 @@ class QuantizedTensor:
             )
         if self.superblocks is not None:
             biases = self.superblocks.biases()
-            alike = np.array_equal(self.scales, self.superblocks.scales())
-            if not alike or (biases is not None and not np.array_equal(offsets, biases)):
+            alike = np.array_equal(self.scales, self.superblocks.scales(), equal_nan=True)
+            if not alike or (
+                biases is not None and not np.array_equal(offsets, biases, equal_nan=True)
+            ):
                 raise ValueError("superblocks: scales and biases are not their products")
 
     @property

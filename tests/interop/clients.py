@@ -1,9 +1,12 @@
 """Build, once, a virtual environment for each real client that loads what bitwright writes."""
 
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 # Each list is installed in one resolution, so that nothing can move torch off its pin: newer
 # releases of GPTQModel want a torch whose wheels pull gigabytes of CUDA. transformers reads GPTQ
@@ -18,8 +21,26 @@ CLIENTS = {
         "gptqmodel==7.6.0",
         "compressed-tensors==0.19.0",
     ],
+    "llamacpp": ["llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy==2.4.6"],
 }
-ROOT = Path(__file__).resolve().parents[2] / ".interop"
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1] / ".interop"
+# llama-cpp-python comes as its source: built without what only programs need, and quickly, not for speed.
+SWITCHED_OFF = [
+    *("LLAVA_BUILD", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES"),
+    *("LLAMA_BUILD_SERVER", "LLAMA_BUILD_APP", "GGML_LLAMAFILE", "GGML_CPU_REPACK"),
+]
+BUILD = {
+    "SKBUILD_BUILD_TARGETS": "llama",
+    "CMAKE_ARGS": " ".join(
+        [
+            *(f"-D{name}=OFF" for name in SWITCHED_OFF),
+            f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={HERE / 'llama_cpp.cmake'}",
+            "-DCMAKE_CXX_FLAGS_RELEASE=-O0",
+            "-DCMAKE_C_FLAGS_RELEASE=-O2",
+        ]
+    ),
+}
 
 
 def client_python(name: str, root: Path = ROOT) -> Path:
@@ -31,9 +52,28 @@ def client_python(name: str, root: Path = ROOT) -> Path:
     requirements = "\n".join(CLIENTS[name]) + "\n"
     if not stamp.exists() or stamp.read_text() != requirements:
         subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *CLIENTS[name]], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", *CLIENTS[name]],
+            check=True,
+            env={**os.environ, **(BUILD if name == "llamacpp" else {})},
+        )
         stamp.write_text(requirements)
     return python
+
+
+def run_client(client: str, script: str, *arguments: str | Path) -> str:
+    """What a script of this folder prints, run by a client; skips where that cannot be installed."""
+    try:
+        python = client_python(client)
+    except subprocess.CalledProcessError as error:
+        if "CI" in os.environ:
+            raise
+        pytest.skip(f"the client {client} cannot be installed here: {error}")
+    done = subprocess.run(
+        [python, HERE / script, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clients import client_python
+from clients import client_python, run_client
 from shared_data import SHARED, needs_shared
 
 import bitwright
@@ -23,19 +23,19 @@ AWQ = {"format": "awq", "group_size": 64}
 COMPRESSED = {"format": "compressed-tensors", "scale_dtype": "float32"}
 
 
-def client_perplexity(client: str, script: str, model: Path, tokens: Path) -> float:
-    try:
-        python = client_python(client)
-    except subprocess.CalledProcessError as error:
-        if "CI" in os.environ:
-            raise
-        pytest.skip(f"the client {client} cannot be installed here: {error}")
-    done = subprocess.run(
-        [python, HERE / script, model, tokens], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    figures = json.loads(done.stdout.splitlines()[-1])
+def client_perplexity(client: str, model: Path, tokens: Path) -> float:
+    scripts = {"mlx": "mlx_perplexity.py", "llamacpp": "llamacpp_perplexity.py"}
+    script = scripts.get(client, "gptqmodel_perplexity.py")
+    file = model / "model.gguf" if client == "llamacpp" else model
+    figures = json.loads(run_client(client, script, file, tokens).splitlines()[-1])
     return float(figures["perplexity"])
+
+
+def check_loads(client: str, model: Path, tokens: Any, rel: float = 1e-3) -> None:
+    place = model.with_name("tokens.npy")
+    np.save(place, tokens)
+    ours = bitwright.evaluate(model, tokens).perplexity
+    assert client_perplexity(client, model, place) == pytest.approx(ours, rel=rel)
 
 
 def check(
@@ -44,11 +44,8 @@ def check(
     # What is in the codes does not matter to who reads them.
     options = {"preset": "fast", "calibration": calibration, "progress": False, **options}
     bitwright.quantize(model, tmp_path / "out", **options)
-    np.save(tmp_path / "tokens.npy", tokens)
-    ours = bitwright.evaluate(tmp_path / "out", tokens).perplexity
-    script = "mlx_perplexity.py" if client == "mlx" else "gptqmodel_perplexity.py"
-    theirs = client_perplexity(client, script, tmp_path / "out", tmp_path / "tokens.npy")
-    assert theirs == pytest.approx(ours, rel=1e-3)
+    # llama.cpp rounds the inputs of quantized layers to 8 bits.
+    check_loads(client, tmp_path / "out", tokens, 2e-3 if client == "llamacpp" else 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +67,8 @@ def check(
         ("gptqmodel", {"bits": 8, **COMPRESSED, "group_size": None}),
         ("mlx", {"method": "awq", "bits": 3}),
         ("mlx", {"method": "salient"}),
+        ("llamacpp", {"format": "gguf", "bits": 4, "embedding_bits": 8}),
+        ("llamacpp", {"format": "gguf", "bits": 5, "grid": "symmetric", "exclude": ["*.0.*"]}),
     ],
 )
 def test_demo_model(tmp_path: Path, client: str, options: dict[str, Any]) -> None:
@@ -86,6 +85,8 @@ def test_demo_model(tmp_path: Path, client: str, options: dict[str, Any]) -> Non
         ("gptqmodel", {"bits": 4, **GPTQ}),
         ("gptqmodel", {"method": "awq", **AWQ}),
         ("mlx", {"method": "awq", "bits": 3}),
+        ("llamacpp", {"method": "rtn", "format": "gguf", "bits": 4, "embedding_bits": 6}),
+        ("llamacpp", {"method": "rtn", "format": "gguf", "bits": 2}),
     ],
 )
 def test_small_model(tmp_path: Path, client: str, options: dict[str, Any]) -> None:
@@ -121,11 +122,7 @@ def test_trained_dynamic_model(
     )
     assert report.kl_after < report.kl_before
     tokens = bitwright.load_tokens(DEMO / "evaluation.txt", tokenizer=DEMO, length=128, samples=8)
-    np.save(tmp_path / "tokens.npy", tokens)
-    ours = bitwright.evaluate(tmp_path / "out", tokens).perplexity
-    script = "mlx_perplexity.py" if client == "mlx" else "gptqmodel_perplexity.py"
-    theirs = client_perplexity(client, script, tmp_path / "out", tmp_path / "tokens.npy")
-    assert theirs == pytest.approx(ours, rel=1e-3)
+    check_loads(client, tmp_path / "out", tokens)
 
 
 @needs_shared
@@ -145,6 +142,39 @@ def test_story_model_loads_in_mlx(tmp_path: Path) -> None:
     calibration = np.load(SHARED / "text" / "story_calibration.npy")[:16]
     tokens = np.load(SHARED / "text" / "story_eval.npy")[:16]
     check(tmp_path, "mlx", SHARED / "models" / "story", calibration, tokens, bits=4)
+
+
+@pytest.mark.parametrize(
+    ("client", "options", "target"),
+    [
+        ("mlx", AWQ, "mlx"),
+        ("gptqmodel", {"format": "gguf", "grid": "symmetric"}, "compressed-tensors"),
+        ("gptqmodel", {**GPTQ, "grid": "zero_point"}, "awq"),
+        ("llamacpp", {"format": "mlx", "embedding_bits": 4, "scale_dtype": "float16"}, "gguf"),
+    ],
+)
+def test_converted_models(
+    tmp_path: Path, client: str, options: dict[str, Any], target: Any
+) -> None:
+    tokens = bitwright.load_tokens(DEMO / "evaluation.txt", tokenizer=DEMO, length=128, samples=16)
+    bitwright.quantize(DEMO, tmp_path / "from", "rtn", progress=False, **options)
+    report = bitwright.convert(tmp_path / "from", tmp_path / "out", target, progress=False)
+    assert not report.lossy
+    check_loads(client, tmp_path / "out", tokens, 2e-3 if client == "llamacpp" else 1e-3)
+
+
+@pytest.mark.parametrize("name", ["story", "small"])
+@needs_shared
+def test_llama_cpp_computes_what_we_do(tmp_path: Path, name: str) -> None:
+    """On weights in float32 it rounds nothing: those of a model in float, and of k grids."""
+    tokens = np.load(SHARED / "text" / f"{name}_eval.npy")[:4]
+    model = SHARED / "models" / name
+    if name == "small":
+        bitwright.quantize(model, tmp_path / "k", "rtn", 3, format="gguf", progress=False)
+        model = tmp_path / "k"
+    bitwright.convert(model, tmp_path / "float", "float", dtype="float32", progress=False)
+    bitwright.convert(tmp_path / "float", tmp_path / "out", "gguf", progress=False)
+    check_loads("llamacpp", tmp_path / "out", tokens, 1e-5)
 
 
 def test_adapter_where_transformers_is_installed() -> None:

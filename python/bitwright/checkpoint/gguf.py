@@ -2,6 +2,7 @@
 
 import os
 import threading
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -27,9 +28,6 @@ class _GgufShard:
         self.names = names
         self.tensors = tensors
         self.lock = threading.Lock()
-
-    def __del__(self) -> None:
-        self.file.close()  # as safetensors does with its files, for who forgets to
 
     def get_tensor(self, name: str) -> NDArray[Any]:
         info, position = self.tensors[name]
@@ -135,6 +133,7 @@ class GgufCheckpoint(Checkpoint):
             }
             self._names = sorted(self._tensors)
             self._stack = stack.pop_all()
+            weakref.finalize(self, self._stack.close)
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """As `Checkpoint.dtype`, but quantized matrices are of structured types, see `BLOCKS`."""

@@ -1,7 +1,7 @@
 """What a format is: packing, unpacking, and the words for it in config.json."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, ClassVar, Literal, Self
 
@@ -97,6 +97,11 @@ class Format:
         if group_size == "auto":
             group_size = cls.default_group_size(bits, chosen)
         return Precision(bits, None if group_size == -1 else group_size, chosen)
+
+    @classmethod
+    def with_bits(cls, default: Precision, bits: int) -> Precision:
+        """Return the precision of a layer that only differs in its bits."""
+        return replace(default, bits=bits)
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:

@@ -73,6 +73,14 @@ class GgufFormat(Format):
         return [Precision(bits, cls.default_group_size(bits, grid), grid) for grid, bits in TYPES]
 
     @classmethod
+    def with_bits(cls, default: Precision, bits: int) -> Precision:
+        """Every type has its own group size, and not every grid all bits."""
+        grid: Grid = default.grid
+        if (grid, bits) not in TYPES:
+            grid = "k" if bits in K_GRIDS else "symmetric"
+        return Precision(bits, cls.default_group_size(bits, grid), grid)
+
+    @classmethod
     def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
         bits, grid = precision.bits, precision.grid
         if (grid, bits) not in TYPES:

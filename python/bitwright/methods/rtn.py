@@ -73,6 +73,11 @@ def quantize_rtn(
     )
     if grid != "k":
         return QuantizedTensor(**choice.fields(codes, scales, offsets))
+    # Groups of zeros have a scale of their own choice, which must not count in that of the superblock.
+    live = (weight != 0) & (weights != 0)
+    empty = ~live.reshape(*scales.shape, -1).any(axis=2)
+    scales[empty] = 0
+    offsets[empty] = 0
     blocks = fit_superblocks(scales, offsets, weights, bits)
     scales, offsets = expanded(blocks, bits)
     rounded = np.ascontiguousarray(weight, np.float32)
