@@ -166,24 +166,26 @@ class _Conversion:
         kind, plan = self.kind, dict[str, Precision | None]()
         families = _families(kind)
         held: list[dict[str, Precision | None]] = [{} for _ in families]
+        options: list[dict[str, Precision | None]] = [{} for _ in families]
         for group in self._groups():
+            for _ in group:
+                step()
             if not kind.embeddings and self.matrices.issuperset(group):
                 plan |= {self._target(name): None for name in group}
                 continue
-            choices = [self._held(kind, group, family) for family in families]
-            for found, choice in zip(held, choices, strict=True):
-                found.update(dict.fromkeys(group, choice))
-            for _ in group:
-                step()
-        options = [
-            {name: choice or self._nearest(kind, name, family) for name, choice in found.items()}
-            for found, family in zip(held, families, strict=True)
-        ]
+            tensors = {name: self._tensor(name) for name in group}
+            for place, family in enumerate(families):
+                choice = self._held(kind, tensors, family)
+                held[place] |= dict.fromkeys(group, choice)
+                options[place] |= {
+                    name: choice or _nearest(kind, name, tensor, family)
+                    for name, tensor in tensors.items()
+                }
         possible = [place for place, option in enumerate(options) if all(option.values())]
         if not possible:
-            for name, choice in options[0].items():
-                if choice is None:
-                    kind.check(name, self.layers[name], families[0][0])  # which says why
+            name = next(name for name, choice in options[0].items() if choice is None)
+            kind.check(name, self.layers[name], families[0][0])  # which says why
+            raise ValueError(f"{name}: fits none of the precisions of the {kind.name} format")
         best = min(
             possible,
             key=lambda place: (
@@ -274,7 +276,8 @@ class _Conversion:
             for other in FORMATS.values()
             if other.name != format
             and all(
-                any(self._held(other, (each,), f) for f in _families(other)) for each in self.lost
+                any(self._held(other, {each: self._tensor(each)}, f) for f in _families(other))
+                for each in self.lost
             )
         ]
         hint = f"{', '.join(others)} or float" if others else "float"
@@ -307,13 +310,17 @@ class _Conversion:
         return tensor
 
     def _held(
-        self, kind: type[Format], names: Group, precisions: Sequence[Precision]
+        self,
+        kind: type[Format],
+        tensors: Mapping[str, QuantizedTensor],
+        precisions: Sequence[Precision],
     ) -> Precision | None:
         """Return the smallest precision that holds all of some layers exactly."""
-        tensors = [self._tensor(name) for name in names]
         for precision in sorted(precisions, key=_stored):
-            if _stores(kind, names[0], tensors[0].shape, precision) and all(
-                self._fitted(kind, tensor, precision) is not None for tensor in tensors
+            if all(
+                _stores(kind, name, tensor.shape, precision)
+                and self._fitted(kind, tensor, precision) is not None
+                for name, tensor in tensors.items()
             ):
                 return precision
         return None
@@ -329,20 +336,6 @@ class _Conversion:
         ]
         size = precision.group_for(tensor.shape[1])
         return regrid(tensor, precision.bits, size, precision.grid, dtypes)
-
-    def _nearest(
-        self, kind: type[Format], name: str, precisions: Sequence[Precision]
-    ) -> Precision | None:
-        """Return what a layer that no precision holds is rounded to, None if its shape fits none."""
-        tensor = self._tensor(name)
-
-        def distance(precision: Precision) -> tuple[bool, int, bool, int]:
-            size = precision.group_for(tensor.shape[1])
-            fewer, coarser = precision.bits < tensor.bits, size > tensor.group_size
-            return fewer, abs(precision.bits - tensor.bits), coarser, abs(size - tensor.group_size)
-
-        known = [each for each in precisions if _stores(kind, name, tensor.shape, each)]
-        return min(known, key=distance, default=None)
 
     def _rounded(
         self, tensor: QuantizedTensor, precision: Precision
@@ -402,6 +395,20 @@ def _stores(kind: type[Format], name: str, shape: tuple[int, int], precision: Pr
     except ValueError:
         return False
     return True
+
+
+def _nearest(
+    kind: type[Format], name: str, tensor: QuantizedTensor, precisions: Sequence[Precision]
+) -> Precision | None:
+    """Return what a layer that no precision holds is rounded to, None if its shape fits none."""
+
+    def distance(precision: Precision) -> tuple[bool, int, bool, int]:
+        size = precision.group_for(tensor.shape[1])
+        fewer, coarser = precision.bits < tensor.bits, size > tensor.group_size
+        return fewer, abs(precision.bits - tensor.bits), coarser, abs(size - tensor.group_size)
+
+    known = [each for each in precisions if _stores(kind, name, tensor.shape, each)]
+    return min(known, key=distance, default=None)
 
 
 def _stored(precision: Precision) -> float:

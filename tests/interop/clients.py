@@ -20,9 +20,18 @@ CLIENTS = {
         "accelerate==1.15.0",
         "gptqmodel==7.6.0",
         "compressed-tensors==0.19.0",
+        "gguf==0.19.0",
+    ],
+    # Wants an older transformers, and with it minutes and gigabytes: only built by hand, see OPTIONAL.
+    "llmcompressor": [
+        "torch==2.13.0",
+        "transformers==5.17.0",
+        "llmcompressor==0.14.0.1",
+        "compressed-tensors==0.19.0",
     ],
     "llamacpp": ["llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy==2.4.6"],
 }
+OPTIONAL = ("llmcompressor",)  # tests skip where `python tests/interop/clients.py` has not built it
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1] / ".interop"
 # llama-cpp-python comes as its source: built without what only programs need, and quickly, not for speed.
@@ -63,6 +72,10 @@ def client_python(name: str, root: Path = ROOT) -> Path:
 
 def run_client(client: str, script: str, *arguments: str | Path) -> str:
     """What a script of this folder prints, run by a client; skips where that cannot be installed."""
+    if client in OPTIONAL and not (ROOT / client).is_dir():
+        pytest.skip(
+            f"the client {client} is not built; run python tests/interop/clients.py {client}"
+        )
     try:
         python = client_python(client)
     except subprocess.CalledProcessError as error:

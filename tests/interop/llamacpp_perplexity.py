@@ -1,4 +1,4 @@
-"""Perplexity of a GGUF file, as llama.cpp loads it. Usage: MODEL.gguf TOKENS.npy
+"""Perplexity of GGUF files, as llama.cpp loads them. Usage: TOKENS.npy MODEL.gguf...
 
 It rounds what it multiplies with to the type of the weights, and to 8 bits for quantized ones, so only with
 float32 weights are the figures exact.
@@ -9,14 +9,20 @@ import math
 import sys
 import time
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 from llama_cpp import GGML_TYPE_F32, Llama
 
 
-def main(file: str, tokens_file: str) -> None:
-    start = time.perf_counter()
+def main(tokens_file: str, *files: str) -> None:
     tokens = np.load(tokens_file)
+    for file in files:
+        judge(file, tokens)
+
+
+def judge(file: str, tokens: np.ndarray[Any, Any]) -> None:
+    start = time.perf_counter()
     model = Llama(
         file,
         n_ctx=tokens.shape[1],

@@ -1,4 +1,4 @@
-"""Perplexity of a saved MLX folder, as mlx-lm loads it. Usage: MODEL TOKENS.npy"""
+"""Perplexity of saved MLX folders, as mlx-lm loads them. Usage: TOKENS.npy MODEL..."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,9 +14,14 @@ import numpy as np
 from mlx_lm.utils import load_model
 
 
-def main(folder: str, tokens_file: str) -> None:
-    start = time.perf_counter()
+def main(tokens_file: str, *folders: str) -> None:
     tokens = np.load(tokens_file)
+    for folder in folders:
+        judge(folder, tokens)
+
+
+def judge(folder: str, tokens: np.ndarray[Any, Any]) -> None:
+    start = time.perf_counter()
     # Not mlx_lm.load, which wants a tokenizer beside the weights.
     model, _ = load_model(Path(folder))
     model.set_dtype(mx.float32)

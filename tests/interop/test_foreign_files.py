@@ -84,6 +84,13 @@ def test_compressed_tensors(tmp_path: Path, options: tuple[str, ...]) -> None:
     check(tmp_path, "gptqmodel", script, DEMO, "out", *options)
 
 
+@pytest.mark.parametrize(
+    "options", [("--asymmetric", "--method", "gptq"), ("--method", "gptq", "--actorder", "static")]
+)
+def test_llm_compressor(tmp_path: Path, options: tuple[str, ...]) -> None:
+    check(tmp_path, "llmcompressor", "make_with_llmcompressor.py", DEMO, "out", *options)
+
+
 @pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_gguf(tmp_path: Path, kind: str) -> None:
     check(tmp_path, "llamacpp", "make_with_gguf.py", DEMO, "model.gguf", "--type", kind)

@@ -23,78 +23,98 @@ AWQ = {"format": "awq", "group_size": 64}
 COMPRESSED = {"format": "compressed-tensors", "scale_dtype": "float32"}
 
 
-def client_perplexity(client: str, model: Path, tokens: Path) -> float:
+def check_loads(client: str, models: list[Path], tokens: Any, rel: float = 1e-3) -> None:
+    """A client loads all of them at once: most of its time goes into starting."""
     scripts = {"mlx": "mlx_perplexity.py", "llamacpp": "llamacpp_perplexity.py"}
     script = scripts.get(client, "gptqmodel_perplexity.py")
-    file = model / "model.gguf" if client == "llamacpp" else model
-    figures = json.loads(run_client(client, script, file, tokens).splitlines()[-1])
-    return float(figures["perplexity"])
-
-
-def check_loads(client: str, model: Path, tokens: Any, rel: float = 1e-3) -> None:
-    place = model.with_name("tokens.npy")
+    place = models[0].with_name("tokens.npy")
     np.save(place, tokens)
-    ours = bitwright.evaluate(model, tokens).perplexity
-    assert client_perplexity(client, model, place) == pytest.approx(ours, rel=rel)
+    files = [model / "model.gguf" if client == "llamacpp" else model for model in models]
+    printed = run_client(client, script, place, *files).splitlines()
+    theirs = [json.loads(line)["perplexity"] for line in printed if line.startswith("{")]
+    ours = [bitwright.evaluate(model, tokens).perplexity for model in models]
+    assert theirs == pytest.approx(ours, rel=rel)
 
 
 def check(
-    tmp_path: Path, client: str, model: Path, calibration: Any, tokens: Any, **options: Any
+    tmp_path: Path,
+    client: str,
+    model: Path,
+    calibration: Any,
+    tokens: Any,
+    *kinds: dict[str, Any],
 ) -> None:
-    # What is in the codes does not matter to who reads them.
-    options = {"preset": "fast", "calibration": calibration, "progress": False, **options}
-    bitwright.quantize(model, tmp_path / "out", **options)
+    models = [tmp_path / str(number) for number in range(len(kinds))]
+    for out, options in zip(models, kinds, strict=True):
+        # What is in the codes does not matter to who reads them.
+        options = {"preset": "fast", "calibration": calibration, "progress": False, **options}
+        bitwright.quantize(model, out, **options)
     # llama.cpp rounds the inputs of quantized layers to 8 bits.
-    check_loads(client, tmp_path / "out", tokens, 2e-3 if client == "llamacpp" else 1e-3)
+    check_loads(client, models, tokens, 2e-3 if client == "llamacpp" else 1e-3)
 
 
-@pytest.mark.parametrize(
-    ("client", "options"),
-    [
-        ("mlx", {"bits": 3}),
-        ("mlx", {"bits": 2, "group_size": 32, "method": "rtn"}),
-        ("mlx", {"bits": 5, "embedding_bits": 8, "overrides": {"*.down_proj": {"bits": 6}}}),
-        ("mlx", {"bits": 4, "exclude": ["*.0.*"], "scale_dtype": "float32"}),
-        ("gptqmodel", {"bits": 4, **GPTQ}),
-        ("gptqmodel", {"bits": 3, **GPTQ, "grid": "zero_point"}),
-        ("gptqmodel", {"bits": 8, **GPTQ, "group_size": None, "exclude": ["*.o_proj"]}),
-        ("gptqmodel", {"bits": 2, **GPTQ, "group_size": 32}),
-        ("gptqmodel", {"method": "awq", **AWQ}),
-        ("gptqmodel", {"method": "awq+gptq", **AWQ, "exclude": ["*.0.*", "*.v_proj"]}),
-        ("gptqmodel", {"method": "salient", **AWQ, "group_size": 32}),
-        ("gptqmodel", {"bits": 4, **COMPRESSED, "exclude": ["*.0.*"]}),
-        ("gptqmodel", {"bits": 4, **COMPRESSED, "grid": "zero_point", "group_size": 32}),
-        ("gptqmodel", {"bits": 8, **COMPRESSED, "group_size": None}),
-        ("mlx", {"method": "awq", "bits": 3}),
-        ("mlx", {"method": "salient"}),
-        ("llamacpp", {"format": "gguf", "bits": 4, "embedding_bits": 8}),
-        ("llamacpp", {"format": "gguf", "bits": 5, "grid": "symmetric", "exclude": ["*.0.*"]}),
+DEMO_KINDS: dict[str, list[dict[str, Any]]] = {
+    "mlx": [
+        {"bits": 3},
+        {"bits": 2, "group_size": 32, "method": "rtn"},
+        {"bits": 5, "embedding_bits": 8, "overrides": {"*.down_proj": {"bits": 6}}},
+        {"bits": 4, "exclude": ["*.0.*"], "scale_dtype": "float32"},
+        {"method": "awq", "bits": 3},
+        {"method": "salient"},
     ],
-)
-def test_demo_model(tmp_path: Path, client: str, options: dict[str, Any]) -> None:
+    "gptqmodel": [
+        {"bits": 4, **GPTQ},
+        {"bits": 3, **GPTQ, "grid": "zero_point"},
+        {"bits": 8, **GPTQ, "group_size": None, "exclude": ["*.o_proj"]},
+        {"bits": 2, **GPTQ, "group_size": 32},
+        {"method": "awq", **AWQ},
+        {"method": "awq+gptq", **AWQ, "exclude": ["*.0.*", "*.v_proj"]},
+        {"method": "salient", **AWQ, "group_size": 32},
+        {"bits": 4, **COMPRESSED, "exclude": ["*.0.*"]},
+        {"bits": 4, **COMPRESSED, "grid": "zero_point", "group_size": 32},
+        {"bits": 8, **COMPRESSED, "group_size": None},
+        {"format": "gguf", "bits": 5, "grid": "affine"},
+    ],
+    "llamacpp": [
+        {"format": "gguf", "bits": 4, "embedding_bits": 8},
+        {"format": "gguf", "bits": 5, "grid": "symmetric", "exclude": ["*.0.*"]},
+    ],
+}
+
+
+@pytest.mark.parametrize("client", DEMO_KINDS)
+def test_demo_model(tmp_path: Path, client: str) -> None:
     tokens = bitwright.load_tokens(DEMO / "evaluation.txt", tokenizer=DEMO, length=128, samples=16)
     calibration = bitwright.load_tokens(DEMO / "calibration.txt", tokenizer=DEMO, length=128)
-    check(tmp_path, client, DEMO, calibration[:16], tokens, **options)
+    check(tmp_path, client, DEMO, calibration[:16], tokens, *DEMO_KINDS[client])
 
 
 @needs_shared
 @pytest.mark.parametrize(
-    ("client", "options"),
+    ("client", "kinds"),
     [
-        ("mlx", {"bits": 3}),
-        ("gptqmodel", {"bits": 4, **GPTQ}),
-        ("gptqmodel", {"method": "awq", **AWQ}),
-        ("mlx", {"method": "awq", "bits": 3}),
-        ("llamacpp", {"method": "rtn", "format": "gguf", "bits": 4, "embedding_bits": 6}),
-        ("llamacpp", {"method": "rtn", "format": "gguf", "bits": 2}),
+        ("mlx", [{"bits": 3}, {"method": "awq", "bits": 3}]),
+        (
+            "gptqmodel",
+            [
+                {"bits": 4, **GPTQ},
+                {"method": "awq", **AWQ},
+                {"method": "rtn", "format": "gguf", "bits": 3},
+            ],
+        ),
+        (
+            "llamacpp",
+            [
+                {"method": "rtn", "format": "gguf", "bits": 4, "embedding_bits": 6},
+                {"method": "rtn", "format": "gguf", "bits": 2},
+            ],
+        ),
     ],
 )
-def test_small_model(tmp_path: Path, client: str, options: dict[str, Any]) -> None:
-    calibration = np.load(SHARED / "text" / "small_calibration.npy")
-    tokens = np.load(SHARED / "text" / "small_eval.npy")
-    # Both clients are slow here: fewer samples where only another method made the same format.
-    tokens = tokens[:6] if "method" in options else tokens[:12]
-    check(tmp_path, client, SHARED / "models" / "small", calibration, tokens, **options)
+def test_small_model(tmp_path: Path, client: str, kinds: list[dict[str, Any]]) -> None:
+    calibration = np.load(SHARED / "text" / "small_calibration.npy")[:16]
+    tokens = np.load(SHARED / "text" / "small_eval.npy")[:3]  # clients are slow here
+    check(tmp_path, client, SHARED / "models" / "small", calibration, tokens, *kinds)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +142,7 @@ def test_trained_dynamic_model(
     )
     assert report.kl_after < report.kl_before
     tokens = bitwright.load_tokens(DEMO / "evaluation.txt", tokenizer=DEMO, length=128, samples=8)
-    check_loads(client, tmp_path / "out", tokens)
+    check_loads(client, [tmp_path / "out"], tokens)
 
 
 @needs_shared
@@ -134,14 +154,15 @@ def test_families_load_in_mlx(tmp_path: Path, name: str) -> None:
     and its deepseek_v2 stops without rope_scaling.)"""
     folder = SHARED / "models" / "arch" / name
     tokens = np.random.default_rng(0).integers(0, 320, (8, 48)).astype(np.int32)
-    check(tmp_path, "mlx", folder, tokens, tokens, group_size=32, scale_dtype="float32")
+    kind = {"group_size": 32, "scale_dtype": "float32"}
+    check(tmp_path, "mlx", folder, tokens, tokens, kind)
 
 
 @needs_shared
 def test_story_model_loads_in_mlx(tmp_path: Path) -> None:
     calibration = np.load(SHARED / "text" / "story_calibration.npy")[:16]
     tokens = np.load(SHARED / "text" / "story_eval.npy")[:16]
-    check(tmp_path, "mlx", SHARED / "models" / "story", calibration, tokens, bits=4)
+    check(tmp_path, "mlx", SHARED / "models" / "story", calibration, tokens, {"bits": 4})
 
 
 @pytest.mark.parametrize(
@@ -160,7 +181,7 @@ def test_converted_models(
     bitwright.quantize(DEMO, tmp_path / "from", "rtn", progress=False, **options)
     report = bitwright.convert(tmp_path / "from", tmp_path / "out", target, progress=False)
     assert not report.lossy
-    check_loads(client, tmp_path / "out", tokens, 2e-3 if client == "llamacpp" else 1e-3)
+    check_loads(client, [tmp_path / "out"], tokens, 2e-3 if client == "llamacpp" else 1e-3)
 
 
 @pytest.mark.parametrize("name", ["story", "small"])
@@ -174,7 +195,7 @@ def test_llama_cpp_computes_what_we_do(tmp_path: Path, name: str) -> None:
         model = tmp_path / "k"
     bitwright.convert(model, tmp_path / "float", "float", dtype="float32", progress=False)
     bitwright.convert(tmp_path / "float", tmp_path / "out", "gguf", progress=False)
-    check_loads("llamacpp", tmp_path / "out", tokens, 1e-5)
+    check_loads("llamacpp", [tmp_path / "out"], tokens, 1e-5)
 
 
 def test_adapter_where_transformers_is_installed() -> None:
