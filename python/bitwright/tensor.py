@@ -83,13 +83,14 @@ class SuperBlocks:
             None if self.min_codes is None else self.min_codes[index],
         )
 
-    def replaced(self, rows: NDArray[np.bool_], other: "SuperBlocks") -> "SuperBlocks":
-        """Return these with some rows taken from others."""
+    def replaced(self, where: NDArray[np.bool_], other: "SuperBlocks") -> "SuperBlocks":
+        """Return these with some rows ``[out]``, or superblocks ``[out, in / 256]``, taken from others."""
+        chosen = where.reshape(len(where), -1)
 
         def mixed(mine: NDArray[Any] | None, theirs: NDArray[Any] | None) -> Any:
             if mine is None or theirs is None:
                 return None
-            return np.where(rows[:, None], theirs, mine)
+            return np.where(_widened(chosen, mine.shape[1]), theirs, mine)
 
         return SuperBlocks(
             mixed(self.d, other.d),
@@ -100,8 +101,12 @@ class SuperBlocks:
 
 
 def _times(d: NDArray[np.float16], codes: NDArray[Any]) -> NDArray[np.float32]:
-    factors = np.repeat(d.astype(np.float32), codes.shape[1] // d.shape[1], axis=1)
-    return factors * codes.astype(np.float32)
+    return _widened(d.astype(np.float32), codes.shape[1]) * codes.astype(np.float32)
+
+
+def _widened(values: NDArray[Any], width: int) -> NDArray[Any]:
+    """Repeat each column until there are `width`."""
+    return np.repeat(values, width // values.shape[1], axis=1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,6 +59,43 @@ def fit_superblocks(
     )
 
 
+def closed_form(
+    weight: Float32, codes: NDArray[np.uint8], importance: Float32, bits: int
+) -> tuple[Float32, Float32]:
+    """Return the scales and offsets of each group with the least ``Σ importance (weight - decoded)²``.
+
+    Parameters
+    ----------
+    weight, codes
+        ``[out, in]``.
+    importance
+        ``[in]``.
+    bits
+        Of the codes.
+
+    Returns
+    -------
+    scales, offsets
+        ``[out, groups]``; scales are NaN where all codes of a group are the same, which says nothing.
+    """
+    kind = K_GRIDS[bits]
+    shape = (len(weight), -1, kind.group_size)
+    w, c = weight.reshape(shape), codes.reshape(shape).astype(np.float32)
+    cost = importance / max(float(importance.max()), 1e-30)
+    cost = np.maximum(cost, np.float32(1e-12)).reshape(shape[1:])
+    centre = np.full((1, 1, 1), 2 ** (bits - 1), np.float32)
+    if kind.grid == "affine":
+        centre = (cost * c).sum(axis=2, keepdims=True) / cost.sum(axis=1)[:, None]
+    c -= centre
+    energy = (cost * c * c).sum(axis=2)
+    known = energy > 1e-4 * cost.sum(axis=1)
+    scales = (cost * c * w).sum(axis=2) / np.where(known, energy, np.nan)
+    if kind.grid == "symmetric":
+        return scales, np.full_like(scales, 2 ** (bits - 1))
+    mean = (cost * w).sum(axis=2) / cost.sum(axis=1)
+    return scales, mean - scales * centre[:, :, 0]
+
+
 def expanded(blocks: SuperBlocks, bits: int) -> tuple[Float32, Float32]:
     """Return scales and offsets as kernels take them."""
     scales, biases = blocks.scales(), blocks.biases()

@@ -1,5 +1,7 @@
 """Round-to-nearest."""
 
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,9 +9,12 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.methods.grid import GridChoice, check_importance
-from bitwright.methods.k_grid import expanded, fit_superblocks
+from bitwright.methods.k_grid import closed_form, expanded, fit_superblocks
 from bitwright.statistics import require_finite
-from bitwright.tensor import Grid, QuantizedTensor
+from bitwright.tensor import SUPERBLOCK, Grid, QuantizedTensor
+
+Float32 = NDArray[np.float32]
+REFITS = 2  # of the scales of k grids to the codes that were found
 
 
 def quantize_rtn(
@@ -78,8 +83,52 @@ def quantize_rtn(
     empty = ~live.reshape(*scales.shape, -1).any(axis=2)
     scales[empty] = 0
     offsets[empty] = 0
-    blocks = fit_superblocks(scales, offsets, weights, bits)
-    scales, offsets = expanded(blocks, bits)
-    rounded = np.ascontiguousarray(weight, np.float32)
-    codes = _kernels.encode(rounded, scales, offsets, bits, choice.group_size, choice.base)
-    return QuantizedTensor(**choice.fields(codes, scales, offsets), superblocks=blocks)
+    target = np.ascontiguousarray(weight, np.float32)
+    tensor = _on_superblocks(target, weights, choice, scales, offsets)
+    for _ in range(REFITS if choice.search else 0):
+        best_scales, best_offsets = closed_form(target, tensor.codes, weights, bits)
+        known = np.isfinite(best_scales) & ~empty
+        scales = np.where(known, best_scales, scales)
+        offsets = np.where(known, best_offsets, offsets)
+        with suppress(ValueError):  # float16 need not hold what would be better
+            other = _on_superblocks(target, weights, choice, scales, offsets)
+            tensor = _better(target, weights, tensor, other)
+    return tensor
+
+
+def _on_superblocks(
+    weight: Float32, importance: Float32, choice: GridChoice, scales: Float32, offsets: Float32
+) -> QuantizedTensor:
+    """Round to the superblocks that are nearest to these grids of groups."""
+    bits = choice.bits
+    blocks = fit_superblocks(scales, offsets, importance, bits)
+    grids = expanded(blocks, bits)
+    codes = _kernels.encode(weight, *grids, bits, choice.group_size, choice.base)
+    return QuantizedTensor(**choice.fields(codes, *grids), superblocks=blocks)
+
+
+def _better(
+    weight: Float32, importance: Float32, one: QuantizedTensor, other: QuantizedTensor
+) -> QuantizedTensor:
+    """Take each superblock from where its error is less."""
+    kept, tried = one.superblocks, other.superblocks
+    if kept is None or tried is None:
+        return one
+
+    def errors(tensor: QuantizedTensor) -> Float32:
+        change = tensor.dequantize()
+        change -= weight
+        change *= change
+        change *= importance
+        sums: Float32 = change.reshape(len(weight), -1, SUPERBLOCK).sum(axis=2)
+        return sums
+
+    chosen = errors(other) < errors(one)
+    blocks = kept.replaced(chosen, tried)
+    return replace(
+        one,
+        codes=np.where(np.repeat(chosen, SUPERBLOCK, axis=1), other.codes, one.codes),
+        scales=blocks.scales(),
+        biases=blocks.biases(),
+        superblocks=blocks,
+    )

@@ -54,7 +54,8 @@ def rtn_solver(gram: NDArray[np.float32] | None, options: MethodOptions) -> Solv
             size,
             grid=grid,
             scale_dtype=dtype,
-            grid_search=bool(options.grid_search),
+            # The scales of k grids are fitted in any case.
+            grid_search=grid == "k" if options.grid_search is None else options.grid_search,
             importance=importance,
         )
 
