@@ -236,6 +236,15 @@ def test_families(tmp_path: Path, name: str) -> None:
     assert_same_weights(tmp_path / "gptq", tmp_path / "back")
 
 
+def test_a_gguf_file_may_lie_beside_what_is_made_of_it(tmp_path: Path) -> None:
+    made(tmp_path / "q", "gguf", bits=4, grid="affine")
+    (tmp_path / "q" / "model.gguf").rename(tmp_path / "demo.gguf")
+    bitwright.convert(tmp_path / "demo.gguf", tmp_path / "out", "mlx", progress=False)
+    assert_same_weights(tmp_path / "demo.gguf", tmp_path / "out")
+    with pytest.raises(OSError, match="overlaps"):
+        bitwright.convert(tmp_path / "demo.gguf", tmp_path, "mlx", overwrite=True)
+
+
 def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format.*magic"):
         bitwright.convert(DEMO, tmp_path / "out", "magic")  # type: ignore[arg-type]

@@ -103,7 +103,7 @@ def convert(
     shown = progress_bar("converting", progress, "layers")
     with (
         CheckpointWriter(
-            out, overwrite, metadata=metadata, source=model.checkpoint.folder, container=files
+            out, overwrite, metadata=metadata, source=model.checkpoint.source, container=files
         ) as writer,
         shown as bar,
         made_by(python_call(convert, arguments)),

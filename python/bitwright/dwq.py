@@ -281,7 +281,7 @@ def dwq_quantize(
             check_apart(taken, Path(targets), "targets")
     with (
         made_by(python_call(dwq_quantize, arguments)),
-        CheckpointWriter(out, overwrite, source=teacher_model.checkpoint.folder) as writer,
+        CheckpointWriter(out, overwrite, source=teacher_model.checkpoint.source) as writer,
     ):
         before: list[Report] = []  # of the run that made the student
         try:
@@ -296,7 +296,7 @@ def dwq_quantize(
             student_model = load_model(student)
             learner = Student(student_model, zeros)
             check_pair(teacher_model, student_model)
-            check_apart(place, student_model.checkpoint.folder, "student that is read")
+            check_apart(place, student_model.checkpoint.source, "student that is read")
             with progress_bar("teaching", progress) as bar:
                 task = bar.add_task("", total=1.0, figures="")
                 known = _teach(

@@ -417,7 +417,7 @@ class Run:
             out,
             overwrite,
             metadata={"format": kind.metadata},
-            source=model.checkpoint.folder,
+            source=model.checkpoint.source,
             container=kind.files(model.checkpoint),
         ) as writer:
             experts = model.experts if kind.stacks_experts else None

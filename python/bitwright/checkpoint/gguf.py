@@ -135,6 +135,11 @@ class GgufCheckpoint(Checkpoint):
             self._stack = stack.pop_all()
             weakref.finalize(self, self._stack.close)
 
+    @property
+    def source(self) -> Path:
+        """What nothing may be written over: the file, which may lie among others."""
+        return self.path
+
     def dtype(self, name: str) -> np.dtype[Any]:
         """As `Checkpoint.dtype`, but quantized matrices are of structured types, see `BLOCKS`."""
         return BLOCKS[self._tensor(name).dtype]

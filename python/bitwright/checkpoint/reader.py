@@ -100,6 +100,11 @@ class Checkpoint:
             self._names = sorted(self._tensors)
             self._stack = stack.pop_all()
 
+    @property
+    def source(self) -> Path:
+        """What nothing may be written over: the folder."""
+        return self.folder
+
     def __enter__(self) -> Self:
         return self
 
@@ -409,9 +414,10 @@ def _existing_folder(folder: Path) -> Path:
     if os.path.isdir(folder):
         return folder
     if os.path.isfile(folder):
-        reason = "GGUF is not read" if folder.suffix == ".gguf" else "this is a file"
+        if folder.suffix == ".gguf":
+            raise CheckpointError(f"{folder}: is a GGUF file; open it by bitwright.load_model")
         raise CheckpointError(
-            f"{folder}: {reason}; give the folder that holds config.json and the safetensors files"
+            f"{folder}: this is a file; give the folder that holds config.json and the safetensors files"
         )
     raise CheckpointNotFoundError(
         f"{folder}: there is no such folder. Models are not downloaded from a hub: download the "
@@ -468,8 +474,7 @@ def _files_without_index(folder: Path) -> list[Path]:
             )
         if any(file.suffix == ".gguf" for file in present):
             raise UnsupportedModelError(
-                f"{folder}: holds weights only as GGUF, which is not read. Start from the "
-                f"safetensors files of the original model"
+                f"{folder}: holds weights only as GGUF; open it by bitwright.load_model"
             )
         raise CheckpointNotFoundError(f"{folder}: there are no *.safetensors files in this folder")
     return files
