@@ -421,7 +421,6 @@ def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], mess
         ("story", "awq", 0.2149),
         ("story", "awq+gptq", 0.1737),
         ("small-outliers", "awq", 0.0384),
-        ("small-outliers", "awq+gptq", 0.0257),
     ],
 )
 def test_quality_reaches_the_prototype(
