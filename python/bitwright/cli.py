@@ -764,13 +764,14 @@ def main() -> None:
         with made_by(command_line(sys.argv[1:])):
             status = cli.main(standalone_mode=False)
     except click.exceptions.Abort as error:
-        click.echo(f"interrupted; {error.__cause__ or 'nothing was written'}", err=True)
+        reason = str(error.__cause__ or "")
+        click.echo(f"interrupted; {reason or 'nothing was written'}", err=True)
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except KeyboardInterrupt as error:
-        click.echo(f"interrupted; {error or 'nothing was written'}", err=True)
+        click.echo(f"interrupted; {str(error) or 'nothing was written'}", err=True)
         sys.exit(INTERRUPTED)
     except (ValueError, TypeError, OSError, MemoryError, MissingExtraError) as error:
         click.echo(f"bitwright: {error or type(error).__name__}", err=True)
