@@ -44,10 +44,6 @@ class AwqFormat(Format):
         return cls()
 
     @classmethod
-    def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
-        return np.dtype(np.float16)
-
-    @classmethod
     def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
         super().check(name, shape, precision)
         if shape[0] % len(ORDER):

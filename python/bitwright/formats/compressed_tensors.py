@@ -59,10 +59,6 @@ class CompressedTensorsFormat(Format):
         return cls()
 
     @classmethod
-    def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
-        return model_dtype
-
-    @classmethod
     def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
         super().check(name, shape, precision)
         if shape[0] % 8 or shape[1] % 8:

@@ -65,7 +65,7 @@ class Format:
     @classmethod
     def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
         """Return the dtype that scales are stored in, for a model of that dtype."""
-        raise NotImplementedError
+        return model_dtype if model_dtype in cls.scale_dtypes else cls.scale_dtypes[0]
 
     @classmethod
     def files(cls, checkpoint: Checkpoint) -> WeightFiles:

@@ -54,10 +54,6 @@ class GgufFormat(Format):
         return GgufFiles(checkpoint.config, checkpoint.folder, known)
 
     @classmethod
-    def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
-        return HALF
-
-    @classmethod
     def default_grid(cls, bits: int, channels: Iterable[int]) -> Grid:
         """The k grid where rows have whole superblocks, otherwise what has these bits."""
         if bits in K_GRIDS and not any(each % SUPERBLOCK for each in channels):

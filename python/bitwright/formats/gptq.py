@@ -53,10 +53,6 @@ class GptqFormat(Format):
         return cls(settings, subtracted=1 if version == "gptq" else 0)
 
     @classmethod
-    def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
-        return np.dtype(np.float16)
-
-    @classmethod
     def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
         super().check(name, shape, precision)
         if shape[0] % 32 or shape[1] % 32:

@@ -70,10 +70,6 @@ class MarlinFormat(Format):
         return cls(size)
 
     @classmethod
-    def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
-        return np.dtype(np.float16)
-
-    @classmethod
     def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
         super().check(name, shape, precision)
         out, channels = shape

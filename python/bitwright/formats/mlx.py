@@ -46,10 +46,6 @@ class MlxFormat(Format):
         return cls(settings)
 
     @classmethod
-    def scale_dtype(cls, model_dtype: np.dtype[Any]) -> np.dtype[Any]:
-        return model_dtype  # mlx computes in the dtype of the scales
-
-    @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
         if tensor.biases is None or tensor.group_index is not None:
             raise ValueError(f"{name}: the mlx format stores affine grids with consecutive groups")
