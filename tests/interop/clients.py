@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -82,9 +83,14 @@ def run_client(client: str, script: str, *arguments: str | Path) -> str:
         if "CI" in os.environ:
             raise
         pytest.skip(f"the client {client} cannot be installed here: {error}")
-    done = subprocess.run(
-        [python, HERE / script, *arguments], capture_output=True, text=True, check=False
-    )
+    with TemporaryDirectory() as folder:  # GPTQModel leaves logs where it is run
+        done = subprocess.run(
+            [python, HERE / script, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=folder,
+        )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
