@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from shared_data import TESTS, TINY
 
 import bitwright
 from bitwright.checkpoint import Checkpoint
 from bitwright.formats import FORMATS
+from bitwright.formats.gptq import GptqFormat
 from bitwright.formats.table import format_table
 from bitwright.methods.regrid import regrid
 from bitwright.tensor import GRIDS, Grid
@@ -183,13 +185,9 @@ def test_shapes_that_a_format_does_not_have_are_told(tmp_path: Path) -> None:
 
 
 def test_act_order_is_kept_and_declared(tmp_path: Path) -> None:
-    from bitwright.formats.gptq import GptqFormat
-
     folder = made(tmp_path / "q", "gptq", bits=4, group_size=32)
     rng = np.random.default_rng(0)
     model = bitwright.load_model(folder)
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     for name in model.linear_shapes():
         tensors[f"{name}.g_idx"] = rng.permutation(tensors[f"{name}.g_idx"])
@@ -243,6 +241,36 @@ def test_a_gguf_file_may_lie_beside_what_is_made_of_it(tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "demo.gguf", tmp_path / "out")
     with pytest.raises(OSError, match="overlaps"):
         bitwright.convert(tmp_path / "demo.gguf", tmp_path, "mlx", overwrite=True)
+
+
+@pytest.mark.parametrize("target", ["gptq", "mlx", "float"])
+def test_damaged_layers_are_named(tmp_path: Path, target: Any) -> None:
+    """Also where the format stays, and tensors could be copied as they are."""
+    folder = made(tmp_path / "q", "gptq", bits=4, group_size=64)
+    sound = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    for changed, word in (
+        (np.full_like(sound[f"{name}.scales"], np.nan), "NaN"),
+        (sound[f"{name}.scales"][:, :32], "contradict"),
+    ):
+        tensors = {**sound, f"{name}.scales": np.ascontiguousarray(changed)}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        for run in (
+            lambda: bitwright.convert(folder, tmp_path / "out", target, progress=False),
+            lambda: bitwright.refine_model(DEMO, folder, tmp_path / "out", CALIBRATION),
+        ):
+            with pytest.raises(ValueError, match=name) as caught:
+                run()
+            assert word in str(caught.value)
+            assert not (tmp_path / "out").exists()
+    # Another layer's tensors, sound by themselves, but not what config.json asks for.
+    other = "model.layers.1.mlp.down_proj"
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    tensors = {**sound, **{f"{name}.{each}": sound[f"{other}.{each}"] for each in parts}}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name}.*config.json asks for"):
+        bitwright.convert(folder, tmp_path / "out", target, progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

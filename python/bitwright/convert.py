@@ -219,13 +219,14 @@ class _Conversion:
         stacks = model.experts if kind is not None and kind.stacks_experts else {}
         stack_size = model.config.experts.count if model.config.experts else 0
         output = Output(writer, kind or Format, stacks, stack_size)
-        for name, shape in self.layers.items():
+        for name in self.layers:
             step()
             target = self._target(name)
             tensor, precision = self._tensor(name), plan[target]
             before = precision_of(tensor, None if model.format is None else type(model.format))
             if precision is None or kind is None:
-                weight = model.weight(name, shape)
+                weight = tensor.dequantize()
+                require_finite(weight, f"{model.checkpoint.folder}: quantized layer {name}")
                 stored = self._in_float(weight, target)
                 output.add(f"{target}.weight", stored)
                 error = 0.0
@@ -305,9 +306,7 @@ class _Conversion:
         return self.model.names.embedding if tied else name
 
     def _tensor(self, name: str) -> QuantizedTensor:
-        tensor = self.model.quantized(name)
-        assert tensor is not None  # it is one of the quantized layers
-        return tensor
+        return self.model.stored(name, self.layers[name])
 
     def _held(
         self,
@@ -367,11 +366,8 @@ class _Conversion:
 
     def _carry(self, output: Output, name: str) -> None:
         """Write a float tensor; a tied matrix once."""
-        model, target = self.model, name
-        matrix = f"{model.embedding_name}.weight"
-        if model.tied and name == matrix:
-            target = f"{model.names.embedding}.weight"
-        elif model.tied and name == f"{model.names.head}.weight":
+        model, target = self.model, self.model.written_name(name)
+        if target is None:
             return
         if self.dtype is not None and model.checkpoint.dtype(name) in FLOAT_DTYPES:
             output.add(target, self._cast(model.checkpoint.read(name), name))

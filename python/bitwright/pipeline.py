@@ -791,15 +791,10 @@ class Run:
     def _carry(self, names: Iterable[str]) -> None:
         """Write the tensors that stay as they are; a tied matrix once, under the embedding's name."""
         model = self.model
-        matrix = f"{model.embedding_name}.weight"
         for name in names:
-            if name in self.packed:
+            target = model.written_name(name)
+            if name in self.packed or target is None:
                 continue
-            target = name
-            if model.tied:
-                target = f"{model.names.embedding}.weight" if name == matrix else name
-                if name == f"{model.names.head}.weight" and name != matrix:
-                    continue
             layers = self.stacked.get(name, [target.removesuffix(".weight")])
             if all(self.plan.get(layer) is not None for layer in layers):
                 continue

@@ -93,10 +93,8 @@ def refine_model(
     kind = type(student.format)
     plan: dict[str, Precision | None] = dict.fromkeys(model.linear_shapes())
     plan |= dict.fromkeys(model.never_quantized())
-    for name in layers:
-        tensor = student.quantized(name)
-        if tensor is None:
-            continue
+    for name, shape in layers.items():
+        tensor = student.stored(name, shape)
         if tensor.group_index is not None:
             raise ValueError(
                 f"{student.checkpoint.folder}: layer {name} has groups of channels that are not "

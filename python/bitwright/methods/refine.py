@@ -132,8 +132,7 @@ def _refine_superblocks(
         np.subtract(weight, change, out=change)
         return np.maximum(_kernels.row_quadratic_forms(change, gram), 0)
 
-    least = errors(codes, blocks)
-    objectives = [float(least.sum())]
+    objectives = [float(errors(codes, blocks).sum())]
     for _ in range(rounds):
         free, (scales, offsets) = codes.copy(), expanded(blocks, bits)
         refined(free, scales, offsets, False)
@@ -144,8 +143,7 @@ def _refine_superblocks(
         rows = tried < kept
         codes[rows] = free[rows]
         blocks = blocks.replaced(rows, fitted)
-        least = np.where(rows, tried, kept)
-        objectives.append(float(least.sum()))
+        objectives.append(float(np.where(rows, tried, kept).sum()))
     return _k_tensor(tensor, codes, blocks), np.array(objectives)
 
 

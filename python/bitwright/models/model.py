@@ -129,6 +129,34 @@ class Model:
             return self.format.read(slices, place.stacked_name)
         return self.format.read(self.checkpoint, name)
 
+    def stored(self, name: str, shape: tuple[int, int]) -> QuantizedTensor:
+        """Return quantized layer `name` as it is stored, to be stored again.
+
+        Raises
+        ------
+        CheckpointError
+            If it is not quantized, or has another shape.
+        NonFiniteError
+            If a scale or bias is NaN or infinite.
+        """
+        tensor = self.quantized(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.checkpoint.folder}: layer {name} is not quantized")
+        self._check_shape(f"{name} (quantized)", tensor.shape, shape)
+        for label, array in (("scales", tensor.scales), ("biases", tensor.biases)):
+            if array is not None:
+                require_finite(array, f"{self.checkpoint.folder}: {label} of layer {name}")
+        return tensor
+
+    def written_name(self, tensor: str) -> str | None:
+        """Return the name that a float tensor is written under: a tied matrix has the embedding's, and is
+        written once (None)."""
+        if not self.tied:
+            return tensor
+        if tensor == f"{self.embedding_name}.weight":
+            return f"{self.names.embedding}.weight"
+        return None if tensor == f"{self.names.head}.weight" else tensor
+
     def quantized_layers(self) -> dict[str, tuple[int, int]]:
         """Return ``(out, in)`` of every layer that is quantized, by full name."""
         packed = set(self.packed_tensors().values())
