@@ -172,7 +172,7 @@ def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path, made: Path) -
     folder.mkdir()
     (folder / ".targets.json.partial-12345").write_text("{")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bitwright.checkpoint.writer.os.getpid", lambda: 4)
+        patch.setattr("bitwright.checkpoint.replacing.os.getpid", lambda: 4)
         make(folder)
         file = folder / "targets-00001.safetensors"
         before = file.read_bytes()

@@ -19,7 +19,7 @@ import numpy as np
 
 from bitwright.checkpoint import Checkpoint
 from bitwright.checkpoint.gguf import GgufCheckpoint
-from bitwright.checkpoint.writer import replaced
+from bitwright.checkpoint.replacing import replaced
 from bitwright.evaluate import Evaluation
 from bitwright.formats import Format
 from bitwright.report import DwqReport, QuantizationReport, megabytes

@@ -22,7 +22,8 @@ from bitwright.calibration import TokenSource, load_tokenizer, load_tokens
 from bitwright.card import CARD_NAME, Report, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import model_fingerprint
-from bitwright.checkpoint.writer import check_apart, output_errors, replaced, write_safetensors
+from bitwright.checkpoint.replacing import output_errors, replaced
+from bitwright.checkpoint.writer import check_apart, write_safetensors
 from bitwright.distillation import (
     LOSSES,
     DistillationLoss,

@@ -47,6 +47,10 @@ class RecipeError(BitwrightError, ValueError):
     """A file with the precision of every layer is damaged, or of another model."""
 
 
+class ResumeError(BitwrightError, ValueError):
+    """What an interrupted run has left cannot be gone on from."""
+
+
 class NonFiniteError(BitwrightError, ValueError):
     """NaN or infinity where a finite number is needed."""
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitwright.checkpoint.writer import output_errors
+from bitwright.checkpoint.replacing import output_errors
 from bitwright.errors import MissingExtraError
 from bitwright.report import DwqReport
 from bitwright.sensitivity import Sensitivities, precision_name

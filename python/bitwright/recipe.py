@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.writer import write_json
+from bitwright.checkpoint.replacing import write_json
 from bitwright.errors import RecipeError, malformed_as, shown
 from bitwright.formats import Format, Precision
 from bitwright.models.model import Model

@@ -14,7 +14,7 @@ from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.writer import write_json
+from bitwright.checkpoint.replacing import write_json
 from bitwright.distillation import LOSSES, DistillationLoss, TopTokens, next_tokens
 from bitwright.errors import (
     BitwrightError,

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from bitwright.calibration import TokenSource, load_tokens
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.writer import output_errors, replaced, write_json, write_safetensors
+from bitwright.checkpoint.replacing import output_errors, replaced, write_json
+from bitwright.checkpoint.writer import write_safetensors
 from bitwright.distillation import TopTokens
 from bitwright.errors import (
     CheckpointError,

@@ -1,7 +1,7 @@
 """What a checkpoint's weight file is in GGUF: one, with configuration and tokenizer inside."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,7 +45,7 @@ class GgufFiles:
 
     suffix = ".gguf"
     splits = False
-    dtypes: Collection[np.dtype[Any]] = TYPE_NAMES
+    dtypes: Mapping[np.dtype[Any], str] = TYPE_NAMES
 
     def __init__(
         self, config: Mapping[str, Any], folder: Path, metadata: Mapping[str, Any] | None = None

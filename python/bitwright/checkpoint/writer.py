@@ -3,11 +3,10 @@
 import json
 import math
 import os
-import secrets
 import shutil
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,8 +22,9 @@ from bitwright.checkpoint.reader import (
     Checkpoint,
     is_plain_file_name,
 )
+from bitwright.checkpoint.replacing import output_errors, synchronize
+from bitwright.checkpoint.work_folder import REPLACED, WorkFolder, remove_tree
 from bitwright.errors import (
-    BitwrightError,
     CheckpointError,
     OutputError,
     OutputExistsError,
@@ -53,7 +53,8 @@ SIDE_FILES = (
 SIDE_FILE_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40 MB
 SHARD_BYTES = 5_000_000_000  # as model hubs have them
 COPY_BYTES = 8 << 20
-DATA_NAME = ".data"  # of the weight file that is being written
+DATA_NAME = ".data-{}"  # of weight file number …, which is being written
+UNFINISHED = "checkpoint"  # in the work folder
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".gguf")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -89,7 +90,7 @@ class WeightFiles(Protocol):
 
     suffix: str
     splits: bool  # into several, if they get too large
-    dtypes: Collection[np.dtype[Any]]
+    dtypes: Mapping[np.dtype[Any], str]  # to their names
 
     def stored(self, name: str, array: NDArray[Any]) -> tuple[str, NDArray[Any]] | None:
         """Return a tensor as it is stored, and under which name; None if it is not."""
@@ -115,7 +116,7 @@ class SafetensorsFiles:
 
     suffix = ".safetensors"
     splits = True
-    dtypes: Collection[np.dtype[Any]] = _DTYPE_NAMES
+    dtypes: Mapping[np.dtype[Any], str] = _DTYPE_NAMES
 
     def stored(self, name: str, array: NDArray[Any]) -> tuple[str, NDArray[Any]] | None:
         """As `WeightFiles.stored`."""
@@ -142,8 +143,8 @@ class SafetensorsFiles:
 class CheckpointWriter:
     """Writes a checkpoint folder that appears, complete, when the ``with`` block ends well.
 
-    Until then everything lies in a hidden folder beside ``out``, which is removed if the block
-    is left by an exception, KeyboardInterrupt included.
+    Until then everything lies in a work folder beside ``out``. If the block is left by an exception,
+    KeyboardInterrupt included, that is removed; with a work folder of their own, callers decide.
 
     Parameters
     ----------
@@ -159,13 +160,15 @@ class CheckpointWriter:
         What weight files are, safetensors by default; also an attribute, as `metadata`.
     source : pathlib.Path, optional
         Folder of the checkpoint that is being read; ``out`` may not touch it.
+    work : WorkFolder, optional
+        That of ``out``, entered already; by default one that holds nothing to go on from.
 
     Raises
     ------
     OutputExistsError
         On entering, if ``out`` exists and may not be overwritten.
     OutputError
-        On entering or later, if ``out`` is a wrong place or cannot be written.
+        On entering or later, if ``out`` is a wrong place, is being written or cannot be written.
 
     Examples
     --------
@@ -182,18 +185,16 @@ class CheckpointWriter:
         metadata: dict[str, str] | None = None,
         source: Path | None = None,
         container: "WeightFiles | None" = None,
+        work: WorkFolder | None = None,
     ) -> None:
-        try:
-            # A link is followed: what it points to is written and replaced, not the link.
-            self._out = Path(os.path.realpath(out))
-        except ValueError as error:
-            raise OutputError(f"{shown(os.fspath(out))}: is not the name of a folder") from error
+        self._work = WorkFolder(out) if work is None else work
+        self._owns_work = work is None
+        self._out = self._work.out
         self._overwrite = overwrite
         self._shard_bytes = shard_bytes
         self.metadata = dict(metadata or {})
         self._source = source
         self._folder: Path | None = None
-        self._made_parents: list[Path] = []
         self.container: WeightFiles = SafetensorsFiles() if container is None else container
         self._shard_of: dict[str, int] = {}
         self._shard_count = 0
@@ -204,15 +205,18 @@ class CheckpointWriter:
 
     def __enter__(self) -> Self:
         self._check_place()
-        parent = self._out.parent
-        with self._cleaned_up_on_error(), output_errors(self._out):
-            missing = [place for place in (parent, *parent.parents) if not place.exists()]
-            for place in reversed(missing):
-                place.mkdir()
-                self._made_parents.insert(0, place)
-            folder = parent / f".{self._out.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
-            self._folder = folder
-            folder.mkdir()
+        if self._owns_work:
+            self._work.__enter__()
+        try:
+            if self._owns_work:
+                self._work.clear()
+            folder = self._work.path / UNFINISHED
+            with output_errors(self._out):
+                folder.mkdir(exist_ok=True)
+        except BaseException:
+            self._leave()
+            raise
+        self._folder = folder
         return self
 
     def __exit__(
@@ -221,12 +225,90 @@ class CheckpointWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._discard()
-            return
-        with self._cleaned_up_on_error():
-            self._finish()
-        self._folder = None
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self._folder = None
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._owns_work:
+            self._work.__exit__(None, None, None)
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs to go on from here, once all that was added is on the disk.
+
+        Returns
+        -------
+        dict
+            For JSON.
+
+        Raises
+        ------
+        OutputError
+            If the disk is full or the like.
+        """
+        folder = self._open_folder()
+        with output_errors(self._out):
+            for path in folder.iterdir():
+                synchronize(path)
+            synchronize(folder)
+        return {
+            "shards": self._shard_count,
+            "shard_of": self._shard_of,
+            "total_bytes": self._total_bytes,
+            "waiting": [
+                [each.name, self.container.dtypes[each.dtype], list(each.shape), each.offset]
+                for each in self._waiting
+            ],
+        }
+
+    def committed(self) -> None:
+        """Remove what only a state before the last one needs."""
+        folder = self._open_folder()
+        for path in folder.glob(DATA_NAME.format("*")):
+            if path.name != DATA_NAME.format(self._shard_count):
+                path.unlink(missing_ok=True)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; what was added later is forgotten.
+
+        Parameters
+        ----------
+        state : dict
+            From `state`, of a writer with the same work folder.
+
+        Raises
+        ------
+        OutputError
+            If the files are not as they were then.
+        """
+        folder = self._open_folder()
+        self._shard_count = state["shards"]
+        self._shard_of = dict(state["shard_of"])
+        self._total_bytes = state["total_bytes"]
+        dtypes = {name: dtype for dtype, name in self.container.dtypes.items()}
+        self._waiting = [
+            StoredTensor(name, dtypes[dtype], tuple(shape), offset)
+            for name, dtype, shape, offset in state["waiting"]
+        ]
+        self._waiting_bytes = sum(each.nbytes for each in self._waiting)
+        known = {f"{number}{self.container.suffix}" for number in range(self._shard_count)}
+        data = folder / DATA_NAME.format(self._shard_count)
+        with output_errors(self._out):
+            for path in folder.iterdir():
+                if path.name not in known and path != data:
+                    path.unlink()
+            if self._waiting:
+                if not data.is_file() or data.stat().st_size < self._waiting_bytes:
+                    raise OutputError(f"{data}: is not what was written there")
+                os.truncate(data, self._waiting_bytes)
+            else:
+                data.unlink(missing_ok=True)
+            for name in known:
+                if not (folder / name).is_file():
+                    raise OutputError(f"{folder / name}: is no longer there")
 
     def add(self, name: str, array: NDArray[Any]) -> None:
         """Add a tensor.
@@ -264,7 +346,8 @@ class CheckpointWriter:
         if self._waiting and full and self.container.splits:
             self._flush(folder)
         data = np.ascontiguousarray(array, dtype)
-        with output_errors(self._out), open(folder / DATA_NAME, "ab") as file:
+        path = folder / DATA_NAME.format(self._shard_count)
+        with output_errors(self._out), open(path, "ab") as file:
             file.write(data.reshape(-1).view(np.uint8).data)
         tensor = StoredTensor(stored_name, dtype, array.shape, self._waiting_bytes)
         self._waiting.append(tensor)
@@ -380,19 +463,20 @@ class CheckpointWriter:
         folder = self._open_folder()
         if not is_plain_file_name(name):
             raise CheckpointError(f"{self._out}: {shown(name)} is not a plain file name")
-        if name.endswith(WEIGHT_SUFFIXES) or name == DATA_NAME:
+        if name.endswith(WEIGHT_SUFFIXES) or name.startswith(DATA_NAME.format("")):
             raise CheckpointError(f"{self._out}: {name} is a name for weights; use add()")
         if os.path.lexists(folder / name):
             raise CheckpointError(f"{self._out}: {name} was written before")
         return folder / name
 
     def _flush(self, folder: Path) -> None:
-        path, waiting = folder / f"{self._shard_count}{self.container.suffix}", folder / DATA_NAME
+        """Write a weight file. Its data stay until the next state is committed, which may never be."""
+        path = folder / f"{self._shard_count}{self.container.suffix}"
+        waiting = folder / DATA_NAME.format(self._shard_count)
         with output_errors(self._out):
             waiting.touch()
-            with open(waiting, "rb") as data, open(path, "xb") as file:
+            with open(waiting, "rb") as data, open(path, "wb") as file:
                 self.container.write(file, self._waiting, data, dict(sorted(self.metadata.items())))
-            waiting.unlink()
         self._shard_count += 1
         self._waiting, self._waiting_bytes = [], 0
 
@@ -403,10 +487,11 @@ class CheckpointWriter:
         if self._waiting or not self._shard_count:
             self._flush(folder)
         with output_errors(self._out):
+            self.committed()
             self._name_shards(folder)
             for path in folder.iterdir():
-                _synchronize(path)
-            _synchronize(folder)
+                synchronize(path)
+            synchronize(folder)
         # Hours may have passed since the place was looked at.
         self._check_place()
         self._move_into_place(folder)
@@ -427,37 +512,21 @@ class CheckpointWriter:
 
     def _move_into_place(self, folder: Path) -> None:
         out = self._out
-        aside = folder.with_name(folder.name.replace(".partial-", ".replaced-"))
+        aside = self._work.path / REPLACED
         try:
             with output_errors(out):
                 if out.exists() and any(out.iterdir()):
                     out.rename(aside)
                 folder.rename(out)
                 with suppress(OSError):  # some file systems cannot synchronize folders
-                    _synchronize(out.parent)
+                    synchronize(out.parent)
         finally:
             if not folder.exists():
-                _remove(aside)
+                remove_tree(aside)
             elif aside.exists() and not out.exists():
                 aside.rename(out)
         if aside.exists():
             warnings.warn(f"{aside}: the replaced checkpoint could not be removed", stacklevel=4)
-
-    @contextmanager
-    def _cleaned_up_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._discard()
-            raise
-
-    def _discard(self) -> None:
-        if self._folder is not None:
-            _remove(self._folder)
-        self._folder = None
-        for parent in self._made_parents:
-            with suppress(OSError):  # others may have put something there meanwhile
-                parent.rmdir()
 
 
 def copy_side_files(checkpoint: Checkpoint, writer: CheckpointWriter) -> list[str]:
@@ -496,15 +565,6 @@ def copy_side_files(checkpoint: Checkpoint, writer: CheckpointWriter) -> list[st
     return copied
 
 
-def _remove(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except KeyboardInterrupt:
-        # This is where most of the time goes, so this is where most interrupts arrive.
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
 def _is_unicode(text: str) -> bool:
     try:
         text.encode()
@@ -513,50 +573,11 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-@contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors into OutputError, naming `path`."""
-    try:
-        yield
-    except BitwrightError:
-        raise
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
 def check_apart(out: Path, other: Path, what: str) -> None:
     """Raise OutputError if a folder that is written would be in the way of another one."""
     folder = Path(os.path.realpath(other))
     if out == folder or out in folder.parents or folder in out.parents:
         raise OutputError(f"{out}: overlaps the {what}, {folder}. Write elsewhere")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, indented, whole or not at all; OutputError if that fails."""
-    with replaced(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Yield a place to write to, which becomes `path` when the block ends well, and vanishes otherwise.
-
-    Raises
-    ------
-    OutputError
-        If the operating system refuses.
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with output_errors(path):
-        try:
-            partial.unlink(missing_ok=True)  # of a process that was killed and had the same id
-            yield partial
-            _synchronize(partial)
-            os.replace(partial, path)
-        except BaseException:
-            with suppress(OSError):
-                partial.unlink()
-            raise
 
 
 def write_safetensors(
@@ -594,11 +615,3 @@ def _safetensors_header(ordered: Sequence[StoredTensor], metadata: dict[str, str
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _synchronize(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

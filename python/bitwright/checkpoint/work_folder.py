@@ -1,0 +1,217 @@
+"""Where a run works until its output is whole: a hidden folder beside it, which another run can go on from."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from bitwright.checkpoint.reader import read_json_object
+from bitwright.checkpoint.replacing import output_errors, write_json
+from bitwright.errors import CheckpointError, OutputError, ResumeError, malformed_as, shown
+
+LOCK, STATE, REPLACED = "lock", "state.json", "replaced"
+
+
+class WorkFolder:
+    """The hidden folder ``.NAME.work`` beside an output NAME, held by one process at a time.
+
+    It is removed when the ``with`` block ends, unless that is by an exception and `keep` has been set. A
+    process that is killed leaves it, too; the next one with the same output holds it then.
+
+    Parameters
+    ----------
+    out
+        What will be written. Its parents are made, and removed again if nothing comes of it.
+
+    Raises
+    ------
+    OutputError
+        On entering, if another process holds the folder, or it cannot be made.
+    """
+
+    def __init__(self, out: str | os.PathLike[str]) -> None:
+        try:
+            # A link is followed: what it points to is written and replaced, not the link.
+            self.out = Path(os.path.realpath(out))
+        except ValueError as error:
+            raise OutputError(f"{shown(os.fspath(out))}: is not the name of a folder") from error
+        self.path = work_path(self.out)
+        self.keep = False
+        self._lock: BinaryIO | None = None
+        self._made_parents: list[Path] = []
+
+    def __enter__(self) -> Self:
+        try:
+            with output_errors(self.out):
+                parent = self.out.parent
+                missing = [place for place in (parent, *parent.parents) if not place.exists()]
+                for place in reversed(missing):
+                    place.mkdir()
+                    self._made_parents.insert(0, place)
+            with output_errors(self.path):
+                self._take()
+                self._put_back()
+        except BaseException:
+            self._leave(remove=self._lock is not None and not self._holds_anything())
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave(remove=error is None or not self.keep)
+
+    def resume(self, identity: Mapping[str, object], resume: bool = True) -> dict[str, Any] | None:
+        """Return the state that an interrupted run of the same identity has committed last.
+
+        Parameters
+        ----------
+        identity
+            What the result depends on, by words that a user knows; anything that JSON holds.
+        resume
+            If False, or where there is no such run, the folder is emptied.
+
+        Returns
+        -------
+        dict or None
+            None if there is nothing to go on from.
+
+        Raises
+        ------
+        ResumeError
+            If the interrupted run had another identity; the message says what is different.
+        """
+        place = self.path / STATE
+        if not resume or not place.is_file():
+            self.clear()
+            return None
+        again = again_message(self.path)
+        with malformed_as(ResumeError, f"{place}: is damaged", f"; {again}", CheckpointError):
+            found = read_json_object(place)
+            known, state = found["identity"], found["state"]
+            if not isinstance(known, dict) or not isinstance(state, dict):
+                raise ValueError("state")
+        check_identity(self.path, known, identity)
+        self.keep = True
+        return state
+
+    def commit(self, identity: Mapping[str, object], state: Mapping[str, Any]) -> None:
+        """Write the state to go on from, in place of the last one; files that it names are there already."""
+        write_json(self.path / STATE, {"identity": dict(identity), "state": state})
+        self.keep = True
+
+    def clear(self) -> None:
+        """Remove everything but the lock."""
+        self.keep = False
+        with output_errors(self.path):
+            # The state first: without it nobody goes on from the rest.
+            (self.path / STATE).unlink(missing_ok=True)
+            for entry in list(self.path.iterdir()):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry.name != LOCK:
+                    entry.unlink()
+
+    def _take(self) -> None:
+        """Lock the folder, which is made if it is not there."""
+        while True:
+            made = True
+            try:
+                self.path.mkdir()
+            except FileExistsError:
+                made = False
+                if not self.path.is_dir():
+                    raise
+            lock = self.path / LOCK
+            if not made and not lock.is_file() and any(self.path.iterdir()):
+                raise OutputError(
+                    f"{self.path}: cannot be written: it is not what an interrupted run has left. Move it "
+                    f"away or write elsewhere"
+                )
+            file = open(lock, "ab+")  # noqa: SIM115 - held until the run ends
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                process = file.read(20).decode(errors="replace")
+                file.close()
+                raise OutputError(
+                    f"{self.out}: another run{f' (process {process})' if process else ''} is writing it. "
+                    f"Wait for its end or write elsewhere"
+                ) from error
+            # The run that held it may have ended, and removed the folder, since the file was opened.
+            with suppress(FileNotFoundError):
+                if os.stat(lock).st_ino == os.fstat(file.fileno()).st_ino:
+                    file.truncate(0)
+                    file.write(str(os.getpid()).encode())
+                    file.flush()
+                    self._lock = file
+                    return
+            file.close()
+
+    def _put_back(self) -> None:
+        """Return what a run that was killed had just moved out of the way of its output."""
+        aside = self.path / REPLACED
+        if aside.is_dir() and not self.out.exists():
+            aside.rename(self.out)
+
+    def _holds_anything(self) -> bool:
+        return any(entry.name != LOCK for entry in self.path.iterdir())
+
+    def _leave(self, remove: bool) -> None:
+        if self._lock is None:
+            return self._remove_parents()
+        if remove:
+            remove_tree(self.path)
+        self._lock.close()
+        self._lock = None
+        return self._remove_parents()
+
+    def _remove_parents(self) -> None:
+        for parent in self._made_parents:
+            with suppress(OSError):  # the output is there, or others have put something there
+                parent.rmdir()
+
+
+def work_path(out: Path) -> Path:
+    """Return the work folder of an output."""
+    return out.parent / f".{out.name}.work"
+
+
+def again_message(path: Path) -> str:
+    """Say how to start over in spite of an interrupted run."""
+    return f"start over with --no-resume (resume=False), or remove {path}"
+
+
+def check_identity(
+    place: Path, known: Mapping[str, object], identity: Mapping[str, object]
+) -> None:
+    """Raise ResumeError, saying what has changed, unless two identities are the same."""
+    wanted = json.loads(json.dumps(identity))
+    changed = [key for key in dict.fromkeys([*wanted, *known]) if known.get(key) != wanted.get(key)]
+    if changed:
+        listed = ", ".join(
+            f"{key} (was {shown(known.get(key))}, is {shown(wanted.get(key))})" for key in changed
+        )
+        raise ResumeError(
+            f"{place}: an interrupted run had another {listed}. Give the same to go on, or "
+            f"{again_message(place)}"
+        )
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with what is in it, as far as possible."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        # This is where most of the time goes, so this is where most interrupts arrive.
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -1,0 +1,225 @@
+"""One run on several processes, over MPI: what every rank does of it, and what they tell each other.
+
+All of bitwright asks `current` for the ranks; outside of MPI there is one, which talks to nobody."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.errors import MissingExtraError
+
+T = TypeVar("T")
+MESSAGE_ELEMENTS = 1 << 26  # of one message: counts are 32-bit numbers in many MPI libraries
+# By which the launchers of MPICH, Open MPI and Slurm tell how many ranks there are.
+SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
+
+
+class Ranks:
+    """The only process of a run.
+
+    Attributes
+    ----------
+    rank, size
+        Which of how many ranks this is.
+    local_size
+        How many of them share this machine's memory.
+    fixed_order
+        Whether sums are taken in an order that does not depend on the number of ranks.
+    """
+
+    rank = 0
+    size = 1
+    local_size = 1
+
+    def __init__(self, fixed_order: bool = False) -> None:
+        self.fixed_order = fixed_order
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes."""
+        return self.rank == 0
+
+    def share(self, count: int, unit: int = 1) -> range:
+        """Return this rank's part of `count` things: consecutive ones, in whole units but for the last."""
+        return share(count, self.rank, self.size, unit)
+
+    def sum(self, array: NDArray[Any]) -> None:
+        """Replace a C-contiguous array, of the same shape on all ranks, by the sum of theirs."""
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in their order, to every rank."""
+        return [value]
+
+    def broadcast(self, value: T) -> T:
+        """Return the first rank's value."""
+        return value
+
+    def send(self, array: NDArray[Any], to: int) -> None:
+        """Send a C-contiguous array to a rank that receives it."""
+
+    def receive(self, array: NDArray[Any], source: int) -> None:
+        """Fill an array with what a rank sends."""
+
+    def total(self, value: float) -> float:
+        """Return the sum of all ranks' values, the same on every rank."""
+        return sum(self.gather(value), 0.0)
+
+    def all(self, value: bool) -> bool:
+        """Tell whether a condition holds on every rank."""
+        return all(self.gather(bool(value)))
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.gather(None)
+
+
+class MpiRanks(Ranks):
+    """The ranks of an MPI communicator.
+
+    Parameters
+    ----------
+    comm
+        An ``mpi4py`` communicator.
+    fixed_order
+        See `Ranks`.
+    """
+
+    def __init__(self, comm: Any, fixed_order: bool = False) -> None:
+        super().__init__(fixed_order)
+        self._comm = comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        local = comm.Split_type(_mpi().COMM_TYPE_SHARED)
+        self.local_size: int = local.Get_size()
+        local.Free()
+
+    def sum(self, array: NDArray[Any]) -> None:
+        """As `Ranks.sum`."""
+        for piece in _pieces(array):
+            # Reduced once and sent, so that all ranks have the same bits.
+            if self.rank == 0:
+                self._comm.Reduce(_mpi().IN_PLACE, piece, root=0)
+            else:
+                self._comm.Reduce(piece, None, root=0)
+            self._comm.Bcast(piece, root=0)
+
+    def gather(self, value: T) -> list[T]:
+        """As `Ranks.gather`."""
+        found: list[T] = self._comm.allgather(value)
+        return found
+
+    def broadcast(self, value: T) -> T:
+        """As `Ranks.broadcast`."""
+        first: T = self._comm.bcast(value, root=0)
+        return first
+
+    def send(self, array: NDArray[Any], to: int) -> None:
+        """As `Ranks.send`."""
+        for piece in _pieces(array):
+            self._comm.Send(piece, dest=to)
+
+    def receive(self, array: NDArray[Any], source: int) -> None:
+        """As `Ranks.receive`."""
+        for piece in _pieces(array):
+            self._comm.Recv(piece, source=source)
+
+    def abort(self) -> None:
+        """End all ranks, whatever they wait for."""
+        self._comm.Abort(1)
+
+
+_current: ContextVar[Ranks | None] = ContextVar("ranks", default=None)
+_alone = Ranks()
+
+
+def current() -> Ranks:
+    """Return the ranks that runs are spread over now."""
+    return _current.get() or _alone
+
+
+@contextmanager
+def spread_over(comm: Any | None = None, fixed_order: bool = False) -> Iterator[Ranks]:
+    """Spread what is called in the ``with`` block over the ranks of a communicator, each of which calls it.
+
+    The folder that is written, with what lies beside it during the run, and the model must be there under
+    the same names for all ranks. The first rank writes.
+
+    Parameters
+    ----------
+    comm
+        An ``mpi4py`` communicator; None for this process alone.
+    fixed_order
+        Take all sums in an order that does not depend on the number of ranks, so that any number gives
+        the same bits; it takes the memory of some more grams.
+
+    Yields
+    ------
+    Ranks
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> with bitwright.spread_over() as ranks:  # mpi4py.MPI.COMM_WORLD, in a program that mpirun starts
+    ...     ranks.size
+    1
+    """
+    ranks = Ranks(fixed_order) if comm is None else MpiRanks(comm, fixed_order)
+    token = _current.set(ranks)
+    try:
+        yield ranks
+    finally:
+        _current.reset(token)
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether this process is one of several that an MPI launcher has started."""
+    return any(environment.get(name, "1") not in ("", "0", "1") for name in SIZES)
+
+
+def world() -> Any:
+    """Return mpi4py's communicator of all processes.
+
+    Raises
+    ------
+    MissingExtraError
+        If mpi4py is not installed.
+    """
+    return _mpi().COMM_WORLD
+
+
+def share(count: int, rank: int, size: int, unit: int = 1) -> range:
+    """Return the part of one of `size` ranks, as `Ranks.share`.
+
+    Examples
+    --------
+    >>> [list(share(5, rank, 2)) for rank in range(2)]
+    [[0, 1], [2, 3, 4]]
+    """
+    units = -(-count // unit)
+    first, stop = units * rank // size, units * (rank + 1) // size
+    return range(min(first * unit, count), min(stop * unit, count))
+
+
+def _mpi() -> Any:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise MissingExtraError(
+            "several MPI ranks were started, but mpi4py cannot be imported: pip install bitwright[mpi] "
+            f"({error})"
+        ) from error
+    return MPI
+
+
+def _pieces(array: NDArray[Any]) -> list[NDArray[Any]]:
+    flat = array.reshape(-1)
+    if not np.shares_memory(flat, array) and array.size:
+        raise ValueError("array: must be C-contiguous")
+    return [
+        flat[first : first + MESSAGE_ELEMENTS] for first in range(0, len(flat), MESSAGE_ELEMENTS)
+    ]
