@@ -3,10 +3,12 @@
 import inspect
 import json
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -18,6 +20,7 @@ from bitwright.activations import DEFAULT_SAMPLES
 from bitwright.card import command_line, made_by
 from bitwright.demo import run_demo
 from bitwright.distillation import LOSSES
+from bitwright.distributed import launched, spread_over, world
 from bitwright.dwq import SCHEDULES
 from bitwright.dynamic import DEFAULT_CANDIDATES
 from bitwright.errors import MissingExtraError
@@ -43,6 +46,8 @@ from bitwright.student import ZEROS
 from bitwright.tensor import BITS, GRIDS
 
 FAILED, INTERRUPTED = 1, 130
+SPREAD = ("quantize", "refine", "sensitivities", "dynamic", "dwq")  # over MPI ranks
+OTHERS_WAIT = 1.0  # seconds, for the first rank to say what is wrong with all of them
 
 
 class _NewFile(click.ParamType[Path]):
@@ -166,6 +171,25 @@ def _data(required: bool) -> Callable[[Callable[..., None]], Callable[..., None]
     return add
 
 
+def _resumable(function: Callable[..., None]) -> Callable[..., None]:
+    """Options of the commands that go block by block."""
+    for option in (
+        click.option(
+            "--resume/--no-resume",
+            default=True,
+            help="Go on where the same command was interrupted, or start over.",
+        ),
+        click.option(
+            "--memory",
+            type=click.FloatRange(0, min_open=True),
+            metavar="GB",
+            help="What the process may take; by default three quarters of what is free.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def _threads(function: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--threads", type=click.IntRange(1, 1024), help="Threads to use; by default all processors."
@@ -174,8 +198,25 @@ def _threads(function: Callable[..., None]) -> Callable[..., None]:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(bitwright.__version__, prog_name="bitwright")
-def cli() -> None:
-    """Quantize language models on any CPU."""
+@click.option(
+    "--fixed-order",
+    is_flag=True,
+    help="Take all sums over tokens in an order that does not depend on the number of MPI ranks.",
+)
+@click.pass_context
+def cli(context: click.Context, fixed_order: bool) -> None:
+    """Quantize language models on any CPU.
+
+    Started by mpirun, quantize, refine, sensitivities, dynamic and dwq spread over all ranks; other
+    commands run on the first.
+    """
+    if launched():
+        if context.invoked_subcommand not in SPREAD and world().Get_rank() > 0:
+            context.exit()
+        if context.invoked_subcommand in SPREAD:
+            context.with_resource(spread_over(world(), fixed_order))
+            return
+    context.with_resource(spread_over(None, fixed_order))
 
 
 @cli.command()
@@ -307,6 +348,7 @@ def cli() -> None:
     help="What runs the model: bitwright, block by block, or transformers (any architecture, the whole "
     "model in memory; pip install bitwright[transformers]).",
 )
+@_resumable
 @_threads
 def quantize(
     backend: str, overrides: tuple[tuple[str, dict[str, int]], ...], **options: Any
@@ -666,6 +708,7 @@ def convert(source: Path, out: Path, **options: Any) -> None:
 )
 @click.option("--damping", type=click.FloatRange(0), help="Of the gram's mean diagonal.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@_resumable
 @_threads
 def refine(quantized: Path, original: Path, out: Path, **options: Any) -> None:
     """Improve the codes and scales of the model QUANTIZED, by any tool; its format and size stay."""
@@ -765,15 +808,30 @@ def main() -> None:
             status = cli.main(standalone_mode=False)
     except click.exceptions.Abort as error:
         reason = str(error.__cause__ or "")
-        click.echo(f"interrupted; {reason or 'nothing was written'}", err=True)
-        sys.exit(INTERRUPTED)
+        _end(f"interrupted; {reason or 'nothing was written'}", INTERRUPTED)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        _end("", error.exit_code)
     except KeyboardInterrupt as error:
-        click.echo(f"interrupted; {str(error) or 'nothing was written'}", err=True)
-        sys.exit(INTERRUPTED)
+        _end(f"interrupted; {str(error) or 'nothing was written'}", INTERRUPTED)
     except (ValueError, TypeError, OSError, MemoryError, MissingExtraError) as error:
-        click.echo(f"bitwright: {error or type(error).__name__}", err=True)
-        sys.exit(FAILED)
+        _end(f"bitwright: {error or type(error).__name__}", FAILED)
+    except BaseException:
+        if launched():
+            traceback.print_exc()
+            _end("", FAILED)
+        raise
+    sys.exit(status)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    """Leave with a message; of several MPI ranks, which may wait for this one, all."""
+    ranks = launched()
+    if ranks and world().Get_rank() > 0:
+        time.sleep(OTHERS_WAIT)  # which ends here if the first has the same to say
+    if message:
+        click.echo(message, err=True)
+    if ranks:
+        sys.stderr.flush()
+        world().Abort(status)
     sys.exit(status)

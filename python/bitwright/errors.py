@@ -51,6 +51,10 @@ class ResumeError(BitwrightError, ValueError):
     """What an interrupted run has left cannot be gone on from."""
 
 
+class MemoryBudgetError(BitwrightError, MemoryError):
+    """A run would take more memory than it may."""
+
+
 class NonFiniteError(BitwrightError, ValueError):
     """NaN or infinity where a finite number is needed."""
 

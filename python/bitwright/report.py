@@ -1,10 +1,12 @@
 """What a run did, as figures and as tables."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -69,6 +71,23 @@ class BlockReport:
     loss_after: float
     scaled: bool
     searches: dict[str, ScaleSearch]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON, exactly."""
+        searches = {
+            name: [each.scale.tobytes().hex(), each.ratio, list(each.losses.items())]
+            for name, each in self.searches.items()
+        }
+        return {**vars(self), "searches": searches}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "BlockReport":
+        """Return what `as_dict` was made of."""
+        searches = {
+            name: ScaleSearch(np.frombuffer(bytes.fromhex(scale), np.float32), ratio, dict(losses))
+            for name, (scale, ratio, losses) in content["searches"].items()
+        }
+        return cls(**{**content, "searches": searches})
 
     @property
     def reduction(self) -> float:

@@ -1,4 +1,4 @@
-"""Where a run works until its output is whole: a hidden folder beside it, which another run can go on from."""
+"""Where a run works until its output is whole: a hidden folder beside it, from which another can go on."""
 
 import fcntl
 import json
@@ -12,14 +12,16 @@ from typing import Any, BinaryIO, Self
 
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import output_errors, write_json
+from bitwright.distributed import current
 from bitwright.errors import CheckpointError, OutputError, ResumeError, malformed_as, shown
 
 LOCK, STATE, REPLACED = "lock", "state.json", "replaced"
 
 
 class WorkFolder:
-    """The hidden folder ``.NAME.work`` beside an output NAME, held by one process at a time.
+    """The hidden folder ``.NAME.work`` beside an output NAME, held by one run at a time.
 
+    Of several MPI ranks, which enter it and call its methods all together, the first holds and changes it.
     It is removed when the ``with`` block ends, unless that is by an exception and `keep` has been set. A
     process that is killed leaves it, too; the next one with the same output holds it then.
 
@@ -42,10 +44,16 @@ class WorkFolder:
             raise OutputError(f"{shown(os.fspath(out))}: is not the name of a folder") from error
         self.path = work_path(self.out)
         self.keep = False
+        self._ranks = current()
         self._lock: BinaryIO | None = None
         self._made_parents: list[Path] = []
 
     def __enter__(self) -> Self:
+        self._ranks = current()
+        self._ranks.on_first(self._enter)
+        return self
+
+    def _enter(self) -> None:
         try:
             with output_errors(self.out):
                 parent = self.out.parent
@@ -53,13 +61,11 @@ class WorkFolder:
                 for place in reversed(missing):
                     place.mkdir()
                     self._made_parents.insert(0, place)
-            with output_errors(self.path):
                 self._take()
                 self._put_back()
         except BaseException:
             self._leave(remove=self._lock is not None and not self._holds_anything())
             raise
-        return self
 
     def __exit__(
         self,
@@ -89,9 +95,25 @@ class WorkFolder:
         ResumeError
             If the interrupted run had another identity; the message says what is different.
         """
+        state = self._ranks.on_first(lambda: self._resume(identity, resume))
+        self.keep = state is not None
+        return state
+
+    def commit(self, identity: Mapping[str, object], state: Mapping[str, Any]) -> None:
+        """Write the state to go on from, in place of the last one; files that it names are there by now."""
+        content = {"identity": dict(identity), "state": dict(state)}
+        self._ranks.on_first(lambda: write_json(self.path / STATE, content))
+        self.keep = True
+
+    def clear(self) -> None:
+        """Remove everything but the lock."""
+        self.keep = False
+        self._ranks.on_first(self._clear)
+
+    def _resume(self, identity: Mapping[str, object], resume: bool) -> dict[str, Any] | None:
         place = self.path / STATE
         if not resume or not place.is_file():
-            self.clear()
+            self._clear()
             return None
         again = again_message(self.path)
         with malformed_as(ResumeError, f"{place}: is damaged", f"; {again}", CheckpointError):
@@ -100,17 +122,9 @@ class WorkFolder:
             if not isinstance(known, dict) or not isinstance(state, dict):
                 raise ValueError("state")
         check_identity(self.path, known, identity)
-        self.keep = True
         return state
 
-    def commit(self, identity: Mapping[str, object], state: Mapping[str, Any]) -> None:
-        """Write the state to go on from, in place of the last one; files that it names are there already."""
-        write_json(self.path / STATE, {"identity": dict(identity), "state": state})
-        self.keep = True
-
-    def clear(self) -> None:
-        """Remove everything but the lock."""
-        self.keep = False
+    def _clear(self) -> None:
         with output_errors(self.path):
             # The state first: without it nobody goes on from the rest.
             (self.path / STATE).unlink(missing_ok=True)
@@ -128,10 +142,11 @@ class WorkFolder:
                 self.path.mkdir()
             except FileExistsError:
                 made = False
-                if not self.path.is_dir():
-                    raise
             lock = self.path / LOCK
-            if not made and not lock.is_file() and any(self.path.iterdir()):
+            is_ours = made or (
+                self.path.is_dir() and (lock.is_file() or not any(self.path.iterdir()))
+            )
+            if not is_ours:
                 raise OutputError(
                     f"{self.path}: cannot be written: it is not what an interrupted run has left. Move it "
                     f"away or write elsewhere"
@@ -202,7 +217,7 @@ def check_identity(
             f"{key} (was {shown(known.get(key))}, is {shown(wanted.get(key))})" for key in changed
         )
         raise ResumeError(
-            f"{place}: an interrupted run had another {listed}. Give the same to go on, or "
+            f"{place}: an interrupted run had other options or inputs: {listed}. Give the same to go on, or "
             f"{again_message(place)}"
         )
 
