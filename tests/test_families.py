@@ -79,7 +79,7 @@ def test_every_scale_group_folds(folder: Path) -> None:
     rotation = model.rotation(40)
     for index in range(model.config.num_hidden_layers):
         block = model.block(index)
-        states = States(ChunkPlan(80, 80, 0, (0,)), "float", iter([hidden.copy()]))
+        states = States(ChunkPlan(80, 80, 0, (0,)), iter([hidden.copy()]))
         facts = observe_block(block, states, rotation, AwqOptions())
         linears = block.layout.linears
         choices = {

@@ -123,7 +123,7 @@ def test_drift_gives_the_best_weights_for_the_original_outputs() -> None:
     hidden = original + 0.3 * rng.standard_normal((64, 64), dtype=np.float32)
     block, source = model.block(0), model.block(0)
     plan = ChunkPlan(64, 64, 1, (0,))
-    stream = OriginalStream(source, States(plan, "original", iter([original.copy()])), rope)
+    stream = OriginalStream(source, States(plan, iter([original.copy()])), rope)
     chunk, reference = ChunkStates(hidden), ChunkStates(original.copy())
     for stage in block.stages:
         statistics = bitwright.LayerStatistics(block.layout.linears[stage.linears[0]][1])

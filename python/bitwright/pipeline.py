@@ -629,7 +629,7 @@ class Run:
             else:
                 original = model.embedding_table()
                 rows = (model.embed(flat[each.place(i)], original) for i in each.numbers)
-            found[name] = States(each, name, rows)
+            found[name] = States(each, rows)
         self.states, self.original = found.get("hidden"), found.get("original")
 
     def _embedding(self) -> NDArray[Any] | None:
@@ -664,7 +664,7 @@ class Run:
         regather = self.propagate and (self.options.method != "awq" or self.options.drift)
         # What experts see is not among the facts: the passes gather it, and from all tokens.
         judged = None if regather or block.layout.experts else JUDGED_CHUNKS
-        original = states.copy("float")
+        original = states.copy()
         facts = observe_block(block, original, rope, self.awq, judged if self.propagate else None)
         block.weights.clear()
         for stage, fact in facts.items():
@@ -683,8 +683,8 @@ class Run:
             scaled.forget_grams()
         else:
             known = {stage: fact.gram for stage, fact in facts.items() if fact.gram is not None}
-        plain, plain_layers = states.copy("plain", judged), list[QuantizedLayer]()
-        after_plain = None if self.original is None else self.original.copy("original-plain")
+        plain, plain_layers = states.copy(judged), list[QuantizedLayer]()
+        after_plain = None if self.original is None else self.original.copy()
         before, self.original = self.original, after_plain
         self._pass(block, index, plain, rope, plain_layers.append, known, whole=True)
         if after_plain is not None:
@@ -695,7 +695,7 @@ class Run:
         clips = scaled if self.options.method == "awq" else None  # GPTQ searches for ranges itself
         layers: list[QuantizedLayer] = []
         goes_on = self.propagate and self._is_followed(index)
-        after = states.copy("scaled", None if goes_on or regather else judged)
+        after = states.copy(None if goes_on or regather else judged)
         self._pass(scaled.block, index, after, rope, layers.append, known, clips, whole=True)
         before_loss, after_loss = (
             self._mean_square(each, original, judged) for each in (plain, after)

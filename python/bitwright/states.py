@@ -1,10 +1,11 @@
 """The states of all calibration tokens between two stages: in memory, and beyond a budget in files."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedReader
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bitwright.models.operations import Float32
 from bitwright.models.routing import Routes
 
 LEAVES = 8  # of each of both parts, see `bitwright.distributed.Sum`: so many ranks can share them
+_numbers = count()  # of the states of this process, for the names of their files
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,14 @@ class ChunkPlan:
         """Return the leaf that a chunk is added up in, see `bitwright.distributed.Sum`."""
         if number < self.first_part:
             return number * LEAVES // self.first_part
-        count = -(-self.rows // self.chunk_rows) - self.first_part
-        return LEAVES + (number - self.first_part) * LEAVES // count
+        rest = -(-self.rows // self.chunk_rows) - self.first_part
+        return LEAVES + (number - self.first_part) * LEAVES // rest
 
-    def below(self, count: int) -> "ChunkPlan":
-        """Return the plan of the first `count` chunks of all."""
-        rows = min(count * self.chunk_rows, self.rows)
+    def below(self, limit: int) -> "ChunkPlan":
+        """Return the plan of the chunks whose number is below a limit."""
+        rows = min(limit * self.chunk_rows, self.rows)
         return replace(
-            self, rows=rows, numbers=tuple(each for each in self.numbers if each < count)
+            self, rows=rows, numbers=tuple(each for each in self.numbers if each < limit)
         )
 
 
@@ -98,15 +100,13 @@ class States:
     ----------
     plan
         Which chunks there are.
-    name
-        Of their files, unique in the plan's folder.
     hidden
         Of each chunk, ``[rows, hidden_size]`` float32.
     """
 
-    def __init__(self, plan: ChunkPlan, name: str, hidden: Iterator[Float32]) -> None:
+    def __init__(self, plan: ChunkPlan, hidden: Iterable[Float32]) -> None:
         self.plan = plan
-        self.name = name
+        self._name = f"{current().rank}-{next(_numbers)}"
         self._chunks: list[ChunkStates | None] = []
         self._stored: list[list[tuple[str, tuple[int, ...]]]] = []
         self._routes: dict[int, Routes | None] = {}  # small next to what they route
@@ -136,11 +136,11 @@ class States:
         for place in range(len(self)):
             yield self._get(place, only_hidden=True).hidden
 
-    def copy(self, name: str, below: int | None = None) -> "States":
+    def copy(self, below: int | None = None) -> "States":
         """Return copies of the hidden states, of all chunks or of those whose number is below a limit."""
         plan = self.plan if below is None else self.plan.below(below)
         kept = (rows.copy() for _, rows in zip(plan.numbers, self.hidden(), strict=False))
-        return States(plan, name, kept)
+        return States(plan, kept)
 
     def forget_inner(self) -> None:
         """Drop all but the hidden states, at the end of a block."""
@@ -172,7 +172,7 @@ class States:
         if chunk is not None:
             return chunk
         path = self._path(place)
-        with output_errors(path), open(path, "rb") as file:
+        with output_errors(path, "read"), open(path, "rb") as file:
             (_, shape), *inner = self._stored[place]
             chunk = ChunkStates(_read(file, shape))
             for name, shape in () if only_hidden else inner:
@@ -195,7 +195,7 @@ class States:
     def _path(self, place: int) -> Path:
         if self.plan.folder is None:
             raise ValueError("folder: there is none")
-        return self.plan.folder / f"{self.name}-{place}"
+        return self.plan.folder / f"{self._name}-{place}"
 
 
 def read_states(path: Path, plan: ChunkPlan, hidden_size: int) -> Iterator[Float32]:
@@ -206,7 +206,7 @@ def read_states(path: Path, plan: ChunkPlan, hidden_size: int) -> Iterator[Float
     OutputError
         If the file is shorter than that.
     """
-    with output_errors(path), open(path, "rb") as file:
+    with output_errors(path, "read"), open(path, "rb") as file:
         for number in plan.numbers:
             rows = plan.place(number)
             file.seek(rows.start * hidden_size * 4)

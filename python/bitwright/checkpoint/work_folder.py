@@ -217,8 +217,8 @@ def check_identity(
             f"{key} (was {shown(known.get(key))}, is {shown(wanted.get(key))})" for key in changed
         )
         raise ResumeError(
-            f"{place}: an interrupted run had other options or inputs: {listed}. Give the same to go on, or "
-            f"{again_message(place)}"
+            f"{place}: an interrupted run had other options or inputs: {listed}. Give the same to go "
+            f"on, or {again_message(place)}"
         )
 
 
