@@ -3,13 +3,14 @@
 All of bitwright asks `current` for the ranks; outside of MPI there is one, which talks to nobody."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from bitwright.errors import MissingExtraError
 
@@ -64,6 +65,22 @@ class Ranks:
 
     def receive(self, array: NDArray[Any], source: int) -> None:
         """Fill an array with what a rank sends."""
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Call a function on the first rank alone; all return its result, or raise what it raises."""
+        found: T | None = None
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                found = function()
+            except Exception as raised:
+                if self.size == 1:
+                    raise
+                error = raised
+        found, error = self.broadcast((found, error))
+        if error is not None:
+            raise error
+        return found  # type: ignore[return-value]
 
     def total(self, value: float) -> float:
         """Return the sum of all ranks' values, the same on every rank."""
@@ -131,6 +148,87 @@ class MpiRanks(Ranks):
     def abort(self) -> None:
         """End all ranks, whatever they wait for."""
         self._comm.Abort(1)
+
+
+class Sum:
+    """An array that is added up over the chunks of all ranks.
+
+    With `Ranks.fixed_order` chunks are added up leaf by leaf, and the leaves as a binary tree over all of
+    them: whatever part of the tree a rank has, the same numbers are added in the same order.
+
+    Parameters
+    ----------
+    shape, dtype
+        Of the array.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> None:
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
+        self._ranks = current()
+        self._nodes: list[_Node] = []
+
+    def place(self, leaf: int = 0) -> NDArray[Any]:
+        """Return the array to add the next chunk to; `leaf` says which leaf of all it belongs to."""
+        if not self._ranks.fixed_order:
+            leaf = 0
+        if not self._nodes or self._nodes[-1].leaf != leaf:
+            self._grow(_Node(0, leaf, leaf, np.zeros(self.shape, self.dtype)))
+        return self._nodes[-1].array
+
+    def total(self) -> NDArray[Any]:
+        """Return the sum, the same on all ranks, and forget it; all ranks call this together."""
+        ranks = self._ranks
+        if not ranks.fixed_order:
+            total = self.place()
+            ranks.sum(total)
+            self._nodes = []
+            return total
+        self._join_twins()
+        counts = ranks.gather([(node.level, node.index) for node in self._nodes])
+        if ranks.is_first:
+            for source, nodes in enumerate(counts):
+                for level, index in nodes if source else ():
+                    array = np.empty(self.shape, self.dtype)
+                    ranks.receive(array, source)
+                    self._grow(_Node(level, index, -1, array))
+            self._join_twins()
+            total = np.zeros(self.shape, self.dtype) if not self._nodes else self._nodes[0].array
+            for node in self._nodes[1:]:
+                total += node.array
+        else:
+            for node in self._nodes:
+                ranks.send(node.array, 0)
+            total = np.zeros(self.shape, self.dtype)
+        self._nodes = []
+        ranks.sum(total)  # of one that is not zero
+        return total
+
+    def _grow(self, node: "_Node") -> None:
+        """Add a node on the right, after all twins before it have been added up."""
+        self._join_twins()
+        self._nodes.append(node)
+
+    def _join_twins(self) -> None:
+        while len(self._nodes) > 1 and self._nodes[-2].is_twin(self._nodes[-1]):
+            right = self._nodes.pop()
+            left = self._nodes[-1]
+            array = left.array
+            array += right.array
+            self._nodes[-1] = _Node(left.level + 1, left.index // 2, -1, array)
+
+
+@dataclass(frozen=True, eq=False)
+class _Node:
+    """The sum of the leaves from ``index << level`` on, `leaf` while it is one that grows."""
+
+    level: int
+    index: int
+    leaf: int
+    array: NDArray[Any]
+
+    def is_twin(self, right: "_Node") -> bool:
+        return self.level == right.level and self.index % 2 == 0 and right.index == self.index + 1
 
 
 _current: ContextVar[Ranks | None] = ContextVar("ranks", default=None)

@@ -1,4 +1,4 @@
-"""Where a run works until its output is whole: a hidden folder beside it, which another run can go on from."""
+"""Where a run works until its output is whole: a hidden folder beside it, to go on from."""
 
 import fcntl
 import json
@@ -12,16 +12,19 @@ from typing import Any, BinaryIO, Self
 
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import output_errors, write_json
+from bitwright.distributed import current
 from bitwright.errors import CheckpointError, OutputError, ResumeError, malformed_as, shown
 
-LOCK, STATE, REPLACED = "lock", "state.json", "replaced"
+LOCK, STATE, REPLACED, LAST = "lock", "state.json", "replaced", "last"
 
 
 class WorkFolder:
-    """The hidden folder ``.NAME.work`` beside an output NAME, held by one process at a time.
+    """The hidden folder ``.NAME.work`` beside an output NAME, held by one run at a time.
 
-    It is removed when the ``with`` block ends, unless that is by an exception and `keep` has been set. A
-    process that is killed leaves it, too; the next one with the same output holds it then.
+    Of several MPI ranks, which enter it and call its methods all together, the first holds and changes
+    it. It is removed when the ``with`` block ends, unless that is by an exception and `keep` is set: while
+    there is a state to go on from. A process that is killed leaves it, too; the next one with the same
+    output holds it then.
 
     Parameters
     ----------
@@ -42,10 +45,16 @@ class WorkFolder:
             raise OutputError(f"{shown(os.fspath(out))}: is not the name of a folder") from error
         self.path = work_path(self.out)
         self.keep = False
+        self._ranks = current()
         self._lock: BinaryIO | None = None
         self._made_parents: list[Path] = []
 
     def __enter__(self) -> Self:
+        self._ranks = current()
+        self._ranks.on_first(self._enter)
+        return self
+
+    def _enter(self) -> None:
         try:
             with output_errors(self.out):
                 parent = self.out.parent
@@ -56,10 +65,11 @@ class WorkFolder:
             with output_errors(self.path):
                 self._take()
                 self._put_back()
+                self._forget_finished()
+                self.keep = (self.path / STATE).is_file()
         except BaseException:
             self._leave(remove=self._lock is not None and not self._holds_anything())
             raise
-        return self
 
     def __exit__(
         self,
@@ -67,7 +77,12 @@ class WorkFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._leave(remove=error is None or not self.keep)
+        kept = self.keep and error is not None
+        self._leave(remove=not kept)
+        if kept and isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(
+                f"the same call goes on from what is in {self.path}; remove that to start over"
+            ) from error
 
     def resume(self, identity: Mapping[str, object], resume: bool = True) -> dict[str, Any] | None:
         """Return the state that an interrupted run of the same identity has committed last.
@@ -87,11 +102,38 @@ class WorkFolder:
         Raises
         ------
         ResumeError
-            If the interrupted run had another identity; the message says what is different.
+            If the interrupted run, or another rank, has another identity; the message says what is
+            different.
         """
+        for rank, other in enumerate(self._ranks.gather(dict(identity))):
+            if changes := _changes(identity, other):
+                raise ResumeError(f"MPI rank {rank} has another {changes}. Give all ranks the same")
+        state = self._ranks.on_first(lambda: self._resume(identity, resume))
+        self.keep = state is not None
+        return state
+
+    def commit(self, identity: Mapping[str, object], state: Mapping[str, Any]) -> None:
+        """Write the state to go on from, in place of the last one; the files that it names are there."""
+        content = {"identity": dict(identity), "state": dict(state)}
+        self._ranks.on_first(lambda: write_json(self.path / STATE, content))
+        self.keep = True
+
+    def last_step(self, name: str) -> None:
+        """Say that nothing is left to do but to move this part of it into the place of the output.
+
+        A run that is killed after that has moved it has finished, and leaves nothing to go on from.
+        """
+        self._ranks.on_first(lambda: (self.path / LAST).write_text(name))
+
+    def clear(self) -> None:
+        """Remove everything but the lock."""
+        self.keep = False
+        self._ranks.on_first(self._clear)
+
+    def _resume(self, identity: Mapping[str, object], resume: bool) -> dict[str, Any] | None:
         place = self.path / STATE
         if not resume or not place.is_file():
-            self.clear()
+            self._clear()
             return None
         again = again_message(self.path)
         with malformed_as(ResumeError, f"{place}: is damaged", f"; {again}", CheckpointError):
@@ -100,23 +142,15 @@ class WorkFolder:
             if not isinstance(known, dict) or not isinstance(state, dict):
                 raise ValueError("state")
         check_identity(self.path, known, identity)
-        self.keep = True
         return state
 
-    def commit(self, identity: Mapping[str, object], state: Mapping[str, Any]) -> None:
-        """Write the state to go on from, in place of the last one; files that it names are there already."""
-        write_json(self.path / STATE, {"identity": dict(identity), "state": state})
-        self.keep = True
-
-    def clear(self) -> None:
-        """Remove everything but the lock."""
-        self.keep = False
+    def _clear(self) -> None:
         with output_errors(self.path):
             # The state first: without it nobody goes on from the rest.
             (self.path / STATE).unlink(missing_ok=True)
             for entry in list(self.path.iterdir()):
                 if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
+                    remove_tree(entry)
                 elif entry.name != LOCK:
                     entry.unlink()
 
@@ -136,7 +170,10 @@ class WorkFolder:
                     f"{self.path}: cannot be written: it is not what an interrupted run has left. Move it "
                     f"away or write elsewhere"
                 )
-            file = open(lock, "ab+")  # noqa: SIM115 - held until the run ends
+            try:
+                file = open(lock, "ab+")  # noqa: SIM115 - held until the run ends
+            except FileNotFoundError:  # another run has just removed the folder
+                continue
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -163,6 +200,15 @@ class WorkFolder:
         if aside.is_dir() and not self.out.exists():
             aside.rename(self.out)
 
+    def _forget_finished(self) -> None:
+        """Empty the folder of a run that was killed after its output had come into its place."""
+        last = self.path / LAST
+        if not last.is_file():
+            return
+        if not (self.path / last.read_text()).exists():
+            self._clear()
+        last.unlink(missing_ok=True)
+
     def _holds_anything(self) -> bool:
         return any(entry.name != LOCK for entry in self.path.iterdir())
 
@@ -170,7 +216,12 @@ class WorkFolder:
         if self._lock is None:
             return self._remove_parents()
         if remove:
-            remove_tree(self.path)
+            with suppress(OSError):  # OutputError is one
+                self._put_back()
+                self._clear()
+                # The lock last: without it the next run would not know the folder.
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
         self._lock.close()
         self._lock = None
         return self._remove_parents()
@@ -195,16 +246,20 @@ def check_identity(
     place: Path, known: Mapping[str, object], identity: Mapping[str, object]
 ) -> None:
     """Raise ResumeError, saying what has changed, unless two identities are the same."""
-    wanted = json.loads(json.dumps(identity))
-    changed = [key for key in dict.fromkeys([*wanted, *known]) if known.get(key) != wanted.get(key)]
-    if changed:
-        listed = ", ".join(
-            f"{key} (was {shown(known.get(key))}, is {shown(wanted.get(key))})" for key in changed
-        )
+    if changes := _changes(known, json.loads(json.dumps(identity))):
         raise ResumeError(
-            f"{place}: an interrupted run had another {listed}. Give the same to go on, or "
+            f"{place}: an interrupted run had another {changes}. Give the same to go on, or "
             f"{again_message(place)}"
         )
+
+
+def _changes(known: Mapping[str, object], wanted: Mapping[str, object]) -> str:
+    """Say in what two identities differ; nothing if they do not."""
+    return ", ".join(
+        f"{key} (was {shown(known.get(key))}, is {shown(wanted.get(key))})"
+        for key in dict.fromkeys([*wanted, *known])
+        if known.get(key) != wanted.get(key)
+    )
 
 
 def remove_tree(folder: Path) -> None:
