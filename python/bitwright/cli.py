@@ -172,6 +172,12 @@ def _threads(function: Callable[..., None]) -> Callable[..., None]:
     )(function)
 
 
+def _resume(function: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--resume/--no-resume", default=True, help="Go on where the same command was interrupted."
+    )(function)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(bitwright.__version__, prog_name="bitwright")
 def cli() -> None:
@@ -427,11 +433,11 @@ def salient(
 )
 @click.option("--batch-size", type=click.IntRange(1), default=4, help="Samples at a time.")
 @click.option("--loss", type=click.Choice(LOSSES), default="kl", help="Whose gradient is taken.")
+@_resume
 @click.option("--plot", type=_NewFile(), help="Plot them to this file (.png, .svg, .pdf).")
 @_threads
 def sensitivities(
     model: Path,
-    out: Path,
     low: tuple[tuple[int, int | None], ...],
     high: tuple[tuple[int, int | None], ...],
     plot: Path | None,
@@ -443,7 +449,6 @@ def sensitivities(
     found = bitwright.estimate_sensitivities(
         model, options.pop("data"), *low[0], *high[0], **options
     )
-    found.save(out)
     if plot is not None:
         bitwright.plot_sensitivities(found, plot)
     print_sensitivities(found, Console())
@@ -536,9 +541,7 @@ def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None
 @click.option("--validate-every", type=click.IntRange(1), help="Steps; by default 1/8 of the run.")
 @click.option("--patience", type=click.IntRange(1), help="Stop after so many without a new best.")
 @click.option("--checkpoint-every", type=click.IntRange(1), help="Steps; as --validate-every.")
-@click.option(
-    "--resume/--no-resume", default=True, help="Go on where the same command was interrupted."
-)
+@_resume
 @click.option(
     "--plot",
     type=_NewFile(),
