@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+import numpy as np
+
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import output_errors, write_json
 from bitwright.distributed import current
@@ -121,9 +123,11 @@ class WorkFolder:
     def last_step(self, name: str) -> None:
         """Say that nothing is left to do but to move this part of it into the place of the output.
 
-        A run that is killed after that has moved it has finished, and leaves nothing to go on from.
+        A run that is killed after that has moved it has finished, and leaves nothing to go on from. This is
+        called by the rank that moves it.
         """
-        self._ranks.on_first(lambda: (self.path / LAST).write_text(name))
+        with output_errors(self.path):
+            (self.path / LAST).write_text(name)
 
     def clear(self) -> None:
         """Remove everything but the lock."""
@@ -240,6 +244,20 @@ def work_path(out: Path) -> Path:
 def again_message(path: Path) -> str:
     """Say how to start over in spite of an interrupted run."""
     return f"start over with --no-resume (resume=False), or remove {path}"
+
+
+def as_identity(arguments: Mapping[str, object]) -> dict[str, Any]:
+    """Return what stands for arguments in an identity: a name in place of what JSON does not hold."""
+
+    def named(value: Any) -> object:
+        return (
+            value.item()
+            if isinstance(value, np.generic)
+            else getattr(value, "__qualname__", str(value))
+        )
+
+    found: dict[str, Any] = json.loads(json.dumps(arguments, default=named))
+    return found
 
 
 def check_identity(

@@ -204,7 +204,7 @@ class CheckpointWriter:
         self._waiting_bytes = 0
 
     def __enter__(self) -> Self:
-        self._check_place()
+        self.check_place()
         if self._owns_work:
             self._work.__enter__()
         try:
@@ -429,7 +429,7 @@ class CheckpointWriter:
             raise OutputError(f"{self._out}: the writer is not open; use it in a with statement")
         return self._folder
 
-    def _check_place(self) -> None:
+    def check_place(self) -> None:
         """Refuse a place that is taken, or that holds what nobody meant to lose."""
         out = self._out
         if self._source is not None:
@@ -493,7 +493,7 @@ class CheckpointWriter:
                 synchronize(path)
             synchronize(folder)
         # Hours may have passed since the place was looked at.
-        self._check_place()
+        self.check_place()
         self._move_into_place(folder)
 
     def _name_shards(self, folder: Path) -> None:
@@ -512,6 +512,7 @@ class CheckpointWriter:
 
     def _move_into_place(self, folder: Path) -> None:
         out = self._out
+        self._work.last_step(UNFINISHED)
         aside = self._work.path / REPLACED
         try:
             with output_errors(out):
