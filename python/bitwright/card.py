@@ -192,7 +192,7 @@ def model_card(
 
 
 def add_evaluations(folder: str | os.PathLike[str], rows: Mapping[str, Evaluation]) -> None:
-    """Add evaluations, by the names given, to the end of a folder's model card.
+    """Add evaluations, by the names given, to the end of a folder's model card, unless they are there.
 
     Parameters
     ----------
@@ -221,10 +221,10 @@ def add_evaluations(folder: str | os.PathLike[str], rows: Mapping[str, Evaluatio
         )
         for name, each in rows.items()
     ]
-    path = Path(folder) / CARD_NAME
+    path, added = Path(folder) / CARD_NAME, f"\n{_table(headings, table)}\n"
     with replaced(path) as partial:
         content = path.read_text(encoding="utf-8")
-        partial.write_text(f"{content}\n{_table(headings, table)}\n", encoding="utf-8")
+        partial.write_text(f"{content.removesuffix(added)}{added}", encoding="utf-8")
 
 
 def _methods(reports: Sequence[Report]) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bitwright.activations import DEFAULT_SAMPLES
 from bitwright.card import command_line, made_by
 from bitwright.demo import run_demo
 from bitwright.distillation import LOSSES
+from bitwright.distributed import current
 from bitwright.dwq import SCHEDULES
 from bitwright.dynamic import DEFAULT_CANDIDATES
 from bitwright.errors import MissingExtraError
@@ -117,6 +119,11 @@ class _Precisions(click.ParamType[tuple[tuple[int, int | None], ...]]):
         if self.one and len(found) > 1:
             self.fail(f"{value!r} is more than one", param, ctx)
         return found
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _method_and_format(function: Callable[..., None]) -> Callable[..., None]:
@@ -449,7 +456,7 @@ def sensitivities(
     found = bitwright.estimate_sensitivities(
         model, options.pop("data"), *low[0], *high[0], **options
     )
-    if plot is not None:
+    if plot is not None and current().is_first:
         bitwright.plot_sensitivities(found, plot)
     print_sensitivities(found, Console())
 
@@ -489,11 +496,12 @@ def sensitivities(
     type=click.Path(path_type=Path),
     help="Text or token ids to measure perplexity and KL on, before and after.",
 )
+@_resume
 @_threads
 def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None:
     """Quantize MODEL to a target size, with more bits where they matter."""
     report = bitwright.dynamic_quantize(model, out, **options)
-    if recipe is not None:
+    if recipe is not None and current().is_first:
         report.recipe.save(recipe)
     console = Console()
     print_recipe(report.recipe, report.sensitivities, console)
@@ -608,8 +616,24 @@ def dwq(
                 teacher, folder, method, bits, group_size, format, calibrated, **shared
             )  # fmt: skip
 
-    report = bitwright.dwq_quantize(teacher, student or make, out, data, **options)
-    if plot is not None:
+    made_with = (
+        None
+        if student is not None
+        else {
+            "method": method,
+            "format": format,
+            "candidates": None if target_bpw is None else candidates,
+            "bits": bits,
+            "group_size": group_size,
+            "target_bpw": target_bpw,
+            "calibration": None if calibration is None else _digest(calibration),
+            **shared,
+        }
+    )
+    report = bitwright.dwq_quantize(
+        teacher, student or make, out, data, made_with=made_with, **options
+    )
+    if plot is not None and current().is_first:
         bitwright.plot_dwq(report, plot)
     print_dwq_report(report, Console())
 
