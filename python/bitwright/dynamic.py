@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from bitwright import _kernels
 from bitwright.calibration import TokenSource
-from bitwright.card import add_evaluations, made_by, python_call
+from bitwright.card import add_evaluations, is_made_by_this, made_by, python_call
 from bitwright.checkpoint import CheckpointWriter
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
@@ -250,7 +250,10 @@ def dynamic_quantize(
     known = ranks.on_first(lambda: _known(sensitivities))
     with sensitivities_kept(out) as work, made_by(python_call(dynamic_quantize, arguments)):
         written = _Written(work, Path(out), arguments, model_fingerprint(original.checkpoint))
-        report = written.report() if resume else None
+        report = None
+        if resume and evaluate_on is not None:
+            report, again = ranks.on_first(written.found)
+            overwrite = overwrite or again
         if report is None:
             writer = CheckpointWriter(out, overwrite, source=original.checkpoint.source)
             ranks.on_first(writer.check_place)
@@ -281,6 +284,8 @@ def dynamic_quantize(
         )
         text = data if calibration is None else calibration
         if report is None:
+            if evaluate_on is not None:
+                written.commit(None)
             report = quantize(
                 model,
                 out,
@@ -341,30 +346,27 @@ class _Written:
             {**arguments, "model": model, "progress": None, "threads": None, "resume": None}
         )
 
-    def report(self) -> QuantizationReport | None:
-        """Return the report of an interrupted run of this very call, if it has written the output."""
-        return current().on_first(self._read)
-
-    def commit(self, report: QuantizationReport) -> None:
-        """Remember that the output is written."""
-        content = {
-            "identity": self._identity,
-            "inode": os.stat(self._out).st_ino,
-            "report": report.as_dict(),
-        }
-        current().on_first(lambda: write_json(self._path, content))
-        self._work.keep = True
-
-    def _read(self) -> QuantizationReport | None:
+    def found(self) -> tuple[QuantizationReport | None, bool]:
+        """Return what an interrupted run of this very call reported of the output that it has written, and
+        whether it has written one without a word of that."""
         with suppress(*MALFORMED, OSError):
             content = read_json_object(self._path)
-            if (
-                content["identity"] == self._identity
-                and content["inode"] == self._out.stat().st_ino
-            ):
+            if content["identity"] == self._identity:
                 self._work.keep = True
-                return QuantizationReport.from_dict(content["report"])
-        return None
+                if content["inode"] == self._out.stat().st_ino:
+                    return QuantizationReport.from_dict(content["report"]), False
+                return None, is_made_by_this(self._out)
+        return None, False
+
+    def commit(self, report: QuantizationReport | None) -> None:
+        """Remember that the output is about to be written, or is."""
+        content = {
+            "identity": self._identity,
+            "inode": None if report is None else os.stat(self._out).st_ino,
+            "report": None if report is None else report.as_dict(),
+        }
+        current().on_first(lambda: write_json(self._path, content))
+        self._work.keep = self._work.keep or report is not None
 
 
 def _known(

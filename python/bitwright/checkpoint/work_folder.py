@@ -67,7 +67,9 @@ class WorkFolder:
             with output_errors(self.path):
                 self._take()
                 self._put_back()
-                self._forget_finished()
+                if self._is_finished():
+                    self._clear()
+                (self.path / LAST).unlink(missing_ok=True)
                 self.keep = (self.path / STATE).is_file()
         except BaseException:
             self._leave(remove=self._lock is not None and not self._holds_anything())
@@ -128,6 +130,13 @@ class WorkFolder:
         """
         with output_errors(self.path):
             (self.path / LAST).write_text(name)
+
+    def forget_finished(self) -> None:
+        """Remove the folder if it is that of a run that was killed after its last step."""
+        if self._lock is None and self._is_finished():
+            with suppress(OSError):  # another run may have come first
+                self._enter()
+                self._leave(remove=not self.keep)
 
     def clear(self) -> None:
         """Remove everything but the lock."""
@@ -204,14 +213,9 @@ class WorkFolder:
         if aside.is_dir() and not self.out.exists():
             aside.rename(self.out)
 
-    def _forget_finished(self) -> None:
-        """Empty the folder of a run that was killed after its output had come into its place."""
+    def _is_finished(self) -> bool:
         last = self.path / LAST
-        if not last.is_file():
-            return
-        if not (self.path / last.read_text()).exists():
-            self._clear()
-        last.unlink(missing_ok=True)
+        return last.is_file() and not (self.path / last.read_text()).exists()
 
     def _holds_anything(self) -> bool:
         return any(entry.name != LOCK for entry in self.path.iterdir())

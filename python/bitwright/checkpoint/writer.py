@@ -441,6 +441,7 @@ class CheckpointWriter:
         if content is not None and not content:
             return
         if not self._overwrite:
+            self._work.forget_finished()
             raise OutputExistsError(
                 f"{out}: exists already. Remove it, write elsewhere, or ask for overwriting"
             )
