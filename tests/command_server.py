@@ -1,8 +1,8 @@
 """Runs the bitwright command in children of a process that has imported everything, which start at once.
 
 Each line of standard input is a JSON list: arguments, the file for what the command prints, and after how
-many seconds it is killed, or null. The answer is a line with the exit status. Runs are small, so they are cut
-into small pieces: files of targets, and what the best preset trains on.
+many seconds it is killed, or null. The answer is a line with the exit status. Runs are small, so they are
+cut into small pieces: files of targets, and what the best preset trains on.
 """
 
 import json

@@ -92,13 +92,8 @@ def test_killed_commands_go_on(
     often = ["--checkpoint-every", "1", "--validate-every", "4"]
     arguments = {
         "sensitivities": [
-            "sensitivities",
-            str(DEMO),
-            "--out",
-            str(out),
-            *data,
-            "--batch-size",
-            "2",
+            *("sensitivities", str(DEMO), "--out", str(out), *data),
+            *("--batch-size", "2", "--samples", "16"),
         ],
         "targets": [*distil, *given, "--targets", str(targets), "--tokens", "64"],
         "dwq": [*distil, *given, *often, "--tokens", "640"],
