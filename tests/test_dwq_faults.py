@@ -619,7 +619,7 @@ def test_checkpoints_of_other_settings(
     before = (tmp_path / ".out.work/training.safetensors").read_bytes()
     with pytest.raises(bitwright.ResumeError, match=word) as raised:
         train(student, tmp_path / "out", **options)
-    assert "an interrupted run had another" in str(raised.value)
+    assert "an interrupted run had other" in str(raised.value)
     assert "--no-resume" in str(raised.value)
     assert (tmp_path / ".out.work/training.safetensors").read_bytes() == before
     steps, _ = steps_of(student, tmp_path / "out", resume=False, **options)
@@ -644,7 +644,7 @@ def test_starting_over_with_other_data(
     student: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     interrupt(student, tmp_path / "out", 4)
-    with pytest.raises(bitwright.ResumeError, match="an interrupted run had another") as raised:
+    with pytest.raises(bitwright.ResumeError, match="an interrupted run had other") as raised:
         train(student, tmp_path / "out", **options)
     assert "--no-resume" in str(raised.value)
     train(student, tmp_path / "out", resume=False, **options)
@@ -654,7 +654,7 @@ def test_starting_over_with_other_data(
 
 def test_other_k_than_that_of_the_interrupted_run(student: Path, tmp_path: Path) -> None:
     interrupt(student, tmp_path / "out", 4, k=32)
-    with pytest.raises(bitwright.ResumeError, match="another k .was 32, is 512"):
+    with pytest.raises(bitwright.ResumeError, match="k .was 32, is 512"):
         train(student, tmp_path / "out")
 
 
@@ -663,7 +663,7 @@ def test_other_validation_data_is_noticed(student: Path, tmp_path: Path) -> None
     targets = tmp_path / "targets"
     bitwright.compute_dwq_targets(DEMO, IDS, targets)
     interrupt(student, tmp_path / "out", 4, validation=HELD[:2], targets=targets)
-    with pytest.raises(bitwright.ResumeError, match="another validation"):
+    with pytest.raises(bitwright.ResumeError, match="inputs: validation"):
         train(student, tmp_path / "out", validation=HELD[2:], targets=targets)
 
 
@@ -827,7 +827,7 @@ def test_interrupted_command_says_how_to_go_on(student: Path, tmp_path: Path, te
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate(timeout=60)
     assert process.returncode == 130, messages
-    assert "interrupted; the same call goes on from what is in" in messages
+    assert "interrupted; the same call goes on from what is done, in" in messages
     assert "Traceback" not in messages
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", ".out.work"}
     changed = [*command(student, tmp_path / "out", text), "--seed", "1"]

@@ -21,6 +21,7 @@ from bitwright.models.block import ChunkStates
 from bitwright.models.layout import block_layout
 from bitwright.models.routing import route
 from bitwright.scaling import AwqOptions, ScaledBlock, observe_block
+from bitwright.states import ChunkPlan, States
 
 FOLDERS = [*TINY, *ARCH]
 by_folder = pytest.mark.parametrize(
@@ -78,7 +79,8 @@ def test_every_scale_group_folds(folder: Path) -> None:
     rotation = model.rotation(40)
     for index in range(model.config.num_hidden_layers):
         block = model.block(index)
-        facts = observe_block(block, hidden.copy(), rotation, AwqOptions())
+        states = States(ChunkPlan(80, 80, 0, (0,)), iter([hidden.copy()]))
+        facts = observe_block(block, states, rotation, AwqOptions())
         linears = block.layout.linears
         choices = {
             name: bitwright.GridChoice.check(block.weights[f"{name}.weight"], 4, None)

@@ -64,22 +64,37 @@ def test_statistics_of_chunks_are_those_of_the_whole() -> None:
     statistics = LayerStatistics(65)
     for chunk in np.split(activations, [1, 40, 40]):
         statistics.add(chunk)
-    assert statistics.tokens == 100
-    gram = statistics.gram()
-    assert_close(gram, expected(activations))
-    np.testing.assert_array_equal(gram, gram.T)
+    moments = statistics.gather()
+    assert moments.tokens == 100
+    assert_close(moments.gram, expected(activations))
+    np.testing.assert_array_equal(moments.gram, moments.gram.T)
+    assert moments.first_gram is None
+
+
+def test_statistics_of_the_first_part() -> None:
+    activations = inputs(100, 65)
+    statistics = LayerStatistics(65, magnitudes=True)
+    statistics.add(activations[:40])
+    statistics.end_first_part()
+    statistics.add(activations[40:])
+    moments = statistics.gather()
+    assert_close(moments.gram, expected(activations))
+    assert moments.first_gram is not None
+    assert_close(moments.first_gram, expected(activations[:40]))
+    np.testing.assert_allclose(moments.mean_abs, np.abs(activations).mean(axis=0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_statistics_notice_what_is_not_finite(value: float) -> None:
     statistics = LayerStatistics(8)
     statistics.add(inputs(4, 8))
-    assert statistics.is_finite()
+    assert statistics.gather().is_finite()
+    statistics = LayerStatistics(8)
     chunk = inputs(4, 8)
     chunk[2, 5] = value
     statistics.add(chunk)
     statistics.add(inputs(4, 8))
-    assert not statistics.is_finite()
+    assert not statistics.gather().is_finite()
 
 
 def read_only() -> Array:

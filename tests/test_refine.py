@@ -14,6 +14,7 @@ from shared_data import SHARED, TESTS, needs_shared
 import bitwright
 from bitwright.drift import FEEDBACK, OriginalStream, drift_rows
 from bitwright.models.block import ChunkStates, Rotation
+from bitwright.states import ChunkPlan, States
 from bitwright.tensor import Grid
 
 DEMO = bitwright.demo_folder()
@@ -121,7 +122,8 @@ def test_drift_gives_the_best_weights_for_the_original_outputs() -> None:
     original = rng.standard_normal((64, 64), dtype=np.float32)
     hidden = original + 0.3 * rng.standard_normal((64, 64), dtype=np.float32)
     block, source = model.block(0), model.block(0)
-    stream = OriginalStream(source, original.copy(), rope)
+    plan = ChunkPlan(64, 64, 1, (0,))
+    stream = OriginalStream(source, States(plan, iter([original.copy()])), rope)
     chunk, reference = ChunkStates(hidden), ChunkStates(original.copy())
     for stage in block.stages:
         statistics = bitwright.LayerStatistics(block.layout.linears[stage.linears[0]][1])
@@ -129,10 +131,13 @@ def test_drift_gives_the_best_weights_for_the_original_outputs() -> None:
         states = block.stage_input(stage, chunk)
         statistics.add(states)
         drift.add(0, states, chunk.hidden)
+        statistics.end_first_part()
         name = stage.linears[0]
         weight = block.weights[f"{name}.weight"]
-        gram = statistics.gram()
-        found = drift.corrected(name, weight, gram)
+        moments = statistics.gather()
+        drift.gather(moments, statistics.first_tokens)
+        gram = moments.gram
+        found = drift.corrected(weight, gram)
         source.weights[f"{name}.weight"] = np.zeros_like(weight)  # does not matter any more
         wanted = block.stage_input(stage, reference) @ weight.T
         if stage.kind.endswith("output"):

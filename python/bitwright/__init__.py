@@ -10,6 +10,7 @@ from bitwright.calibration import load_tokens
 from bitwright.checkpoint import Checkpoint
 from bitwright.convert import convert
 from bitwright.demo import demo_folder
+from bitwright.distributed import spread_over
 from bitwright.dwq import dwq_quantize
 from bitwright.dynamic import DynamicReport, choose_precisions, dynamic_quantize
 from bitwright.errors import (
@@ -17,6 +18,7 @@ from bitwright.errors import (
     CalibrationError,
     CheckpointError,
     CheckpointNotFoundError,
+    MemoryBudgetError,
     MissingExtraError,
     NonFiniteError,
     OutputError,
@@ -69,7 +71,7 @@ from bitwright.report import (
 )
 from bitwright.salient_model import awq_quantize_model
 from bitwright.sensitivity import Sensitivities, estimate_sensitivities
-from bitwright.statistics import LayerStatistics, gram
+from bitwright.statistics import LayerStatistics, Moments, gram
 from bitwright.targets import DwqTargets, compute_dwq_targets
 from bitwright.tensor import QuantizedTensor, dequantize, pack, unpack
 
@@ -97,8 +99,10 @@ __all__ = [
     "LayerKind",
     "LayerReport",
     "LayerStatistics",
+    "MemoryBudgetError",
     "MissingExtraError",
     "Model",
+    "Moments",
     "NonFiniteError",
     "OutputError",
     "OutputExistsError",
@@ -155,6 +159,7 @@ __all__ = [
     "refine_model",
     "search_scale",
     "set_num_threads",
+    "spread_over",
     "token_loss",
     "unpack",
     "unpack_awq_weights",

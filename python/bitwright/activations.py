@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.calibration import TokenSource, load_at_most
+from bitwright.checkpoint.fingerprint import file_fingerprint
 from bitwright.errors import CalibrationError, OutputError, OutputExistsError, shown
 from bitwright.models.block import ChunkStates
 from bitwright.models.model import load_model
@@ -65,6 +66,10 @@ class ActivationFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def fingerprint(self) -> str:
+        """Return what the file is known by again."""
+        return file_fingerprint(self.path)
 
     def tokens(self, layers: Iterable[str], channels: int) -> Float32:
         """Return the inputs ``[tokens, channels]`` of the first of `layers` that the file has.

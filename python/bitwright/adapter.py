@@ -37,7 +37,7 @@ from bitwright.methods.solver import (
 )
 from bitwright.models.fold import fold_scale
 from bitwright.output import Output, QuantizedLayer, block_error, relative_error
-from bitwright.pipeline import DEFAULT_SAMPLES, JUDGED_TOKENS
+from bitwright.pipeline import DEFAULT_SAMPLES
 from bitwright.progress import progress_bar
 from bitwright.recipe import check_plan, plan_shapes
 from bitwright.report import BlockReport, QuantizationReport
@@ -50,6 +50,7 @@ ADAPTER_METHODS = ("gptq", "rtn", "awq", "awq+gptq")
 # Relative change of what a block adds to the hidden states, above which a folded scale is undone: the norm
 # then has a reader that was not scaled.
 MOST_CHANGE = 1e-3
+JUDGED_TOKENS = 512  # that decide between a block with scales and one without
 # The scores are a product of queries and keys, whose errors a search on one of them does not see.
 NEVER_CLIPPED = ("q_proj", "k_proj", "query", "key", "qkv")
 
@@ -381,7 +382,7 @@ class _Run:
                     continue
                 try:
                     if clips and each.gram is not None and _is_clipped(linear):
-                        solve = clip_solver(each.gram, self.n_grid)
+                        solve = clip_solver((each.gram,), self.n_grid)
                     else:
                         if shared is None:
                             method = "rtn" if each.gram is None else self.options.method

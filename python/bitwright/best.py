@@ -42,6 +42,7 @@ def quantize_best(
     seed: int = 0,
     grid: Grid | None = None,
     recipe: Any = None,
+    memory: float | None = None,
     overwrite: bool = False,
     resume: bool = True,
     threads: int | None = None,
@@ -59,7 +60,7 @@ def quantize_best(
     ----------
     model, out, method, bits, group_size, format, calibration, samples, length, seed, grid, recipe
         As for `bitwright.quantize`; `samples` do not limit what DWQ trains on.
-    overwrite, threads, progress, options
+    memory, overwrite, threads, progress, options
         As for `bitwright.quantize`.
     resume
         Go on where the same call was interrupted. Until its end the sensitivities are kept beside `out`, in
@@ -144,6 +145,8 @@ def quantize_best(
                 folder,
                 calibration=calibration,
                 recipe=recipe,
+                memory=memory,
+                resume=resume,
                 threads=threads,
                 progress=progress,
                 **making,

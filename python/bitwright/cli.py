@@ -3,11 +3,13 @@
 import inspect
 import json
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -19,7 +21,7 @@ from bitwright.activations import DEFAULT_SAMPLES
 from bitwright.card import command_line, made_by
 from bitwright.demo import run_demo
 from bitwright.distillation import LOSSES
-from bitwright.distributed import current
+from bitwright.distributed import current, launched, spread_over, world
 from bitwright.dwq import SCHEDULES
 from bitwright.dynamic import DEFAULT_CANDIDATES
 from bitwright.errors import MissingExtraError
@@ -45,6 +47,8 @@ from bitwright.student import ZEROS
 from bitwright.tensor import BITS, GRIDS
 
 FAILED, INTERRUPTED = 1, 130
+SPREAD = ("quantize", "refine", "sensitivities", "dynamic", "dwq")  # over MPI ranks
+OTHERS_WAIT = 1.0  # seconds, for the first rank to say what is wrong with all of them
 
 
 class _NewFile(click.ParamType[Path]):
@@ -173,22 +177,51 @@ def _data(required: bool) -> Callable[[Callable[..., None]], Callable[..., None]
     return add
 
 
+def _resume(function: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--resume/--no-resume",
+        default=True,
+        help="Go on where the same command was interrupted, or start over.",
+    )(function)
+
+
+def _resumable(function: Callable[..., None]) -> Callable[..., None]:
+    """Options of the commands that go block by block."""
+    return click.option(
+        "--memory",
+        type=click.FloatRange(0, min_open=True),
+        metavar="GB",
+        help="What the process may take; by default three quarters of what is free.",
+    )(_resume(function))
+
+
 def _threads(function: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--threads", type=click.IntRange(1, 1024), help="Threads to use; by default all processors."
     )(function)
 
 
-def _resume(function: Callable[..., None]) -> Callable[..., None]:
-    return click.option(
-        "--resume/--no-resume", default=True, help="Go on where the same command was interrupted."
-    )(function)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(bitwright.__version__, prog_name="bitwright")
-def cli() -> None:
-    """Quantize language models on any CPU."""
+@click.option(
+    "--fixed-order",
+    is_flag=True,
+    help="Take all sums over tokens in an order that does not depend on the number of MPI ranks.",
+)
+@click.pass_context
+def cli(context: click.Context, fixed_order: bool) -> None:
+    """Quantize language models on any CPU.
+
+    Started by mpirun, quantize, refine, sensitivities, dynamic and dwq spread over all ranks; other
+    commands run on the first.
+    """
+    if launched():
+        if context.invoked_subcommand not in SPREAD and world().Get_rank() > 0:
+            context.exit()
+        if context.invoked_subcommand in SPREAD:
+            context.with_resource(spread_over(world(), fixed_order))
+            return
+    context.with_resource(spread_over(None, fixed_order))
 
 
 @cli.command()
@@ -320,6 +353,7 @@ def cli() -> None:
     help="What runs the model: bitwright, block by block, or transformers (any architecture, the whole "
     "model in memory; pip install bitwright[transformers]).",
 )
+@_resumable
 @_threads
 def quantize(
     backend: str, overrides: tuple[tuple[str, dict[str, int]], ...], **options: Any
@@ -496,7 +530,7 @@ def sensitivities(
     type=click.Path(path_type=Path),
     help="Text or token ids to measure perplexity and KL on, before and after.",
 )
-@_resume
+@_resumable
 @_threads
 def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None:
     """Quantize MODEL to a target size, with more bits where they matter."""
@@ -549,7 +583,7 @@ def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None
 @click.option("--validate-every", type=click.IntRange(1), help="Steps; by default 1/8 of the run.")
 @click.option("--patience", type=click.IntRange(1), help="Stop after so many without a new best.")
 @click.option("--checkpoint-every", type=click.IntRange(1), help="Steps; as --validate-every.")
-@_resume
+@_resumable
 @click.option(
     "--plot",
     type=_NewFile(),
@@ -580,6 +614,7 @@ def dwq(
     bits: int,
     group_size: Any,
     target_bpw: float | None,
+    memory: float | None,
     **options: Any,
 ) -> None:
     """Train the scales of a quantized model to say what the original says.
@@ -590,7 +625,7 @@ def dwq(
     making = ("method", "format", "candidates", "calibration", "samples", "bits", "group_size")
     context = click.get_current_context()
     if student is not None:
-        for name in (*making, "target_bpw"):
+        for name in (*making, "target_bpw", "memory"):
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 option = name.replace("_", "-")
                 raise click.UsageError(f"--{option} says how to make a student, but one is given")
@@ -606,30 +641,27 @@ def dwq(
     def make(folder: Path) -> None:
         if source is None:
             raise click.UsageError("--data is missing: the student is made with it")
+        limits = {"memory": memory, "resume": options["resume"]}
         if target_bpw is not None:
             bitwright.dynamic_quantize(
-                teacher, folder, target_bpw, candidates, method, format, source, **shared
+                teacher, folder, target_bpw, candidates, method, format, source, **shared, **limits
             )  # fmt: skip
         else:
             calibrated = None if method == "rtn" else source
             bitwright.quantize(
-                teacher, folder, method, bits, group_size, format, calibrated, **shared
+                teacher, folder, method, bits, group_size, format, calibrated, **shared, **limits
             )  # fmt: skip
 
-    made_with = (
-        None
-        if student is not None
-        else {
-            "method": method,
-            "format": format,
-            "candidates": None if target_bpw is None else candidates,
-            "bits": bits,
-            "group_size": group_size,
-            "target_bpw": target_bpw,
-            "calibration": None if calibration is None else _digest(calibration),
-            **shared,
-        }
-    )
+    made_with = {
+        "method": method,
+        "format": format,
+        "candidates": None if target_bpw is None else candidates,
+        "bits": bits,
+        "group_size": group_size,
+        "target_bpw": target_bpw,
+        "calibration": None if calibration is None else _digest(calibration),
+        **shared,
+    }
     report = bitwright.dwq_quantize(
         teacher, student or make, out, data, made_with=made_with, **options
     )
@@ -693,6 +725,7 @@ def convert(source: Path, out: Path, **options: Any) -> None:
 )
 @click.option("--damping", type=click.FloatRange(0), help="Of the gram's mean diagonal.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@_resumable
 @_threads
 def refine(quantized: Path, original: Path, out: Path, **options: Any) -> None:
     """Improve the codes and scales of the model QUANTIZED, by any tool; its format and size stay."""
@@ -792,15 +825,30 @@ def main() -> None:
             status = cli.main(standalone_mode=False)
     except click.exceptions.Abort as error:
         reason = str(error.__cause__ or "")
-        click.echo(f"interrupted; {reason or 'nothing was written'}", err=True)
-        sys.exit(INTERRUPTED)
+        _end(f"interrupted; {reason or 'nothing was written'}", INTERRUPTED)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        _end("", error.exit_code)
     except KeyboardInterrupt as error:
-        click.echo(f"interrupted; {str(error) or 'nothing was written'}", err=True)
-        sys.exit(INTERRUPTED)
+        _end(f"interrupted; {str(error) or 'nothing was written'}", INTERRUPTED)
     except (ValueError, TypeError, OSError, MemoryError, MissingExtraError) as error:
-        click.echo(f"bitwright: {error or type(error).__name__}", err=True)
-        sys.exit(FAILED)
+        _end(f"bitwright: {error or type(error).__name__}", FAILED)
+    except BaseException:
+        if launched():
+            traceback.print_exc()
+            _end("", FAILED)
+        raise
+    sys.exit(status)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    """Leave with a message; of several MPI ranks, which may wait for this one, all."""
+    ranks = launched()
+    if ranks and world().Get_rank() > 0:
+        time.sleep(OTHERS_WAIT)  # which ends here if the first has the same to say
+    if message:
+        click.echo(message, err=True)
+    if ranks:
+        sys.stderr.flush()
+        world().Abort(status)
     sys.exit(status)

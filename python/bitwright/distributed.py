@@ -213,12 +213,11 @@ class Sum:
         while len(self._nodes) > 1 and self._nodes[-2].is_twin(self._nodes[-1]):
             right = self._nodes.pop()
             left = self._nodes[-1]
-            array = left.array
-            array += right.array
-            self._nodes[-1] = _Node(left.level + 1, left.index // 2, -1, array)
+            left.array += right.array
+            self._nodes[-1] = _Node(left.level + 1, left.index // 2, -1, left.array)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Node:
     """The sum of the leaves from ``index << level`` on, `leaf` while it is one that grows."""
 

@@ -1,12 +1,17 @@
 """Drift correction: weights that make up for what the errors of earlier layers have done to the states."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from bitwright import _kernels
+from bitwright.distributed import Sum
 from bitwright.models.block import ChunkStates, DecoderBlock, Rotation
 from bitwright.models.layout import Stage
 from bitwright.models.operations import Float, Float32
-from bitwright.statistics import LayerStatistics
+from bitwright.states import States
+from bitwright.statistics import LayerStatistics, Moments
 
 DAMPING = 0.1  # of the mean of the gram's diagonal: towards the weights as they are
 FEEDBACK = 0.75  # share of the error in the residual stream that a layer is to take back
@@ -25,53 +30,64 @@ class OriginalStream:
     Parameters
     ----------
     block
-        In float; that its weights are replaced later on does not change what is computed here.
-    hidden
-        ``[tokens, hidden_size]`` of the first `drift_rows`, moved past the block in place; None where
-        nobody asks for it.
+        In float; its weights are read again, and that they are replaced in it does not change what is
+        computed here.
+    states
+        Of the first chunks, of `drift_rows` together, moved past the block in place; None where nobody
+        asks for it.
     rope
         Rotary tables.
     """
 
-    def __init__(self, block: DecoderBlock, hidden: Float32 | None, rope: Rotation) -> None:
-        self._source = block
-        self.block = block.with_weights({})
+    def __init__(self, block: DecoderBlock, states: States | None, rope: Rotation) -> None:
+        self.states = states
+        self.block = block.as_read()
         self._rope = rope
-        self._chunks = [] if hidden is None else [ChunkStates(rows) for rows in rope.chunks(hidden)]
-        self._done = [0] * len(self._chunks)  # stages of each chunk
+        self._done = [0] * self.chunks  # stages of each chunk
 
     @property
     def chunks(self) -> int:
         """How many chunks, from the first on, are computed here."""
-        return len(self._chunks)
+        return 0 if self.states is None else len(self.states)
 
-    def reach(self, stage: int, number: int) -> ChunkStates:
-        """Compute a chunk up to the input of a stage."""
-        chunk = self._chunks[number]
-        for each in self.block.stages[self._done[number] : stage]:
+    @contextmanager
+    def opened(self, place: int) -> Iterator[ChunkStates]:
+        """Yield a chunk, which is stored again when the block ends well."""
+        if self.states is None:
+            raise ValueError("states: there are none")
+        with self.states.opened(place) as chunk:
+            yield chunk
+
+    def reach(self, stage: int, place: int, chunk: ChunkStates) -> None:
+        """Compute an opened chunk up to the input of a stage."""
+        for each in self.block.stages[self._done[place] : stage]:
             self.block.advance(each, self.block.stage_input(each, chunk), chunk, self._rope)
-        self._done[number] = max(stage, self._done[number])
-        return chunk
+        self._done[place] = max(stage, self._done[place])
 
-    def finish(self, release: bool) -> None:
-        """Compute all chunks to the end of the block, with `release` one expert at a time."""
-        if not self._chunks:
+    def release(self) -> None:
+        """Forget the weights that all chunks are past."""
+        for stage in self.block.stages[: min(self._done, default=0)]:
+            self.block.release(stage)
+
+    def finish(self) -> None:
+        """Compute all chunks to the end of the block, stage by stage."""
+        if self.states is None:
             return
         for index, stage in enumerate(self.block.stages, 1):
-            for number in range(len(self._chunks)):
-                self.reach(index, number)
-            if release:
-                self.block.release(stage)
+            for place in range(self.chunks):
+                if self._done[place] < index:
+                    with self.opened(place) as chunk:
+                        self.reach(index, place, chunk)
+            self.block.release(stage)
+        self.states.forget_inner()
 
     def drift(self, stage: Stage | None, statistics: LayerStatistics | None) -> "Drift":
         """Return what gathers how far the quantized stream is from the original in the inputs of a stage.
 
         Experts are left out, since the two streams may route tokens differently."""
-        if not self._chunks or stage is None or stage.expert is not None or statistics is None:
-            return Drift(self, None, None)
-        for name in stage.linears:
-            self.block.weights[f"{name}.weight"] = self._source.weights[f"{name}.weight"]
-        return Drift(self, stage, statistics)
+        if self.states is None or stage is None or stage.expert is not None or statistics is None:
+            return Drift(self, None)
+        return Drift(self, stage)
 
 
 class Drift:
@@ -84,58 +100,61 @@ class Drift:
     W + (TᵀX − W G)(G + λ)⁻¹.
     """
 
-    def __init__(
-        self, stream: OriginalStream, stage: Stage | None, statistics: LayerStatistics | None
-    ) -> None:
+    def __init__(self, stream: OriginalStream, stage: Stage | None) -> None:
         self._stream = stream
         self._stage = stage
-        self._statistics = statistics
+        self._sum: Sum | None = None
         self._gram: Float32 | None = None  # G of the tokens that both streams have
         self._cross: Float32 | None = None  # C, or TᵀX
         self._factor: Float32 | None = None  # of G + λ
         self._adds = stage is not None and stream.block.adds_linearly(stage)
+        if stage is not None:
+            out, channels = stream.block.layout.linears[stage.linears[0]]
+            self._sum = Sum((out if self._adds else channels, channels))
 
-    def add(self, number: int, states: Float, hidden: Float) -> None:
-        """Add one chunk, just added to the statistics: inputs and hidden states of the quantized stream."""
-        if self._stage is None or self._statistics is None or number >= self._stream.chunks:
+    @property
+    def is_gathered(self) -> bool:
+        """Whether there is anything to gather."""
+        return self._stage is not None
+
+    def add(self, place: int, states: Float, hidden: Float, leaf: int = 0) -> None:
+        """Add one chunk: inputs and hidden states of the quantized stream."""
+        if self._stage is None or self._sum is None or place >= self._stream.chunks:
             return
-        # States that overflow are an error of the layer that sees them next; no correction until then.
-        with np.errstate(over="ignore", invalid="ignore"):
-            self._add(self._stage, self._statistics, number, states, hidden)
-            if self._gram is not None and not np.isfinite(np.asarray(self._cross)).all():
-                self._cross = None
-
-    def _add(
-        self,
-        stage: Stage,
-        statistics: LayerStatistics,
-        number: int,
-        states: Float,
-        hidden: Float,
-    ) -> None:
         block = self._stream.block
-        index = block.stages.index(stage)
-        chunk = self._stream.reach(index, number)
-        if self._adds:
-            target = np.float32(FEEDBACK) * (chunk.hidden - hidden) - chunk.hidden
-            target += self._stream.reach(index + 1, number).hidden
-            target /= np.float32(block.config.residual_scale)
-            bias = block.operations.bias(stage.linears[0])
-            if bias is not None:
-                target -= bias
-        else:
-            target = block.stage_input(stage, chunk)
-        if self._cross is None:
-            self._cross = np.zeros((target.shape[1], states.shape[1]), np.float32)
-        _kernels.linear_backward_weight(target, states, self._cross)
-        if number + 1 == self._stream.chunks:
-            self._cross /= np.float32(statistics.tokens)
-            self._gram = statistics.so_far()
-            if not self._adds:
-                self._cross -= self._gram
+        index = block.stages.index(self._stage)
+        # States that overflow are an error of the layer that sees them next; no correction until then.
+        with self._stream.opened(place) as chunk, np.errstate(over="ignore", invalid="ignore"):
+            self._stream.reach(index, place, chunk)
+            if self._adds:
+                target = np.float32(FEEDBACK) * (chunk.hidden - hidden) - chunk.hidden
+                self._stream.reach(index + 1, place, chunk)
+                target += chunk.hidden
+                target /= np.float32(block.config.residual_scale)
+                bias = block.operations.bias(self._stage.linears[0])
+                if bias is not None:
+                    target -= bias
+            else:
+                target = block.stage_input(self._stage, chunk)
+            _kernels.linear_backward_weight(target, states, self._sum.place(leaf))
 
-    def corrected(self, name: str, weight: Float32, gram: Float32) -> Float32:
-        """Return what to quantize in place of a layer's weight, `gram` being that of all tokens."""
+    def gather(self, moments: Moments, tokens: int) -> None:
+        """Add up what all ranks have of so many tokens; all ranks call this together."""
+        if self._sum is None or moments.first_gram is None:
+            return
+        cross, self._sum = self._sum.total(), None
+        self._stream.release()
+        with np.errstate(over="ignore", invalid="ignore"):
+            cross /= np.float32(max(tokens, 1))
+            if not np.isfinite(cross).all():
+                return
+        self._cross, self._gram = cross, moments.first_gram
+        if not self._adds:
+            self._cross -= self._gram
+
+    def corrected(self, weight: Float32, gram: Float32, rows: slice = slice(None)) -> Float32:
+        """Return what to quantize in place of some rows of a layer's weight, `gram` being that of all
+        tokens."""
         if self._cross is None or self._gram is None:
             return weight
         if self._factor is None:
@@ -143,14 +162,19 @@ class Drift:
             damping = DAMPING * gram.diagonal().mean()
             self._factor[np.diag_indices_from(gram)] += np.float32(damping)
             if not (damping > 0 and _kernels.cholesky_factor(self._factor)):
-                self._cross = None
+                self.forget()
                 return weight
-        change = np.empty_like(weight)
-        if self._adds:
-            _kernels.linear(weight, self._gram, None, change, False)
-            np.subtract(self._cross, change, out=change)
+        if self._adds:  # of one linear alone, so what is known can be changed
+            change = np.negative(self._cross[rows], out=self._cross[rows])
+            _kernels.linear(weight, self._gram, None, change, True)
+            np.negative(change, out=change)
         else:
+            change = np.empty_like(weight)
             _kernels.linear_backward_input(weight, self._cross, change, False)
         _kernels.cholesky_solve(self._factor, change)
         change += weight
         return change
+
+    def forget(self) -> None:
+        """Give back the memory: nothing is corrected any more."""
+        self._cross = self._gram = self._factor = None

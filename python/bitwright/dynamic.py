@@ -187,6 +187,7 @@ def dynamic_quantize(
     seed: int = 0,
     grid: Grid | None = None,
     evaluate_on: TokenSource | None = None,
+    memory: float | None = None,
     overwrite: bool = False,
     resume: bool = True,
     threads: int | None = None,
@@ -209,7 +210,7 @@ def dynamic_quantize(
         estimate.
     sensitivity_samples
         How many samples of `data` the estimate takes; by default at most 32.
-    calibration, samples, length, seed, grid, overwrite, threads, progress, options
+    calibration, samples, length, seed, grid, memory, overwrite, threads, progress, options
         As for `bitwright.quantize`.
     evaluate_on
         Text or token ids to evaluate the original and the result on.
@@ -297,7 +298,9 @@ def dynamic_quantize(
                 seed=seed,
                 grid=grid,
                 recipe=recipe,
+                memory=memory,
                 overwrite=overwrite,
+                resume=resume,
                 progress=progress,
                 **options,
             )
@@ -342,9 +345,9 @@ class _Written:
         self._work = work
         self._path = work.path / "written.json"
         self._out = out
-        self._identity = as_identity(
-            {**arguments, "model": model, "progress": None, "threads": None, "resume": None}
-        )
+        free = ("memory", "overwrite", "progress", "resume", "threads")
+        given = {name: value for name, value in arguments.items() if name not in free}
+        self._identity = as_identity({**given, "model": model})
 
     def found(self) -> tuple[QuantizationReport | None, bool]:
         """Return what an interrupted run of this very call reported of the output that it has written, and

@@ -55,6 +55,10 @@ class RankError(BitwrightError, ValueError):
     """The ranks of one MPI run hold different things where they must not."""
 
 
+class MemoryBudgetError(BitwrightError, MemoryError):
+    """A run would take more memory than it may."""
+
+
 class NonFiniteError(BitwrightError, ValueError):
     """NaN or infinity where a finite number is needed."""
 

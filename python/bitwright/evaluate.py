@@ -176,6 +176,13 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def resident_bytes() -> int:
+    """Return the resident memory of this process now."""
+    with suppress(OSError), open("/proc/self/statm") as status:
+        return int(status.read().split()[1]) * resource.getpagesize()
+    return peak_memory_bytes()
+
+
 def _final_states(model: Model, tokens: NDArray[np.int32], step: Callable[[], None]) -> Float32:
     """Return the states ``[samples * length, hidden_size]`` that the head sees."""
     states = np.empty((0, 0, 0), np.float32)

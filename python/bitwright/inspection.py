@@ -1,27 +1,19 @@
 """What a checkpoint holds, what would be quantized, and what a run would take."""
 
+import math
 import os
 import re
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from bitwright import _kernels
-from bitwright.drift import drift_rows
 from bitwright.errors import check_choice
 from bitwright.evaluate import bits_per_weight, parameter_count
-from bitwright.methods.refine import ROUNDS
-from bitwright.methods.solver import CORRECTED_METHODS, METHODS, SCALED_METHODS
-from bitwright.models.block import Rotation
-from bitwright.models.model import Model, load_model
-
-PROCESS_BYTES = 90_000_000  # the interpreter and its libraries
-CARRIED_BYTES_PER_SECOND = 2e8  # read, checked, converted, packed and written
-MEASURED_SIZE = 1024  # of the product that the machine's speed is measured on
+from bitwright.formats import Precision
+from bitwright.methods.solver import CORRECTED_METHODS, METHODS, MethodOptions
+from bitwright.models.model import load_model
+from bitwright.planner import Work, plan_run
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ class Inspection:
     method, preset, tokens
         The run that memory and time are estimated for.
     memory_bytes, seconds
-        Estimates of its peak memory and of its time on this machine.
+        Estimates of its peak memory, with all states in it, and of its time on this machine.
     """
 
     folder: Path
@@ -133,9 +125,18 @@ def inspect_model(
                 counts[re.sub(r"\.\d+\.", ".*.", name), shape, quantized] += 1
     tokens = 0 if method == "rtn" else samples * length
     config = opened.config
-    run = _Plan(method, tokens, 0)
-    if preset == "default" and method in CORRECTED_METHODS:
-        run = _Plan(method, tokens, drift_rows(tokens, Rotation(length, {})))
+    improved = preset == "default" and method in CORRECTED_METHODS
+    layers = dict.fromkeys(opened.linear_shapes(), Precision(4, 64, "affine"))
+    work = Work(
+        opened,
+        layers,
+        MethodOptions(method, refine=improved, drift=improved),
+        True,
+        tokens,
+        length,
+        opened.dtype,
+    )
+    plan = plan_run(work, memory=math.inf)
     return Inspection(
         folder=opened.checkpoint.folder,
         model_type=config.model_type,
@@ -153,98 +154,6 @@ def inspect_model(
         method=method,
         preset=preset,
         tokens=tokens,
-        memory_bytes=_memory(opened, run),
-        seconds=_products(opened, run) / _speed()
-        + opened.checkpoint.nbytes() / CARRIED_BYTES_PER_SECOND,
+        memory_bytes=plan.memory_bytes,
+        seconds=plan.seconds,
     )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A run to estimate; `drift_tokens` of its tokens go through the original, too, none without drift
-    correction (and refinement)."""
-
-    method: str
-    tokens: int
-    drift_tokens: int
-
-
-def _memory(model: Model, run: _Plan) -> int:
-    """Estimate the peak: a block's weights (of experts, one), the largest gram with what solving by it
-    takes, the hidden states and the widest states between two stages; or the embedding and its copy."""
-    scaled, corrected = run.method in SCALED_METHODS, run.drift_tokens > 0
-    copies = (3 if scaled else 1) + corrected  # in float, rounded, and scaled
-    largest = states = 0
-    for layout in model.layouts:
-        shapes = layout.linears
-        one_expert = {
-            name: shape
-            for name, shape in (*shapes.items(), *layout.floats.items())
-            if scaled or name not in layout.experts
-        }
-        weights = sum(out * channels for out, channels in one_expert.values())
-        experts = [shapes[name] for name, place in layout.experts.items() if place.index == 0]
-        weights += sum(out * channels for out, channels in experts)
-        widest = max(channels for _, channels in shapes.values())
-        solving = max(out * channels for out, channels in shapes.values())
-        grams = 6 if corrected else 3
-        largest = max(largest, 4 * (copies * weights + grams * widest**2 + 2 * solving))
-        rows = run.tokens + run.drift_tokens
-        states = max(states, 4 * rows * (widest + model.config.hidden_size))
-    matrix = model.config.vocab_size * model.config.hidden_size
-    embedding = matrix * (4 + model.dtype.itemsize)
-    return PROCESS_BYTES + max(largest + states, embedding)
-
-
-def _products(model: Model, run: _Plan) -> float:
-    """Count the floating-point operations of a run: forward passes, grams, and solving."""
-    tokens, drift = run.tokens, run.drift_tokens
-    passes = 2.25 if run.method in SCALED_METHODS else 1.0
-    passes += drift / max(tokens, 1)
-    operations = 0.0
-    for index, layout in enumerate(model.layouts):
-        share = _routed_share(model, index)
-        for stage in layout.stages:
-            seen = tokens * (share if stage.expert is not None else 1.0)
-            for number, name in enumerate(stage.linears):
-                out, channels = layout.linears[name]
-                operations += passes * 2 * seen * out * channels
-                if number == 0:
-                    operations += seen * channels**2 + 2.0 * drift * channels * min(out, channels)
-                operations += _solving(run.method, out, channels, number == 0)
-                if drift:  # correction, and refinement: a full product, then four halves per round
-                    operations += (4.0 + 2.0 + 4.0 * ROUNDS) * out * channels**2
-        operations += passes * _attention_products(model, tokens)
-    return operations
-
-
-def _solving(method: str, out: int, channels: int, first: bool) -> float:
-    if method == "rtn":
-        return 100.0 * out * channels
-    operations = 0.0
-    if "gptq" in method:
-        operations += out * channels**2 + (channels**3 if first else 0)
-    if "awq" in method:
-        operations += 9 * min(out, 128) * channels**2 + 3000.0 * out * channels
-    return operations or 3000.0 * out * channels
-
-
-def _attention_products(model: Model, tokens: int) -> float:
-    config = model.config
-    return 4.0 * tokens * 512 * config.num_attention_heads * config.head_dim / 2
-
-
-def _routed_share(model: Model, index: int) -> float:
-    experts = model.config.experts
-    return experts.chosen / experts.count if experts and model.config.is_sparse[index] else 1.0
-
-
-def _speed() -> float:
-    """Return the products and sums per second of a matrix product now."""
-    size = MEASURED_SIZE
-    left = np.ones((size, size), np.float32)
-    out = np.empty_like(left)
-    _kernels.linear(left, left, None, out, False)
-    start = time.perf_counter()
-    _kernels.linear(left, left, None, out, False)
-    return 2 * size**3 / (time.perf_counter() - start)

@@ -1,7 +1,8 @@
 """What a run writes, layer by layer, and what is reported of it."""
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ from numpy.typing import NDArray
 
 from bitwright import _kernels
 from bitwright.checkpoint import Checkpoint, CheckpointWriter
+from bitwright.checkpoint.fingerprint import digest
+from bitwright.distributed import current
+from bitwright.errors import OutputError
 from bitwright.evaluate import peak_memory_bytes
 from bitwright.formats import Format
 from bitwright.methods.gptq import GptqTensor
 from bitwright.methods.grid import FLOAT_DTYPES
 from bitwright.models.layout import ExpertPlace
+from bitwright.models.model import load_model
 from bitwright.report import BlockReport, LayerReport, QuantizationReport
 from bitwright.statistics import require_finite
 from bitwright.tensor import QuantizedTensor
@@ -39,7 +44,7 @@ class Output:
     Parameters
     ----------
     writer, format
-        Where they go, and as what.
+        Where they go, and as what; without a writer they are only reported.
     experts
         Layers that the format stores as one tensor per stack: they are collected until all are there.
     stack_size
@@ -48,7 +53,7 @@ class Output:
 
     def __init__(
         self,
-        writer: CheckpointWriter,
+        writer: CheckpointWriter | None,
         format: type[Format],
         experts: Mapping[str, ExpertPlace] | None = None,
         stack_size: int = 0,
@@ -62,13 +67,19 @@ class Output:
         self._stacks: dict[str, dict[int, dict[str, NDArray[Any]]]] = {}
         self._layer_bytes = 0.0
         self._layer_weights = 0
+        self._ranks = current()
+        self._digests: dict[str, str] = {}
         self.size_bytes = 0
 
     def finish(self, layer: QuantizedLayer) -> None:
         """Write and report a layer."""
         tensor = layer.tensor
         place = self._experts.get(layer.name)
-        if place is None:
+        if self._ranks.size > 1 and len(self.layers) % self._ranks.size == self._ranks.rank:
+            self._digests[layer.name] = digest(tensor.dequantize().data)
+        if self._writer is None:
+            pass
+        elif place is None:
             for part, array in self.format.pack(layer.name, tensor).items():
                 self.add(part, array)
         else:
@@ -96,6 +107,9 @@ class Output:
         target: str | None = None,
     ) -> None:
         """Write a tensor as it is, or as it was `changed`, rounded to the dtype that it is stored in."""
+        if self._writer is None:
+            changed.pop(name, None)
+            return
         array = checkpoint.read(name)
         if name in changed:
             array = changed.pop(name).astype(array.dtype)
@@ -105,8 +119,50 @@ class Output:
 
     def add(self, name: str, array: NDArray[Any]) -> None:
         """Write a tensor."""
-        self._writer.add(name, array)
-        self.size_bytes += array.nbytes
+        if self._writer is not None:
+            self._writer.add(name, array)
+            self.size_bytes += array.nbytes
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs, for JSON, between two blocks."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "blocks": [block.as_dict() for block in self.blocks],
+            "layer_bytes": self._layer_bytes,
+            "layer_weights": self._layer_weights,
+            "size_bytes": self.size_bytes,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of another run's."""
+        self.layers = [LayerReport(**layer) for layer in state["layers"]]
+        self.blocks = [BlockReport.from_dict(block) for block in state["blocks"]]
+        self._layer_bytes = state["layer_bytes"]
+        self._layer_weights = state["layer_weights"]
+        self.size_bytes = state["size_bytes"]
+
+    def verify(self, out: str | os.PathLike[str]) -> None:
+        """Compare what was written with what several ranks have computed, each its share of the layers.
+
+        Raises
+        ------
+        OutputError
+            If a layer has other weights.
+        """
+        if self._ranks.size == 1:
+            return
+        self._ranks.barrier()
+        written = load_model(out)
+        for name, known in self._digests.items():
+            tensor = written.quantized(name)
+            if name == written.names.embedding:
+                tensor = written.quantized(written.embedding_name)
+            if tensor is None or digest(tensor.dequantize().data) != known:
+                raise OutputError(
+                    f"{out}: layer {name} is not what rank {self._ranks.rank} has computed; do all ranks "
+                    f"see the same folder?"
+                )
+        self._ranks.barrier()
 
     def report(
         self,
@@ -142,17 +198,23 @@ def block_error(layers: Sequence[LayerReport]) -> str:
 
 
 def relative_error(weight: Float32, stored: Float32, gram: Float32 | None) -> float:
-    """Return ``tr(Δ G Δᵀ) / tr(W G Wᵀ)``, Δ = `stored` − `weight`, over at most 64 evenly spaced rows.
+    """Return ``tr(Δ G Δᵀ) / tr(W G Wᵀ)`` from `error_energies`; 0 for a layer of zeros."""
+    error, energy = error_energies(weight, stored, gram)
+    return error / energy if energy > 0 else 0.0
 
-    Without a gram the identity takes its place. A layer of zeros has error 0.
+
+def error_energies(weight: Float32, stored: Float32, gram: Float32 | None) -> tuple[float, float]:
+    """Return ``tr(Δ G Δᵀ)`` and ``tr(W G Wᵀ)``, Δ = `stored` − `weight`, of at most 64 evenly spaced rows.
+
+    Without a gram the identity takes its place.
     """
     step = -(-len(weight) // ERROR_ROWS)
     rows = np.ascontiguousarray(weight[::step])
     change = stored[::step] - rows
-    energies = [
+    error, energy = (
         float(
             np.vdot(each, each) if gram is None else _kernels.row_quadratic_forms(each, gram).sum()
         )
         for each in (change, rows)
-    ]
-    return energies[0] / energies[1] if energies[1] > 0 else 0.0
+    )
+    return error, energy

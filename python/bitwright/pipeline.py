@@ -1,25 +1,32 @@
 """Streams a model through a method, block by block."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from rich.console import Console
 
 from bitwright import _kernels
 from bitwright.activations import ActivationFile
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files, float_config
+from bitwright.checkpoint.fingerprint import digest, model_fingerprint
+from bitwright.checkpoint.work_folder import WorkFolder
+from bitwright.distributed import current
 from bitwright.drift import Drift, OriginalStream, drift_rows
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
+from bitwright.journal import Journal, kept_when_interrupted
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.metrics import Metric
@@ -42,22 +49,26 @@ from bitwright.methods.solver import (
     refined,
     salient_solver,
 )
-from bitwright.models.block import ChunkStates, DecoderBlock, Rotation
+from bitwright.models.block import DecoderBlock, Rotation
 from bitwright.models.layout import Stage
 from bitwright.models.model import Model, load_model
 from bitwright.models.operations import Float32
-from bitwright.output import Output, QuantizedLayer, block_error, relative_error
+from bitwright.output import Output, QuantizedLayer, block_error, error_energies
+from bitwright.planner import RunPlan, Work, describe, plan_run
 from bitwright.progress import progress_bar
 from bitwright.recipe import Recipe, check_recipe, plan_layers
 from bitwright.report import BlockReport, QuantizationReport
 from bitwright.scaling import AwqOptions, Clip, Objective, ScaledBlock, observe_block
-from bitwright.statistics import LayerStatistics
+from bitwright.states import ChunkPlan, States, read_states
+from bitwright.statistics import LayerStatistics, Moments
 from bitwright.statistics import gram as gram_of
+from bitwright.targets import tokens_fingerprint
 from bitwright.tensor import Grid, QuantizedTensor
 
 DEFAULT_SAMPLES = 128
 FEW_TOKENS = 128  # below so many an expert's gram is that of all tokens
-JUDGED_TOKENS = 512  # that decide between a block with AWQ's scales and one without
+JUDGED_CHUNKS = 1  # that decide between a block with AWQ's scales and one without
+ROWS = 16  # of a layer that are solved together, see cpp/quant/gptq.cpp
 
 
 def quantize(
@@ -97,6 +108,8 @@ def quantize(
     overrides: Mapping[str, Mapping[str, int]] | None = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
     allow_requantize: bool = False,
+    memory: float | None = None,
+    resume: bool = True,
     overwrite: bool = False,
     threads: int | None = None,
     progress: bool = True,
@@ -179,6 +192,13 @@ def quantize(
     allow_requantize
         Take a model that is quantized already, in any format that is read, as if its weights were the
         original's. What its first rounding lost stays lost: use the original where there is one.
+    memory
+        Gigabytes (10⁹ bytes) that the process may take: hidden states that do not fit go to files beside
+        `out`. By default three quarters of what is free.
+    resume
+        Go on where an interrupted run with the same arguments has stopped, after its last complete block,
+        with the bytes that an undisturbed run gives; it is refused where anything else than memory, threads
+        or ranks has changed. False starts over.
     overwrite
         Replace an existing checkpoint folder `out`, once the new one is complete.
     threads
@@ -192,8 +212,13 @@ def quantize(
 
     Raises
     ------
+    MemoryBudgetError
+        If the run would take more memory than it may; the message tells how much it needs.
+    ResumeError
+        If an interrupted run had other arguments or inputs; the message tells which.
     CheckpointError, CalibrationError, NonFiniteError, OutputError, ValueError, TypeError
-        If anything is wrong with what was given; the message says what and where. Nothing is written then.
+        If anything is wrong with what was given; the message says what and where. Nothing is written then,
+        but what a run needs to go on from after an interruption, in ``.NAME.work`` beside `out`.
 
     Examples
     --------
@@ -304,9 +329,20 @@ def quantize(
         made_by(python_call(quantize, arguments)),
     ):
         run = Run(
-            original, kind, plan, options, awq, dtype, tokens, inputs, propagate == "quantized"
+            original,
+            kind,
+            plan,
+            options,
+            awq,
+            dtype,
+            tokens,
+            inputs,
+            propagate == "quantized",
+            memory=memory,
+            resume=resume,
         )
-        return run.write(out, default, overwrite, progress, start, facts)
+        identity = {"bits": bits, "group_size": group_size, "grid": default.grid}
+        return run.write(out, default, overwrite, progress, start, facts, identity)
 
 
 def as_written(
@@ -365,8 +401,28 @@ class OwnSolver:
 
 
 class Run:
-    """One pass over a model. Of the calibration it holds the hidden states before the current block and the
-    inner states of the current stage, for all tokens; of the weights, one block."""
+    """One pass over a model.
+
+    Of the calibration it holds the hidden states before the current block and the inner states of the
+    current stage, for all tokens or as many as fit; of the weights, those of a stage.
+
+    Parameters
+    ----------
+    model
+        What is quantized.
+    format, plan, options, awq, scale_dtype
+        How.
+    tokens, activations
+        What the layers' inputs are known from; both None for none.
+    propagate
+        Whether layers see what the quantized ones before them compute.
+    quantized
+        A quantized form of the model whose layers are taken as they are, in place of a method's.
+    memory
+        Gigabytes that the run may take; by default three quarters of what is free.
+    resume
+        Whether to go on where an interrupted run of the same identity has stopped.
+    """
 
     def __init__(
         self,
@@ -380,10 +436,12 @@ class Run:
         activations: ActivationFile | None,
         propagate: bool,
         quantized: Model | None = None,
+        memory: float | None = None,
+        resume: bool = True,
     ) -> None:
         self.model = model
         self.format = format
-        self.quantized = quantized  # whose layers are taken as they are, in place of a method's
+        self.quantized = quantized
         self.plan = plan
         self.options = options
         self.scale_dtype = scale_dtype
@@ -391,8 +449,14 @@ class Run:
         self.activations = activations
         self.propagate = propagate
         self.awq = awq if options.method in SCALED_METHODS else None
+        self.memory = memory
+        self.resume = resume
+        self.ranks = current()
         self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
         self.output: Output
+        self.resident: int | None = None
+        self.states: States | None = None
+        self.original: States | None = None
         self.packed = model.packed_tensors()
         self.stacked = model.stacked_tensors()
         self.shapes = model.linear_shapes()
@@ -405,57 +469,116 @@ class Run:
         progress: bool,
         start: float,
         facts: Mapping[str, object],
+        identity: Mapping[str, object],
     ) -> QuantizationReport:
-        """Write the folder; `default` is the precision that config.json takes for granted, and `facts` are
-        for the model card."""
+        """Write the folder.
+
+        `default` is the precision that config.json takes for granted, `facts` are for the model card, and
+        `identity` is what decides the result beside what the run knows itself."""
         model, kind = self.model, self.format
         config = kind.spell(float_config(model.checkpoint.config))
         _check_experts(model, kind, self.plan)
         written = as_written(model, kind, self.plan)
         config.update(kind.config(default, written, model.names.block.format("")))
-        with CheckpointWriter(
+        experts = model.experts if kind.stacks_experts else None
+        stack_size = model.config.experts.count if model.config.experts else 0
+        work = WorkFolder(out)
+        first_writer = CheckpointWriter(
             out,
             overwrite,
             metadata={"format": kind.metadata},
             source=model.checkpoint.source,
             container=kind.files(model.checkpoint),
-        ) as writer:
-            experts = model.experts if kind.stacks_experts else None
-            stack_size = model.config.experts.count if model.config.experts else 0
-            self.output = Output(writer, kind, experts, stack_size)
-            self._go(progress)
-            writer.write_json("config.json", config)
-            copy_side_files(model.checkpoint, writer)
-            report = self.output.report(
-                Path(out),
-                self.options.method,
-                model.checkpoint,
-                parameter_count(model),
-                self.tokens,
-                time.perf_counter() - start,
-            )
-            card = model_card(model.checkpoint, out, kind, [report], facts=facts)
-            writer.write_text(CARD_NAME, card)
-        return replace(report, seconds=time.perf_counter() - start)
+            work=work,
+        )
+        self.ranks.on_first(first_writer.check_place)
+        planned = self._planned(Path(out), progress)
+        self.resident = planned.resident
+        writer = first_writer if self.ranks.is_first else None
+        with work, kept_when_interrupted(work):
+            journal = Journal(work, self._identity(identity), start)
+            state = journal.begin(self.resume)
+            with nullcontext() if writer is None else writer:
+                self.output = Output(writer, kind, experts, stack_size)
+                self._go(journal, state, writer, progress)
+                report = self.output.report(
+                    Path(out),
+                    self.options.method,
+                    model.checkpoint,
+                    parameter_count(model),
+                    self.tokens,
+                    journal.seconds(),
+                )
+                if writer is not None:
+                    writer.write_json("config.json", config)
+                    copy_side_files(model.checkpoint, writer)
+                    card = model_card(model.checkpoint, out, kind, [report], facts=facts)
+                    writer.write_text(CARD_NAME, card)
+        self.output.verify(out)
+        return replace(self.ranks.broadcast(report), seconds=journal.seconds())
 
-    def _go(self, progress: bool) -> None:
+    def _planned(self, out: Path, progress: bool) -> RunPlan:
+        """Plan memory, disk and, if it is shown, time."""
+        tokens = self.tokens
+        samples, length = (0, 0) if tokens is None else tokens.shape
+        work = Work(
+            self.model,
+            self.plan,
+            self.options,
+            self.propagate,
+            samples * length,
+            length,
+            self.scale_dtype,
+        )
+        plan = plan_run(work, self.memory, out, timed=progress)
+        if progress and self.ranks.is_first:
+            Console(stderr=True).print(describe(plan), highlight=False, soft_wrap=True)
+        return plan
+
+    def _identity(self, identity: Mapping[str, object]) -> dict[str, object]:
+        """Return what decides the result, in words for whoever changes it between two runs."""
+        layers = {name: precision and asdict(precision) for name, precision in self.plan.items()}
+        return {
+            "version of bitwright": version("bitwright"),
+            "model": model_fingerprint(self.model.checkpoint),
+            "quantized model": self.quantized and model_fingerprint(self.quantized.checkpoint),
+            "calibration": None if self.tokens is None else tokens_fingerprint(self.tokens),
+            "activations": self.activations and self.activations.fingerprint(),
+            "format": self.format.name,
+            **asdict(self.options),
+            **{name: _named(value) for name, value in asdict(self.awq or AwqOptions()).items()},
+            "scale_dtype": self.scale_dtype.name,
+            "propagate": self.propagate,
+            "fixed_order": self.ranks.fixed_order,
+            **identity,
+            "precision of layers": digest(json.dumps(layers, sort_keys=True).encode()),
+        }
+
+    def _go(
+        self,
+        journal: Journal,
+        state: Mapping[str, Any] | None,
+        writer: CheckpointWriter | None,
+        progress: bool,
+    ) -> None:
         """Quantize and write all tensors."""
         model = self.model
         count = model.config.num_hidden_layers
         prefixes = tuple(model.block_prefix(index) for index in range(count))
-        hidden = self._embed()
         rope = None if self.tokens is None else model.rotation(self.tokens.shape[1])
-        self.original = None
-        if self.options.drift and self.tokens is not None and rope is not None:
-            rows = drift_rows(self.tokens.size, rope)
-            self.original = model.embed(self.tokens[: rows // rope.length])
-        bar = progress_bar("quantizing", progress, "blocks")
+        if state is not None:
+            self.output.restore(state["output"])
+            if writer is not None:
+                writer.restore(state["writer"])
+        self._begin(journal, state, rope)
+        first = 0 if state is None else int(state["blocks"])
+        bar = progress_bar("quantizing", progress and self.ranks.is_first, "blocks")
         with bar:
-            task = bar.add_task("", total=count, figures="")
-            for index, prefix in enumerate(prefixes):
+            task = bar.add_task("", total=count, completed=first, figures="")
+            for index, prefix in list(enumerate(prefixes))[first:]:
                 reported = len(self.output.layers)
                 block = model.block(index)
-                if hidden is None or rope is None:
+                if self.states is None or rope is None:
                     for stage in block.stages:
                         solvers = self._solvers_from_file(block, prefix, stage)
                         self._quantize_stage(
@@ -463,10 +586,13 @@ class Run:
                         )
                         block.release(stage)
                 else:
-                    self._calibrate_block(block, index, hidden, rope)
+                    self._calibrate_block(block, index, self.states, rope)
                 self._carry(name for name in model.checkpoint.names() if name.startswith(prefix))
                 bar.update(task, advance=1, figures=block_error(self.output.layers[reported:]))
-        self._quantize_head(hidden)
+                followed = self._is_followed(index)
+                kept = {"hidden": self.states, "original": self.original} if followed else {}
+                journal.commit(index + 1, self.output, writer, kept)
+        self._quantize_head()
         self._carry(name for name in model.checkpoint.names() if not name.startswith(prefixes))
         for name, shape in model.quantized_layers().items():
             target = model.names.embedding if name == model.embedding_name else name
@@ -474,48 +600,75 @@ class Run:
                 weight = model.weight(name, shape).astype(model.dtype)
                 self.output.add(f"{target}.weight", weight)
 
-    def _embed(self) -> Float32 | None:
-        """Quantize the embedding if it is planned, and look up the tokens in it."""
+    def _begin(
+        self, journal: Journal, state: Mapping[str, Any] | None, rope: Rotation | None
+    ) -> None:
+        """Quantize the embedding if it is planned, and look up the tokens in it; or read the states that an
+        interrupted run has left."""
+        model, tokens = self.model, self.tokens
+        table = self._embedding() if state is None else None
+        if tokens is None or rope is None:
+            return
+        first = drift_rows(tokens.size, rope) if self.options.drift else 0
+        chunks = -(-first // rope.chunk_rows)
+        plan = ChunkPlan.shared(
+            tokens.size, rope.chunk_rows, chunks, self.resident, journal.scratch
+        )
+        plans = {"hidden": plan}
+        if self.options.drift:
+            plans["original"] = plan.below(chunks)
+        flat, width = tokens.reshape(-1), model.config.hidden_size
+        found: dict[str, States] = {}
+        for name, each in plans.items():
+            if state is not None and name in state["states"]:
+                rows = read_states(journal.path(state["states"][name]), each, width)
+            elif state is not None:
+                continue  # nobody asks for them any more
+            elif name == "hidden":
+                rows = (model.embed(flat[each.place(i)], table) for i in each.numbers)
+            else:
+                original = model.embedding_table()
+                rows = (model.embed(flat[each.place(i)], original) for i in each.numbers)
+            found[name] = States(each, rows)
+        self.states, self.original = found.get("hidden"), found.get("original")
+
+    def _embedding(self) -> NDArray[Any] | None:
+        """Quantize the embedding if it is planned; return the matrix to look tokens up in, None if nobody
+        will."""
         name = self.model.names.embedding
         precision = self.plan.get(name)
-        if self.tokens is None and precision is None:
-            return None
+        if precision is None:
+            return None if self.tokens is None else self.model.embedding_table()
+        own = self._known_solver(name, None)
+        if own is None:
+            own = OwnSolver(METHODS["rtn"](None, self.options), None)
         matrix = self.model.embedding()
-        if precision is not None:
-            known = self._known_solver(name, None)
-            solver = METHODS["rtn"](None, self.options) if known is None else known.solve
-            matrix = self._quantize(name, matrix, solver, precision, None, self.output.finish)
-        return None if self.tokens is None else self.model.embed(self.tokens, matrix)
+        return self._quantize(
+            name, matrix[self._rows(len(matrix))], own, precision, self.output.finish
+        )
 
     def _calibrate_block(
-        self, block: DecoderBlock, index: int, hidden: Float32, rope: Rotation
+        self, block: DecoderBlock, index: int, states: States, rope: Rotation
     ) -> None:
-        """Quantize a block and move `hidden` past it."""
+        """Quantize a block and move the states past it."""
         prefix = self.model.block_prefix(index)
         if self.awq is None or not any(
             self.plan[prefix + name] for stage in block.stages for name in stage.linears
         ):
-            self._pass(block, index, hidden, rope, self.output.finish, release=True)
+            self._pass(block, index, states, rope, self.output.finish)
             return
         # AWQ judges scales on what the float block sees and computes, and the block as a whole by
         # how far the quantized one then is from it.
         # Rounding asks for no statistics, so those that are known do for the reported errors, and some
         # of the tokens for the comparison.
         regather = self.propagate and (self.options.method != "awq" or self.options.drift)
-        judged = len(hidden)
         # What experts see is not among the facts: the passes gather it, and from all tokens.
-        if not regather and not block.layout.experts:
-            judged = min(judged, max(1, JUDGED_TOKENS // rope.length) * rope.length)
-        original = hidden.copy()
+        judged = None if regather or block.layout.experts else JUDGED_CHUNKS
+        original = states.copy()
         facts = observe_block(block, original, rope, self.awq, judged if self.propagate else None)
+        block.weights.clear()
         for stage, fact in facts.items():
             self._require_finite(np.isfinite(fact.mean_abs).all(), stage, index)
-        known = None if regather else {stage: fact.gram for stage, fact in facts.items()}
-        plain, plain_block = hidden[:judged].copy(), block.with_weights({})
-        plain_layers: list[QuantizedLayer] = []
-        before = None if self.original is None else self.original.copy()
-        self._pass(plain_block, index, plain, rope, plain_layers.append, known, whole=True)
-        self.original = before  # which the second pass moves past the block for good
         scaled = ScaledBlock(
             block,
             facts,
@@ -524,78 +677,127 @@ class Run:
             rope,
             self.awq,
         )
-        scaled.scale()
+        known = None
+        if regather:
+            scaled.scale()
+            scaled.forget_grams()
+        else:
+            known = {stage: fact.gram for stage, fact in facts.items() if fact.gram is not None}
+        plain, plain_layers = states.copy(judged), list[QuantizedLayer]()
+        after_plain = None if self.original is None else self.original.copy()
+        before, self.original = self.original, after_plain
+        self._pass(block, index, plain, rope, plain_layers.append, known, whole=True)
+        if after_plain is not None:
+            after_plain.delete()
+        self.original = before
+        if not regather:
+            scaled.scale()  # which changes what is known, in place
         clips = scaled if self.options.method == "awq" else None  # GPTQ searches for ranges itself
         layers: list[QuantizedLayer] = []
         goes_on = self.propagate and self._is_followed(index)
-        after = (hidden if goes_on or regather else hidden[:judged]).copy()
+        after = states.copy(None if goes_on or regather else judged)
         self._pass(scaled.block, index, after, rope, layers.append, known, clips, whole=True)
         before_loss, after_loss = (
-            _mean_square(states[:judged], original[:judged]) for states in (plain, after)
+            self._mean_square(each, original, judged) for each in (plain, after)
         )
         kept = after_loss < before_loss
         if kept:
             self.changed.update(
-                (prefix + name, scaled.block.weights[name]) for name in scaled.changed
+                (prefix + name, scaled.block.weights.read(name)) for name in scaled.changed
             )
+        following = states
         if not self.propagate:
-            hidden[:] = original
+            following = original
         elif goes_on and kept:
-            hidden[:] = after
+            following = after
+        elif goes_on and judged is None:
+            following = plain
         elif goes_on:
-            plain_block.forward(hidden, rope)
+            self._forward(block, prefix, plain_layers, states, rope)
+        for each in (states, original, plain, after):
+            if each is not following:
+                each.delete()
+        self.states = following
         for layer in layers if kept else plain_layers:
             self.output.finish(layer)
         self.output.blocks.append(
             BlockReport(index, before_loss, after_loss, kept, scaled.searches)
         )
 
+    @staticmethod
+    def _forward(
+        block: DecoderBlock,
+        prefix: str,
+        layers: Iterable[QuantizedLayer],
+        states: States,
+        rope: Rotation,
+    ) -> None:
+        """Move the states past a block whose layers are quantized."""
+        tensors = {f"{layer.name.removeprefix(prefix)}.weight": layer.tensor for layer in layers}
+
+        def read(name: str) -> Float32:
+            tensor = tensors.get(name)
+            return block.weights.read(name) if tensor is None else tensor.dequantize()
+
+        quantized = block.reading(read)
+        for chunk in states.chunks():
+            quantized.forward(chunk.hidden, rope)
+
+    def _mean_square(self, states: States, original: States, below: int | None) -> float:
+        """Return the mean squared difference, over all chunks or those whose number is below a limit."""
+        total = count = 0.0
+        chunks = zip(states.plan.numbers, states.hidden(), original.hidden(), strict=False)
+        for number, rows, others in chunks:
+            if below is None or number < below:
+                change = rows - others
+                total += float(np.vdot(change, change))
+                count += change.size
+        return self.ranks.total(total) / self.ranks.total(count)
+
     def _pass(
         self,
         block: DecoderBlock,
         index: int,
-        hidden: Float32,
+        states: States,
         rope: Rotation,
         finish: Callable[[QuantizedLayer], None],
         known: Mapping[Stage, Float32] | None = None,
         clips: ScaledBlock | None = None,
         whole: bool = False,
-        release: bool = False,
     ) -> None:
-        """Quantize a block stage by stage and move `hidden` past it.
+        """Quantize a block stage by stage and move the states past it.
 
         While a stage is computed chunk by chunk, the next stage's statistics are gathered from the same
         chunk: every product of the forward pass is done once, and on warm data. Where grams are `known`
         they are not gathered. With `clips`, some linears are quantized as it says. With `whole`, what is
-        computed is what the quantized block does, to the end, whoever reads it. With `release`, experts
-        are forgotten when they are done.
+        computed is what the quantized block does, to the end, whoever reads it. Weights are forgotten when
+        they are done.
         """
         prefix, known = self.model.block_prefix(index), known or {}
-
-        def gatherer(stage: Stage | None) -> LayerStatistics | None:
-            if stage is None or stage in known:
-                return None
-            planned = [name for name in stage.linears if self.plan[prefix + name]]
-            return LayerStatistics(block.layout.linears[planned[0]][1]) if planned else None
-
-        chunks = [ChunkStates(rows) for rows in rope.chunks(hidden)]
         original = OriginalStream(block, self.original, rope)
-        statistics = gatherer(block.stages[0])
-        drift = original.drift(block.stages[0], statistics)
-        for number, chunk in enumerate(chunks):
-            if statistics is not None:
-                states = block.stage_input(block.stages[0], chunk)
-                statistics.add(states)
-                drift.add(number, states, chunk.hidden)
+
+        def gatherers(stage: Stage | None) -> tuple[LayerStatistics | None, Drift]:
+            planned = () if stage is None or stage in known else stage.linears
+            planned = tuple(name for name in planned if self.plan[prefix + name])
+            statistics = None
+            if planned:
+                statistics = LayerStatistics(block.layout.linears[planned[0]][1])
+            return statistics, original.drift(stage, statistics)
+
+        statistics, drift = gatherers(block.stages[0])
+        self._advance(block, None, block.stages[0], states, rope, statistics, drift, original)
         for stage, following in zip(block.stages, (*block.stages[1:], None), strict=True):
             gram = known.get(stage)
             fallback = False
             if statistics is not None:
-                self._require_finite(statistics.is_finite(), stage, index)
-                fallback = stage.expert is not None and statistics.tokens < FEW_TOKENS
+                moments = statistics.gather()
+                self._require_finite(moments.is_finite(), stage, index)
+                drift.gather(moments, statistics.first_tokens)
+                fallback = stage.expert is not None and moments.tokens < FEW_TOKENS
                 if fallback:
-                    statistics = self._gram_of_all(block, stage, chunks)
-                gram = statistics.gram()
+                    moments = self._gram_of_all(block, stage, states)
+                gram = moments.gram
+                del moments
 
             def own_solver(
                 name: str, stage: Stage = stage, gram: Float32 | None = gram
@@ -614,31 +816,48 @@ class Run:
                 fallback,
                 drift,
             )
+            del gram, own_solver
             if following is None and not whole and not self._is_followed(index):
                 return  # nobody reads the last hidden states
-            statistics = gatherer(following)
-            drift = original.drift(following, statistics)
-            for number, chunk in enumerate(chunks):
-                states = block.stage_input(stage, chunk)
-                block.advance(stage, states, chunk, rope)
-                if following is not None and statistics is not None:
-                    states = block.stage_input(following, chunk)
-                    statistics.add(states)
-                    drift.add(number, states, chunk.hidden)
-            if release:
-                block.release(stage)
-        original.finish(release)
+            statistics, drift = gatherers(following)
+            self._advance(block, stage, following, states, rope, statistics, drift, original)
+            block.release(stage)
+        original.finish()
+        states.forget_inner()
 
     @staticmethod
-    def _gram_of_all(
-        block: DecoderBlock, stage: Stage, chunks: Iterable[ChunkStates]
-    ) -> LayerStatistics:
+    def _advance(
+        block: DecoderBlock,
+        stage: Stage | None,
+        following: Stage | None,
+        states: States,
+        rope: Rotation,
+        statistics: LayerStatistics | None,
+        drift: Drift,
+        original: OriginalStream,
+    ) -> None:
+        """Compute a stage, chunk by chunk, and gather what the following one sees."""
+        for place, chunk in enumerate(states.chunks()):
+            if stage is not None:
+                block.advance(stage, block.stage_input(stage, chunk), chunk, rope)
+            if following is not None and statistics is not None:
+                if drift.is_gathered and place == original.chunks:
+                    statistics.end_first_part()
+                leaf = states.plan.leaf(states.plan.numbers[place])
+                inputs = block.stage_input(following, chunk)
+                statistics.add(inputs, leaf)
+                drift.add(place, inputs, chunk.hidden, leaf)
+        if statistics is not None and drift.is_gathered and len(states) <= original.chunks:
+            statistics.end_first_part()
+
+    @staticmethod
+    def _gram_of_all(block: DecoderBlock, stage: Stage, states: States) -> Moments:
         """Gather what an expert that is hardly ever chosen would see if it always were: the gram of its few
         tokens says little of those to come."""
         statistics = LayerStatistics(block.layout.linears[stage.linears[0]][1])
-        for chunk in chunks:
-            statistics.add(block.as_if_routed(stage, chunk))
-        return statistics
+        for number, chunk in zip(states.plan.numbers, states.chunks(), strict=True):
+            statistics.add(block.as_if_routed(stage, chunk), states.plan.leaf(number))
+        return statistics.gather()
 
     def _require_finite(self, finite: bool | np.bool_, stage: Stage, index: int) -> None:
         if not finite:
@@ -690,27 +909,46 @@ class Run:
         drift: Drift | None = None,
     ) -> None:
         """Quantize what is planned of a stage; `replace` the block's weights by what is stored."""
-        planned = [name for name in stage.linears if self.plan[prefix + name]]
-        if not planned:
-            return
-        shared = None
-        for name in planned:
-            precision = self.plan[prefix + name]
-            weight = block.weights[f"{name}.weight"]
-            if drift is not None and gram is not None:
-                weight = drift.corrected(name, weight, gram)
+        planned = {name: self.plan[prefix + name] for name in stage.linears}
+        weights: dict[str, Float32] = {}
+        for name, precision in planned.items():
             if precision is not None:
-                own = own_solver(name) or self._known_solver(prefix + name, gram) or shared
-                if own is None:
-                    own = shared = OwnSolver(METHODS[self.options.method](gram, self.options), gram)
-                stored = self._quantize(
-                    prefix + name, weight, own.solve, precision, own.gram, finish, fallback
-                )
+                place = f"{name}.weight"
+                weight = block.weights[place]
                 if replace:
-                    block.weights[f"{name}.weight"] = stored
+                    del block.weights[place]
+                rows = self._rows(len(weight))
+                weights[name] = weight[rows]
+                if drift is not None and gram is not None:
+                    weights[name] = drift.corrected(weights[name], gram, rows)
+                del weight
+        if drift is not None:
+            drift.forget()
+        shared = None
+        for name, precision in planned.items():
+            if precision is None:
+                continue
+            own = own_solver(name) or self._known_solver(prefix + name, gram) or shared
+            if own is None:
+                own = shared = self._method_solver(gram)
+            stored = self._quantize(
+                prefix + name, weights.pop(name), own, precision, finish, fallback
+            )
+            if replace:
+                block.weights[f"{name}.weight"] = stored
+
+    def _method_solver(self, gram: Float32 | None) -> OwnSolver:
+        return OwnSolver(METHODS[self.options.method](gram, self.options), gram)
+
+    def _rows(self, out: int) -> slice:
+        """Return this rank's share of a layer's rows: all where the method looks at them together."""
+        if self.options.method == "salient":
+            return slice(0, out)
+        share = self.ranks.share(out, ROWS)
+        return slice(share.start, share.stop)
 
     def _known_solver(self, name: str, gram: Float32 | None) -> OwnSolver | None:
-        """Return what takes a layer of the model that is quantized already."""
+        """Return what takes this rank's rows of a layer of the model that is quantized already."""
         if self.quantized is None:
             return None
         if name == self.model.names.embedding:
@@ -718,10 +956,12 @@ class Run:
         tensor = self.quantized.quantized(name)
         if tensor is None:
             return None
+        rows = self._rows(len(tensor.codes))
+        known = tensor.rows(rows.start, rows.stop)
 
         def solve(_: Any, bits: int, size: int | None, grid: Grid, dtype: Any) -> QuantizedTensor:
             # Symmetric by chance, among layers that are not.
-            return replace(tensor, grid=grid) if grid == "zero_point" else tensor
+            return replace(known, grid=grid) if grid == "zero_point" else known
 
         return OwnSolver(solve, gram)
 
@@ -749,9 +989,9 @@ class Run:
         if self.options.method == "salient":
             stats = compute_activation_stats(inputs, self.options.activation_method)
             return OwnSolver(salient_solver(gram, self.options, stats), gram)
-        return OwnSolver(METHODS[self.options.method](gram, self.options), gram)
+        return self._method_solver(gram)
 
-    def _quantize_head(self, hidden: Float32 | None) -> None:
+    def _quantize_head(self) -> None:
         name = self.model.names.head
         precision = self.plan.get(name)
         if precision is None:
@@ -759,33 +999,51 @@ class Run:
         if self.activations is not None:
             own = self._solver_from_file(self.activations, (name,), self.model.config.hidden_size)
         else:
-            gram = None if hidden is None else gram_of(self.model.final_norm(hidden))
-            own = self._known_solver(name, gram) or OwnSolver(
-                METHODS[self.options.method](gram, self.options), gram
-            )
-        self._quantize(name, self.model.head(), own.solve, precision, own.gram, self.output.finish)
+            gram = None
+            if self.states is not None:
+                statistics = LayerStatistics(self.model.config.hidden_size)
+                plan = self.states.plan
+                for number, hidden in zip(plan.numbers, self.states.hidden(), strict=True):
+                    statistics.add(self.model.final_norm(hidden), plan.leaf(number))
+                gram = statistics.gather().gram
+            own = self._known_solver(name, gram) or self._method_solver(gram)
+        head = self.model.head()
+        self._quantize(name, head[self._rows(len(head))], own, precision, self.output.finish)
 
     def _quantize(
         self,
         name: str,
         weight: Float32,
-        solver: Solver,
+        own: OwnSolver,
         precision: Precision,
-        gram: Float32 | None,
         finish: Callable[[QuantizedLayer], None],
         fallback: bool = False,
     ) -> Float32:
-        """Quantize one layer and hand it on; return the weights that a reader will see."""
+        """Quantize this rank's rows of a layer and hand on all of it; return the weights that a reader will
+        see."""
+        part = None
+        energies = np.zeros(2)
         try:
-            tensor = refined(solver, gram, self.options)(
-                weight, precision.bits, precision.group_size, precision.grid, self.scale_dtype
-            )
+            if len(weight):
+                part = refined(own.solve, own.gram, self.options)(
+                    weight, precision.bits, precision.group_size, precision.grid, self.scale_dtype
+                )
         except BitwrightError:
             raise
         except ValueError as error:
             raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: {error}") from error
-        stored = tensor.dequantize()
-        finish(QuantizedLayer(name, tensor, relative_error(weight, stored, gram), fallback))
+        stored = None if part is None else part.dequantize()
+        if stored is not None:
+            energies[:] = error_energies(weight, stored, own.gram)
+        shared = self.ranks.size > 1 and self.options.method != "salient"
+        if shared:
+            self.ranks.sum(energies)
+            part = QuantizedTensor.joined([each for each in self.ranks.gather(part) if each])
+            stored = part.dequantize()
+        if part is None or stored is None:
+            raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: has no rows")
+        relative = float(energies[0] / energies[1]) if energies[1] > 0 else 0.0
+        finish(QuantizedLayer(name, part, relative, fallback))
         return stored
 
     def _carry(self, names: Iterable[str]) -> None:
@@ -818,6 +1076,6 @@ class Run:
         self.output.add(tensor, array.astype(dtype))
 
 
-def _mean_square(states: Float32, original: Float32) -> float:
-    change = states - original
-    return float(np.vdot(change, change)) / change.size
+def _named(value: object) -> object:
+    """Return what stands for an option in an identity: a function's name."""
+    return getattr(value, "__qualname__", repr(value)) if callable(value) else value

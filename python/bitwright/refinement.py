@@ -33,6 +33,8 @@ def refine_model(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    memory: float | None = None,
+    resume: bool = True,
     overwrite: bool = False,
     threads: int | None = None,
     progress: bool = True,
@@ -50,7 +52,7 @@ def refine_model(
         Folder or GGUF file in any format that is read, with groups of consecutive channels.
     out
         Folder to write; it appears when everything is done, or not at all.
-    calibration, samples, length, seed, overwrite, threads, progress
+    calibration, samples, length, seed, memory, resume, overwrite, threads, progress
         As for `bitwright.quantize`.
     drift
         Aim at weights that make up for what the errors of earlier layers do to a layer's inputs.
@@ -120,7 +122,20 @@ def refine_model(
     )
     options = MethodOptions("rtn", damping, refine=True, drift=drift)
     dtype = np.dtype(np.float32)  # each layer's scales keep their own
-    run = Run(model, kind, plan, options, AwqOptions(), dtype, tokens, None, True, student)
+    run = Run(
+        model,
+        kind,
+        plan,
+        options,
+        AwqOptions(),
+        dtype,
+        tokens,
+        None,
+        True,
+        student,
+        memory=memory,
+        resume=resume,
+    )
     facts = {"refined from": Path(quantized).name, "grid": default.grid}
     with made_by(python_call(refine_model, arguments)):
-        return run.write(out, default, overwrite, progress, start, facts)
+        return run.write(out, default, overwrite, progress, start, facts, {})

@@ -1,12 +1,14 @@
 """AWQ on one decoder block: what its layers see, scales searched and folded, weights clipped."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.distributed import current
 from bitwright.errors import check_choice
 from bitwright.methods.awq import (
     DEFAULT_GRID,
@@ -24,6 +26,7 @@ from bitwright.models.block import DecoderBlock, Rotation
 from bitwright.models.fold import fold_scale
 from bitwright.models.layout import BlockLayout, ScaleGroup, Stage
 from bitwright.models.operations import Float32
+from bitwright.states import States
 from bitwright.statistics import LayerStatistics
 
 Objective = Literal["layer", "block"]
@@ -33,6 +36,7 @@ CLIPS: tuple[Clip, ...] = ("default", "all", "none")
 METRIC_TOKENS = 1024  # that outputs are computed on where the gram does not do
 SEARCH_ROWS = 64  # of each weight that a search from coarse to fine looks at
 FEWEST_ROWS = 8  # of each of many experts
+CLIPPED_CHANNELS = 1024  # at least, of which ranges are clipped together
 BLOCK_TOKENS = 4096  # the same for sub-blocks, which need whole samples
 
 
@@ -67,57 +71,83 @@ class AwqOptions:
 class StageFacts:
     """What is known of a stage's input: second moments, mean magnitudes, and some of the tokens."""
 
-    gram: Float32
+    gram: Float32 | None
+    blocks: tuple[Float32, ...]  # on the gram's diagonal, of which ranges' clipping asks
     mean_abs: NDArray[np.float64]
     activations: Float32 | None
 
     def divide(self, scale: Float32) -> None:
         """Divide the channels by a scale that was folded into what computes them."""
-        self.gram /= scale
-        self.gram /= scale[:, None]
+        if self.gram is not None:
+            self.gram /= scale
+            self.gram /= scale[:, None]
         if self.activations is not None:
             self.activations /= scale
 
 
 def observe_block(
     block: DecoderBlock,
-    hidden: Float32,
+    states: States,
     rope: Rotation,
     options: AwqOptions,
     finished: int | None = None,
 ) -> dict[Stage, StageFacts]:
-    """Move `hidden` past a block and return what each stage's linears saw; see `DecoderBlock.forward`."""
+    """Move the states past a block and return what each stage's linears saw.
+
+    Where only chunks whose number is below `finished` are asked for, the last product of the others is left
+    out.
+    """
+    rows = states.plan.rows
     if options.objective == "block":
         step, most = 1, max(1, BLOCK_TOKENS // rope.length) * rope.length
     elif options.metric == "mse":
         step, most = 1, 0
     else:
-        step, most = -(-len(hidden) // METRIC_TOKENS), METRIC_TOKENS
-    statistics: dict[Stage, LayerStatistics] = {}
+        step, most = -(-rows // METRIC_TOKENS), METRIC_TOKENS
     # The experts' inputs are some of the router's; of those that they receive, they see too few each for
     # a scale of their own, and all their grams would not fit in memory.
-    kept: dict[Stage, list[Float32]] = {
-        stage: [] for stage in block.stages if stage.kind not in ("shared", "expert")
-    }
+    seen = [stage for stage in block.stages if stage.kind not in ("shared", "expert")]
+    statistics = {stage: LayerStatistics(_channels(block, stage), True) for stage in seen}
+    kept: dict[Stage, list[tuple[int, Float32]]] = {stage: [] for stage in seen}
+    for number, chunk in zip(states.plan.numbers, states.chunks(), strict=True):
+        leaf, first = states.plan.leaf(number), states.plan.place(number).start
 
-    def observe(stage: Stage, states: Float32) -> None:
-        if stage not in kept or len(states) == 0:
-            return
-        gathered = statistics.setdefault(stage, LayerStatistics(states.shape[1], magnitudes=True))
-        room = most - sum(map(len, kept[stage]))
-        if room > 0:
-            kept[stage].append(states[-gathered.tokens % step :: step][:room].copy())
-        gathered.add(states)
+        def observe(stage: Stage, inputs: Float32, leaf: int = leaf, first: int = first) -> None:
+            if stage not in statistics or len(inputs) == 0:
+                return
+            if most:
+                # Of an expert's tokens nobody knows which of all they are.
+                start = first if stage.expert is None else statistics[stage].tokens
+                chosen = inputs[-start % step :: step]
+                room = most - (-(-start // step) if stage.expert is None else _count(kept[stage]))
+                if room > 0:
+                    kept[stage].append((start, chosen[:room].copy()))
+            statistics[stage].add(inputs, leaf)
 
-    block.forward(hidden, rope, observe, finished)
-    return {
-        stage: StageFacts(
-            gathered.gram(),
-            gathered.mean_abs(),
-            np.concatenate(kept[stage]) if kept[stage] else None,
+        block.forward(chunk.hidden, rope, observe, finished is None or number < finished)
+    facts = {}
+    for stage in seen:
+        moments = statistics[stage].gather()
+        if moments.tokens == 0 or moments.mean_abs is None:
+            continue
+        found = current().gather(kept[stage]) if most else []
+        parts = sorted((part for each in found for part in each), key=lambda part: part[0])
+        facts[stage] = StageFacts(
+            moments.gram,
+            (moments.gram,),
+            moments.mean_abs,
+            np.concatenate([rows for _, rows in parts])[:most] if parts else None,
         )
-        for stage, gathered in statistics.items()
-    }
+    return facts
+
+
+def _channels(block: DecoderBlock, stage: Stage) -> int:
+    shapes = block.layout.linears
+    return shapes[stage.linears[0]][1] if stage.linears else block.config.hidden_size
+
+
+def _count(parts: Sequence[tuple[int, Float32]]) -> int:
+    return sum(len(rows) for _, rows in parts)
 
 
 def some_rows(weight: Float32, most: int = SEARCH_ROWS) -> Float32:
@@ -152,7 +182,9 @@ class ScaledBlock:
         rope: Rotation,
         options: AwqOptions,
     ) -> None:
-        self.block = block.with_weights({})
+        self._source = block
+        self._changes: dict[str, list[Callable[[Float32], Float32]]] = {}
+        self.block = block.reading(self._read)
         # Names of tensors that stay in float and are no longer what they were.
         self.changed: set[str] = set()
         self.searches: dict[str, ScaleSearch] = {}  # by the last part of a group's first layer
@@ -168,38 +200,58 @@ class ScaledBlock:
             planned = any(name in self._choices for name in group.layers)
             if planned and self._stage(group) in self._facts and self._heads_per_scale(group) > 0:
                 self._scale_group(group)
+                self.block.weights.clear()
+
+    def forget_grams(self) -> None:
+        """Give back the memory of the grams, but for blocks of whole groups on their diagonals."""
+        for stage, facts in self._facts.items():
+            if facts.gram is None:
+                continue
+            sizes = [
+                self._choices[name].group_size for name in stage.linears if name in self._choices
+            ]
+            width = math.lcm(*sizes, 1)
+            width *= -(-CLIPPED_CHANNELS // width)
+            facts.blocks = tuple(
+                facts.gram[first : first + width, first : first + width].copy()
+                for first in range(0, len(facts.gram), width)
+            )
+            facts.gram = None
 
     def clip_solver(self, stage: Stage, name: str, gram: Float32 | None) -> Solver | None:
         """Return how to quantize a linear whose ranges are clipped, by what is known of its input or else
         by the gram given; None for the others."""
         facts = self._facts.get(stage)
-        known, activations = (facts.gram, facts.activations) if facts else (gram, None)
-        if known is None or not self._options.clips(self.block.layout, name):
+        known, activations = (facts.blocks, facts.activations) if facts else ((), None)
+        if not known and gram is not None:
+            known = (gram,)
+        if not known or not self._options.clips(self.block.layout, name):
             return None
         return clip_solver(known, self._options.n_grid, self._options.metric, activations)
 
     def fold(self, group: ScaleGroup, scale: Float32) -> None:
         """Multiply a group's layers by a scale of each output of what precedes them, and divide that."""
         weights = self.block.weights
-        name = f"{group.previous}.weight"
-        bias_name = f"{group.previous}.bias"
-        whole, offset = weights[name], None
-        if bias_name in self.block.layout.vectors:
-            offset = weights[bias_name]
+        name, bias_name = f"{group.previous}.weight", f"{group.previous}.bias"
         rows = slice(None) if group.outputs is None else np.asarray(group.outputs)
-        weight, bias, scale = fold_scale(
-            group.kind,
-            scale,
-            np.ascontiguousarray(whole[rows]),
-            None if offset is None else np.ascontiguousarray(offset[rows]),
-            np.float32 if group.kind == "linear" else self._dtype_of(name),
-        )
-        self._change(name, _with_rows(whole, rows, weight))
-        if offset is not None and bias is not None:
-            self._change(bias_name, _with_rows(offset, rows, bias))
+        dtype = np.float32 if group.kind == "linear" else self._dtype_of(name)
+        kind, given = group.kind, scale
+        weight = np.ascontiguousarray(weights[name][rows])
+        offset = None
+        if bias_name in self.block.layout.vectors:
+            offset = np.ascontiguousarray(weights[bias_name][rows])
+        _, bias, scale = fold_scale(kind, given, weight, offset, dtype)
+
+        def divided(whole: Float32) -> Float32:
+            part = np.ascontiguousarray(whole[rows])
+            return _with_rows(whole, rows, fold_scale(kind, given, part, offset, dtype)[0])
+
+        self._change(name, divided)
+        if bias is not None:
+            self._change(bias_name, lambda whole: _with_rows(whole, rows, bias))
         scale = self._spread(group, scale)
         for layer in (*group.layers, *group.floats):
-            self._change(f"{layer}.weight", weights[f"{layer}.weight"] * scale)
+            self._change(f"{layer}.weight", lambda whole: whole * scale)
         facts = self._facts.get(self._stage(group))
         if facts is not None:
             facts.divide(scale)
@@ -237,19 +289,32 @@ class ScaledBlock:
         heads = scale.reshape(-1, 1, self.block.config.head_dim)
         return np.repeat(heads, shared, axis=1).reshape(-1)
 
-    def _change(self, name: str, array: Float32) -> None:
+    def _change(self, name: str, change: Callable[[Float32], Float32]) -> None:
+        """Change a tensor from now on, whenever it is read."""
+        self.block.weights.pop(name, None)
+        changes = self._changes.setdefault(name, [])
+        changes.append(change)
         if name.removesuffix(".weight") not in self._choices:
-            array = array.astype(self._dtype_of(name)).astype(np.float32)
+            dtype = self._dtype_of(name)
+            changes.append(lambda array: array.astype(dtype).astype(np.float32))
             self.changed.add(name)
-        self.block.weights[name] = array
+
+    def _read(self, name: str) -> Float32:
+        array = self._source.weights.read(name)
+        for change in self._changes.get(name, ()):
+            array = change(array)
+        return array
 
     def _heads_per_scale(self, group: ScaleGroup) -> int:
         """Return how many heads of the layers' input share one of the previous outputs: 1 as a rule, more
         between grouped values and the attention's output, 0 where shapes allow no scale."""
-        channels = self.block.weights[f"{group.layers[0]}.weight"].shape[1]
-        outputs = len(self.block.weights[f"{group.previous}.weight"])
+        layout = self.block.layout
+        channels = layout.linears[group.layers[0]][1]
+        outputs = channels
         if group.outputs is not None:
             outputs = len(group.outputs)
+        elif group.previous in layout.linears:
+            outputs = layout.linears[group.previous][0]
         if outputs == channels:
             return 1
         whole_heads = channels % outputs == 0 and outputs % self.block.config.head_dim == 0
@@ -259,33 +324,74 @@ class ScaledBlock:
         states, options = facts.activations, self._options
         block_objective = options.objective == "block" and group.sub_block
         names = [name for name in group.layers if name in self._choices]
-        weights = [self.block.weights[f"{name}.weight"] for name in names]
-        if options.coarse_to_fine and not block_objective:
-            most = max(FEWEST_ROWS, 4 * SEARCH_ROWS // max(4, len(weights)))
-            weights = [some_rows(weight, most) for weight in weights]
         choices = [self._choices[name] for name in names]
         if block_objective and states is not None:
-            block, rope = self.block, self._rope
-            measure, diagonal = find_metric(options.metric), facts.gram.diagonal()
-            reference = block.sub_block(stage, states, rope)
-
-            def loss(scale: Float32) -> float:
-                rounded = block.with_weights(
-                    {
-                        f"{name}.weight": weight + scaled_rounding(weight, scale, choice, diagonal)
-                        for name, weight, choice in zip(names, weights, choices, strict=True)
-                    }
-                )
-                return total_error(measure, reference, rounded.sub_block(stage, states, rope))
-
-            return loss
+            return self._block_loss(stage, names, choices, facts, states)
+        most = None
+        if options.coarse_to_fine:
+            most = max(FEWEST_ROWS, 4 * SEARCH_ROWS // max(4, len(names)))
+        weights = [self._rows(name, most) for name in names]
+        choices = [choice for choice, rows in zip(choices, weights, strict=True) if len(rows)]
+        weights = [rows for rows in weights if len(rows)]  # of few rows not every rank has one
+        if facts.gram is None:
+            raise ValueError("facts: their grams were forgotten")
         if states is None or options.metric == "mse":
-            return gram_loss(weights, choices, facts.gram)
-        return token_loss(weights, choices, states, options.metric)
+            return _shared_loss(gram_loss(weights, choices, facts.gram), weights)
+        return _shared_loss(token_loss(weights, choices, states, options.metric), weights)
+
+    def _block_loss(
+        self,
+        stage: Stage,
+        names: Sequence[str],
+        choices: Sequence[GridChoice],
+        facts: StageFacts,
+        states: Float32,
+    ) -> Loss:
+        """Return the loss of what a sub-block adds to the hidden states; every rank computes all of it."""
+        block, rope = self.block, self._rope
+        measure = find_metric(self._options.metric)
+        diagonal = None if facts.gram is None else facts.gram.diagonal()
+        weights = [block.weights[f"{name}.weight"] for name in names]
+        reference = block.sub_block(stage, states, rope)
+
+        def loss(scale: Float32) -> float:
+            rounded = block.with_weights(
+                {
+                    f"{name}.weight": weight + scaled_rounding(weight, scale, choice, diagonal)
+                    for name, weight, choice in zip(names, weights, choices, strict=True)
+                }
+            )
+            error = total_error(measure, reference, rounded.sub_block(stage, states, rope))
+            return current().broadcast(error)
+
+        return loss
+
+    def _rows(self, name: str, most: int | None) -> Float32:
+        """Return this rank's share of a weight's rows, or of so many of them."""
+        weight = self.block.weights.read(f"{name}.weight")
+        rows = weight if most is None else some_rows(weight, most)
+        share = current().share(len(rows))
+        return np.ascontiguousarray(rows[share.start : share.stop])
+
+
+def _shared_loss(loss: Loss, weights: Sequence[Float32]) -> Loss:
+    """Return the mean over the rows of all ranks of a loss that is the mean over one's."""
+    ranks = current()
+    if ranks.size == 1:
+        return loss
+    rows = sum(map(len, weights))
+    all_rows = ranks.total(rows)
+
+    def mean(scale: Float32) -> float:
+        return ranks.total(loss(scale) * rows if rows else 0.0) / all_rows
+
+    return mean
 
 
 def _with_rows(whole: Float32, rows: slice | NDArray[np.intp], part: Float32) -> Float32:
     """Return `whole` with some of its rows replaced."""
+    if isinstance(rows, slice):  # all of them
+        return part
     changed = whole.copy()
     changed[rows] = part
     return changed

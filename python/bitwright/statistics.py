@@ -1,11 +1,13 @@
 """What a method needs to know of a layer's inputs."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
+from bitwright.distributed import Sum, current
 from bitwright.errors import NonFiniteError
 
 
@@ -54,7 +56,7 @@ def gram(
 
 
 class LayerStatistics:
-    """Second moments of one layer's inputs, gathered chunk by chunk of tokens.
+    """Second moments of one layer's inputs, gathered chunk by chunk of tokens, by all ranks.
 
     Parameters
     ----------
@@ -65,40 +67,81 @@ class LayerStatistics:
     """
 
     def __init__(self, channels: int, magnitudes: bool = False) -> None:
+        self.channels = channels
         self.tokens = 0
-        self._sum = np.zeros((channels, channels), np.float32)  # lower triangle only
-        self._magnitudes = np.zeros(channels) if magnitudes else None
+        self.first_tokens = 0
+        self._first: Sum | None = None
+        self._rest = Sum((channels, channels))  # lower triangle only
+        self._magnitudes = Sum((channels,), np.float64) if magnitudes else None
 
-    def add(self, activations: NDArray[np.float32]) -> None:
-        """Add the activations ``[tokens, channels]`` float32 of a chunk."""
-        _kernels.accumulate_gram(activations, self._sum)
+    def add(self, activations: NDArray[np.float32], leaf: int = 0) -> None:
+        """Add the activations ``[tokens, channels]`` float32 of a chunk; see `Sum` for the leaf."""
+        _kernels.accumulate_gram(activations, self._rest.place(leaf))
         if self._magnitudes is not None:
-            self._magnitudes += np.abs(activations).sum(axis=0)
+            self._magnitudes.place(leaf)[...] += np.abs(activations).sum(axis=0)
         self.tokens += len(activations)
 
-    def mean_abs(self) -> NDArray[np.float64]:
-        """Return ``mean|x|`` ``[channels]``; ValueError if it was not gathered."""
-        if self._magnitudes is None:
-            raise ValueError("magnitudes: were not gathered")
-        return self._magnitudes / max(self.tokens, 1)
+    def end_first_part(self) -> None:
+        """Let `gather` return the gram of what was added until now, too."""
+        self._first, self._rest = self._rest, Sum((self.channels, self.channels))
+        self.first_tokens = self.tokens
+
+    def gather(self) -> "Moments":
+        """Add up what all ranks have, and hand it over; all ranks call this together."""
+        ranks = current()
+        self.tokens = round(ranks.total(self.tokens))
+        self.first_tokens = round(ranks.total(self.first_tokens))
+        first = None
+        if self._first is None:
+            total = self._rest.total()
+        elif self.first_tokens == self.tokens:
+            total = first = self._first.total()
+        else:
+            first, total = self._first.total(), self._rest.total()
+            total += first
+        magnitudes = None if self._magnitudes is None else self._magnitudes.total()
+        self._first, self._rest = None, Sum((0, 0))
+        if first is not None and first is not total:
+            _finish(first, self.first_tokens)
+        _finish(total, self.tokens)
+        return Moments(
+            total,
+            first,
+            None if magnitudes is None else magnitudes / max(self.tokens, 1),
+            self.tokens,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What `LayerStatistics` has gathered.
+
+    Parameters
+    ----------
+    gram
+        ``XᵀX / tokens`` ``[channels, channels]`` float32.
+    first_gram
+        The same of the first part of the tokens, where one was ended; the very same array if that were all.
+    mean_abs
+        ``mean|x|`` ``[channels]`` float64, if it was asked for.
+    tokens
+        How many there were.
+    """
+
+    gram: NDArray[np.float32]
+    first_gram: NDArray[np.float32] | None
+    mean_abs: NDArray[np.float64] | None
+    tokens: int
 
     def is_finite(self) -> bool:
-        """Tell whether every activation so far was finite: a square is never negative, so NaN and
-        infinity stay on the diagonal."""
-        return bool(np.isfinite(self._sum.diagonal()).all())
+        """Tell whether every activation was finite: a square is never negative, so NaN and infinity stay on
+        the diagonal."""
+        return bool(np.isfinite(self.gram.diagonal()).all())
 
-    def so_far(self) -> NDArray[np.float32]:
-        """Return ``XᵀX / tokens`` of what was added until now, in an array of its own."""
-        total = self._sum / np.float32(max(self.tokens, 1))
-        _kernels.mirror_lower(total)
-        return total
 
-    def gram(self) -> NDArray[np.float32]:
-        """Return ``XᵀX / tokens`` ``[channels, channels]``; the sums are handed over, not copied."""
-        total, self._sum = self._sum, np.zeros((0, 0), np.float32)
-        _kernels.mirror_lower(total)
-        total /= max(self.tokens, 1)
-        return total
+def _finish(gram: NDArray[np.float32], tokens: int) -> None:
+    _kernels.mirror_lower(gram)
+    gram /= max(tokens, 1)
 
 
 def require_finite(array: NDArray[Any], name: str) -> None:

@@ -1,5 +1,6 @@
 """The result of every method and the content of every format: a quantized matrix."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -81,6 +82,21 @@ class SuperBlocks:
             self.scale_codes[index],
             None if self.dmin is None else self.dmin[index],
             None if self.min_codes is None else self.min_codes[index],
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["SuperBlocks"], axis: int = 0) -> "SuperBlocks":
+        """Return those of several, see `QuantizedTensor.joined`."""
+
+        def joined(arrays: Sequence[NDArray[Any] | None]) -> Any:
+            known = [array for array in arrays if array is not None]
+            return np.concatenate(known, axis) if known else None
+
+        return cls(
+            joined([part.d for part in parts]),
+            joined([part.scale_codes for part in parts]),
+            joined([part.dmin for part in parts]),
+            joined([part.min_codes for part in parts]),
         )
 
     def replaced(self, where: NDArray[np.bool_], other: "SuperBlocks") -> "SuperBlocks":
@@ -235,6 +251,26 @@ class QuantizedTensor:
         # A power of two times a scale is exact in the scale's dtype.
         biases = self.scales * self.scales.dtype.type(-(2 ** (self.bits - 1)))
         return replace(self, grid="affine", zeros=None, biases=biases)
+
+    @classmethod
+    def joined(cls, parts: Sequence["QuantizedTensor"], axis: int = 0) -> "QuantizedTensor":
+        """Return one tensor of the rows of several of one kind, or with axis 1 of their channels."""
+        first = parts[0]
+
+        def joined(name: str) -> Any:
+            if getattr(first, name) is None:
+                return None
+            return np.concatenate([getattr(part, name) for part in parts], axis)
+
+        blocks = [part.superblocks for part in parts if part.superblocks is not None]
+        return replace(
+            first,
+            codes=joined("codes"),
+            scales=joined("scales"),
+            biases=joined("biases"),
+            zeros=joined("zeros"),
+            superblocks=SuperBlocks.joined(blocks, axis) if blocks else None,
+        )
 
     def rows(self, start: int, stop: int) -> "QuantizedTensor":
         """Return the tensor of output rows ``start`` to ``stop``, as views."""

@@ -494,9 +494,8 @@ class Watch:
                 self.inputs.append(Input([linear]))
         for each in self.inputs:
             if each.statistics is not None and each.statistics.tokens:
-                if self._magnitudes:
-                    each.mean_abs = each.statistics.mean_abs()
-                each.gram = each.statistics.gram()
+                moments = each.statistics.gather()
+                each.mean_abs, each.gram = moments.mean_abs, moments.gram
             each.statistics = None
             each.can_scale = self.can_scale(each)
         return self.inputs

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+from pathlib import Path
+from typing import Any
 
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.errors import CheckpointError
 
+HEADER_LIMIT = 100 << 20  # bytes, as the safetensors library has it
 PIECE, PIECES = 1 << 16, 64  # bytes, and how many places of a weight file are looked at
 
 
@@ -28,20 +31,52 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     CheckpointError
         If a weight file cannot be read.
     """
-    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    known = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for path in sorted({checkpoint.file(name) for name in checkpoint.names()}):
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                digest.update(size.to_bytes(8, "little"))
-                header = int.from_bytes(file.read(8), "little")  # checked when it was opened
-                digest.update(file.read(min(header, size)))
-                for piece in range(PIECES):
-                    file.seek(max(0, size - PIECE) * piece // (PIECES - 1))
-                    digest.update(file.read(PIECE))
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()[:16]
+        _add_pieces(known, path)
+    return known.hexdigest()[:16]
+
+
+def file_fingerprint(path: Path) -> str:
+    """Return a digest of a file's size, of its beginning and of some places of it.
+
+    Parameters
+    ----------
+    path
+        Any file.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read.
+    """
+    known = hashlib.sha256()
+    _add_pieces(known, path)
+    return known.hexdigest()[:16]
+
+
+def digest(content: Any) -> str:
+    """Return a digest of bytes, or of what else is a contiguous buffer: 16 hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _add_pieces(known: Any, path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            known.update(size.to_bytes(8, "little"))
+            header = int.from_bytes(file.read(8), "little")  # of a safetensors file, checked before
+            known.update(file.read(min(header, size, HEADER_LIMIT)))
+            for piece in range(PIECES):
+                file.seek(max(0, size - PIECE) * piece // (PIECES - 1))
+                known.update(file.read(PIECE))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def tokenizer_fingerprint(checkpoint: Checkpoint) -> str | None:

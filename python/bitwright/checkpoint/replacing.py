@@ -11,14 +11,14 @@ from bitwright.errors import BitwrightError, OutputError
 
 
 @contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors into OutputError, naming `path`."""
+def output_errors(path: Path, done: str = "written") -> Iterator[None]:
+    """Turn the operating system's errors into OutputError, naming `path` and what cannot be done."""
     try:
         yield
     except BitwrightError:
         raise
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"{path}: cannot be {done}: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where a run works until its output is whole: a hidden folder beside it, to go on from."""
+"""Where a run works until its output is whole: a hidden folder beside it, from which another can go on."""
 
 import fcntl
 import json
@@ -64,7 +64,6 @@ class WorkFolder:
                 for place in reversed(missing):
                     place.mkdir()
                     self._made_parents.insert(0, place)
-            with output_errors(self.path):
                 self._take()
                 self._put_back()
                 if self._is_finished():
@@ -85,7 +84,7 @@ class WorkFolder:
         self._leave(remove=not kept)
         if kept and isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(
-                f"the same call goes on from what is in {self.path}; remove that to start over"
+                f"the same call goes on from what is done, in {self.path}"
             ) from error
 
     def resume(self, identity: Mapping[str, object], resume: bool = True) -> dict[str, Any] | None:
@@ -117,7 +116,7 @@ class WorkFolder:
         return state
 
     def commit(self, identity: Mapping[str, object], state: Mapping[str, Any]) -> None:
-        """Write the state to go on from, in place of the last one; the files that it names are there."""
+        """Write the state to go on from, in place of the last one; files that it names are there by now."""
         content = {"identity": dict(identity), "state": dict(state)}
         self._ranks.on_first(lambda: write_json(self.path / STATE, content))
         self.keep = True
@@ -175,10 +174,11 @@ class WorkFolder:
                 self.path.mkdir()
             except FileExistsError:
                 made = False
-                if not self.path.is_dir():
-                    raise
             lock = self.path / LOCK
-            if not made and not lock.is_file() and any(self.path.iterdir()):
+            is_ours = made or (
+                self.path.is_dir() and (lock.is_file() or not any(self.path.iterdir()))
+            )
+            if not is_ours:
                 raise OutputError(
                     f"{self.path}: cannot be written: it is not what an interrupted run has left. Move it "
                     f"away or write elsewhere"
@@ -270,8 +270,8 @@ def check_identity(
     """Raise ResumeError, saying what has changed, unless two identities are the same."""
     if changes := _changes(known, json.loads(json.dumps(identity))):
         raise ResumeError(
-            f"{place}: an interrupted run had another {changes}. Give the same to go on, or "
-            f"{again_message(place)}"
+            f"{place}: an interrupted run had other options or inputs: {changes}. Give the same to go "
+            f"on, or {again_message(place)}"
         )
 
 

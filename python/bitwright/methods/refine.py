@@ -23,6 +23,7 @@ def refine(
     *,
     rounds: int = ROUNDS,
     damping: float = 0.01,
+    overwrite_gram: bool = False,
 ) -> tuple[QuantizedTensor, NDArray[np.float64]]:
     """Lower the error of a layer's output, from wherever any method has left it.
 
@@ -43,6 +44,8 @@ def refine(
         How often.
     damping
         Added to the gram's diagonal, relative to its mean, so that what calibration has not seen counts.
+    overwrite_gram
+        Add it in `gram` itself, and take it away in the end, which saves a copy.
 
     Returns
     -------
@@ -77,10 +80,20 @@ def refine(
     if tensor.scales.dtype not in FLOAT_DTYPES:
         raise TypeError(f"tensor: scales are {tensor.scales.dtype}")
     require_finite(weight, "weight")
-    diagonal = gram.diagonal()
-    live = diagonal[diagonal > 0]
-    damped = gram.copy()
-    damped[np.diag_indices_from(damped)] += np.float32(damping * (live.mean() if live.size else 1))
+    kept = gram.diagonal().copy()
+    live = kept[kept > 0]
+    damped = gram if overwrite_gram else gram.copy()
+    diagonal = np.diag_indices_from(damped)
+    damped[diagonal] += np.float32(damping * (live.mean() if live.size else 1))
+    try:
+        return _refine_damped(tensor, weight, damped, rounds)
+    finally:
+        damped[diagonal] = kept
+
+
+def _refine_damped(
+    tensor: QuantizedTensor, weight: NDArray[np.float32], damped: NDArray[np.float32], rounds: int
+) -> tuple[QuantizedTensor, NDArray[np.float64]]:
     if tensor.superblocks is not None:
         return _refine_superblocks(tensor, tensor.superblocks, weight, damped, rounds)
     codes, (scales, offsets) = tensor.codes.copy(), tensor.grids()

@@ -1,6 +1,6 @@
 """Methods by name: from a layer's statistics to a function that quantizes the layers that share them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,27 +86,36 @@ def gptq_solver(gram: NDArray[np.float32] | None, options: MethodOptions) -> Sol
 
 
 def clip_solver(
-    gram: NDArray[np.float32],
+    blocks: Sequence[NDArray[np.float32]],
     n_grid: int,
     metric: str | Metric = "mse",
     activations: NDArray[np.float32] | None = None,
 ) -> Solver:
-    """Round to nearest in clipped ranges; see `quantize_clipped`."""
+    """Round to nearest in clipped ranges, by blocks on the gram's diagonal; see `quantize_clipped`."""
 
     def solve(
         weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
     ) -> QuantizedTensor:
-        return quantize_clipped(
-            weight,
-            gram,
-            bits,
-            size,
-            grid=grid,
-            scale_dtype=dtype,
-            activations=activations,
-            metric=metric,
-            n_grid=n_grid,
-        )
+        parts, first = [], 0
+        for gram in blocks:
+            channels = slice(first, first + len(gram))
+            parts.append(
+                quantize_clipped(
+                    np.ascontiguousarray(weight[:, channels]),
+                    gram,
+                    bits,
+                    size,
+                    grid=grid,
+                    scale_dtype=dtype,
+                    activations=None
+                    if activations is None
+                    else np.ascontiguousarray(activations[:, channels]),
+                    metric=metric,
+                    n_grid=n_grid,
+                )
+            )
+            first = channels.stop
+        return parts[0] if len(parts) == 1 else QuantizedTensor.joined(parts, axis=1)
 
     return solve
 
@@ -143,7 +152,7 @@ def refined(solve: Solver, gram: NDArray[np.float32] | None, options: MethodOpti
     ) -> QuantizedTensor:
         tensor = solve(weight, bits, size, grid, dtype)
         target = np.ascontiguousarray(weight, np.float32)
-        return refine(tensor, target, known, damping=options.damping)[0]
+        return refine(tensor, target, known, damping=options.damping, overwrite_gram=True)[0]
 
     return solve_and_refine
 

@@ -119,10 +119,13 @@ class DecoderBlock:
                 chunk.routes = self._route(states)
             case "attention_output":
                 self._add(stage, states, chunk.hidden, self.architecture.attention_post_norm)
+                chunk.inner.pop("inner", None)
             case "mlp_output":
                 self._add(stage, states, chunk.hidden, self.architecture.mlp_post_norm)
+                chunk.inner.pop("inner", None)
             case "shared_output" | "expert_output":
                 self._add_weighed(stage, states, chunk)
+                chunk.inner.pop("inner", None)
 
     def adds_linearly(self, stage: Stage) -> bool:
         """Tell whether the hidden states are those before plus the outputs of the stage's one linear."""
@@ -137,21 +140,20 @@ class DecoderBlock:
         hidden: Float,
         rope: "Rotation",
         observe: Callable[[Stage, Float], None] | None = None,
-        finished: int | None = None,
+        finished: bool = True,
     ) -> None:
         """Run the whole block over `hidden` ``[batch * length, hidden_size]``, in place.
 
-        `observe` is shown each stage's input, chunk by chunk. Where only the first so many rows are to be
-        `finished`, the last product of the others is left out.
+        `observe` is shown each stage's input, chunk by chunk. Where nobody asks for what is `finished`, the
+        last product is left out.
         """
-        for number, rows in enumerate(rope.chunks(hidden)):
+        for rows in rope.chunks(hidden):
             chunk = ChunkStates(rows)
-            unfinished = finished is not None and number * rope.chunk_rows >= finished
             for stage in self.stages:
                 states = self.stage_input(stage, chunk)
                 if observe is not None:
                     observe(stage, states)
-                if not (unfinished and stage is self.stages[-1]):
+                if finished or stage is not self.stages[-1]:
                     self.advance(stage, states, chunk, rope)
 
     @property
@@ -224,11 +226,26 @@ class DecoderBlock:
         weights = BlockWeights(self.weights.read, {**self.weights, **changed})
         return DecoderBlock(weights, self.layout, self.architecture, self.config, self.index)
 
+    def as_read(self) -> "DecoderBlock":
+        """Return the block with the weights that are read, whatever they have been replaced by since."""
+        return self.reading(self.weights.read)
+
+    def reading(self, read: Callable[[str], Float]) -> "DecoderBlock":
+        """Return the block with weights from elsewhere."""
+        weights = BlockWeights(read, {})
+        return DecoderBlock(weights, self.layout, self.architecture, self.config, self.index)
+
     def release(self, stage: Stage) -> None:
-        """Forget an expert's weights, which are read again if they are asked for."""
-        if stage.kind == "expert_output" and stage.mlp is not None:
-            for name in (stage.mlp.gate, stage.mlp.up, stage.mlp.down):
-                self.weights.pop(f"{name}.weight", None)
+        """Forget the weights of a stage that has been computed, which are read again if they are asked for.
+
+        Those of an expert go together, when its output is there."""
+        names = stage.linears
+        if stage.kind == "expert":
+            names = ()
+        elif stage.kind == "expert_output" and stage.mlp is not None:
+            names = tuple(filter(None, (stage.mlp.gate, stage.mlp.up, stage.mlp.down)))
+        for name in names:
+            self.weights.pop(f"{name}.weight", None)
 
     def _attention(self, states: Float, rope: "Rotation") -> Float:
         config, names = self.config, cast(Attention, self.architecture.attention)

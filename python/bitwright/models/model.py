@@ -243,9 +243,22 @@ class Model:
         """Read the embedding matrix ``[vocabulary, hidden_size]``."""
         return self.weight(self.embedding_name, (self.config.vocab_size, self.config.hidden_size))
 
-    def embed(self, ids: NDArray[np.int32], matrix: Float | None = None) -> Float:
+    def embedding_table(self) -> NDArray[Any]:
+        """Read the embedding matrix as it is stored, if that is in float, for `embed`."""
+        name = f"{self.embedding_name}.weight"
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        if not self._is_float(name) or self.checkpoint.shape(name) != shape:
+            return self.embedding()
+        return self.checkpoint.read(name)
+
+    def embed(self, ids: NDArray[np.int32], matrix: NDArray[Any] | None = None) -> Float:
         """Return the first hidden states ``[tokens, hidden_size]`` of token ids of any shape."""
-        rows: Float = (self.embedding() if matrix is None else matrix)[ids.reshape(-1)]
+        table = self.embedding_table() if matrix is None else matrix
+        rows: Float = table[ids.reshape(-1)]
+        if rows.dtype != np.float64:
+            rows = rows.astype(np.float32, copy=False)
+        if not np.isfinite(rows).all():
+            require_finite(table, f"{self.checkpoint.folder}: tensor {self.embedding_name}.weight")
         if self.config.embedding_scale != 1:
             rows *= np.float32(self.config.embedding_scale)
         return rows

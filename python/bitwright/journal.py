@@ -1,0 +1,106 @@
+"""What a run that quantizes commits after every block, and goes on from."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bitwright.checkpoint import CheckpointWriter
+from bitwright.checkpoint.replacing import output_errors
+from bitwright.checkpoint.work_folder import WorkFolder, remove_tree
+from bitwright.distributed import current
+from bitwright.errors import BitwrightError, CheckpointError, ResumeError
+from bitwright.output import Output
+from bitwright.states import States
+
+SCRATCH = "scratch"
+
+
+class Journal:
+    """The states of a run, one after each block, of which the last complete one counts.
+
+    Parameters
+    ----------
+    work
+        Where it is kept; entered.
+    identity
+        What the result depends on, see `WorkFolder.resume`.
+    start
+        When this process began, as ``time.perf_counter`` has it.
+    """
+
+    def __init__(self, work: WorkFolder, identity: Mapping[str, object], start: float) -> None:
+        self._work = work
+        self._identity = dict(identity)
+        self._start = start
+        self._before = 0.0  # seconds of the interrupted runs
+        self._ranks = current()
+        self.scratch = work.path / SCRATCH
+
+    def begin(self, resume: bool) -> dict[str, Any] | None:
+        """Return the state to go on from, None for none, and make room for scratch files."""
+        state = self._work.resume(self._identity, resume)
+        if state is not None:
+            self._before = float(state["seconds"])
+        self._ranks.on_first(self._make_scratch)
+        return state
+
+    def path(self, name: str) -> Path:
+        """Return the file of hidden states that a state names."""
+        return self._work.path / name
+
+    def commit(
+        self,
+        blocks: int,
+        output: Output,
+        writer: CheckpointWriter | None,
+        states: Mapping[str, States | None],
+    ) -> None:
+        """Make what is there after so many blocks the state to go on from; all ranks call this together."""
+        names = {key: f"{key}-{blocks}" for key, value in states.items() if value is not None}
+        for key, name in names.items():
+            kept = states[key]
+            if kept is not None:
+                kept.save(self.path(name))
+        self._ranks.barrier()
+        state = {
+            "blocks": blocks,
+            "seconds": self.seconds(),
+            "states": names,
+            "output": output.state(),
+            "writer": None if writer is None else writer.state(),
+        }
+        self._work.commit(self._identity, state)
+        if writer is not None:
+            writer.committed()
+            for old in self._work.path.glob("*-*"):
+                if old.name not in names.values():
+                    old.unlink(missing_ok=True)
+
+    def seconds(self) -> float:
+        """Return the wall time of this run, with that of the interrupted ones until their last commits."""
+        return self._before + time.perf_counter() - self._start
+
+    def _make_scratch(self) -> None:
+        with output_errors(self.scratch):
+            remove_tree(self.scratch)
+            self.scratch.mkdir()
+
+
+@contextmanager
+def kept_when_interrupted(work: WorkFolder) -> Iterator[None]:
+    """Say of an interruption or an error that a user can mend that the same call goes on from what is done;
+    after any other error nothing is kept."""
+    try:
+        yield
+    except BaseException as error:
+        if not work.keep or isinstance(error, ResumeError):
+            raise
+        goes_on = f"the same call goes on from what is done, in {work.path}"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(goes_on) from error
+        if isinstance(error, OSError | CheckpointError) and isinstance(error, BitwrightError):
+            raise type(error)(f"{error}. Once that is mended, {goes_on}") from error
+        work.keep = isinstance(error, OSError | MemoryError | CheckpointError)
+        raise

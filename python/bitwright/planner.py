@@ -1,0 +1,453 @@
+"""What a run will take, known before it begins: memory, disk, time; and how many states fit in memory."""
+
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bitwright import _kernels
+from bitwright.checkpoint.writer import SHARD_BYTES
+from bitwright.distributed import current
+from bitwright.drift import drift_rows
+from bitwright.errors import MemoryBudgetError, OutputError
+from bitwright.evaluate import resident_bytes
+from bitwright.formats import Precision
+from bitwright.methods.refine import ROUNDS
+from bitwright.methods.solver import SCALED_METHODS, MethodOptions
+from bitwright.models.block import Rotation
+from bitwright.models.layout import BlockLayout, Stage
+from bitwright.models.model import Model
+from bitwright.tensor import stored_bits
+
+FREE_SHARE = 0.75  # of the memory that is free, which a run takes at most unless told otherwise
+THREAD_BYTES = 40_000_000  # of OpenBLAS' buffers and ours
+REFINED_ROWS = 1024  # whose work arrays exist at one time, see cpp/quant/refine.cpp
+INNER_COPIES = 3  # of one chunk's widest states while a stage is computed
+MEASURED_SIZE = 1024  # of the product that the machine's speed is measured on
+READ_BYTES_PER_SECOND = 6e8  # of weights, converted to float32 and checked
+WRITTEN_BYTES_PER_SECOND = 2e8
+# How fast each kind of work is next to a large product of matrices (bench/RESULTS.md).
+GRAM_SPEED, FACTOR_SPEED, SOLVING_SPEED, REFINING_SPEED = 0.8, 0.6, 0.45, 0.7
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run takes.
+
+    Parameters
+    ----------
+    memory_bytes
+        Expected peak of the process, with as many states in memory as the budget allows.
+    least_bytes
+        The smallest budget that would work: all states but those at work are in files.
+    budget_bytes
+        What was allowed.
+    disk_bytes
+        Expected peak beside the output, it included.
+    seconds
+        Expected wall time; NaN where it was not asked for.
+    resident
+        How many chunks of states are in memory; None for all.
+    """
+
+    memory_bytes: int
+    least_bytes: int
+    budget_bytes: int
+    disk_bytes: int
+    seconds: float
+    resident: int | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run to plan.
+
+    Parameters
+    ----------
+    model
+        What is quantized.
+    plan
+        The precision of every layer.
+    options
+        What is done to each.
+    propagate
+        Whether layers see what the quantized ones before them compute.
+    tokens, length
+        Of calibration, and of a sample; 0 for none.
+    scale_dtype
+        Of scales.
+    """
+
+    model: Model
+    plan: Mapping[str, Precision | None]
+    options: MethodOptions
+    propagate: bool
+    tokens: int
+    length: int
+    scale_dtype: np.dtype[np.generic]
+
+    @property
+    def scaled(self) -> bool:
+        """Whether AWQ's scales are searched."""
+        return self.options.method in SCALED_METHODS and self.tokens > 0
+
+    @property
+    def regathers(self) -> bool:
+        """Whether AWQ's passes gather statistics of their own."""
+        return self.propagate and (self.options.method != "awq" or self.options.drift)
+
+    @property
+    def rope(self) -> Rotation:
+        """The chunks' sizes."""
+        return Rotation(max(1, self.length), {})
+
+    @property
+    def drift_tokens(self) -> int:
+        """Tokens that go through the original, too."""
+        return drift_rows(self.tokens, self.rope) if self.options.drift and self.tokens else 0
+
+
+def plan_run(
+    work: Work, memory: float | None, out: Path | None = None, timed: bool = True
+) -> RunPlan:
+    """Plan a run.
+
+    Parameters
+    ----------
+    work
+        What it does.
+    memory
+        Budget in gigabytes (10⁹ bytes) for each process; by default three quarters of what is free, shared
+        by the MPI ranks of this machine.
+    out
+        Where the output will be, if there shall be room for it.
+    timed
+        Whether to measure the machine's speed and estimate the time.
+
+    Returns
+    -------
+    RunPlan
+
+    Raises
+    ------
+    MemoryBudgetError
+        If the budget is too small; the message tells the smallest that would work.
+    OutputError
+        If the disk is.
+    ValueError
+        If the budget is not a positive number.
+    """
+    if memory is not None and not memory > 0:
+        raise ValueError(f"memory: expected gigabytes, more than 0, got {memory}")
+    ranks = current()
+    free = FREE_SHARE * free_memory() / ranks.local_size
+    budget = free if memory is None else memory * 1e9
+    base = resident_bytes() + THREAD_BYTES * _kernels.num_threads()
+    chunk = work.rope.chunk_rows
+    chunks = math.ceil(math.ceil(work.tokens / chunk) / ranks.size)
+    per_chunk = int(4 * min(chunk, work.tokens) * _states_per_token(work))
+    fixed = base + _fixed_bytes(work)
+    least = fixed + (per_chunk if work.tokens else 0)
+    if least > budget:
+        given = "three quarters of the free memory" if memory is None else "the budget"
+        raise MemoryBudgetError(
+            f"{work.model.checkpoint.folder}: this run needs at least {_gigabytes(least)}, but {given} is "
+            f"{_gigabytes(budget)}. Give it more (memory, --memory {_up(least)}), or take preset fast"
+        )
+    room = (budget - fixed) / max(per_chunk, 1)
+    resident = None if room >= chunks else max(0, int(room) - 1)  # besides the one at work
+    in_memory = chunks if resident is None else resident + 1
+    spilled = (chunks - in_memory) * per_chunk
+    disk = _disk_bytes(work) + spilled
+    if out is not None and ranks.is_first:
+        room_there = _free_disk(out)
+        if room_there is not None and _written_bytes(work) > room_there:
+            raise OutputError(
+                f"{out}: the result takes {_gigabytes(_written_bytes(work))}, but only "
+                f"{_gigabytes(room_there)} of the disk are free. Write elsewhere or make room"
+            )
+    return RunPlan(
+        fixed + in_memory * per_chunk if work.tokens else fixed,
+        least,
+        int(min(budget, sys.maxsize)),
+        disk,
+        _seconds(work, spilled) if timed else math.nan,
+        resident,
+    )
+
+
+def describe(plan: RunPlan) -> str:
+    """Say in a line what a run takes."""
+    hours, rest = divmod(round(plan.seconds), 3600)
+    spent = f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+    spilled = "" if plan.resident is None else "; hidden states that do not fit go to disk"
+    return (
+        f"plan: about {_gigabytes(plan.memory_bytes)} of memory (budget {_gigabytes(plan.budget_bytes)}), "
+        f"{_gigabytes(plan.disk_bytes)} of disk, {spent}{spilled}"
+    )
+
+
+def free_memory() -> int:
+    """Return how many bytes this process can still take, by the machine, its control group and limits."""
+    known = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
+    with suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
+        line = next(line for line in file if line.startswith("MemAvailable:"))
+        known.append(1024 * float(line.split()[1]))
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        known.append(limit - int((group / "memory.current").read_text()))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    with suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        if limit != resource.RLIM_INFINITY:
+            known.append(limit - pages * os.sysconf("SC_PAGE_SIZE"))
+    return int(max(0.0, min(known)))
+
+
+def _states_per_token(work: Work) -> float:
+    """Return how many floats per token hidden states, and what stages leave, are together at most."""
+    if not work.tokens:
+        return 0.0
+    share = work.drift_tokens / work.tokens
+    streams = 1 + share
+    if work.scaled:
+        streams += 2 + (1 if work.regathers else 0) + share  # float, scaled, plain
+    inner = (1 + share) * max(_inner_width(layout) for layout in work.model.layouts)
+    return streams * work.model.config.hidden_size + inner
+
+
+def _inner_width(layout: BlockLayout) -> int:
+    """Return the widest that the stages of a block leave for the next one."""
+    left = [
+        layout.linears[stage.linears[0]][1]
+        for stage in layout.stages
+        if stage.linears and (stage.kind.endswith("output") or stage.kind.startswith("latent_"))
+    ]
+    normed = any(stage.kind == "router" for stage in layout.stages)
+    experts = [layout.linears[name] for name in layout.experts]
+    return max(left, default=0) + (max((c for _, c in experts), default=0) if normed else 0)
+
+
+def _fixed_bytes(work: Work) -> int:
+    """Return the most that weights, statistics and what solving takes, whatever the tokens."""
+    model, config = work.model, work.model.config
+    table = config.vocab_size * config.hidden_size
+    stored = model.dtype.itemsize
+    # Written as it is: the array and a mask; looked up in, or quantized: codes and what they stand for.
+    peaks = [table * (stored + 1)]
+    names = model.names
+    if work.plan.get(names.embedding):
+        peaks.append(table * (4 + 4 + 1 + 4))
+    if work.plan.get(names.head):
+        peaks.append(_solve_bytes(work, [(config.vocab_size, config.hidden_size)], 0))
+    seen = set()
+    for index, layout in enumerate(model.layouts):
+        key = tuple(layout.linears.values())
+        if key not in seen:
+            seen.add(key)
+            peaks.append(_block_bytes(work, layout, model.block_prefix(index)))
+    return max(peaks)
+
+
+def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
+    block = sum(out * channels for out, channels in layout.linears.values())
+    grams = {
+        stage: _channels(layout, stage) ** 2
+        for stage in layout.stages
+        if stage.kind not in ("shared", "expert")
+    }
+    held = 0  # by AWQ, while passes go on: codes of both forms, and the grams where they are known
+    peaks = [0]
+    chunk = work.rope.chunk_rows
+    if work.scaled:
+        peaks.append(4 * (block + sum(grams.values())))
+        largest = max(out * channels for out, channels in layout.linears.values())
+        held = 2 * block + (0 if work.regathers else 4 * sum(grams.values()))
+        peaks.append(4 * sum(grams.values()) + 14 * largest)
+    floats = 4 * sum(out * channels for out, channels in layout.floats.values())
+    before: list[tuple[int, int]] = []
+    for stage in layout.stages:
+        shapes = [layout.linears[name] for name in stage.linears]
+        if stage.kind == "expert_output" and stage.mlp is not None:
+            experts = filter(None, (stage.mlp.gate, stage.mlp.up))
+            shapes += [layout.linears[name] for name in experts if name in layout.linears]
+        if shapes:
+            width = 4 * chunk * INNER_COPIES * max(max(shape) for shape in shapes)
+            gathered = 0 if work.scaled and not work.regathers else _gathered(work, shapes, stage)
+            previous = sum(out * channels for out, channels in before)
+            own = sum(out * channels for out, channels in shapes)
+            drifts = work.drift_tokens > 0 and stage.expert is None
+            # While it is gathered, the stage before is computed, in the original, too.
+            now = 4 * (previous * (2 if drifts else 1) + (own if drifts else 0)) + gathered
+            planned = any(work.plan.get(prefix + name) for name in stage.linears)
+            solving = _solve_bytes(work, shapes, gathered, drifts) if planned else 4 * own
+            peaks.append(held + floats + width + max(now, solving))
+        before = shapes
+    return max(peaks)
+
+
+def _gathered(work: Work, shapes: list[tuple[int, int]], stage: Stage) -> int:
+    """Return the bytes of a stage's statistics."""
+    if not work.tokens:
+        return 0
+    out, channels = shapes[0]
+    drifts = work.drift_tokens > 0 and stage.expert is None
+    grams = 1 + (drifts and work.drift_tokens < work.tokens)
+    if work.scaled and not work.regathers and stage.expert is None:
+        grams = 0
+    adds = stage.kind in ("attention_output", "mlp_output")
+    cross = (out if adds else channels) * channels if drifts else 0
+    return 4 * (grams * channels**2 + cross)
+
+
+def _solve_bytes(
+    work: Work, shapes: list[tuple[int, int]], gathered: int, drifts: bool = False
+) -> int:
+    """Return the most that correcting and then solving a stage takes, statistics included."""
+    weights = sum(out * channels for out, channels in shapes)
+    largest = max(out * channels for out, channels in shapes)
+    channels = shapes[0][1]
+    square = channels**2 if work.tokens else 0
+    correcting = 0
+    if drifts:
+        correcting = gathered + 4 * (square + weights + largest)
+    factor = square if "gptq" in work.options.method else 0
+    refining = 12 * REFINED_ROWS * channels if work.options.refine else 0
+    solving = 4 * (square + factor + weights + 2 * largest) + largest + refining
+    reading = gathered + 4 * weights + (4 + 2) * largest
+    return max(correcting, solving, reading)
+
+
+def _channels(layout: BlockLayout, stage: Stage) -> int:
+    return layout.linears[stage.linears[0]][1] if stage.linears else 0
+
+
+def _written_bytes(work: Work) -> int:
+    """Return the size of the output."""
+    model, total = work.model, float(work.model.checkpoint.nbytes())
+    shapes = dict(model.linear_shapes())
+    matrix = (model.config.vocab_size, model.config.hidden_size)
+    shapes |= {model.names.embedding: matrix, model.names.head: matrix}
+    for name, precision in work.plan.items():
+        if precision is not None and name in shapes:
+            out, channels = shapes[name]
+            size = precision.group_size or channels
+            bits = stored_bits(precision.bits, size, precision.grid, work.scale_dtype)
+            total += out * channels * (bits / 8 - model.dtype.itemsize)
+    return max(0, int(total))
+
+
+def _disk_bytes(work: Work) -> int:
+    """Return the output, the weight file that is being put together, and two commits of hidden states."""
+    written = _written_bytes(work)
+    rows = work.tokens + work.drift_tokens
+    return written + min(written, SHARD_BYTES) + 2 * 4 * rows * work.model.config.hidden_size
+
+
+def _seconds(work: Work, spilled: int) -> float:
+    ranks = current()
+    products = _products(work) / ranks.size
+    moved = work.model.checkpoint.nbytes() * (1 + (work.drift_tokens > 0) + 2 * work.scaled)
+    blocks = work.model.config.num_hidden_layers
+    stages = 8 * spilled * blocks  # read and written at every stage
+    commits = 4 * (work.tokens + work.drift_tokens) * work.model.config.hidden_size * blocks
+    return (
+        products / _speed()
+        + moved / READ_BYTES_PER_SECOND
+        + (_written_bytes(work) + stages + commits) / WRITTEN_BYTES_PER_SECOND
+    )
+
+
+def _products(work: Work) -> float:
+    """Count the floating-point operations of a run, those of slower kernels as so many more."""
+    model, tokens, drift, method = work.model, work.tokens, work.drift_tokens, work.options.method
+    passes = 1.0
+    if work.scaled:
+        passes = 3.0 if work.regathers else 2.1
+    streams = passes + (2 if work.scaled else 1) * drift / max(tokens, 1)
+    solved = 2 if work.scaled else 1
+    operations = 0.0
+    for index, layout in enumerate(model.layouts):
+        share = _routed_share(model, index)
+        for stage in layout.stages:
+            seen = tokens * (share if stage.expert is not None else 1.0)
+            both = drift * (share if stage.expert is not None else 1.0)
+            adds = stage.kind in ("attention_output", "mlp_output")
+            for number, name in enumerate(stage.linears):
+                out, channels = layout.linears[name]
+                operations += streams * 2 * seen * out * channels
+                drifts = drift and stage.expert is None
+                if number == 0 and tokens:
+                    gathered = passes if work.scaled and work.regathers else 1.0
+                    operations += gathered * seen * channels**2 / GRAM_SPEED
+                    if drifts:
+                        wide = out if adds else channels
+                        operations += solved * 2.0 * both * channels * wide
+                        operations += solved * channels**3 / 3 / FACTOR_SPEED
+                    if "gptq" in method:
+                        operations += solved * 2 / 3 * channels**3 / FACTOR_SPEED
+                if not work.plan.get(model.block_prefix(index) + name):
+                    continue
+                operations += solved * _solving(method, out, channels)
+                if drifts:
+                    operations += solved * 4.0 * out * channels**2
+                if work.options.refine and tokens:
+                    operations += solved * (2.0 + 4.0 * ROUNDS) * out * channels**2 / REFINING_SPEED
+        operations += streams * _attention_products(model, tokens, work.length)
+    return operations
+
+
+def _solving(method: str, out: int, channels: int) -> float:
+    operations = 100.0 * out * channels
+    if "gptq" in method:
+        operations += out * channels**2 / SOLVING_SPEED + 2000.0 * out * channels
+    if "awq" in method:
+        operations += 9 * min(out, 128) * channels**2 + 3000.0 * out * channels
+    return operations
+
+
+def _attention_products(model: Model, tokens: int, length: int) -> float:
+    config = model.config
+    return 4.0 * tokens * length * config.num_attention_heads * config.head_dim / 2
+
+
+def _routed_share(model: Model, index: int) -> float:
+    experts = model.config.experts
+    return experts.chosen / experts.count if experts and model.config.is_sparse[index] else 1.0
+
+
+def _speed() -> float:
+    """Return the products and sums per second of a matrix product now."""
+    size = MEASURED_SIZE
+    left = np.ones((size, size), np.float32)
+    out = np.empty_like(left)
+    spent = []
+    for _ in range(3):
+        start = time.perf_counter()
+        _kernels.linear(left, left, None, out, False)
+        spent.append(time.perf_counter() - start)
+    return 2 * size**3 / min(spent)
+
+
+def _free_disk(out: Path) -> int | None:
+    for folder in (out, *out.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return None
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def _up(count: float) -> str:
+    return f"{math.ceil(count / 1e7) / 100:g}"
