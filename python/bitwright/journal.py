@@ -10,7 +10,7 @@ from bitwright.checkpoint import CheckpointWriter
 from bitwright.checkpoint.replacing import output_errors
 from bitwright.checkpoint.work_folder import WorkFolder, remove_tree
 from bitwright.distributed import current
-from bitwright.errors import BitwrightError, CheckpointError
+from bitwright.errors import BitwrightError, CheckpointError, ResumeError
 from bitwright.output import Output
 from bitwright.states import States
 
@@ -95,7 +95,7 @@ def kept_when_interrupted(work: WorkFolder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not work.keep:
+        if not work.keep or isinstance(error, ResumeError):
             raise
         goes_on = f"the same call goes on from what is done, in {work.path}"
         if isinstance(error, KeyboardInterrupt):

@@ -441,6 +441,7 @@ class CheckpointWriter:
         if content is not None and not content:
             return
         if not self._overwrite:
+            self._work.forget_finished()
             raise OutputExistsError(
                 f"{out}: exists already. Remove it, write elsewhere, or ask for overwriting"
             )
@@ -512,6 +513,7 @@ class CheckpointWriter:
 
     def _move_into_place(self, folder: Path) -> None:
         out = self._out
+        self._work.last_step(UNFINISHED)
         aside = self._work.path / REPLACED
         try:
             with output_errors(out):
