@@ -1,8 +1,8 @@
 """Write a random Llama for benchmarks: python bench/make_llama.py OUT [--shape 0.1b] [--blocks N]
 
-Shapes are those of real models (0.5b: Qwen2.5-0.5B without its biases, 1b, 8b, 70b: Llama 3). Inputs of real models have a few large
-channels; those of random ones do not, so qualities measured on these say nothing. With --blocks only the first so
-many decoder blocks are written."""
+Shapes are those of real models (0.5b: Qwen2.5-0.5B without its biases; 1b, 8b, 70b: Llama 3). Real models
+have a few channels with large inputs, random ones do not: qualities measured on these say nothing. With
+--blocks only the first so many decoder blocks are written."""
 
 import argparse
 import shutil
