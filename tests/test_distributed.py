@@ -167,6 +167,89 @@ def test_what_ranks_are_refused_all_are(tmp_path: Path, ids: Path, student: Path
     assert {path.name for path in tmp_path.iterdir()} == {"taken"}
 
 
+def quantizing(**more: Any) -> dict[str, Any]:
+    """Chunks of 16 samples, which 4 ranks can share."""
+    ids = bitwright.load_tokens(DEMO / "calibration.txt", tokenizer=DEMO, length=64, samples=60)
+    options = {"model": DEMO, "calibration": ids.tolist(), "threads": 1, "progress": False}
+    return options | more
+
+
+def as_one(out: Path, fixed_order: bool = False, **options: Any) -> dict[str, bytes]:
+    options["calibration"] = np.asarray(options["calibration"])
+    with spread_over(fixed_order=fixed_order):
+        bitwright.quantize(out=out, **options)
+    return content(out)
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq", "salient"])
+def test_ranks_that_quantize_in_a_fixed_order(tmp_path: Path, method: str) -> None:
+    options = quantizing(method=method)
+    known = as_one(tmp_path / "1", True, **options)
+    for count in (2, 3, 4) if method == "gptq" else (2,):
+        spread(count, "quantize", True, out=tmp_path / f"{count}", **options)
+        assert content(tmp_path / f"{count}") == known
+    assert not list(tmp_path.glob(".*"))
+
+
+@needs_mpi
+def test_ranks_quantize_as_one_does(tmp_path: Path) -> None:
+    """Sums in another order change the last bits, and these a few codes, but not how good they are."""
+    options = quantizing(method="gptq", preset="fast", bits=8, embedding_bits=8)
+    as_one(tmp_path / "1", **options)
+    spread(2, "quantize", out=tmp_path / "2", **options)
+    results = [
+        bitwright.evaluate(
+            tmp_path / name, DEMO / "evaluation.txt", reference=DEMO, samples=4
+        ).kl_divergence
+        for name in ("1", "2")
+    ]
+    assert results[0] == pytest.approx(results[1], abs=1e-4)
+
+
+@needs_mpi
+@pytest.mark.slow
+def test_a_rank_that_dies_while_it_quantizes(tmp_path: Path) -> None:
+    """All end, and any number of ranks goes on."""
+    options = quantizing(method="gptq")
+    known = as_one(tmp_path / "1", True, **options)
+    for kill, count, after in ((1, 2, 3), (0, 2, 1)):
+        out = tmp_path / f"{count} then {after}"
+        spread(count, "quantize", True, kill, check=False, out=out, **options)
+        assert not out.exists()
+        assert (tmp_path / f".{out.name}.work/state.json").exists()
+        spread(after, "quantize", True, out=out, **options)
+        assert content(out) == known
+    assert not list(tmp_path.glob(".*"))
+
+
+@needs_mpi
+def test_the_command_under_mpi(tmp_path: Path) -> None:
+    """What is wrong is said once, by the first rank; other commands run there alone."""
+    command = (str(MPIEXEC), "-n", "2", sys.executable, "-m", "bitwright")
+    wrong = subprocess.run(
+        [*command, "quantize", "nowhere", "--out", str(tmp_path / "out"), "--method", "rtn"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert wrong.returncode != 0
+    assert wrong.stderr.count("nowhere: there is no such folder") == 1
+    told = subprocess.run([*command, "info"], capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0
+    assert told.stdout.count("instruction_set") == 1
+    done = subprocess.run(
+        [*command, "quantize", str(DEMO), "--out", str(tmp_path / "out"), "--method", "rtn"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_fixed_order_changes_little(tmp_path: Path, ids: Path, student: Path) -> None:
     options = training(ids, student=student)
     free = bitwright.dwq_quantize(out=tmp_path / "free", **options)
