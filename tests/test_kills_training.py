@@ -93,7 +93,7 @@ def test_killed_commands_go_on(
     arguments = {
         "sensitivities": [
             *("sensitivities", str(DEMO), "--out", str(out), *data),
-            *("--batch-size", "2", "--samples", "16"),
+            *("--batch-size", "2", "--samples", "8"),
         ],
         "targets": [*distil, *given, "--targets", str(targets), "--tokens", "64"],
         "dwq": [*distil, *given, *often, "--tokens", "640"],

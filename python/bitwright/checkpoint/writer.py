@@ -54,7 +54,7 @@ SIDE_FILE_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40
 SHARD_BYTES = 5_000_000_000  # as model hubs have them
 COPY_BYTES = 8 << 20
 DATA_NAME = ".data-{}"  # of weight file number …, which is being written
-UNFINISHED = "checkpoint"  # in the work folder
+UNFINISHED, WHOLE = "checkpoint", "whole"  # in the work folder
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".gguf")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -488,32 +488,40 @@ class CheckpointWriter:
         if self._waiting or not self._shard_count:
             self._flush(folder)
         with output_errors(self._out):
-            self.committed()
-            self._name_shards(folder)
-            for path in folder.iterdir():
-                synchronize(path)
-            synchronize(folder)
+            whole = self._assembled(folder)
         # Hours may have passed since the place was looked at.
         self.check_place()
-        self._move_into_place(folder)
+        self._move_into_place(whole)
 
-    def _name_shards(self, folder: Path) -> None:
+    def _assembled(self, folder: Path) -> Path:
+        """Return a folder with all files under their names. What the last state needs stays where it is:
+        the run may still be killed."""
+        whole = self._work.path / WHOLE
+        if whole.exists():  # of a run that was killed here
+            remove_tree(whole)
+        whole.mkdir()
         total, suffix = self._shard_count, self.container.suffix
         names = [f"model-{i + 1:05d}-of-{total:05d}{suffix}" for i in range(total)]
         if total == 1:
             names = [f"model{suffix}"]
-        for i, name in enumerate(names):
-            (folder / f"{i}{suffix}").rename(folder / name)
+        named = {f"{i}{suffix}": name for i, name in enumerate(names)}
+        for path in folder.iterdir():
+            if not path.name.startswith(DATA_NAME.format("")):
+                _link(path, whole / named.get(path.name, path.name))
         if total > 1:
             index = {
                 "metadata": {"total_size": self._total_bytes},
                 "weight_map": {name: names[i] for name, i in sorted(self._shard_of.items())},
             }
-            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (whole / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for path in whole.iterdir():
+            synchronize(path)
+        synchronize(whole)
+        return whole
 
     def _move_into_place(self, folder: Path) -> None:
         out = self._out
-        self._work.last_step(UNFINISHED)
+        self._work.last_step(folder.name)
         aside = self._work.path / REPLACED
         try:
             with output_errors(out):
@@ -565,6 +573,14 @@ def copy_side_files(checkpoint: Checkpoint, writer: CheckpointWriter) -> list[st
         writer.add_file(path)
         copied.append(path.name)
     return copied
+
+
+def _link(path: Path, other: Path) -> None:
+    """Give a file a second name; only that one where the file system has no such thing."""
+    try:
+        os.link(path, other)
+    except OSError:
+        path.rename(other)
 
 
 def _is_unicode(text: str) -> bool:
