@@ -83,7 +83,7 @@ class WorkFolder:
         kept = self.keep and error is not None
         self._leave(remove=not kept)
         if kept and isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(
+            raise type(error)(
                 f"the same call goes on from what is done, in {self.path}"
             ) from error
 
@@ -120,6 +120,13 @@ class WorkFolder:
         content = {"identity": dict(identity), "state": dict(state)}
         self._ranks.on_first(lambda: write_json(self.path / STATE, content))
         self.keep = True
+
+    def require(self, path: Path, size: int, or_more: bool = False) -> None:
+        """Raise ResumeError unless a file that a state counts on has so many bytes, or at least so many."""
+        found = path.stat().st_size if path.is_file() else None
+        if found is None or found < size or (found > size and not or_more):
+            matter = "is no longer there" if found is None else f"has {found} bytes, not {size}"
+            raise ResumeError(f"{path}: {matter}; {again_message(self.path)}")
 
     def last_step(self, name: str) -> None:
         """Say that nothing is left to do but to move this part of it into the place of the output.
