@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import signal
 import sys
 import time
 import traceback
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import file_digest
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -46,9 +48,13 @@ from bitwright.sensitivity import parse_precision, precision_name
 from bitwright.student import ZEROS
 from bitwright.tensor import BITS, GRIDS
 
-FAILED, INTERRUPTED = 1, 130
+FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
 SPREAD = ("quantize", "refine", "sensitivities", "dynamic", "dwq")  # over MPI ranks
 OTHERS_WAIT = 1.0  # seconds, for the first rank to say what is wrong with all of them
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as whoever shuts a machine down or ends a job sends it: an interruption, too."""
 
 
 class _NewFile(click.ParamType[Path]):
@@ -820,17 +826,21 @@ def info() -> None:
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one line on standard error."""
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         with made_by(command_line(sys.argv[1:])):
             status = cli.main(standalone_mode=False)
     except click.exceptions.Abort as error:
-        reason = str(error.__cause__ or "")
-        _end(f"interrupted; {reason or 'nothing was written'}", INTERRUPTED)
+        _interrupted(error.__cause__)
     except click.ClickException as error:
         error.show()
         _end("", error.exit_code)
     except KeyboardInterrupt as error:
-        _end(f"interrupted; {str(error) or 'nothing was written'}", INTERRUPTED)
+        _interrupted(error)
     except (ValueError, TypeError, OSError, MemoryError, MissingExtraError) as error:
         _end(f"bitwright: {error or type(error).__name__}", FAILED)
     except BaseException:
@@ -839,6 +849,13 @@ def main() -> None:
             _end("", FAILED)
         raise
     sys.exit(status)
+
+
+def _interrupted(error: BaseException | None) -> NoReturn:
+    terminated = isinstance(error, Terminated)
+    what = "terminated" if terminated else "interrupted"
+    reason = str(error or "") or "nothing was written"
+    _end(f"{what}; {reason}", TERMINATED if terminated else INTERRUPTED)
 
 
 def _end(message: str, status: int) -> NoReturn:

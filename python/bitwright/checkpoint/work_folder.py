@@ -72,6 +72,8 @@ class WorkFolder:
                 self.keep = (self.path / STATE).is_file()
         except BaseException:
             self._leave(remove=self._lock is not None and not self._holds_anything())
+            with suppress(OSError):  # it holds something, or is another run's
+                self.path.rmdir()
             raise
 
     def __exit__(
@@ -80,12 +82,17 @@ class WorkFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        kept = self.keep and error is not None
-        self._leave(remove=not kept)
-        if kept and isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(
-                f"the same call goes on from what is done, in {self.path}"
-            ) from error
+        finished = error is None or self._is_finished()
+        kept = self.keep and not finished
+        try:
+            self._leave(remove=not kept)
+        except KeyboardInterrupt as interrupt:
+            self._leave(remove=not kept)
+            error = interrupt
+        if isinstance(error, KeyboardInterrupt):
+            goes_on = f"the same call goes on from what is done, in {self.path}"
+            done = f"{self.out} is written" if finished else goes_on if kept else str(error)
+            raise type(error)(done) from error
 
     def resume(self, identity: Mapping[str, object], resume: bool = True) -> dict[str, Any] | None:
         """Return the state that an interrupted run of the same identity has committed last.
@@ -121,6 +128,13 @@ class WorkFolder:
         self._ranks.on_first(lambda: write_json(self.path / STATE, content))
         self.keep = True
 
+    def require(self, path: Path, size: int, or_more: bool = False) -> None:
+        """Raise ResumeError unless a file that a state counts on has so many bytes, or at least so many."""
+        found = path.stat().st_size if path.is_file() else None
+        if found is None or found < size or (found > size and not or_more):
+            matter = "is no longer there" if found is None else f"has {found} bytes, not {size}"
+            raise ResumeError(f"{path}: {matter}; {again_message(self.path)}")
+
     def last_step(self, name: str) -> None:
         """Say that nothing is left to do but to move this part of it into the place of the output.
 
@@ -132,8 +146,8 @@ class WorkFolder:
 
     def forget_finished(self) -> None:
         """Remove the folder if it is that of a run that was killed after its last step."""
-        if self._lock is None and self._is_finished():
-            with suppress(OSError):  # another run may have come first
+        with suppress(OSError):  # another run may have come first
+            if self._lock is None and (self._is_finished() or not self._holds_anything()):
                 self._enter()
                 self._leave(remove=not self.keep)
 
@@ -163,8 +177,9 @@ class WorkFolder:
             for entry in list(self.path.iterdir()):
                 if entry.is_dir() and not entry.is_symlink():
                     remove_tree(entry)
-                elif entry.name != LOCK:
+                elif entry.name not in (LOCK, LAST):
                     entry.unlink()
+            (self.path / LAST).unlink(missing_ok=True)
 
     def _take(self) -> None:
         """Lock the folder, which is made if it is not there."""
@@ -228,7 +243,7 @@ class WorkFolder:
                 self._put_back()
                 self._clear()
                 # The lock last: without it the next run would not know the folder.
-                (self.path / LOCK).unlink()
+                (self.path / LOCK).unlink(missing_ok=True)
                 self.path.rmdir()
         self._lock.close()
         self._lock = None
