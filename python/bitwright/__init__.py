@@ -8,6 +8,7 @@ from bitwright.best import quantize_best
 from bitwright.build import BuildInfo, build_info, set_num_threads
 from bitwright.calibration import load_tokens
 from bitwright.checkpoint import Checkpoint
+from bitwright.collecting import collect_statistics
 from bitwright.convert import convert
 from bitwright.demo import demo_folder
 from bitwright.distributed import spread_over
@@ -26,6 +27,7 @@ from bitwright.errors import (
     RecipeError,
     ResumeError,
     SensitivityError,
+    StatisticsError,
     TargetsError,
     UnsupportedModelError,
 )
@@ -71,6 +73,7 @@ from bitwright.report import (
 from bitwright.salient_model import awq_quantize_model
 from bitwright.sensitivity import Sensitivities, estimate_sensitivities
 from bitwright.statistics import LayerStatistics, Moments, gram
+from bitwright.statistics_files import Statistics
 from bitwright.targets import DwqTargets, compute_dwq_targets
 from bitwright.tensor import QuantizedTensor, dequantize, pack, unpack
 
@@ -113,6 +116,8 @@ __all__ = [
     "ScaleSearch",
     "Sensitivities",
     "SensitivityError",
+    "Statistics",
+    "StatisticsError",
     "TargetsError",
     "UnsupportedModelError",
     "allocate",
@@ -124,6 +129,7 @@ __all__ = [
     "choose_precisions",
     "collect_activations",
     "collect_grams",
+    "collect_statistics",
     "compute_activation_stats",
     "compute_dwq_targets",
     "compute_salient_scaling",

@@ -23,9 +23,10 @@ from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.distributed import current
 from bitwright.drift import Drift, OriginalStream, drift_rows
-from bitwright.errors import BitwrightError, NonFiniteError, check_choice
+from bitwright.errors import BitwrightError, check_choice
 from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
+from bitwright.gathering import advance, head_moments, require_finite_inputs
 from bitwright.journal import Journal, kept_when_interrupted
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.grid import GridChoice
@@ -668,7 +669,7 @@ class Run:
         facts = observe_block(block, original, rope, self.awq, judged if self.propagate else None)
         block.weights.clear()
         for stage, fact in facts.items():
-            self._require_finite(np.isfinite(fact.mean_abs).all(), stage, index)
+            require_finite_inputs(np.isfinite(fact.mean_abs).all(), self.model, stage, index)
         scaled = ScaledBlock(
             block,
             facts,
@@ -785,13 +786,13 @@ class Run:
             return statistics, original.drift(stage, statistics)
 
         statistics, drift = gatherers(block.stages[0])
-        self._advance(block, None, block.stages[0], states, rope, statistics, drift, original)
+        advance(block, None, block.stages[0], states, rope, statistics, drift)
         for stage, following in zip(block.stages, (*block.stages[1:], None), strict=True):
             gram = known.get(stage)
             fallback = False
             if statistics is not None:
                 moments = statistics.gather()
-                self._require_finite(moments.is_finite(), stage, index)
+                require_finite_inputs(moments.is_finite(), self.model, stage, index)
                 drift.gather(moments, statistics.first_tokens)
                 fallback = stage.expert is not None and moments.tokens < FEW_TOKENS
                 if fallback:
@@ -820,35 +821,10 @@ class Run:
             if following is None and not whole and not self._is_followed(index):
                 return  # nobody reads the last hidden states
             statistics, drift = gatherers(following)
-            self._advance(block, stage, following, states, rope, statistics, drift, original)
+            advance(block, stage, following, states, rope, statistics, drift)
             block.release(stage)
         original.finish()
         states.forget_inner()
-
-    @staticmethod
-    def _advance(
-        block: DecoderBlock,
-        stage: Stage | None,
-        following: Stage | None,
-        states: States,
-        rope: Rotation,
-        statistics: LayerStatistics | None,
-        drift: Drift,
-        original: OriginalStream,
-    ) -> None:
-        """Compute a stage, chunk by chunk, and gather what the following one sees."""
-        for place, chunk in enumerate(states.chunks()):
-            if stage is not None:
-                block.advance(stage, block.stage_input(stage, chunk), chunk, rope)
-            if following is not None and statistics is not None:
-                if drift.is_gathered and place == original.chunks:
-                    statistics.end_first_part()
-                leaf = states.plan.leaf(states.plan.numbers[place])
-                inputs = block.stage_input(following, chunk)
-                statistics.add(inputs, leaf)
-                drift.add(place, inputs, chunk.hidden, leaf)
-        if statistics is not None and drift.is_gathered and len(states) <= original.chunks:
-            statistics.end_first_part()
 
     @staticmethod
     def _gram_of_all(block: DecoderBlock, stage: Stage, states: States) -> Moments:
@@ -858,14 +834,6 @@ class Run:
         for number, chunk in zip(states.plan.numbers, states.chunks(), strict=True):
             statistics.add(block.as_if_routed(stage, chunk), states.plan.leaf(number))
         return statistics.gather()
-
-    def _require_finite(self, finite: bool | np.bool_, stage: Stage, index: int) -> None:
-        if not finite:
-            raise NonFiniteError(
-                f"{self.model.checkpoint.folder}: the inputs of "
-                f"{self.model.block_prefix(index)}{(*stage.linears, stage.norm)[0]} (block {index}) are "
-                f"NaN or infinite; check the model with bitwright evaluate"
-            )
 
     def _grid_choices(self, block: DecoderBlock, prefix: str) -> dict[str, GridChoice]:
         """Return the grid of each linear as AWQ's search rounds to it: with a search for ranges where one
@@ -1001,11 +969,7 @@ class Run:
         else:
             gram = None
             if self.states is not None:
-                statistics = LayerStatistics(self.model.config.hidden_size)
-                plan = self.states.plan
-                for number, hidden in zip(plan.numbers, self.states.hidden(), strict=True):
-                    statistics.add(self.model.final_norm(hidden), plan.leaf(number))
-                gram = statistics.gather().gram
+                gram = head_moments(self.model, self.states).gram
             own = self._known_solver(name, gram) or self._method_solver(gram)
         head = self.model.head()
         self._quantize(name, head[self._rows(len(head))], own, precision, self.output.finish)

@@ -107,7 +107,7 @@ def observe_block(
     # The experts' inputs are some of the router's; of those that they receive, they see too few each for
     # a scale of their own, and all their grams would not fit in memory.
     seen = [stage for stage in block.stages if stage.kind not in ("shared", "expert")]
-    statistics = {stage: LayerStatistics(_channels(block, stage), True) for stage in seen}
+    statistics = {stage: LayerStatistics(block.layout.channels(stage), True) for stage in seen}
     kept: dict[Stage, list[tuple[int, Float32]]] = {stage: [] for stage in seen}
     for number, chunk in zip(states.plan.numbers, states.chunks(), strict=True):
         leaf, first = states.plan.leaf(number), states.plan.place(number).start
@@ -139,11 +139,6 @@ def observe_block(
             np.concatenate([rows for _, rows in parts])[:most] if parts else None,
         )
     return facts
-
-
-def _channels(block: DecoderBlock, stage: Stage) -> int:
-    shapes = block.layout.linears
-    return shapes[stage.linears[0]][1] if stage.linears else block.config.hidden_size
 
 
 def _count(parts: Sequence[tuple[int, Float32]]) -> int:
