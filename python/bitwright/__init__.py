@@ -33,6 +33,7 @@ from bitwright.errors import (
 )
 from bitwright.evaluate import Evaluation, evaluate
 from bitwright.inspection import Inspection, LayerKind, inspect_model
+from bitwright.merging import merge_statistics
 from bitwright.methods.awq import (
     ScaleSearch,
     awq_scale,
@@ -149,6 +150,7 @@ __all__ = [
     "inspect_model",
     "load_model",
     "load_tokens",
+    "merge_statistics",
     "pack",
     "pack_awq_weights",
     "plot_dwq",

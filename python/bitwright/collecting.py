@@ -26,10 +26,14 @@ from bitwright.planner import Work, describe, plan_run
 from bitwright.progress import progress_bar
 from bitwright.states import ChunkPlan, States, read_states
 from bitwright.statistics import LayerStatistics, Moments
-from bitwright.statistics_files import HEAD_FILE, Statistics, StatisticsWriter, check_place
+from bitwright.statistics_files import (
+    HEAD_FILE,
+    UNFINISHED,
+    Statistics,
+    StatisticsWriter,
+    check_place,
+)
 from bitwright.targets import tokens_fingerprint
-
-UNFINISHED = "statistics"  # in the work folder
 
 
 def collect_statistics(

@@ -34,6 +34,7 @@ VERSION = 1
 HEAD_FILE = "head.safetensors"
 MOST_CHANNELS, MOST_TOKENS = 1 << 24, 1 << 53
 COMPARED_ROWS = 256  # of a gram with as many columns, to see that it is symmetric
+UNFINISHED = "statistics"  # in the work folder
 _DATA = ".data"  # of the file that is being put together
 
 
