@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from bitwright import _kernels
@@ -21,6 +20,7 @@ from bitwright.methods.solver import MethodOptions
 from bitwright.models.block import Rotation
 from bitwright.models.layout import Stage
 from bitwright.models.model import Model, load_model
+from bitwright.models.operations import Float32
 from bitwright.pipeline import DEFAULT_SAMPLES
 from bitwright.planner import Work, describe, plan_run
 from bitwright.progress import progress_bar
@@ -121,9 +121,10 @@ def collect_statistics(
     planned = plan_run(asked, memory, work.out, timed=progress)
     if progress and ranks.is_first:
         Console(stderr=True).print(describe(planned), highlight=False, soft_wrap=True)
+    fingerprint = model_fingerprint(source.checkpoint)
     identity = {
         "version of bitwright": version("bitwright"),
-        "model": model_fingerprint(source.checkpoint),
+        "model": fingerprint,
         "calibration": tokens_fingerprint(tokens),
         "fixed_order": ranks.fixed_order,
     }
@@ -134,9 +135,8 @@ def collect_statistics(
         if writer is not None:
             writer.restore(state and state["writer"])
         rope = source.rotation(width)
-        plan = ChunkPlan.shared(
-            tokens.size, rope.chunk_rows, 0, planned.resident, journal.scratch
-        )
+        plan = ChunkPlan.shared(tokens.size, rope.chunk_rows, 0, planned.resident, journal.scratch)
+        hidden: Iterator[Float32]
         if state is None:
             table, flat = source.embedding_table(), tokens.reshape(-1)
             hidden = (source.embed(flat[plan.place(i)], table) for i in plan.numbers)
@@ -163,7 +163,7 @@ def collect_statistics(
             writer.add(source.names.head, len(moments.gram), moments)
             writer.end_file(HEAD_FILE)
             digests = [digest(np.ascontiguousarray(sample).data) for sample in tokens]
-            writer.finish(identity["model"], tokens.size, digests, work.out)
+            writer.finish(fingerprint, tokens.size, digests, work.out)
         ranks.barrier()
     return Statistics(out)
 

@@ -46,9 +46,7 @@ def head_moments(model: Model, states: States, magnitudes: bool = False) -> Mome
     return statistics.gather()
 
 
-def require_finite_inputs(
-    finite: bool | np.bool_, model: Model, stage: Stage, index: int
-) -> None:
+def require_finite_inputs(finite: bool | np.bool_, model: Model, stage: Stage, index: int) -> None:
     """Raise NonFiniteError, naming a stage of block `index`, unless its inputs are finite."""
     if not finite:
         raise NonFiniteError(

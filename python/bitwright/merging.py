@@ -20,8 +20,8 @@ def merge_statistics(
 ) -> Statistics:
     """Merge what `collect_statistics` has written for parts of the tokens, on one machine or several.
 
-    Every mean is weighted by its tokens, and rounded to float32 once, stage by stage; the order of the parts
-    does not matter. The result is that of one run over all tokens up to the rounding of sums in float32.
+    Every mean is weighted by its tokens, and rounded to float32 once, stage by stage. The order of the
+    parts does not matter. The result is that of one run over all tokens, up to how float32 rounds sums.
 
     Parameters
     ----------

@@ -114,7 +114,8 @@ class Work:
     @property
     def regathers(self) -> bool:
         """Whether AWQ's passes ask for statistics of their own."""
-        return self.known or self.propagate and (self.options.method != "awq" or self.options.drift)
+        gathered = self.propagate and (self.options.method != "awq" or self.options.drift)
+        return self.known or gathered
 
     @property
     def rope(self) -> Rotation:
@@ -274,9 +275,7 @@ def _fixed_bytes(work: Work) -> int:
 def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
     block = sum(out * channels for out, channels in layout.linears.values())
     grams = {
-        stage: layout.channels(stage) ** 2
-        for stage in layout.stages
-        if stage.kind not in ("shared", "expert")
+        stage: layout.channels(stage) ** 2 for stage in layout.stages if not stage.reads_routed
     }
     held = 0  # by AWQ, while passes go on: codes of both forms, and the grams where they are known
     peaks = [0]

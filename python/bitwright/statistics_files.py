@@ -50,9 +50,9 @@ class StageRecord:
 class Statistics:
     """Statistics that `collect_statistics` or `merge_statistics` has written, read as they are asked for.
 
-    Of each stage, the linears that share an input, there are the mean products of its input's channels, their
-    mean magnitudes, and over how many tokens. Stages go by the full name of their first linear or, for what
-    routes to experts, of its norm.
+    Of each stage, that is, of linears that share an input, there are the mean products of its channels,
+    their mean magnitudes, and over how many tokens. Stages go by the full name of their first linear or,
+    for what routes to experts, of its norm.
 
     Parameters
     ----------
@@ -350,7 +350,9 @@ def _file_problem(
 
 def _reading(path: Path) -> AbstractContextManager[None]:
     remedy = "; was it changed or removed meanwhile?"
-    return malformed_as(StatisticsError, f"{path}: cannot be read", remedy, SafetensorError, OSError)
+    return malformed_as(
+        StatisticsError, f"{path}: cannot be read", remedy, SafetensorError, OSError
+    )
 
 
 def _check_moments(gram: NDArray[np.float32], mean_abs: NDArray[np.float64]) -> None:

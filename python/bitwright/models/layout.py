@@ -50,6 +50,11 @@ class Stage:
         """Whether no stage before it reads the same: a shared expert sees what the router does."""
         return self.kind != "shared"
 
+    @property
+    def reads_routed(self) -> bool:
+        """Whether it reads what a router does, all or some of the tokens."""
+        return self.kind in ("shared", "expert")
+
 
 @dataclass(frozen=True)
 class ScaleGroup:
@@ -113,7 +118,9 @@ class BlockLayout:
 
     def channels(self, stage: Stage) -> int:
         """Return how many channels a stage reads; a router's are those of the first of the floats."""
-        shapes, names = (self.linears, stage.linears) if stage.linears else (self.floats, (*self.floats,))
+        shapes, names = (
+            (self.linears, stage.linears) if stage.linears else (self.floats, (*self.floats,))
+        )
         return shapes[names[0]][1]
 
 
