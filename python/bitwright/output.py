@@ -170,7 +170,7 @@ class Output:
         method: str,
         checkpoint: Checkpoint,
         parameters: int,
-        tokens: NDArray[np.int32] | None,
+        tokens: int,
         seconds: float,
     ) -> QuantizationReport:
         """Sum up the run."""
@@ -184,7 +184,7 @@ class Output:
             bits_per_weight=8 * self.size_bytes / parameters,
             size_bytes=self.size_bytes,
             original_bytes=checkpoint.nbytes(),
-            calibration_tokens=0 if tokens is None else tokens.size,
+            calibration_tokens=tokens,
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(),
         )

@@ -25,6 +25,7 @@ from bitwright.methods.solver import SCALED_METHODS, MethodOptions
 from bitwright.models.block import Rotation
 from bitwright.models.layout import BlockLayout, Stage
 from bitwright.models.model import Model
+from bitwright.statistics_files import expected_stages
 from bitwright.tensor import stored_bits
 
 FREE_SHARE = 0.75  # of the memory that is free, which a run takes at most unless told otherwise
@@ -84,6 +85,10 @@ class Work:
         Of calibration, and of a sample; 0 for none.
     scale_dtype
         Of scales.
+    known
+        Whether what layers see is read from files of statistics.
+    collects
+        Whether such files are what is written.
     """
 
     model: Model
@@ -93,16 +98,24 @@ class Work:
     tokens: int
     length: int
     scale_dtype: np.dtype[np.generic]
+    known: bool = False
+    collects: bool = False
+
+    @property
+    def has_grams(self) -> bool:
+        """Whether layers are quantized by what they see."""
+        return self.tokens > 0 or self.known
 
     @property
     def scaled(self) -> bool:
         """Whether AWQ's scales are searched."""
-        return self.options.method in SCALED_METHODS and self.tokens > 0
+        return self.options.method in SCALED_METHODS and self.has_grams
 
     @property
     def regathers(self) -> bool:
-        """Whether AWQ's passes gather statistics of their own."""
-        return self.propagate and (self.options.method != "awq" or self.options.drift)
+        """Whether AWQ's passes ask for statistics of their own."""
+        gathered = self.propagate and (self.options.method != "awq" or self.options.drift)
+        return self.known or gathered
 
     @property
     def rope(self) -> Rotation:
@@ -158,9 +171,10 @@ def plan_run(
     least = fixed + (per_chunk if work.tokens else 0)
     if least > budget:
         given = "three quarters of the free memory" if memory is None else "the budget"
+        less = ", or take preset fast" if work.options.refine or work.options.drift else ""
         raise MemoryBudgetError(
             f"{work.model.checkpoint.folder}: this run needs at least {_gigabytes(least)}, but {given} is "
-            f"{_gigabytes(budget)}. Give it more (memory, --memory {_up(least)}), or take preset fast"
+            f"{_gigabytes(budget)}. Give it more (memory, --memory {_up(least)}){less}"
         )
     room = (budget - fixed) / max(per_chunk, 1)
     resident = None if room >= chunks else max(0, int(room) - 1)  # besides the one at work
@@ -261,9 +275,7 @@ def _fixed_bytes(work: Work) -> int:
 def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
     block = sum(out * channels for out, channels in layout.linears.values())
     grams = {
-        stage: _channels(layout, stage) ** 2
-        for stage in layout.stages
-        if stage.kind not in ("shared", "expert")
+        stage: layout.channels(stage) ** 2 for stage in layout.stages if not stage.reads_routed
     }
     held = 0  # by AWQ, while passes go on: codes of both forms, and the grams where they are known
     peaks = [0]
@@ -297,7 +309,7 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
 
 def _gathered(work: Work, shapes: list[tuple[int, int]], stage: Stage) -> int:
     """Return the bytes of a stage's statistics."""
-    if not work.tokens:
+    if not work.has_grams:
         return 0
     out, channels = shapes[0]
     drifts = work.drift_tokens > 0 and stage.expert is None
@@ -316,7 +328,7 @@ def _solve_bytes(
     weights = sum(out * channels for out, channels in shapes)
     largest = max(out * channels for out, channels in shapes)
     channels = shapes[0][1]
-    square = channels**2 if work.tokens else 0
+    square = channels**2 if work.has_grams else 0
     correcting = 0
     if drifts:
         correcting = gathered + 4 * (square + weights + largest)
@@ -327,12 +339,10 @@ def _solve_bytes(
     return max(correcting, solving, reading)
 
 
-def _channels(layout: BlockLayout, stage: Stage) -> int:
-    return layout.linears[stage.linears[0]][1] if stage.linears else 0
-
-
 def _written_bytes(work: Work) -> int:
     """Return the size of the output."""
+    if work.collects:
+        return sum(4 * c**2 + 8 * c for _, c in expected_stages(work.model))
     model, total = work.model, float(work.model.checkpoint.nbytes())
     shapes = dict(model.linear_shapes())
     matrix = (model.config.vocab_size, model.config.hidden_size)
@@ -386,7 +396,7 @@ def _products(work: Work) -> float:
                 out, channels = layout.linears[name]
                 operations += streams * 2 * seen * out * channels
                 drifts = drift and stage.expert is None
-                if number == 0 and tokens:
+                if number == 0 and work.has_grams:
                     gathered = passes if work.scaled and work.regathers else 1.0
                     operations += gathered * seen * channels**2 / GRAM_SPEED
                     if drifts:
@@ -400,7 +410,7 @@ def _products(work: Work) -> float:
                 operations += solved * _solving(method, out, channels)
                 if drifts:
                     operations += solved * 4.0 * out * channels**2
-                if work.options.refine and tokens:
+                if work.options.refine and work.has_grams:
                     operations += solved * (2.0 + 4.0 * ROUNDS) * out * channels**2 / REFINING_SPEED
         operations += streams * _attention_products(model, tokens, work.length)
     return operations
