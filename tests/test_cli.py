@@ -208,7 +208,7 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen(
         long_run(tmp_path / "out"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
-    while not list(tmp_path.glob(".out.partial-*")):  # the run itself has begun
+    while not (tmp_path / ".out.work/scratch").is_dir():  # the run itself has begun
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

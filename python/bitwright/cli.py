@@ -3,10 +3,12 @@
 import inspect
 import json
 import signal
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from hashlib import file_digest
 from pathlib import Path
@@ -243,7 +245,10 @@ def cli(context: click.Context, fixed_order: bool) -> None:
         if context.invoked_subcommand not in SPREAD and world().Get_rank() > 0:
             context.exit()
         if context.invoked_subcommand in SPREAD:
-            context.with_resource(spread_over(world(), fixed_order))
+            ranks = context.with_resource(spread_over(world(), fixed_order))
+            if not ranks.is_first:  # reports are printed once
+                nowhere = context.with_resource(open(os.devnull, "w"))
+                context.with_resource(redirect_stdout(nowhere))
             return
     context.with_resource(spread_over(None, fixed_order))
 
