@@ -1,9 +1,9 @@
 """The ``bitwright`` command."""
 
 import inspect
+import io
 import json
 import signal
-import os
 import sys
 import time
 import traceback
@@ -247,8 +247,7 @@ def cli(context: click.Context, fixed_order: bool) -> None:
         if context.invoked_subcommand in SPREAD:
             ranks = context.with_resource(spread_over(world(), fixed_order))
             if not ranks.is_first:  # reports are printed once
-                nowhere = context.with_resource(open(os.devnull, "w"))
-                context.with_resource(redirect_stdout(nowhere))
+                context.with_resource(redirect_stdout(io.StringIO()))
             return
     context.with_resource(spread_over(None, fixed_order))
 
