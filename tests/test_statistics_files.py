@@ -110,7 +110,7 @@ def test_experts_have_their_own_statistics(tmp_path: Path, model: Path) -> None:
                     expected = bitwright.gram(np.ascontiguousarray(inputs))
                     np.testing.assert_allclose(moments.gram, expected, rtol=1e-4, atol=1e-5)
                     mean_abs = np.abs(inputs).mean(axis=0)
-                    np.testing.assert_allclose(moments.mean_abs, mean_abs, rtol=1e-5)
+                    np.testing.assert_allclose(moments.mean_abs, mean_abs, rtol=1e-4)
             block.advance(stage, inputs, chunk, rope)
     head = found.read(loaded.names.head)
     assert head is not None
