@@ -1,78 +1,108 @@
-"""Write the speed benchmark's model: a random Llama of 98 M parameters. Usage: OUT"""
+"""Write a random Llama for benchmarks: python bench/make_llama.py OUT [--shape 0.1b] [--blocks N]
 
-import json
+Shapes are those of real models (0.5b: Qwen2.5-0.5B without its biases; 1b, 8b, 70b: Llama 3). Real models
+have a few channels with large inputs, random ones do not: qualities measured on these say nothing. With
+--blocks only the first so many decoder blocks are written."""
+
+import argparse
 import shutil
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
-HIDDEN, INTERMEDIATE, BLOCKS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 1024, 2816, 8, 16, 4, 64, 4096
-# The token ids of any text need a vocabulary; that of `small` has as many entries as this model.
+from bitwright.checkpoint import CheckpointWriter
+
+# hidden, intermediate, blocks, heads, key-value heads, head dimension, vocabulary, tied
+SHAPES = {
+    "0.1b": (1024, 2816, 8, 16, 4, 64, 4096, False),
+    "0.5b": (896, 4864, 24, 14, 2, 64, 151936, True),
+    "1b": (2048, 8192, 16, 32, 8, 64, 128256, True),
+    "8b": (4096, 14336, 32, 32, 8, 128, 128256, False),
+    "70b": (8192, 28672, 80, 64, 8, 128, 128256, False),
+}
+# The token ids of any text need a vocabulary; that of `small` has as many entries as the smallest model.
 TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "models" / "small"
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": BLOCKS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "head_dim": HEAD_DIM,
-    "vocab_size": VOCABULARY,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-05,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "max_position_embeddings": 2048,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "dtype": "bfloat16",
-}
+
+def config(shape: str, blocks: int | None) -> dict[str, object]:
+    """Return config.json."""
+    hidden, intermediate, all_blocks, heads, key_heads, head_dim, vocabulary, tied = SHAPES[shape]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": blocks or all_blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocabulary,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "dtype": "bfloat16",
+    }
 
 
-def tensors() -> dict[str, np.ndarray]:
+def tensors(shape: str, blocks: int | None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors, one at a time."""
+    hidden, intermediate, all_blocks, heads, key_heads, head_dim, vocabulary, tied = SHAPES[shape]
     rng = np.random.default_rng(0)
 
     def normal(rows: int, columns: int) -> np.ndarray:
         values = rng.standard_normal((rows, columns), dtype=np.float32)
-        return (values * np.float32(0.02)).astype(ml_dtypes.bfloat16)
+        values *= np.float32(0.02)
+        return values.astype(ml_dtypes.bfloat16)
 
-    def ones() -> np.ndarray:
-        return np.ones(HIDDEN, ml_dtypes.bfloat16)
-
-    result = {"model.embed_tokens.weight": normal(VOCABULARY, HIDDEN)}
-    for index in range(BLOCKS):
+    ones = np.ones(hidden, ml_dtypes.bfloat16)
+    yield "model.embed_tokens.weight", normal(vocabulary, hidden)
+    for index in range(blocks or all_blocks):
         block = f"model.layers.{index}."
-        result |= {
-            block + "input_layernorm.weight": ones(),
-            block + "self_attn.q_proj.weight": normal(HEADS * HEAD_DIM, HIDDEN),
-            block + "self_attn.k_proj.weight": normal(KV_HEADS * HEAD_DIM, HIDDEN),
-            block + "self_attn.v_proj.weight": normal(KV_HEADS * HEAD_DIM, HIDDEN),
-            block + "self_attn.o_proj.weight": normal(HIDDEN, HEADS * HEAD_DIM),
-            block + "post_attention_layernorm.weight": ones(),
-            block + "mlp.gate_proj.weight": normal(INTERMEDIATE, HIDDEN),
-            block + "mlp.up_proj.weight": normal(INTERMEDIATE, HIDDEN),
-            block + "mlp.down_proj.weight": normal(HIDDEN, INTERMEDIATE),
-        }
-    return result | {"model.norm.weight": ones(), "lm_head.weight": normal(VOCABULARY, HIDDEN)}
+        yield block + "input_layernorm.weight", ones
+        yield block + "self_attn.q_proj.weight", normal(heads * head_dim, hidden)
+        yield block + "self_attn.k_proj.weight", normal(key_heads * head_dim, hidden)
+        yield block + "self_attn.v_proj.weight", normal(key_heads * head_dim, hidden)
+        yield block + "self_attn.o_proj.weight", normal(hidden, heads * head_dim)
+        yield block + "post_attention_layernorm.weight", ones
+        yield block + "mlp.gate_proj.weight", normal(intermediate, hidden)
+        yield block + "mlp.up_proj.weight", normal(intermediate, hidden)
+        yield block + "mlp.down_proj.weight", normal(hidden, intermediate)
+    yield "model.norm.weight", ones
+    if not tied:
+        yield "lm_head.weight", normal(vocabulary, hidden)
 
 
-def main(folder: str) -> None:
-    out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    weights = tensors()
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    for source in TOKENIZER.glob("tokenizer*"):
-        shutil.copyfile(source, out / source.name)
-    print(f"{out}: {sum(w.size for w in weights.values()) / 1e6:.1f} M parameters")
+def make(out: Path, shape: str = "0.1b", blocks: int | None = None) -> None:
+    """Write the folder, in place of what is there."""
+    shutil.rmtree(out, ignore_errors=True)
+    parameters = 0
+    with CheckpointWriter(out, metadata={"format": "pt"}) as writer:
+        for name, array in tensors(shape, blocks):
+            writer.add(name, array)
+            parameters += array.size
+        writer.write_json("config.json", config(shape, blocks))
+        if shape == "0.1b":
+            for source in TOKENIZER.glob("tokenizer*"):
+                writer.add_file(source)
+    print(f"{out}: {parameters / 1e6:.1f} M parameters")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="0.1b")
+    parser.add_argument("--blocks", type=int)
+    options = parser.parse_args()
+    make(options.out, options.shape, options.blocks)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,20 +1,25 @@
 """The preset that takes its time: dynamic precision of the same size, then scales that are trained."""
 
+import hashlib
+import json
 import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from bitwright.calibration import TokenSource
 from bitwright.card import made_by, python_call
+from bitwright.checkpoint import CheckpointWriter
+from bitwright.distributed import current
 from bitwright.dwq import dwq_quantize
-from bitwright.dynamic import Candidate, choose_precisions, fineness
+from bitwright.dynamic import Candidate, choose_precisions, fineness, sensitivities_kept
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
 from bitwright.models.model import load_model
 from bitwright.pipeline import quantize
+from bitwright.recipe import Recipe
 from bitwright.report import QuantizationReport
 from bitwright.sensitivity import estimate_sensitivities
 from bitwright.tensor import K_GRIDS, Grid, stored_bits
@@ -37,7 +42,9 @@ def quantize_best(
     seed: int = 0,
     grid: Grid | None = None,
     recipe: Any = None,
+    memory: float | None = None,
     overwrite: bool = False,
+    resume: bool = True,
     threads: int | None = None,
     progress: bool = True,
     **options: Any,
@@ -53,8 +60,11 @@ def quantize_best(
     ----------
     model, out, method, bits, group_size, format, calibration, samples, length, seed, grid, recipe
         As for `bitwright.quantize`; `samples` do not limit what DWQ trains on.
-    overwrite, threads, progress, options
+    memory, overwrite, threads, progress, options
         As for `bitwright.quantize`.
+    resume
+        Go on where the same call was interrupted. Until its end the sensitivities are kept beside `out`, in
+        ``.NAME.sensitivities.work``, and all else in ``.NAME.work``.
 
     Returns
     -------
@@ -81,74 +91,85 @@ def quantize_best(
     kind = FORMATS[format]
     asked = kind.precision(bits, group_size, grid, original.input_channels())
     size = asked.group_size
-    if recipe is None and not kind.one_precision and not options.get("overrides"):
-        shapes = list(original.linear_shapes().values())
-        candidates = _candidates(kind, asked, original.input_channels())
-        found = estimate_sensitivities(
-            original,
-            calibration,
-            *min(candidates, key=fineness),
-            *max(candidates, key=fineness),
-            length=length,
-            seed=seed,
-            threads=threads,
-            progress=progress,
-        )
-        given = options.get("scale_dtype")
-        dtype = kind.scale_dtype(original.dtype) if given is None else np.dtype(given)
-        weights = [out_channels * channels for out_channels, channels in shapes]
-        taken = sum(
-            weight * stored_bits(bits, size or shape[1], asked.grid, dtype)
-            for weight, shape in zip(weights, shapes, strict=True)
-        )
-        recipe = choose_precisions(
-            original,
-            found,
-            taken / sum(weights),
-            candidates,
-            format=format,
-            grid=asked.grid,
-            scale_dtype=dtype,
-        )
-    reports: list[QuantizationReport] = []
-
-    def make(folder: Path) -> QuantizationReport:
-        reports.append(
-            quantize(
-                model,
-                folder,
-                method,
-                bits,
-                group_size,
-                format,
+    writer = CheckpointWriter(out, overwrite, source=original.checkpoint.source)
+    with made_by(python_call(quantize_best, arguments)), sensitivities_kept(out) as work:
+        current().on_first(writer.check_place)
+        if recipe is not None and not isinstance(recipe, Recipe):
+            recipe = Recipe.load(recipe)
+        elif recipe is None and not kind.one_precision and not options.get("overrides"):
+            shapes = list(original.linear_shapes().values())
+            candidates = _candidates(kind, asked, original.input_channels())
+            found = estimate_sensitivities(
+                original,
                 calibration,
-                samples=samples,
+                *min(candidates, key=fineness),
+                *max(candidates, key=fineness),
                 length=length,
                 seed=seed,
-                grid=grid,
-                recipe=recipe,
+                out=work,
+                resume=resume,
                 threads=threads,
                 progress=progress,
-                **options,
             )
-        )
-        return reports[0]
+            given = options.get("scale_dtype")
+            dtype = kind.scale_dtype(original.dtype) if given is None else np.dtype(given)
+            weights = [out_channels * channels for out_channels, channels in shapes]
+            taken = sum(
+                weight * stored_bits(bits, size or shape[1], asked.grid, dtype)
+                for weight, shape in zip(weights, shapes, strict=True)
+            )
+            recipe = choose_precisions(
+                original,
+                found,
+                taken / sum(weights),
+                candidates,
+                format=format,
+                grid=asked.grid,
+                scale_dtype=dtype,
+            )
+        making = {
+            "method": method,
+            "bits": bits,
+            "group_size": group_size,
+            "format": format,
+            "samples": samples,
+            "length": length,
+            "seed": seed,
+            "grid": grid,
+            **options,
+        }
 
-    with made_by(python_call(quantize_best, arguments)):
+        def make(folder: Path) -> QuantizationReport:
+            return quantize(
+                model,
+                folder,
+                calibration=calibration,
+                recipe=recipe,
+                memory=memory,
+                resume=resume,
+                threads=threads,
+                progress=progress,
+                **making,
+            )
+
+        layers = None if recipe is None else sorted(recipe.layers.items())
+        chosen = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]
         trained = dwq_quantize(
             model,
             make,
             out,
             calibration,
+            made_with={**making, "precisions": chosen},
             length=length,
             tokens=TRAINED_TOKENS,
             seed=seed,
             learning_rate=LEARNING_RATE,
             overwrite=overwrite,
+            resume=resume,
             progress=progress,
         )
     return replace(
-        reports[0],
+        cast(QuantizationReport, trained.student),
         out=Path(out),
         seconds=time.perf_counter() - started,
         peak_memory_bytes=trained.peak_memory_bytes,

@@ -9,7 +9,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
@@ -191,8 +191,17 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def is_made_by_this(folder: Path) -> bool:
+    """Tell whether a folder's card names the very command, or call, that runs now."""
+    with suppress(OSError, UnicodeDecodeError):
+        command = _made_by.get()
+        card = (folder / CARD_NAME).read_text(encoding="utf-8")
+        return command is not None and f"\n{command}\n" in card
+    return False
+
+
 def add_evaluations(folder: str | os.PathLike[str], rows: Mapping[str, Evaluation]) -> None:
-    """Add evaluations, by the names given, to the end of a folder's model card.
+    """Add evaluations, by the names given, to the end of a folder's model card, unless they are there.
 
     Parameters
     ----------
@@ -221,10 +230,10 @@ def add_evaluations(folder: str | os.PathLike[str], rows: Mapping[str, Evaluatio
         )
         for name, each in rows.items()
     ]
-    path = Path(folder) / CARD_NAME
+    path, added = Path(folder) / CARD_NAME, f"\n{_table(headings, table)}\n"
     with replaced(path) as partial:
         content = path.read_text(encoding="utf-8")
-        partial.write_text(f"{content}\n{_table(headings, table)}\n", encoding="utf-8")
+        partial.write_text(f"{content.removesuffix(added)}{added}", encoding="utf-8")
 
 
 def _methods(reports: Sequence[Report]) -> list[str]:

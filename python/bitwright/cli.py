@@ -2,12 +2,15 @@
 
 import inspect
 import json
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from hashlib import file_digest
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -20,7 +23,7 @@ from bitwright.activations import DEFAULT_SAMPLES
 from bitwright.card import command_line, made_by
 from bitwright.demo import run_demo
 from bitwright.distillation import LOSSES
-from bitwright.distributed import launched, spread_over, world
+from bitwright.distributed import current, launched, spread_over, world
 from bitwright.dwq import SCHEDULES
 from bitwright.dynamic import DEFAULT_CANDIDATES
 from bitwright.errors import MissingExtraError
@@ -45,10 +48,14 @@ from bitwright.sensitivity import parse_precision, precision_name
 from bitwright.student import ZEROS
 from bitwright.tensor import BITS, GRIDS
 
-FAILED, INTERRUPTED = 1, 130
+FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
 # Over MPI ranks:
 SPREAD = ("quantize", "refine", "statistics", "sensitivities", "dynamic", "dwq")
 OTHERS_WAIT = 1.0  # seconds, for the first rank to say what is wrong with all of them
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as whoever shuts a machine down or ends a job sends it: an interruption, too."""
 
 
 class _NewFile(click.ParamType[Path]):
@@ -125,6 +132,11 @@ class _Precisions(click.ParamType[tuple[tuple[int, int | None], ...]]):
         return found
 
 
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()[:16]
+
+
 def _method_and_format(function: Callable[..., None]) -> Callable[..., None]:
     """Options of the commands that quantize in the end, whatever they do before."""
     for option in (
@@ -172,23 +184,22 @@ def _data(required: bool) -> Callable[[Callable[..., None]], Callable[..., None]
     return add
 
 
+def _resume(function: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--resume/--no-resume",
+        default=True,
+        help="Go on where the same command was interrupted, or start over.",
+    )(function)
+
+
 def _resumable(function: Callable[..., None]) -> Callable[..., None]:
     """Options of the commands that go block by block."""
-    for option in (
-        click.option(
-            "--resume/--no-resume",
-            default=True,
-            help="Go on where the same command was interrupted, or start over.",
-        ),
-        click.option(
-            "--memory",
-            type=click.FloatRange(0, min_open=True),
-            metavar="GB",
-            help="What the process may take; by default three quarters of what is free.",
-        ),
-    ):
-        function = option(function)
-    return function
+    return click.option(
+        "--memory",
+        type=click.FloatRange(0, min_open=True),
+        metavar="GB",
+        help="What the process may take; by default three quarters of what is free.",
+    )(_resume(function))
 
 
 def _chosen_tokens(function: Callable[..., None]) -> Callable[..., None]:
@@ -484,11 +495,11 @@ def salient(
 )
 @click.option("--batch-size", type=click.IntRange(1), default=4, help="Samples at a time.")
 @click.option("--loss", type=click.Choice(LOSSES), default="kl", help="Whose gradient is taken.")
+@_resume
 @click.option("--plot", type=_NewFile(), help="Plot them to this file (.png, .svg, .pdf).")
 @_threads
 def sensitivities(
     model: Path,
-    out: Path,
     low: tuple[tuple[int, int | None], ...],
     high: tuple[tuple[int, int | None], ...],
     plot: Path | None,
@@ -500,8 +511,7 @@ def sensitivities(
     found = bitwright.estimate_sensitivities(
         model, options.pop("data"), *low[0], *high[0], **options
     )
-    found.save(out)
-    if plot is not None:
+    if plot is not None and current().is_first:
         bitwright.plot_sensitivities(found, plot)
     print_sensitivities(found, Console())
 
@@ -541,11 +551,12 @@ def sensitivities(
     type=click.Path(path_type=Path),
     help="Text or token ids to measure perplexity and KL on, before and after.",
 )
+@_resumable
 @_threads
 def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None:
     """Quantize MODEL to a target size, with more bits where they matter."""
     report = bitwright.dynamic_quantize(model, out, **options)
-    if recipe is not None:
+    if recipe is not None and current().is_first:
         report.recipe.save(recipe)
     console = Console()
     print_recipe(report.recipe, report.sensitivities, console)
@@ -593,9 +604,7 @@ def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None
 @click.option("--validate-every", type=click.IntRange(1), help="Steps; by default 1/8 of the run.")
 @click.option("--patience", type=click.IntRange(1), help="Stop after so many without a new best.")
 @click.option("--checkpoint-every", type=click.IntRange(1), help="Steps; as --validate-every.")
-@click.option(
-    "--resume/--no-resume", default=True, help="Go on where the same command was interrupted."
-)
+@_resumable
 @click.option(
     "--plot",
     type=_NewFile(),
@@ -626,6 +635,7 @@ def dwq(
     bits: int,
     group_size: Any,
     target_bpw: float | None,
+    memory: float | None,
     **options: Any,
 ) -> None:
     """Train the scales of a quantized model to say what the original says.
@@ -636,7 +646,7 @@ def dwq(
     making = ("method", "format", "candidates", "calibration", "samples", "bits", "group_size")
     context = click.get_current_context()
     if student is not None:
-        for name in (*making, "target_bpw"):
+        for name in (*making, "target_bpw", "memory"):
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 option = name.replace("_", "-")
                 raise click.UsageError(f"--{option} says how to make a student, but one is given")
@@ -652,18 +662,31 @@ def dwq(
     def make(folder: Path) -> None:
         if source is None:
             raise click.UsageError("--data is missing: the student is made with it")
+        limits = {"memory": memory, "resume": options["resume"]}
         if target_bpw is not None:
             bitwright.dynamic_quantize(
-                teacher, folder, target_bpw, candidates, method, format, source, **shared
+                teacher, folder, target_bpw, candidates, method, format, source, **shared, **limits
             )  # fmt: skip
         else:
             calibrated = None if method == "rtn" else source
             bitwright.quantize(
-                teacher, folder, method, bits, group_size, format, calibrated, **shared
+                teacher, folder, method, bits, group_size, format, calibrated, **shared, **limits
             )  # fmt: skip
 
-    report = bitwright.dwq_quantize(teacher, student or make, out, data, **options)
-    if plot is not None:
+    made_with = {
+        "method": method,
+        "format": format,
+        "candidates": None if target_bpw is None else candidates,
+        "bits": bits,
+        "group_size": group_size,
+        "target_bpw": target_bpw,
+        "calibration": None if calibration is None else _digest(calibration),
+        **shared,
+    }
+    report = bitwright.dwq_quantize(
+        teacher, student or make, out, data, made_with=made_with, **options
+    )
+    if plot is not None and current().is_first:
         bitwright.plot_dwq(report, plot)
     print_dwq_report(report, Console())
 
@@ -850,17 +873,21 @@ def info() -> None:
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one line on standard error."""
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         with made_by(command_line(sys.argv[1:])):
             status = cli.main(standalone_mode=False)
     except click.exceptions.Abort as error:
-        reason = str(error.__cause__ or "")
-        _end(f"interrupted; {reason or 'nothing was written'}", INTERRUPTED)
+        _interrupted(error.__cause__)
     except click.ClickException as error:
         error.show()
         _end("", error.exit_code)
     except KeyboardInterrupt as error:
-        _end(f"interrupted; {str(error) or 'nothing was written'}", INTERRUPTED)
+        _interrupted(error)
     except (ValueError, TypeError, OSError, MemoryError, MissingExtraError) as error:
         _end(f"bitwright: {error or type(error).__name__}", FAILED)
     except BaseException:
@@ -869,6 +896,13 @@ def main() -> None:
             _end("", FAILED)
         raise
     sys.exit(status)
+
+
+def _interrupted(error: BaseException | None) -> NoReturn:
+    terminated = isinstance(error, Terminated)
+    what = "terminated" if terminated else "interrupted"
+    reason = str(error or "") or "nothing was written"
+    _end(f"{what}; {reason}", TERMINATED if terminated else INTERRUPTED)
 
 
 def _end(message: str, status: int) -> NoReturn:

@@ -2,12 +2,12 @@
 
 Distilled weight quantization, as in mlx-lm: the codes stay, so the result has the same size and speed."""
 
+import hashlib
 import json
 import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +19,18 @@ from safetensors import SafetensorError, safe_open
 
 from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_tokenizer, load_tokens
-from bitwright.card import CARD_NAME, Report, made_by, model_card, python_call
+from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
-from bitwright.checkpoint.fingerprint import model_fingerprint
-from bitwright.checkpoint.replacing import output_errors, replaced
-from bitwright.checkpoint.writer import check_apart, write_safetensors
+from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
+from bitwright.checkpoint.replacing import replaced
+from bitwright.checkpoint.work_folder import (
+    WorkFolder,
+    again_message,
+    as_identity,
+    check_identity,
+    remove_tree,
+)
+from bitwright.checkpoint.writer import UNFINISHED, check_apart, write_safetensors
 from bitwright.distillation import (
     LOSSES,
     DistillationLoss,
@@ -31,14 +38,15 @@ from bitwright.distillation import (
     TopTokens,
     next_tokens,
 )
+from bitwright.distributed import current
 from bitwright.errors import (
     CalibrationError,
     CheckpointError,
     NonFiniteError,
-    TargetsError,
+    RankError,
+    ResumeError,
     check_choice,
     malformed_as,
-    shown,
 )
 from bitwright.evaluate import peak_memory_bytes
 from bitwright.methods.adam import Adam
@@ -49,6 +57,7 @@ from bitwright.progress import progress_bar
 from bitwright.report import DwqReport, QuantizationReport
 from bitwright.student import ZEROS, Student, Zeros
 from bitwright.targets import (
+    DEFAULT_K,
     DwqTargets,
     compute_dwq_targets,
     read_manifest,
@@ -61,6 +70,7 @@ VALIDATION_SAMPLES = 8
 VALIDATIONS = 8  # in a run, unless told otherwise
 SAME = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 REPORT_NAME = "dwq.json"
+STUDENT, TRAINING = "student", "training.safetensors"  # in the work folder
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,7 @@ def dwq_quantize(
     out: str | os.PathLike[str],
     data: TokenSource | None = None,
     *,
+    made_with: Mapping[str, object] | None = None,
     targets: str | os.PathLike[str] | None = None,
     validation: TokenSource | None = None,
     validation_samples: int | None = None,
@@ -154,7 +165,8 @@ def dwq_quantize(
 
     The codes stay what they are, and so do size and format. What is trained is what is stored: the forward
     pass uses scales and biases rounded to their dtype. The student with the least KL on the validation
-    samples is written, be it the one that it began with.
+    samples is written, be it the one that it began with. The ranks of an MPI run share the samples of each
+    step (see `bitwright.distributed.spread_over`), and the first writes.
 
     Parameters
     ----------
@@ -165,9 +177,13 @@ def dwq_quantize(
         that is given a folder to write one to.
     out
         Folder to write; it appears when everything is done, or not at all. What a run needs to go on lies
-        beside it, in ``.NAME.dwq``, until then.
+        beside it, in ``.NAME.work``, until then.
     data
         Text or token ids to train on, see `load_tokens`. None takes those that `targets` were made of.
+    made_with
+        What the student that a function makes depends on beside teacher and data, such as its options, by
+        words that a user knows. With it, what an interrupted run has made is used again; otherwise the
+        function is called again, and must make the same.
     targets
         Folder of the teacher's targets, see `compute_dwq_targets`: made there, or used again if they are
         of this teacher and data. By default they are made beside `out`, and removed in the end.
@@ -216,6 +232,8 @@ def dwq_quantize(
     ------
     UnsupportedModelError
         If the student is not quantized.
+    ResumeError
+        If an interrupted run with the same `out` had other settings or inputs; the message says which.
     CheckpointError, CalibrationError, TargetsError, NonFiniteError, OutputError, ValueError
         If anything else is wrong with what was given; the message says what and where.
 
@@ -275,79 +293,123 @@ def dwq_quantize(
         validate_every=validate_every or max(1, steps // VALIDATIONS),
         patience=patience,
     )
-    place = Path(os.path.realpath(out))
-    work = place.with_name(f".{place.name}.dwq")
-    if targets is not None:
-        for taken in (place, work):
-            check_apart(taken, Path(targets), "targets")
-    with (
-        made_by(python_call(dwq_quantize, arguments)),
-        CheckpointWriter(out, overwrite, source=teacher_model.checkpoint.source) as writer,
-    ):
-        before: list[Report] = []  # of the run that made the student
+    given = None if targets is None else Path(targets)
+    k = _token_count(teacher_model, k, given)
+    ranks, work = current(), WorkFolder(out)
+    source = teacher_model.checkpoint.source
+    writer = CheckpointWriter(out, overwrite, source=source, work=work)
+    if given is not None:
+        for taken in (work.out, work.path):
+            check_apart(taken, given, "targets")
+    identity: dict[str, object] = {
+        "teacher": model_fingerprint(teacher_model.checkpoint),
+        "tokenizer": tokenizer_fingerprint(teacher_model.checkpoint),
+        "tokens": tokens_fingerprint(plan.samples[plan.order]),
+        "validation": tokens_fingerprint(plan.samples[plan.valid]),
+        "k": k,
+        "fixed_order": ranks.fixed_order,
+        **asdict(settings),
+    }
+    if callable(student):
+        identity["data"] = tokens_fingerprint(rows)
+        identity |= {f"student's {name}": value for name, value in (made_with or {}).items()}
+    identity = as_identity(identity)
+    with made_by(python_call(dwq_quantize, arguments)), work:
+        ranks.on_first(writer.check_place)
         try:
-            with output_errors(work):
-                work.mkdir(exist_ok=True)
-            if callable(student):
-                made = work / "student"
-                shutil.rmtree(made, ignore_errors=True)  # of a run that may have had other settings
-                said = student(made)
-                before = [said] if isinstance(said, QuantizationReport) else []
-                student = made
-            student_model = load_model(student)
+            resumed = resume and ranks.on_first(lambda: _is_begun(work.path))
+            state = work.resume(identity, resumed) or {}
+            student_model, made = _student(student, made_with is not None, work, identity, state)
             learner = Student(student_model, zeros)
             check_pair(teacher_model, student_model)
-            check_apart(place, student_model.checkpoint.source, "student that is read")
-            with progress_bar("teaching", progress) as bar:
+            check_apart(work.out, student_model.checkpoint.source, "student that is read")
+            with progress_bar("teaching", progress and ranks.is_first) as bar:
                 task = bar.add_task("", total=1.0, figures="")
                 known = _teach(
                     teacher_model,
                     plan,
-                    None if targets is None else Path(targets),
-                    work,
-                    resume,
+                    given,
+                    work.path,
                     k,
                     temperature,
                     lambda share: bar.update(task, completed=share),
                 )
-            run = _Run(learner, known, plan, settings, loss, work)
-            fingerprint = {
-                "teacher": model_fingerprint(teacher_model.checkpoint),
-                "student": model_fingerprint(student_model.checkpoint),
-                "tokens": tokens_fingerprint(plan.samples[plan.order]),
-                "validation": tokens_fingerprint(plan.samples[plan.valid]),
-                "k": str(known.training.k),
-                **{name: str(value) for name, value in asdict(settings).items()},
-            }
-            if resume:
-                run.resume(fingerprint)
-            else:
-                with output_errors(work):
-                    run.checkpoint.unlink(missing_ok=True)
-            with progress_bar("distilling", progress) as bar:
-                every = checkpoint_every or settings.validate_every
-                stopped = run.go(bar, every, fingerprint)
-            report = run.report(Path(out), stopped, time.perf_counter() - started)
-            _write(writer, learner, report)
+            run = _Run(learner, known, plan, settings, loss, work.path)
+            run.resume()
+            with progress_bar("distilling", progress and ranks.is_first) as bar:
+                stopped = run.go(bar, checkpoint_every or settings.validate_every)
+            report = run.report(Path(out), stopped, time.perf_counter() - started, made)
             tensors = [each.start for each in learner.tensors.values()]
-            card = model_card(
-                teacher_model.checkpoint,
-                out,
-                None if student_model.format is None else type(student_model.format),
-                [*before, report],
-                precisions=[(each.bits, each.group_size) for each in tensors],
-            )
-            writer.write_text(CARD_NAME, card)
-        except BaseException as error:
-            if not any(work.glob("training.*")) and not any(work.glob("*/targets-*.safetensors")):
-                shutil.rmtree(work, ignore_errors=True)  # nothing to go on from
-            elif isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(
-                    f"the same call goes on from what is in {work}; remove that to start over"
-                ) from error
+
+            def write() -> None:
+                remove_tree(work.path / UNFINISHED)  # of a run that was interrupted here
+                with writer:
+                    _write(writer, learner, report)
+                    card = model_card(
+                        teacher_model.checkpoint,
+                        out,
+                        None if student_model.format is None else type(student_model.format),
+                        [report] if made is None else [made, report],
+                        precisions=[(each.bits, each.group_size) for each in tensors],
+                    )
+                    writer.write_text(CARD_NAME, card)
+
+            ranks.on_first(write)
+        except BaseException:
+            work.keep = work.keep and _is_begun(work.path)
             raise
-    shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def _token_count(teacher: Model, k: int | None, targets: Path | None) -> int:
+    """Return how many of the teacher's tokens are known of each position."""
+    vocabulary = teacher.config.vocab_size
+    if k is None and targets is not None:
+        stored = (read_manifest(targets) or {}).get("k")
+        if type(stored) is int and 0 < stored <= vocabulary:
+            return stored
+    if k is not None and k > vocabulary:
+        raise ValueError(f"k: expected 1 to {vocabulary}, the size of the vocabulary, got {k}")
+    return min(DEFAULT_K, vocabulary) if k is None else int(k)
+
+
+def _is_begun(work: Path) -> bool:
+    """Tell whether a work folder holds something that took time."""
+    patterns = (TRAINING, STUDENT, f".{STUDENT}*", "*/targets-*.safetensors")
+    return any(any(work.glob(pattern)) for pattern in patterns)
+
+
+def _student(
+    student: str | os.PathLike[str] | Callable[[Path], object],
+    reusable: bool,
+    work: WorkFolder,
+    identity: Mapping[str, object],
+    state: Mapping[str, Any],
+) -> tuple[Model, QuantizationReport | None]:
+    """Return the student that is given or made, and the report of its making, and commit to it.
+
+    One that an interrupted run has made is used again if it is `reusable`."""
+    ranks, folder = current(), work.path / STUDENT
+    report = None
+    if not callable(student):
+        model = load_model(student)
+    elif reusable and "student" in state and ranks.on_first(folder.is_dir):
+        model = load_model(folder)
+        if state["report"] is not None:
+            report = QuantizationReport.from_dict(state["report"])
+    else:
+        if not state:
+            work.commit(identity, {})
+        ranks.on_first(lambda: remove_tree(folder))  # of a run that had not come further
+        said = student(folder)
+        report = ranks.broadcast(said if isinstance(said, QuantizationReport) else None)
+        model = load_model(folder)
+    fingerprint = model_fingerprint(model.checkpoint)
+    if "student" in state:
+        check_identity(work.path, {"student": state["student"]}, {"student": fingerprint})
+    made = None if report is None else report.as_dict()
+    work.commit(identity, {"student": fingerprint, "report": made})
+    return model, report
 
 
 @dataclass(frozen=True, eq=False)
@@ -404,15 +466,14 @@ class _Run:
         self.samples = plan.samples
         self.settings = settings
         self.loss = loss
-        self.checkpoint = work / "training.safetensors"
+        self.ranks = current()
+        self.checkpoint = work / TRAINING
         self.network = Network(student.model, student.weight)
         self.adam = Adam(student.parameters)
         self.state = _Progress()
         self.best = {name: array.copy() for name, array in student.parameters.items()}
 
-    def go(
-        self, bar: Progress, checkpoint_every: int, fingerprint: Mapping[str, str]
-    ) -> str | None:
+    def go(self, bar: Progress, checkpoint_every: int) -> str | None:
         """Train to the end; return why it ended before, if it did."""
         settings, state = self.settings, self.state
         length = self.samples.shape[1]
@@ -444,37 +505,19 @@ class _Run:
             if settings.patience is not None and since >= settings.patience and not last:
                 return f"no better validation KL since step {state.best_step}"
             if state.step % checkpoint_every == 0 and not last:
-                self._save(fingerprint)
+                self.ranks.on_first(self._save)
         return None
 
-    def resume(self, fingerprint: Mapping[str, str]) -> None:
-        """Go on from the checkpoint if there is one.
-
-        Raises
-        ------
-        ValueError
-            If it is of a run with other settings, models or tokens.
-        """
-        if not self.checkpoint.is_file():
+    def resume(self) -> None:
+        """Go on from the checkpoint if there is one."""
+        if not self.ranks.on_first(self.checkpoint.is_file):
             return
-        again = _again(self.checkpoint.parent)
-        damaged = f"{self.checkpoint}: is damaged"
+        again, damaged = again_message(self.checkpoint.parent), f"{self.checkpoint}: is damaged"
         with (
-            malformed_as(CheckpointError, damaged, f"; {again}", SafetensorError, OSError),
+            malformed_as(ResumeError, damaged, f"; {again}", SafetensorError, OSError),
             safe_open(self.checkpoint, framework="numpy") as file,
         ):
             metadata = file.metadata() or {}
-            known = json.loads(metadata["fingerprint"])
-            changed = [key for key in fingerprint if known.get(key) != fingerprint[key]]
-            if changed:
-                listed = ", ".join(
-                    f"{key} (was {shown(known.get(key))}, is {shown(fingerprint[key])})"
-                    for key in changed
-                )
-                raise CheckpointError(
-                    f"{self.checkpoint}: an interrupted run had other settings: {listed}. Give the "
-                    f"same, {again}"
-                )
             state = _Progress.parse(metadata["state"], self.settings.steps)
             for group, arrays in self._arrays().items():
                 for name, array in arrays.items():
@@ -486,8 +529,20 @@ class _Run:
         self.state = state
         self.adam.steps = state.step
 
-    def report(self, out: Path, stopped: str | None, seconds: float) -> DwqReport:
+    def report(
+        self,
+        out: Path,
+        stopped: str | None,
+        seconds: float,
+        student: QuantizationReport | None,
+    ) -> DwqReport:
         """Set the student to its best and sum up the run."""
+        digest = hashlib.sha256(b"".join(array.tobytes() for array in self.best.values()))
+        if len(set(self.ranks.gather(digest.hexdigest()))) > 1:
+            raise RankError(
+                "the MPI ranks have come to different scales; do all run the same bitwright on the same "
+                "kind of processor?"
+            )
         self.student.restore(self.best)
         state, settings = self.state, self.settings
         per_step = settings.batch_size * settings.accumulate * self.samples.shape[1]
@@ -503,44 +558,70 @@ class _Run:
             seconds=seconds,
             tokens_per_second=state.step * per_step / state.seconds if state.seconds else 0.0,
             peak_memory_bytes=peak_memory_bytes(),
+            student=student,
         )
 
     def _step(self, samples: NDArray[np.intp]) -> float:
         """Change the parameters once; return the mean loss, after which they are as before if it is not
         finite."""
         settings, student = self.settings, self.student
+        positions = int(len(samples) * self.samples.shape[1])
         losses = []
-        for first in range(0, len(samples), settings.batch_size):
-            batch = samples[first : first + settings.batch_size]
-            ids = self.samples[batch]
-            loss = self._loss(batch, self.loss, 1 / (len(samples) * ids.shape[1]))
-            losses.append(
-                self.network.gradients(
-                    ids,
-                    loss,
-                    student.add_gradient,
-                    on_embedding=student.add_row_gradient,
-                    on_head=student.add_gradient,
-                ).mean()
+        parts: list[dict[str, Float32]] = []
+        for batch in self._passes(samples):
+            found = self.network.gradients(
+                self.samples[batch],
+                self._loss(batch, self.loss, 1 / positions),
+                student.add_gradient,
+                on_embedding=student.add_row_gradient,
+                on_head=student.add_gradient,
             )
-        gradients = student.gradients()
-        mean = float(np.mean(losses))
+            losses.append(float(found.sum()))
+            if self.ranks.fixed_order:
+                parts.append(student.gradients())
+        mean = self._total(losses) / positions
+        gradients = self._summed(parts)
         if math.isfinite(mean) and not all(np.isfinite(each).all() for each in gradients.values()):
             mean = math.nan
         if math.isfinite(mean):
             self.adam.step(gradients, settings.rate(self.state.step))
         return mean
 
+    def _passes(self, samples: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
+        """Yield this rank's part of some samples, so many at a time: one by one where the order of sums
+        must not depend on how many ranks there are."""
+        share = self.ranks.share(len(samples))
+        size = 1 if self.ranks.fixed_order else self.settings.batch_size
+        for first in range(share.start, share.stop, size):
+            yield samples[first : min(first + size, share.stop)]
+
+    def _total(self, losses: list[float]) -> float:
+        """Return the sum of what all ranks have found, in the order of the samples."""
+        return sum((each for part in self.ranks.gather(losses) for each in part), 0.0)
+
+    def _summed(self, parts: list[dict[str, Float32]]) -> dict[str, Float32]:
+        """Return the gradients of all ranks together; where the order is fixed, added up pass by pass."""
+        if not self.ranks.fixed_order:
+            gradients = self.student.gradients()
+            for gradient in gradients.values():
+                self.ranks.sum(gradient)
+            return gradients
+        gradients = {name: np.zeros_like(each) for name, each in self.student.parameters.items()}
+        for name, gradient in gradients.items():
+            for others in self.ranks.gather([part[name] for part in parts]):
+                for each in others:
+                    gradient += each
+        return gradients
+
     def _validate(self) -> bool:
         """Measure the KL on the validation samples, and remember the parameters if it is the least so far.
         Return whether it is finite."""
         valid, state = self.plan.valid, self.state
-        total = 0.0
-        for first in range(0, len(valid), self.settings.batch_size):
-            batch = valid[first : first + self.settings.batch_size]
-            losses = self.network.losses(self.samples[batch], self._loss(batch, "kl", 1.0))
-            total += float(losses.sum())
-        value = total / (len(valid) * self.samples.shape[1])
+        losses = [
+            float(self.network.losses(self.samples[batch], self._loss(batch, "kl", 1.0)).sum())
+            for batch in self._passes(valid)
+        ]
+        value = self._total(losses) / (len(valid) * self.samples.shape[1])
         if not math.isfinite(value):
             if not state.validations:
                 raise NonFiniteError(
@@ -570,18 +651,14 @@ class _Run:
             "second": self.adam.second,
         }
 
-    def _save(self, fingerprint: Mapping[str, str]) -> None:
+    def _save(self) -> None:
         arrays: dict[str, NDArray[Any]] = {
             f"{group}.{name}": array
             for group, named in self._arrays().items()
             for name, array in named.items()
         }
-        metadata = {
-            "fingerprint": json.dumps(fingerprint),
-            "state": json.dumps(asdict(self.state)),
-        }
         with replaced(self.checkpoint) as partial:
-            write_safetensors(partial, arrays, metadata)
+            write_safetensors(partial, arrays, {"state": json.dumps(asdict(self.state))})
 
 
 def check_pair(teacher: Model, student: Model) -> None:
@@ -669,8 +746,7 @@ def _teach(
     plan: _Plan,
     given: Path | None,
     work: Path,
-    resume: bool,
-    k: int | None,
+    k: int,
     temperature: float,
     on_progress: Callable[[float], None],
 ) -> _Known:
@@ -679,45 +755,25 @@ def _teach(
     total = len(plan.used) + len(plan.held)
 
     def compute(samples: NDArray[np.int32], folder: Path, begin: int, end: int) -> DwqTargets:
-        def make() -> DwqTargets:
-            return compute_dwq_targets(
-                teacher,
-                samples,
-                folder,
-                k=k,
-                temperature=temperature,
-                on_progress=lambda share: on_progress((begin + (end - begin) * share) / total),
-            )
-
-        try:
-            return make()
-        except TargetsError as error:
-            if folder == given:
-                raise
-            if resume:
-                raise TargetsError(
-                    f"{error}. It is of an interrupted run: give the same again, {_again(work)}"
-                ) from error
-            shutil.rmtree(folder)
-            return make()
+        return compute_dwq_targets(
+            teacher,
+            samples,
+            folder,
+            k=k,
+            temperature=temperature,
+            on_progress=lambda share: on_progress((begin + (end - begin) * share) / total),
+        )
 
     samples, places = plan.rows[plan.used], np.arange(len(plan.used))
     if given is not None:
         manifest = read_manifest(given) or {}
         if manifest.get("tokens") == tokens_fingerprint(plan.rows):
             samples, places = plan.rows, plan.used
-        stored = manifest.get("k")
-        if k is None and type(stored) is int and 0 < stored <= teacher.config.vocab_size:
-            k = stored
     held = None
     if len(plan.held):
         held = compute(plan.held, work / "validation", 0, len(plan.held))
     training = compute(samples, given or work / "targets", len(plan.held), total)
     return _Known(training, places, held)
-
-
-def _again(work: Path) -> str:
-    return f"remove {work}, or start over with resume=False (--no-resume)"
 
 
 def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> None:

@@ -1,7 +1,8 @@
 """Dynamic precision: a model within a size, with the bits where they matter."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,14 @@ from numpy.typing import DTypeLike
 
 from bitwright import _kernels
 from bitwright.calibration import TokenSource
-from bitwright.card import add_evaluations, made_by, python_call
+from bitwright.card import add_evaluations, is_made_by_this, made_by, python_call
+from bitwright.checkpoint import CheckpointWriter
 from bitwright.checkpoint.fingerprint import model_fingerprint
-from bitwright.errors import SensitivityError, check_choice
+from bitwright.checkpoint.reader import read_json_object
+from bitwright.checkpoint.replacing import write_json
+from bitwright.checkpoint.work_folder import WorkFolder, as_identity
+from bitwright.distributed import current
+from bitwright.errors import MALFORMED, OutputExistsError, SensitivityError, check_choice
 from bitwright.evaluate import Evaluation, evaluate
 from bitwright.formats import FORMATS, Format, FormatName, Precision
 from bitwright.methods.dynamic import allocate, check_target
@@ -181,6 +187,9 @@ def dynamic_quantize(
     seed: int = 0,
     grid: Grid | None = None,
     evaluate_on: TokenSource | None = None,
+    memory: float | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
     threads: int | None = None,
     progress: bool = True,
     **options: Any,
@@ -201,10 +210,13 @@ def dynamic_quantize(
         estimate.
     sensitivity_samples
         How many samples of `data` the estimate takes; by default at most 32.
-    calibration, samples, length, seed, grid, threads, progress, options
+    calibration, samples, length, seed, grid, memory, overwrite, threads, progress, options
         As for `bitwright.quantize`.
     evaluate_on
         Text or token ids to evaluate the original and the result on.
+    resume
+        Go on where the same call was interrupted. Until its end the sensitivities are kept beside `out`, in
+        ``.NAME.sensitivities.work``, whatever the target is then.
 
     Returns
     -------
@@ -235,53 +247,129 @@ def dynamic_quantize(
         _kernels.set_num_threads(threads)
     original = load_model(model)
     low, high = min(candidates, key=fineness), max(candidates, key=fineness)
-    known = _known(sensitivities)
-    if known is None:
-        if data is None:
-            raise ValueError("data: give text or token ids, or sensitivities that are known")
-        known = estimate_sensitivities(
+    ranks = current()
+    known = ranks.on_first(lambda: _known(sensitivities))
+    with sensitivities_kept(out) as work, made_by(python_call(dynamic_quantize, arguments)):
+        written = _Written(work, Path(out), arguments, model_fingerprint(original.checkpoint))
+        report = None
+        if resume and evaluate_on is not None:
+            report, again = ranks.on_first(written.found)
+            overwrite = overwrite or again
+        if report is None:
+            writer = CheckpointWriter(out, overwrite, source=original.checkpoint.source)
+            ranks.on_first(writer.check_place)
+        if known is None:
+            if data is None:
+                raise ValueError("data: give text or token ids, or sensitivities that are known")
+            file = None if isinstance(sensitivities, Sensitivities) else sensitivities
+            known = estimate_sensitivities(
+                original,
+                data,
+                *low,
+                *high,
+                samples=sensitivity_samples,
+                length=length,
+                seed=seed,
+                out=work if file is None else file,
+                resume=resume,
+                progress=progress,
+            )
+        recipe = choose_precisions(
             original,
-            data,
-            *low,
-            *high,
-            samples=sensitivity_samples,
-            length=length,
-            seed=seed,
-            progress=progress,
-        )
-        if sensitivities is not None and not isinstance(sensitivities, Sensitivities):
-            known.save(sensitivities)
-    recipe = choose_precisions(
-        original,
-        known,
-        target_bpw,
-        candidates,
-        format=format,
-        grid=grid,
-        scale_dtype=options.get("scale_dtype"),
-    )
-    text = data if calibration is None else calibration
-    with made_by(python_call(dynamic_quantize, arguments)):
-        report = quantize(
-            model,
-            out,
-            method,
+            known,
+            target_bpw,
+            candidates,
             format=format,
-            calibration=None if method == "rtn" and not options.get("grid_search") else text,
-            samples=samples,
-            length=length,
-            seed=seed,
             grid=grid,
-            recipe=recipe,
-            progress=progress,
-            **options,
+            scale_dtype=options.get("scale_dtype"),
         )
-    before = after = None
-    if evaluate_on is not None:
-        before = evaluate(original, evaluate_on, length=length)
-        after = evaluate(out, evaluate_on, reference=original, length=length)
-        add_evaluations(out, {"original": before, "quantized": after})
+        text = data if calibration is None else calibration
+        if report is None:
+            if evaluate_on is not None:
+                written.commit(None)
+            report = quantize(
+                model,
+                out,
+                method,
+                format=format,
+                calibration=None if method == "rtn" and not options.get("grid_search") else text,
+                samples=samples,
+                length=length,
+                seed=seed,
+                grid=grid,
+                recipe=recipe,
+                memory=memory,
+                overwrite=overwrite,
+                resume=resume,
+                progress=progress,
+                **options,
+            )
+        before = after = None
+        if evaluate_on is not None:
+            written.commit(report)
+            before = evaluate(original, evaluate_on, length=length)
+            after = evaluate(out, evaluate_on, reference=original, length=length)
+            rows = {"original": before, "quantized": after}
+            ranks.on_first(lambda: add_evaluations(out, rows))
     return DynamicReport(recipe, known, report, before, after)
+
+
+@contextmanager
+def sensitivities_kept(out: str | os.PathLike[str]) -> Iterator[WorkFolder]:
+    """Hold a work folder for sensitivities until what follows from them is written."""
+    place = WorkFolder(out).out
+    with WorkFolder(place.parent / f"{place.name}.sensitivities") as work:
+        try:
+            yield work
+        except OutputExistsError:
+            work.keep = False  # of a run that was killed at its very end
+            raise
+
+
+class _Written:
+    """What is known of an output that is there already, and is to be evaluated.
+
+    Parameters
+    ----------
+    work
+        Where that is kept.
+    out
+        The output.
+    arguments, model
+        Of the call, and the fingerprint of its model.
+    """
+
+    def __init__(
+        self, work: WorkFolder, out: Path, arguments: Mapping[str, object], model: str
+    ) -> None:
+        self._work = work
+        self._path = work.path / "written.json"
+        self._out = out
+        free = ("memory", "overwrite", "progress", "resume", "threads")
+        given = {name: value for name, value in arguments.items() if name not in free}
+        self._identity = as_identity({**given, "model": model})
+
+    def found(self) -> tuple[QuantizationReport | None, bool]:
+        """Return what an interrupted run of this very call reported of the output that it has written, and
+        whether it has written one without a word of that."""
+        with suppress(*MALFORMED, OSError):
+            content = read_json_object(self._path)
+            if content["identity"] == self._identity:
+                self._work.keep = True
+                if content["inode"] == self._out.stat().st_ino:
+                    return QuantizationReport.from_dict(content["report"]), False
+                return None, is_made_by_this(self._out)
+        return None, False
+
+    def commit(self, report: QuantizationReport | None) -> None:
+        """Remember that the output is about to be written, or is."""
+        content = {
+            "identity": self._identity,
+            "inode": None if report is None else os.stat(self._out).st_ino,
+            "report": None if report is None else report.as_dict(),
+        }
+        current().on_first(lambda: write_json(self._path, content))
+        self._work.keep = self._work.keep or report is not None
 
 
 def _known(

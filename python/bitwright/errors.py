@@ -55,6 +55,10 @@ class ResumeError(BitwrightError, ValueError):
     """What an interrupted run has left cannot be gone on from."""
 
 
+class RankError(BitwrightError, ValueError):
+    """The ranks of one MPI run hold different things where they must not."""
+
+
 class MemoryBudgetError(BitwrightError, MemoryError):
     """A run would take more memory than it may."""
 

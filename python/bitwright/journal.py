@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bitwright.checkpoint.replacing import output_errors
-from bitwright.checkpoint.work_folder import WorkFolder, remove_tree
+from bitwright.checkpoint.work_folder import STATE, WorkFolder, again_message, remove_tree
 from bitwright.distributed import current
-from bitwright.errors import BitwrightError, CheckpointError
+from bitwright.errors import (
+    BitwrightError,
+    CheckpointError,
+    MemoryBudgetError,
+    ResumeError,
+    malformed_as,
+)
 from bitwright.states import States
 
 SCRATCH = "scratch"
@@ -56,13 +62,23 @@ class Journal:
         """Return the state to go on from, None for none, and make room for scratch files."""
         state = self._work.resume(self._identity, resume)
         if state is not None:
-            self._before = float(state["seconds"])
+            with self.going_on():
+                self._before = float(state["seconds"])
         self._ranks.on_first(self._make_scratch)
         return state
 
-    def path(self, name: str) -> Path:
-        """Return the file of hidden states that a state names."""
-        return self._work.path / name
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Raise ResumeError where a state is not what `commit` has written."""
+        damaged = f"{self._work.path / STATE}: is damaged"
+        with malformed_as(ResumeError, damaged, f"; {again_message(self._work.path)}"):
+            yield
+
+    def states_file(self, name: str, size: int) -> Path:
+        """Return the file of hidden states that a state names, which holds so many bytes."""
+        path = self._work.path / name
+        self._work.require(path, size)
+        return path
 
     def commit(
         self,
@@ -76,7 +92,7 @@ class Journal:
         for key, name in names.items():
             kept = states[key]
             if kept is not None:
-                kept.save(self.path(name))
+                kept.save(self._work.path / name)
         self._ranks.barrier()
         state = {
             "blocks": blocks,
@@ -109,12 +125,18 @@ def kept_when_interrupted(work: WorkFolder) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not work.keep:
+        known = isinstance(error, BitwrightError)
+        if isinstance(error, KeyboardInterrupt | ResumeError):
             raise
-        goes_on = f"the same call goes on from what is done, in {work.path}"
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(goes_on) from error
-        if isinstance(error, OSError | CheckpointError) and isinstance(error, BitwrightError):
-            raise type(error)(f"{error}. Once that is mended, {goes_on}") from error
-        work.keep = isinstance(error, OSError | MemoryError | CheckpointError)
+        goes_on = f". Once that is mended, the same call goes on from what is done, in {work.path}"
+        if isinstance(error, MemoryError) and not known:
+            what = f"{work.out}: memory is used up ({error or 'no reason given'})"
+            remedy = "; give the run less of it (memory, --memory), or stop what else needs it"
+            raise MemoryBudgetError(f"{what}{remedy}{goes_on if work.keep else ''}") from error
+        if work.keep and known and isinstance(error, OSError | CheckpointError):
+            raise type(error)(f"{error}{goes_on}") from error
+        # What is wrong with a value will be wrong again.
+        work.keep = work.keep and (
+            isinstance(error, CheckpointError) or not isinstance(error, ValueError | TypeError)
+        )
         raise

@@ -618,12 +618,14 @@ class Run:
         count = model.config.num_hidden_layers
         prefixes = tuple(model.block_prefix(index) for index in range(count))
         rope = None if self.tokens is None else model.rotation(self.tokens.shape[1])
+        first = 0
         if state is not None:
-            self.output.restore(state["output"])
-            if writer is not None:
-                writer.restore(state["writer"])
+            with journal.going_on():
+                first = int(state["blocks"])
+                self.output.restore(state["output"])
+                if writer is not None:
+                    writer.restore(state["writer"])
         self._begin(journal, state, rope)
-        first = 0 if state is None else int(state["blocks"])
         bar = progress_bar("quantizing", progress and self.ranks.is_first, "blocks")
         with bar:
             task = bar.add_task("", total=count, completed=first, figures="")
@@ -676,7 +678,8 @@ class Run:
         found: dict[str, States] = {}
         for name, each in plans.items():
             if state is not None and name in state["states"]:
-                rows = read_states(journal.path(state["states"][name]), each, width)
+                file = journal.states_file(state["states"][name], each.rows * width * 4)
+                rows = read_states(file, each, width)
             elif state is not None:
                 continue  # nobody asks for them any more
             elif name == "hidden":

@@ -29,7 +29,7 @@ from bitwright.statistics_files import expected_stages
 from bitwright.tensor import stored_bits
 
 FREE_SHARE = 0.75  # of the memory that is free, which a run takes at most unless told otherwise
-THREAD_BYTES = 40_000_000  # of OpenBLAS' buffers and ours
+THREAD_BYTES = 10_000_000  # of OpenBLAS' buffers and ours
 REFINED_ROWS = 1024  # whose work arrays exist at one time, see cpp/quant/refine.cpp
 INNER_COPIES = 3  # of one chunk's widest states while a stage is computed
 MEASURED_SIZE = 1024  # of the product that the machine's speed is measured on
@@ -302,7 +302,7 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
             now = 4 * (previous * (2 if drifts else 1) + (own if drifts else 0)) + gathered
             planned = any(work.plan.get(prefix + name) for name in stage.linears)
             solving = _solve_bytes(work, shapes, gathered, drifts) if planned else 4 * own
-            peaks.append(held + floats + width + max(now, solving))
+            peaks.append(held + floats + max(now + width, solving))
         before = shapes
     return max(peaks)
 

@@ -136,6 +136,24 @@ class QuantizationReport:
     seconds: float
     peak_memory_bytes: int
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON, exactly."""
+        blocks = [block.as_dict() for block in self.blocks]
+        layers = [asdict(layer) for layer in self.layers]
+        return {**vars(self), "out": str(self.out), "layers": layers, "blocks": blocks}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "QuantizationReport":
+        """Return what `as_dict` was made of."""
+        return cls(
+            **{
+                **content,
+                "out": Path(content["out"]),
+                "layers": tuple(LayerReport(**layer) for layer in content["layers"]),
+                "blocks": tuple(BlockReport.from_dict(block) for block in content["blocks"]),
+            }
+        )
+
     def worst(self, count: int = 5) -> list[LayerReport]:
         """Return the layers with the largest errors, largest first."""
         return sorted(self.layers, key=lambda layer: -layer.error)[:count]
@@ -175,6 +193,8 @@ class DwqReport:
         Of training, validations included.
     peak_memory_bytes
         Largest resident memory of the process so far.
+    student
+        The report of the run that made the student, if one did.
     """
 
     out: Path
@@ -188,6 +208,7 @@ class DwqReport:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
+    student: QuantizationReport | None = None
 
     @property
     def kl_before(self) -> float:
@@ -200,9 +221,10 @@ class DwqReport:
         return min(value for _, value in self.validations)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what a JSON file can hold of it; times, which differ from run to run, are left out."""
-        left_out = ("out", "seconds", "tokens_per_second", "peak_memory_bytes")
-        known = {name: value for name, value in asdict(self).items() if name not in left_out}
+        """Return what a JSON file can hold of the training; times, which differ from run to run, are left
+        out."""
+        left_out = ("out", "seconds", "tokens_per_second", "peak_memory_bytes", "student")
+        known = {name: value for name, value in vars(self).items() if name not in left_out}
         return known | {"kl_before": self.kl_before, "kl_after": self.kl_after}
 
 

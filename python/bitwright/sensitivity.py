@@ -5,20 +5,26 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import write_json
+from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.distillation import LOSSES, DistillationLoss, TopTokens, next_tokens
+from bitwright.distributed import current
 from bitwright.errors import (
+    MALFORMED,
     BitwrightError,
     NonFiniteError,
+    OutputError,
     SensitivityError,
     check_choice,
     malformed_as,
@@ -34,6 +40,14 @@ from bitwright.tensor import BITS, Grid
 
 DEFAULT_SAMPLES = 32
 VERSION = 1
+BATCH = "batch-{}.json"  # in the work folder
+
+
+class _Batch(TypedDict):
+    """What a batch adds to the loss, and to the alignment of each layer."""
+
+    total: float
+    alignments: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -151,6 +165,8 @@ def estimate_sensitivities(
     batch_size: int = 4,
     loss: str = "kl",
     grid: Grid = "affine",
+    out: str | os.PathLike[str] | WorkFolder | None = None,
+    resume: bool = True,
     threads: int | None = None,
     progress: bool = True,
 ) -> Sensitivities:
@@ -159,7 +175,8 @@ def estimate_sensitivities(
     All linears of the blocks are rounded to the low precision, and the gradient of the divergence from the
     original is taken there: what it has in common with the change from high to low precision tells how much
     of the divergence is the layer's (as mlx-lm's dynamic_quant). Two forward passes and one backward pass,
-    block by block; weights are rounded again when they are needed.
+    block by block; weights are rounded again when they are needed. The ranks of an MPI run share the
+    batches (see `bitwright.distributed.spread_over`); any number of them gives the same bits.
 
     Parameters
     ----------
@@ -178,6 +195,11 @@ def estimate_sensitivities(
         ``"kl"``, KL(original ‖ low), ``"reverse_kl"``, KL(low ‖ original), or another of DWQ's losses.
     grid
         To round to.
+    out
+        JSON file to write. Until it is there the batches that are done lie beside it, in ``.NAME.work``. Or
+        such a folder by itself, entered, in which they stay.
+    resume
+        Go on where an interrupted call with the same `out` and arguments stopped.
     threads
         Number of threads from now on, in the whole process.
     progress
@@ -189,8 +211,10 @@ def estimate_sensitivities(
 
     Raises
     ------
-    CheckpointError, CalibrationError, NonFiniteError, ValueError
-        If the model or the data cannot be used; the message says which and why.
+    ResumeError
+        If the interrupted call had other arguments; the message says which.
+    CheckpointError, CalibrationError, NonFiniteError, OutputError, ValueError
+        If the model or the data cannot be used, or the file not be written; the message says which and why.
 
     Examples
     --------
@@ -219,68 +243,161 @@ def estimate_sensitivities(
         seed=seed,
         vocab_size=original.config.vocab_size,
     )
-    shapes = original.linear_shapes()
     low, high = (low_bits, low_group_size), (high_bits, high_group_size)
+    estimate = _Estimate(original, tokens, low, high, batch_size, loss, grid)
+    if isinstance(out, WorkFolder):
+        return estimate.go(out, resume, progress)
+    if out is None:
+        return estimate.go(None, resume, progress)
+    if Path(out).is_dir():
+        raise OutputError(f"{out}: cannot be written: it is a folder")
+    with WorkFolder(out) as work:
+        found = estimate.go(work, resume, progress)
+        current().on_first(lambda: found.save(work.out))
+    return found
 
-    def rounded(name: str, precision: tuple[int, int | None]) -> Float32:
+
+class _Estimate:
+    """What the batches of some tokens say, one after another or shared by several ranks."""
+
+    def __init__(
+        self,
+        original: Model,
+        tokens: NDArray[np.int32],
+        low: tuple[int, int | None],
+        high: tuple[int, int | None],
+        batch_size: int,
+        loss: str,
+        grid: Grid,
+    ) -> None:
+        self.original = original
+        self.tokens = tokens
+        self.low = low
+        self.high = high
+        self.batch_size = batch_size
+        self.loss = loss
+        self.grid = grid
+        self.shapes = original.linear_shapes()
+        self.model = model_fingerprint(original.checkpoint)
+
+    def go(self, work: WorkFolder | None, resume: bool, progress: bool) -> Sensitivities:
+        """Look at all batches but those that the work folder holds already, and add them up."""
+        ranks, count = current(), -(-len(self.tokens) // self.batch_size)
+        known: dict[int, _Batch] = {}
+        if work is not None:
+            resumed = resume and ranks.on_first(lambda: any(work.path.glob(BATCH.format("*"))))
+            identity = {
+                "model": self.model,
+                "tokens": tokens_fingerprint(self.tokens),
+                "samples": len(self.tokens),
+                "length": self.tokens.shape[1],
+                "low precision": precision_name(self.low),
+                "high precision": precision_name(self.high),
+                "loss": self.loss,
+                "batch_size": self.batch_size,
+                "grid": self.grid,
+            }
+            if work.resume(identity, resumed) is None:
+                work.commit(identity, {})
+                work.keep = False  # until there is more
+            known = ranks.on_first(lambda: self._stored(work.path, count))
+        left = [number for number in range(count) if number not in known]
+        share = ranks.share(len(left))
+        with progress_bar("estimating sensitivities", progress and ranks.is_first) as bar:
+            task = bar.add_task("", total=len(share), figures="")
+            for number in left[share.start : share.stop]:
+                known[number] = self._batch(number)
+                if work is not None:
+                    write_json(work.path / BATCH.format(f"{number + 1:05d}"), known[number])
+                    work.keep = True
+                bar.update(task, advance=1)
+        for others in ranks.gather({number: known[number] for number in left if number in known}):
+            known |= others
+        # From the first batch to the last, whoever looked at them and when.
+        batches = [known[number] for number in range(count)]
+        return Sensitivities(
+            {name: sum(each["alignments"][name] for each in batches) for name in self.shapes},
+            {name: math.prod(shape) for name, shape in self.shapes.items()},
+            self.low,
+            self.high,
+            self.model,
+            tokens_fingerprint(self.tokens),
+            self.loss,
+            sum(each["total"] for each in batches),
+        )
+
+    def _stored(self, folder: Path, count: int) -> dict[int, _Batch]:
+        """Return the batches that an interrupted run has left; a damaged one is as good as none."""
+        known: dict[int, _Batch] = {}
+        for number in range(count):
+            path = folder / BATCH.format(f"{number + 1:05d}")
+            with suppress(*MALFORMED):  # CheckpointError is one
+                content = read_json_object(path) if path.is_file() else {}
+                found = {name: float(content["alignments"][name]) for name in self.shapes}
+                total = float(content["total"])
+                if all(map(math.isfinite, (total, *found.values()))):
+                    known[number] = {"total": total, "alignments": found}
+        return known
+
+    @cached_property
+    def _reference(self) -> tuple[Network, Float32]:
+        return Network(self.original), self.original.head()
+
+    @cached_property
+    def _student(self) -> Network:
+        return Network(self.original, self._low_weight)
+
+    def _low_weight(self, name: str, shape: tuple[int, ...]) -> Float32:
+        if name in self.shapes:
+            return self._rounded(name, self.low)
+        return self.original.weight(name, shape)
+
+    def _batch(self, number: int) -> _Batch:
+        original, shapes = self.original, self.shapes
+        ids = self.tokens[number * self.batch_size :][: self.batch_size]
+        alignments = dict.fromkeys(shapes, 0.0)
+
+        # The gradients of a layer come piece by piece, those of one block after those of another.
+        @lru_cache(maxsize=max(len(layout.linears) for layout in original.layouts))
+        def difference(name: str) -> Float32:
+            return self._rounded(name, self.low) - self._rounded(name, self.high)
+
+        def align(name: str, inputs: Float, above: Float) -> None:
+            if name not in shapes:
+                return
+            # ⟨aboveᵀ · inputs, difference⟩ without the dense gradient
+            moved = np.empty((len(inputs), shapes[name][0]), np.float32)
+            _kernels.linear(inputs, difference(name), None, moved, False)
+            alignments[name] += float(np.vdot(above, moved))
+
+        reference, head = self._reference
+        count = min(DEFAULT_K, original.config.vocab_size)
+        states = reference.final_states(ids)
+
+        def teacher(start: int, stop: int) -> TopTokens:
+            return TopTokens.of(original.head_logits(states[start:stop], head), count)
+
+        divergence = DistillationLoss(
+            teacher, next_tokens(ids), self.loss, factor=1 / self.tokens.size
+        )
+        losses = self._student.gradients(ids, divergence, align)
+        total = float(losses.sum()) / self.tokens.size
+        if not all(map(math.isfinite, (total, *alignments.values()))):
+            raise NonFiniteError(
+                f"{original.checkpoint.folder}: the sensitivities are not finite; check the model with "
+                f"bitwright evaluate"
+            )
+        return {"total": total, "alignments": alignments}
+
+    def _rounded(self, name: str, precision: tuple[int, int | None]) -> Float32:
         try:
-            return quantize_rtn(
-                original.weight(name, shapes[name]), *precision, grid=grid
-            ).dequantize()
+            weight = self.original.weight(name, self.shapes[name])
+            return quantize_rtn(weight, *precision, grid=self.grid).dequantize()
         except BitwrightError:
             raise
         except ValueError as error:
-            raise ValueError(f"{original.checkpoint.folder}: layer {name}: {error}") from error
-
-    def weight(name: str, shape: tuple[int, ...]) -> Float32:
-        return rounded(name, low) if name in shapes else original.weight(name, shape)
-
-    # The gradients of a layer come piece by piece, those of one block after those of another.
-    @lru_cache(maxsize=max(len(layout.linears) for layout in original.layouts))
-    def difference(name: str) -> Float32:
-        return rounded(name, low) - rounded(name, high)
-
-    alignments = dict.fromkeys(shapes, 0.0)
-
-    def align(name: str, inputs: Float, above: Float) -> None:
-        if name not in shapes:
-            return
-        # ⟨aboveᵀ · inputs, difference⟩ without the dense gradient
-        moved = np.empty((len(inputs), shapes[name][0]), np.float32)
-        _kernels.linear(inputs, difference(name), None, moved, False)
-        alignments[name] += float(np.vdot(above, moved))
-
-    reference, student = Network(original), Network(original, weight)
-    head, total = original.head(), 0.0
-    count = min(DEFAULT_K, original.config.vocab_size)
-    bar = progress_bar("estimating sensitivities", progress)
-    with bar:
-        task = bar.add_task("", total=len(tokens), figures="")
-        for first in range(0, len(tokens), batch_size):
-            ids = tokens[first : first + batch_size]
-            states = reference.final_states(ids)
-
-            def teacher(start: int, stop: int, states: Float32 = states) -> TopTokens:
-                return TopTokens.of(original.head_logits(states[start:stop], head), count)
-
-            divergence = DistillationLoss(teacher, next_tokens(ids), loss, factor=1 / tokens.size)
-            total += float(student.gradients(ids, divergence, align).sum()) / tokens.size
-            bar.update(task, advance=len(ids))
-    if not math.isfinite(total) or not all(map(math.isfinite, alignments.values())):
-        raise NonFiniteError(
-            f"{original.checkpoint.folder}: the sensitivities are not finite; check the model with "
-            f"bitwright evaluate"
-        )
-    return Sensitivities(
-        alignments,
-        {name: math.prod(shape) for name, shape in shapes.items()},
-        low,
-        high,
-        model_fingerprint(original.checkpoint),
-        tokens_fingerprint(tokens),
-        loss,
-        total,
-    )
+            folder = self.original.checkpoint.folder
+            raise ValueError(f"{folder}: layer {name}: {error}") from error
 
 
 def precision_name(precision: tuple[int, int | None]) -> str:

@@ -16,8 +16,10 @@ from bitwright.calibration import TokenSource, load_tokens
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import output_errors, replaced, write_json
+from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.checkpoint.writer import write_safetensors
 from bitwright.distillation import TopTokens
+from bitwright.distributed import current
 from bitwright.errors import (
     CheckpointError,
     NonFiniteError,
@@ -147,7 +149,8 @@ def compute_dwq_targets(
     """Write what a model says of every position: its k most likely tokens, and the probability of the rest.
 
     The model is streamed, block by block, for some samples at a time, and each file appears when it is
-    complete. The same call goes on where it was interrupted, and does nothing if all is there.
+    complete. The same call goes on where it was interrupted, and does nothing if all is there. The ranks of
+    an MPI run share the files.
 
     Parameters
     ----------
@@ -177,7 +180,7 @@ def compute_dwq_targets(
     ValueError
         If k is larger than the vocabulary, or the temperature is not positive.
     CheckpointError, CalibrationError, NonFiniteError, OutputError
-        If the model or the data cannot be used, or the folder not be written.
+        If the model or the data cannot be used, or the folder not be written, as by two runs at once.
 
     Examples
     --------
@@ -219,21 +222,40 @@ def compute_dwq_targets(
         "temperature": float(temperature),
         "shard_samples": max(1, SHARD_BYTES // per_sample),
     }
-    folder = Path(out)
-    _check_folder(folder, manifest)
-    with output_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MANIFEST, manifest)
-    step = int(manifest["shard_samples"])
-    for shard, first in enumerate(range(0, len(tokens), step)):
-        ids = tokens[first : first + step]
-        path = _shard_path(folder, shard)
-        if _shard_problem(path, len(ids), tokens.shape[1], count):
-            arrays = _teach(teacher, ids, count, temperature)
-            with replaced(path) as partial:
-                write_safetensors(partial, {**arrays, "tokens": ids}, {})
-        if on_progress is not None:
-            on_progress((first + len(ids)) / len(tokens))
+    folder, ranks, step = Path(out), current(), int(manifest["shard_samples"])
+    shards = [tokens[first : first + step] for first in range(0, len(tokens), step)]
+
+    def missing() -> list[int]:
+        """Return the files that are not there; without a manifest none is."""
+        _check_folder(folder, manifest)
+        shape = tokens.shape[1], int(count)
+        return [
+            shard
+            for shard, ids in enumerate(shards)
+            if not (folder / MANIFEST).is_file()
+            or _shard_problem(_shard_path(folder, shard), len(ids), *shape)
+        ]
+
+    def begin() -> list[int]:
+        left = missing()
+        with output_errors(folder):
+            folder.mkdir(exist_ok=True)
+        write_json(folder / MANIFEST, manifest)
+        return left
+
+    if ranks.on_first(missing):
+        with WorkFolder(folder):  # which holds nothing but the lock
+            left = ranks.on_first(begin)
+            share = ranks.share(len(left))
+            for done, shard in enumerate(left[share.start : share.stop]):
+                if on_progress is not None:
+                    on_progress(1 - len(left) / len(shards) * (1 - done / len(share)))
+                arrays = _teach(teacher, shards[shard], count, temperature)
+                with replaced(_shard_path(folder, shard)) as partial:
+                    write_safetensors(partial, {**arrays, "tokens": shards[shard]}, {})
+            ranks.barrier()
+    if on_progress is not None:
+        on_progress(1.0)
     return DwqTargets(folder)
 
 

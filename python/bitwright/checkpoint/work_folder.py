@@ -10,20 +10,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+import numpy as np
+
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import output_errors, write_json
 from bitwright.distributed import current
 from bitwright.errors import CheckpointError, OutputError, ResumeError, malformed_as, shown
 
-LOCK, STATE, REPLACED = "lock", "state.json", "replaced"
+LOCK, STATE, REPLACED, LAST = "lock", "state.json", "replaced", "last"
 
 
 class WorkFolder:
     """The hidden folder ``.NAME.work`` beside an output NAME, held by one run at a time.
 
-    Of several MPI ranks, which enter it and call its methods all together, the first holds and changes it.
-    It is removed when the ``with`` block ends, unless that is by an exception and `keep` has been set. A
-    process that is killed leaves it, too; the next one with the same output holds it then.
+    Of several MPI ranks, which enter it and call its methods all together, the first holds and changes
+    it. It is removed when the ``with`` block ends, unless that is by an exception and `keep` is set: while
+    there is a state to go on from. A process that is killed leaves it, too; the next one with the same
+    output holds it then.
 
     Parameters
     ----------
@@ -63,8 +66,14 @@ class WorkFolder:
                     self._made_parents.insert(0, place)
                 self._take()
                 self._put_back()
+                if self._is_finished():
+                    self._clear()
+                (self.path / LAST).unlink(missing_ok=True)
+                self.keep = (self.path / STATE).is_file()
         except BaseException:
             self._leave(remove=self._lock is not None and not self._holds_anything())
+            with suppress(OSError):  # it holds something, or is another run's
+                self.path.rmdir()
             raise
 
     def __exit__(
@@ -73,7 +82,17 @@ class WorkFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._leave(remove=error is None or not self.keep)
+        finished = error is None or self._is_finished()
+        kept = self.keep and not finished
+        try:
+            self._leave(remove=not kept)
+        except KeyboardInterrupt as interrupt:
+            self._leave(remove=not kept)
+            error = interrupt
+        if isinstance(error, KeyboardInterrupt):
+            goes_on = f"the same call goes on from what is done, in {self.path}"
+            done = f"{self.out} is written" if finished else goes_on if kept else str(error)
+            raise type(error)(done) from error
 
     def resume(self, identity: Mapping[str, object], resume: bool = True) -> dict[str, Any] | None:
         """Return the state that an interrupted run of the same identity has committed last.
@@ -93,8 +112,12 @@ class WorkFolder:
         Raises
         ------
         ResumeError
-            If the interrupted run had another identity; the message says what is different.
+            If the interrupted run, or another rank, has another identity; the message says what is
+            different.
         """
+        for rank, other in enumerate(self._ranks.gather(dict(identity))):
+            if changes := _changes(identity, other):
+                raise ResumeError(f"MPI rank {rank} has another {changes}. Give all ranks the same")
         state = self._ranks.on_first(lambda: self._resume(identity, resume))
         self.keep = state is not None
         return state
@@ -104,6 +127,29 @@ class WorkFolder:
         content = {"identity": dict(identity), "state": dict(state)}
         self._ranks.on_first(lambda: write_json(self.path / STATE, content))
         self.keep = True
+
+    def require(self, path: Path, size: int, or_more: bool = False) -> None:
+        """Raise ResumeError unless a file that a state counts on has so many bytes, or at least so many."""
+        found = path.stat().st_size if path.is_file() else None
+        if found is None or found < size or (found > size and not or_more):
+            matter = "is no longer there" if found is None else f"has {found} bytes, not {size}"
+            raise ResumeError(f"{path}: {matter}; {again_message(self.path)}")
+
+    def last_step(self, name: str) -> None:
+        """Say that nothing is left to do but to move this part of it into the place of the output.
+
+        A run that is killed after that has moved it has finished, and leaves nothing to go on from. This is
+        called by the rank that moves it.
+        """
+        with output_errors(self.path):
+            (self.path / LAST).write_text(name)
+
+    def forget_finished(self) -> None:
+        """Remove the folder if it is that of a run that was killed after its last step."""
+        with suppress(OSError):  # another run may have come first
+            if self._lock is None and (self._is_finished() or not self._holds_anything()):
+                self._enter()
+                self._leave(remove=not self.keep)
 
     def clear(self) -> None:
         """Remove everything but the lock."""
@@ -130,9 +176,10 @@ class WorkFolder:
             (self.path / STATE).unlink(missing_ok=True)
             for entry in list(self.path.iterdir()):
                 if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                elif entry.name != LOCK:
+                    remove_tree(entry)
+                elif entry.name not in (LOCK, LAST):
                     entry.unlink()
+            (self.path / LAST).unlink(missing_ok=True)
 
     def _take(self) -> None:
         """Lock the folder, which is made if it is not there."""
@@ -151,7 +198,10 @@ class WorkFolder:
                     f"{self.path}: cannot be written: it is not what an interrupted run has left. Move it "
                     f"away or write elsewhere"
                 )
-            file = open(lock, "ab+")  # noqa: SIM115 - held until the run ends
+            try:
+                file = open(lock, "ab+")  # noqa: SIM115 - held until the run ends
+            except FileNotFoundError:  # another run has just removed the folder
+                continue
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -178,6 +228,10 @@ class WorkFolder:
         if aside.is_dir() and not self.out.exists():
             aside.rename(self.out)
 
+    def _is_finished(self) -> bool:
+        last = self.path / LAST
+        return last.is_file() and not (self.path / last.read_text()).exists()
+
     def _holds_anything(self) -> bool:
         return any(entry.name != LOCK for entry in self.path.iterdir())
 
@@ -185,7 +239,12 @@ class WorkFolder:
         if self._lock is None:
             return self._remove_parents()
         if remove:
-            remove_tree(self.path)
+            with suppress(OSError):  # OutputError is one
+                self._put_back()
+                self._clear()
+                # The lock last: without it the next run would not know the folder.
+                (self.path / LOCK).unlink(missing_ok=True)
+                self.path.rmdir()
         self._lock.close()
         self._lock = None
         return self._remove_parents()
@@ -206,20 +265,38 @@ def again_message(path: Path) -> str:
     return f"start over with --no-resume (resume=False), or remove {path}"
 
 
+def as_identity(arguments: Mapping[str, object]) -> dict[str, Any]:
+    """Return what stands for arguments in an identity: a name in place of what JSON does not hold."""
+
+    def named(value: Any) -> object:
+        return (
+            value.item()
+            if isinstance(value, np.generic)
+            else getattr(value, "__qualname__", str(value))
+        )
+
+    found: dict[str, Any] = json.loads(json.dumps(arguments, default=named))
+    return found
+
+
 def check_identity(
     place: Path, known: Mapping[str, object], identity: Mapping[str, object]
 ) -> None:
     """Raise ResumeError, saying what has changed, unless two identities are the same."""
-    wanted = json.loads(json.dumps(identity))
-    changed = [key for key in dict.fromkeys([*wanted, *known]) if known.get(key) != wanted.get(key)]
-    if changed:
-        listed = ", ".join(
-            f"{key} (was {shown(known.get(key))}, is {shown(wanted.get(key))})" for key in changed
-        )
+    if changes := _changes(known, json.loads(json.dumps(identity))):
         raise ResumeError(
-            f"{place}: an interrupted run had other options or inputs: {listed}. Give the same to go "
+            f"{place}: an interrupted run had other options or inputs: {changes}. Give the same to go "
             f"on, or {again_message(place)}"
         )
+
+
+def _changes(known: Mapping[str, object], wanted: Mapping[str, object]) -> str:
+    """Say in what two identities differ; nothing if they do not."""
+    return ", ".join(
+        f"{key} (was {shown(known.get(key))}, is {shown(wanted.get(key))})"
+        for key in dict.fromkeys([*wanted, *known])
+        if known.get(key) != wanted.get(key)
+    )
 
 
 def remove_tree(folder: Path) -> None:

@@ -53,8 +53,8 @@ SIDE_FILES = (
 SIDE_FILE_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40 MB
 SHARD_BYTES = 5_000_000_000  # as model hubs have them
 COPY_BYTES = 8 << 20
-DATA_NAME = ".data-{}"  # of weight file number …, which is being written
-UNFINISHED = "checkpoint"  # in the work folder
+DATA_NAME = "data.{}"  # in the work folder: of weight file number …, until that is written
+UNFINISHED = "checkpoint"  # in the work folder: what is moved into place
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".gguf")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -197,7 +197,7 @@ class CheckpointWriter:
         self._folder: Path | None = None
         self.container: WeightFiles = SafetensorsFiles() if container is None else container
         self._shard_of: dict[str, int] = {}
-        self._shard_count = 0
+        self._shard_sizes: list[int] = []  # of the weight files that are written
         self._total_bytes = 0
         # Headers come first in weight files, so data wait for theirs on disk, not in memory.
         self._waiting: list[StoredTensor] = []
@@ -249,13 +249,12 @@ class CheckpointWriter:
         OutputError
             If the disk is full or the like.
         """
-        folder = self._open_folder()
+        folder, data = self._open_folder(), self._data()
         with output_errors(self._out):
-            for path in folder.iterdir():
+            for path in (*folder.iterdir(), *([data] if self._waiting else []), folder):
                 synchronize(path)
-            synchronize(folder)
         return {
-            "shards": self._shard_count,
+            "shard_sizes": self._shard_sizes,
             "shard_of": self._shard_of,
             "total_bytes": self._total_bytes,
             "waiting": [
@@ -266,9 +265,8 @@ class CheckpointWriter:
 
     def committed(self) -> None:
         """Remove what only a state before the last one needs."""
-        folder = self._open_folder()
-        for path in folder.glob(DATA_NAME.format("*")):
-            if path.name != DATA_NAME.format(self._shard_count):
+        for path in self._work.path.glob(DATA_NAME.format("*")):
+            if path != self._data():
                 path.unlink(missing_ok=True)
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -281,11 +279,13 @@ class CheckpointWriter:
 
         Raises
         ------
-        OutputError
+        ResumeError
             If the files are not as they were then.
+        OutputError
+            If the operating system refuses.
         """
-        folder = self._open_folder()
-        self._shard_count = state["shards"]
+        folder, suffix = self._open_folder(), self.container.suffix
+        self._shard_sizes = list(state["shard_sizes"])
         self._shard_of = dict(state["shard_of"])
         self._total_bytes = state["total_bytes"]
         dtypes = {name: dtype for dtype, name in self.container.dtypes.items()}
@@ -294,21 +294,23 @@ class CheckpointWriter:
             for name, dtype, shape, offset in state["waiting"]
         ]
         self._waiting_bytes = sum(each.nbytes for each in self._waiting)
-        known = {f"{number}{self.container.suffix}" for number in range(self._shard_count)}
-        data = folder / DATA_NAME.format(self._shard_count)
+        data = self._data()
         with output_errors(self._out):
+            for path in folder.glob(f"model*{suffix}"):  # named by a run that was killed after that
+                number = 0 if path.stem == "model" else int(path.stem.split("-")[1]) - 1
+                path.rename(folder / f"{number}{suffix}")
+            sizes = {folder / f"{i}{suffix}": size for i, size in enumerate(self._shard_sizes)}
             for path in folder.iterdir():
-                if path.name not in known and path != data:
+                if path not in sizes:
                     path.unlink()
+            self.committed()
+            for path, size in sizes.items():
+                self._work.require(path, size)
             if self._waiting:
-                if not data.is_file() or data.stat().st_size < self._waiting_bytes:
-                    raise OutputError(f"{data}: is not what was written there")
+                self._work.require(data, self._waiting_bytes, or_more=True)
                 os.truncate(data, self._waiting_bytes)
             else:
                 data.unlink(missing_ok=True)
-            for name in known:
-                if not (folder / name).is_file():
-                    raise OutputError(f"{folder / name}: is no longer there")
 
     def add(self, name: str, array: NDArray[Any]) -> None:
         """Add a tensor.
@@ -346,14 +348,13 @@ class CheckpointWriter:
         if self._waiting and full and self.container.splits:
             self._flush(folder)
         data = np.ascontiguousarray(array, dtype)
-        path = folder / DATA_NAME.format(self._shard_count)
-        with output_errors(self._out), open(path, "ab") as file:
+        with output_errors(self._out), open(self._data(), "ab") as file:
             file.write(data.reshape(-1).view(np.uint8).data)
         tensor = StoredTensor(stored_name, dtype, array.shape, self._waiting_bytes)
         self._waiting.append(tensor)
         self._waiting_bytes += array.nbytes
         self._total_bytes += array.nbytes
-        self._shard_of[name] = self._shard_count
+        self._shard_of[name] = len(self._shard_sizes)
 
     def add_file(self, path: Path) -> None:
         """Copy a file into the folder, under its own name.
@@ -429,6 +430,10 @@ class CheckpointWriter:
             raise OutputError(f"{self._out}: the writer is not open; use it in a with statement")
         return self._folder
 
+    def _data(self) -> Path:
+        """Return the file for the data of the weight file that is next."""
+        return self._work.path / DATA_NAME.format(len(self._shard_sizes))
+
     def check_place(self) -> None:
         """Refuse a place that is taken, or that holds what nobody meant to lose."""
         out = self._out
@@ -441,6 +446,7 @@ class CheckpointWriter:
         if content is not None and not content:
             return
         if not self._overwrite:
+            self._work.forget_finished()
             raise OutputExistsError(
                 f"{out}: exists already. Remove it, write elsewhere, or ask for overwriting"
             )
@@ -463,7 +469,7 @@ class CheckpointWriter:
         folder = self._open_folder()
         if not is_plain_file_name(name):
             raise CheckpointError(f"{self._out}: {shown(name)} is not a plain file name")
-        if name.endswith(WEIGHT_SUFFIXES) or name.startswith(DATA_NAME.format("")):
+        if name.endswith(WEIGHT_SUFFIXES):
             raise CheckpointError(f"{self._out}: {name} is a name for weights; use add()")
         if os.path.lexists(folder / name):
             raise CheckpointError(f"{self._out}: {name} was written before")
@@ -471,23 +477,24 @@ class CheckpointWriter:
 
     def _flush(self, folder: Path) -> None:
         """Write a weight file. Its data stay until the next state is committed, which may never be."""
-        path = folder / f"{self._shard_count}{self.container.suffix}"
-        waiting = folder / DATA_NAME.format(self._shard_count)
+        path = folder / f"{len(self._shard_sizes)}{self.container.suffix}"
+        waiting = self._data()
         with output_errors(self._out):
             waiting.touch()
             with open(waiting, "rb") as data, open(path, "wb") as file:
                 self.container.write(file, self._waiting, data, dict(sorted(self.metadata.items())))
-        self._shard_count += 1
+            self._shard_sizes.append(path.stat().st_size)
+            if self._owns_work:
+                waiting.unlink()
         self._waiting, self._waiting_bytes = [], 0
 
     def _finish(self) -> None:
         folder = self._open_folder()
         for name, array in self.container.more():
             self.add(name, array)
-        if self._waiting or not self._shard_count:
+        if self._waiting or not self._shard_sizes:
             self._flush(folder)
         with output_errors(self._out):
-            self.committed()
             self._name_shards(folder)
             for path in folder.iterdir():
                 synchronize(path)
@@ -497,7 +504,7 @@ class CheckpointWriter:
         self._move_into_place(folder)
 
     def _name_shards(self, folder: Path) -> None:
-        total, suffix = self._shard_count, self.container.suffix
+        total, suffix = len(self._shard_sizes), self.container.suffix
         names = [f"model-{i + 1:05d}-of-{total:05d}{suffix}" for i in range(total)]
         if total == 1:
             names = [f"model{suffix}"]
@@ -512,6 +519,7 @@ class CheckpointWriter:
 
     def _move_into_place(self, folder: Path) -> None:
         out = self._out
+        self._work.last_step(UNFINISHED)
         aside = self._work.path / REPLACED
         try:
             with output_errors(out):

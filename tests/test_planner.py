@@ -1,0 +1,155 @@
+"""The plan of a run: budgets that are kept or refused, and forecasts next to what runs then take."""
+
+import json
+import math
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from shared_data import TESTS
+
+import bitwright
+from bitwright.planner import free_memory
+
+DEMO = bitwright.demo_folder()
+TEXT = DEMO / "calibration.txt"
+
+
+def quantize(out: Path, **options: object) -> bitwright.QuantizationReport:
+    settings = {"calibration": TEXT, "samples": 8, "length": 64, "progress": False} | options
+    return bitwright.quantize(DEMO, out, **settings)
+
+
+def test_small_budgets_are_refused_with_one_that_works(tmp_path: Path) -> None:
+    with pytest.raises(bitwright.MemoryBudgetError, match=r"needs at least .* GB") as caught:
+        quantize(tmp_path / "out", memory=0.01)
+    assert list(tmp_path.iterdir()) == []
+    words = str(caught.value).split()
+    least = float(words[words.index("--memory") + 1].rstrip("),"))
+    quantize(tmp_path / "out", memory=least + 0.02)  # this process may have grown since
+
+
+@pytest.mark.parametrize("memory", [0, -1, math.nan])
+def test_budgets_are_positive(tmp_path: Path, memory: float) -> None:
+    with pytest.raises(ValueError, match="memory: expected gigabytes"):
+        quantize(tmp_path / "out", memory=memory)
+
+
+def test_disks_that_are_too_small_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitwright.planner._free_disk", lambda _: 1000)
+    with pytest.raises(
+        bitwright.OutputError, match=r"out: the result takes .* 0.00 GB of the disk"
+    ):
+        quantize(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_limits_of_the_process_count() -> None:
+    script = "import bitwright.planner as planner; print(planner.free_memory())"
+    limit = 3 << 30
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, preexec_fn=limited
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < limit < max(limit + 1, free_memory())
+
+
+SCRIPT = """
+import json, sys
+import numpy as np
+import bitwright, bitwright.pipeline, bitwright.planner
+model, out, method, preset, tokens, resident = sys.argv[1:]
+plan_run = bitwright.planner.plan_run
+plans = []
+def planned(*arguments, **options):
+    plans.append(plan_run(*arguments, **options))
+    return plans[0]
+bitwright.pipeline.plan_run = planned
+memory = None
+if resident != "all":
+    try:
+        ids = np.zeros((int(tokens) // 512, 512), int)
+        bitwright.quantize(model, out, method, memory=1e-3, calibration=ids, progress=False)
+    except bitwright.MemoryBudgetError as error:
+        words = str(error).split()
+        memory = float(words[words.index("--memory") + 1].rstrip("),")) + 0.01
+vocabulary = bitwright.load_model(model).config.vocab_size
+ids = np.random.default_rng(0).integers(0, vocabulary, (int(tokens) // 512, 512))
+report = bitwright.quantize(
+    model, out, method, calibration=ids, preset=preset, memory=memory, threads=1, progress=False
+)
+plan = plans[-1]
+print(json.dumps([plan.memory_bytes, report.peak_memory_bytes, plan.resident, plan.budget_bytes]))
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of one block whose weights and statistics outweigh the interpreter."""
+    import ml_dtypes
+
+    sys.path.insert(0, str(TESTS.parent / "bench"))
+    try:
+        import make_llama
+    finally:
+        sys.path.pop(0)
+    make_llama.SHAPES["wide"] = (1024, 4096, 1, 8, 8, 128, 512, False)
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    make_llama.make(folder, "wide")
+    assert bitwright.load_model(folder).dtype == ml_dtypes.bfloat16
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "preset", "resident"),
+    [
+        ("gptq", "fast", "all"),
+        ("gptq", "default", "all"),
+        ("awq", "fast", "all"),
+        ("rtn", "fast", "least"),
+    ],
+)
+def test_forecasts_of_memory(
+    tmp_path: Path, wide: Path, method: str, preset: str, resident: str
+) -> None:
+    tokens = "4096" if resident == "all" else "16384"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", SCRIPT, str(wide), str(tmp_path / "q"), method, preset),
+            *(tokens, resident),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    forecast, peak, chunks, budget = json.loads(done.stdout)
+    assert 0.85 < forecast / peak < 1.25
+    assert (chunks is None) == (resident == "all")
+    assert peak < budget
+
+
+def test_peak_memory_does_not_grow_with_the_calibration(tmp_path: Path) -> None:
+    """Beyond a budget, the states are in files."""
+    script = SCRIPT.replace("plans[0]", "replace(plans[-1], resident=2)")
+    peaks = []
+    for tokens in (8192, 32_768):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c", f"from dataclasses import replace{script}", str(DEMO)),
+                *(str(tmp_path / f"q{tokens}"), "rtn", "fast", str(tokens), "all"),
+            ],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(json.loads(done.stdout)[1])
+    assert peaks[1] < peaks[0] + (4 << 20)
