@@ -1,12 +1,14 @@
 """The ``bitwright`` command."""
 
 import inspect
+import io
 import json
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from hashlib import file_digest
 from pathlib import Path
@@ -243,7 +245,9 @@ def cli(context: click.Context, fixed_order: bool) -> None:
         if context.invoked_subcommand not in SPREAD and world().Get_rank() > 0:
             context.exit()
         if context.invoked_subcommand in SPREAD:
-            context.with_resource(spread_over(world(), fixed_order))
+            ranks = context.with_resource(spread_over(world(), fixed_order))
+            if not ranks.is_first:  # reports are printed once
+                context.with_resource(redirect_stdout(io.StringIO()))
             return
     context.with_resource(spread_over(None, fixed_order))
 

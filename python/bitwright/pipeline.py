@@ -1138,6 +1138,9 @@ class Run:
         see."""
         part = None
         energies = np.zeros(2)
+        shared = self.ranks.size > 1 and self.options.method != "salient"
+        counts = self.ranks.gather(len(weight)) if shared else [len(weight)]
+        first = sum(counts[: self.ranks.rank]) if shared else 0
         try:
             if len(weight):
                 part = refined(own.solve, own.gram, self.options)(
@@ -1149,8 +1152,7 @@ class Run:
             raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: {error}") from error
         stored = None if part is None else part.dequantize()
         if stored is not None:
-            energies[:] = error_energies(weight, stored, own.gram)
-        shared = self.ranks.size > 1 and self.options.method != "salient"
+            energies[:] = error_energies(weight, stored, own.gram, first, sum(counts))
         if shared:
             self.ranks.sum(energies)
             part = QuantizedTensor.joined([each for each in self.ranks.gather(part) if each])
