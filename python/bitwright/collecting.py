@@ -28,7 +28,6 @@ from bitwright.states import ChunkPlan, States, read_states
 from bitwright.statistics import LayerStatistics, Moments
 from bitwright.statistics_files import (
     HEAD_FILE,
-    UNFINISHED,
     Statistics,
     StatisticsWriter,
     check_place,
@@ -112,7 +111,7 @@ def collect_statistics(
 
     def check() -> None:
         check_apart(work.out, source.checkpoint.source, "checkpoint that is read")
-        check_place(work.out)
+        check_place(work)
 
     ranks.on_first(check)
     rows, width = tokens.shape
@@ -131,9 +130,11 @@ def collect_statistics(
     with work, kept_when_interrupted(work):
         journal = Journal(work, identity, start)
         state = journal.begin(resume)
-        writer = StatisticsWriter(work.path / UNFINISHED) if ranks.is_first else None
-        if writer is not None:
-            writer.restore(state and state["writer"])
+        writer = StatisticsWriter(work) if ranks.is_first else None
+        with journal.going_on():
+            first = 0 if state is None else int(state["blocks"])
+            if writer is not None:
+                writer.restore(state and state["writer"])
         rope = source.rotation(width)
         plan = ChunkPlan.shared(tokens.size, rope.chunk_rows, 0, planned.resident, journal.scratch)
         hidden: Iterator[Float32]
@@ -141,12 +142,12 @@ def collect_statistics(
             table, flat = source.embedding_table(), tokens.reshape(-1)
             hidden = (source.embed(flat[plan.place(i)], table) for i in plan.numbers)
         else:
-            channels = source.config.hidden_size
-            place = journal.states_file(state["states"]["hidden"], 4 * tokens.size * channels)
-            hidden = read_states(place, plan, channels)
+            with journal.going_on():
+                size = 4 * tokens.size * source.config.hidden_size
+                place = journal.states_file(state["states"]["hidden"], size)
+            hidden = read_states(place, plan, source.config.hidden_size)
         states = States(plan, hidden)
         count = source.config.num_hidden_layers
-        first = 0 if state is None else int(state["blocks"])
         with progress_bar("collecting", progress and ranks.is_first, "blocks") as bar:
             task = bar.add_task("", total=count, completed=first, figures="")
             for index in range(first, count):
@@ -164,7 +165,7 @@ def collect_statistics(
             writer.add(source.names.head, len(moments.gram), moments)
             writer.end_file(HEAD_FILE)
             digests = [digest(np.ascontiguousarray(sample).data) for sample in tokens]
-            writer.finish(fingerprint, tokens.size, digests, work.out)
+            writer.finish(fingerprint, tokens.size, digests)
         ranks.barrier()
     return Statistics(out)
 

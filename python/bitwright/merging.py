@@ -12,7 +12,7 @@ from bitwright.checkpoint.writer import check_apart
 from bitwright.distributed import current
 from bitwright.errors import StatisticsError
 from bitwright.statistics import Moments
-from bitwright.statistics_files import UNFINISHED, Statistics, StatisticsWriter, check_place
+from bitwright.statistics_files import Statistics, StatisticsWriter, check_place
 
 
 def merge_statistics(
@@ -55,7 +55,7 @@ def merge_statistics(
     if not parts:
         raise ValueError("parts: there are none")
     ranks, work = current(), WorkFolder(out)
-    opened = ranks.on_first(lambda: _checked([Statistics(part) for part in parts], work.out))
+    opened = ranks.on_first(lambda: _checked([Statistics(part) for part in parts], work))
     with work:
         # Nothing to go on from, but what another run has left there is not to be lost.
         work.resume({"statistics": [part.fingerprint() for part in opened]})
@@ -63,13 +63,13 @@ def merge_statistics(
     return Statistics(out)
 
 
-def _checked(parts: Sequence[Statistics], out: Path) -> list[Statistics]:
+def _checked(parts: Sequence[Statistics], work: WorkFolder) -> list[Statistics]:
     """Return the parts in an order of their own, if they belong together."""
-    check_place(out)
+    check_place(work)
     first = parts[0]
     place_of: dict[str, Path] = {}
     for part in parts:
-        check_apart(out, part.folder, "statistics that are read")
+        check_apart(work.out, part.folder, "statistics that are read")
         if part.model != first.model:
             raise StatisticsError(
                 f"{part.folder}: holds statistics of another model (fingerprint {part.model}) than "
@@ -98,13 +98,13 @@ def _channels(part: Statistics) -> list[tuple[str, list[tuple[str, int]]]]:
 
 
 def _write(parts: Sequence[Statistics], work: WorkFolder) -> None:
-    writer = StatisticsWriter(work.path / UNFINISHED)
+    writer = StatisticsWriter(work)
     for file, stages in parts[0].by_file().items():
         for name, stage in stages.items():
             writer.add(name, stage.channels, _merged(parts, name))
         writer.end_file(file)
     samples = [sample for part in parts for sample in part.samples]
-    writer.finish(parts[0].model, sum(part.tokens for part in parts), samples, work.out)
+    writer.finish(parts[0].model, sum(part.tokens for part in parts), samples)
 
 
 def _merged(parts: Sequence[Statistics], name: str) -> Moments | None:

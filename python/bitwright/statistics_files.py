@@ -16,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.reader import is_plain_file_name, read_json_object
 from bitwright.checkpoint.replacing import output_errors, synchronize, write_json
+from bitwright.checkpoint.work_folder import WorkFolder, again_message
 from bitwright.checkpoint.writer import SafetensorsFiles, StoredTensor
 from bitwright.errors import (
     BitwrightError,
     CheckpointError,
-    OutputError,
     OutputExistsError,
+    ResumeError,
     StatisticsError,
     malformed_as,
     shown,
@@ -105,7 +106,9 @@ class Statistics:
                 )
             self.model = _digest_in(manifest["model"])
             self.tokens = _count_in("tokens", manifest["tokens"], MOST_TOKENS)
-            self.samples = tuple(_digest_in(each) for each in manifest["samples"])
+            if not isinstance(manifest["samples"], list) or not manifest["samples"]:
+                raise ValueError("samples")
+            self.samples = tuple(map(_digest_in, manifest["samples"]))
             self.stages: dict[str, StageRecord] = {}
             self._files: dict[str, str] = {}  # by stage
             for file, stages in manifest["files"].items():
@@ -195,16 +198,17 @@ class Statistics:
 
 
 class StatisticsWriter:
-    """Writes statistics into a folder, stage by stage and file by file.
+    """Writes statistics, stage by stage and file by file, that appear as a whole.
 
     Parameters
     ----------
-    folder
-        Where; it is made if it is not there.
+    work
+        The work folder of the output, entered already.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, work: WorkFolder) -> None:
+        self._work = work
+        self._folder = folder = work.path / UNFINISHED
         self._files: dict[str, dict[str, StageRecord]] = {}
         self._open: dict[str, StageRecord] = {}
         self._waiting: list[StoredTensor] = []
@@ -261,9 +265,11 @@ class StatisticsWriter:
         for name, stages in self._files.items():
             problem = _file_problem(self._folder / name, stages)
             if problem:
-                raise OutputError(f"{self._folder / name}: {problem}; start over with --no-resume")
+                raise ResumeError(
+                    f"{self._folder / name}: {problem}; {again_message(self._work.path)}"
+                )
 
-    def finish(self, model: str, tokens: int, samples: Iterable[str], out: Path) -> None:
+    def finish(self, model: str, tokens: int, samples: Iterable[str]) -> None:
         """Write the manifest and move the folder to its place."""
         content = {
             "version": VERSION,
@@ -273,9 +279,11 @@ class StatisticsWriter:
             "files": self.state(),
         }
         write_json(self._folder / MANIFEST, content)
+        check_place(self._work)  # hours may have passed since it was looked at
+        out = self._work.out
         with output_errors(out):
             synchronize(self._folder)
-            check_place(out)  # hours may have passed since it was looked at
+            self._work.last_step(UNFINISHED)
             self._folder.rename(out)
             synchronize(out.parent)
 
@@ -291,11 +299,13 @@ def expected_stages(model: Model) -> list[tuple[str, int]]:
     return [*found, (model.names.head, model.config.hidden_size)]
 
 
-def check_place(out: Path) -> None:
-    """Raise OutputError unless a folder can be made there."""
+def check_place(work: WorkFolder) -> None:
+    """Raise OutputError unless the output can be put into its place."""
+    out = work.out
     with output_errors(out):
         taken = os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))
     if taken:
+        work.forget_finished()
         raise OutputExistsError(f"{out}: exists already. Remove it or write elsewhere")
 
 
