@@ -94,7 +94,7 @@ def test_rotate_part_of_a_head(interleaved: bool, first: int, half: int, width: 
 
 
 @pytest.mark.parametrize("length", LONG)
-@pytest.mark.parametrize("window", [0, 1, 5, 64, 65, 100])
+@pytest.mark.parametrize("window", [0, 1, 5, 64, 65, 100, 2**63 - 1])
 @pytest.mark.parametrize(("softcap", "value_width"), [(0.0, 10), (1.5, 7)])
 def test_attention_in_windows_and_capped(
     length: int, window: int, softcap: float, value_width: int

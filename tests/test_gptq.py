@@ -254,7 +254,7 @@ def test_block_size_is_a_matter_of_speed_only(act_order: bool) -> None:
             weight,
             gram,
         )
-        for block_size in (1, 7, 32, 50, 128, 1000)
+        for block_size in (1, 7, 32, 50, 128, 1000, 2**63 - 1)
     ]
     np.testing.assert_allclose(errors, errors[0], rtol=0.01)
 

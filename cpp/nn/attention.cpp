@@ -35,7 +35,7 @@ struct Tile {
           seen(start + rows - seen_from) {}
 
     static Index window_of(const AttentionRule& rule) {
-        return rule.window > 0 ? rule.window : rule.length;
+        return rule.window > 0 ? std::min(rule.window, rule.length) : rule.length;
     }
     static Index most_seen(const AttentionRule& rule) {
         return std::min(rule.length, window_of(rule) + TILE);

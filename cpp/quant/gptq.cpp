@@ -94,6 +94,7 @@ void quantize_gptq(ConstMatrixView<Weight> weight, ConstMatrixView<float> upper,
                    VectorView<double> losses) {
     const Index out = weight.rows(), in = weight.cols(), group_size = result.group_size;
     const Index padded = (out + lane_count - 1) / lane_count * lane_count;
+    block = std::min(block, in);
     // A group fitted on the way must lie within one block, where its weights are up to date.
     if (grids == GridsFrom::progress) block = (block + group_size - 1) / group_size * group_size;
     Solve solve{Eigen::MatrixXf(padded, in), upper, order, importance, rule, block, grids, result};

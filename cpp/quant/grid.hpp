@@ -44,8 +44,12 @@ inline float smallest_scale(ScaleType type) {
 struct GridLanes {
     Lanes scale, zero, bias;
 
+    // Always a code, 0 where the grid is not finite: the caller refuses such a grid, but only
+    // afterwards.
     Lanes encode(const Lanes& weight, float top) const {
-        return (((weight - bias) / scale).rint() + zero).max(0.0f).min(top);
+        return (((weight - bias) / scale).rint() + zero)
+            .max<Eigen::PropagateNumbers>(0.0f)
+            .min(top);
     }
     Lanes decode(const Lanes& code) const { return scale * (code - zero) + bias; }
 };
