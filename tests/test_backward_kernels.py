@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from bitwright import _kernels
 
+pytestmark = pytest.mark.usefixtures("all_processors")
+
 Float = NDArray[Any]
 STEP = 1e-5
 

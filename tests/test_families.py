@@ -23,6 +23,8 @@ from bitwright.models.routing import route
 from bitwright.scaling import AwqOptions, ScaledBlock, observe_block
 from bitwright.states import ChunkPlan, States
 
+pytestmark = pytest.mark.usefixtures("all_processors")
+
 FOLDERS = [*TINY, *ARCH]
 by_folder = pytest.mark.parametrize(
     "folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}-{folder.name}"

@@ -14,6 +14,8 @@ from reference import Array
 from bitwright import _kernels
 from bitwright.checkpoint import config
 
+pytestmark = pytest.mark.usefixtures("all_processors")
+
 LONG = [1, 3, 63, 64, 65, 130]  # attention works on tiles of 64 positions
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -17,6 +16,8 @@ from shared_data import SHARED, needs_shared
 
 import bitwright
 from bitwright.tensor import BITS, GRIDS, Grid
+
+pytestmark = pytest.mark.usefixtures("all_processors")
 
 CASES = [*product((2, 3, 4, 8), (32, 64, 128, -1), ("asym", "sym"), ("none", "act"))]
 
@@ -289,13 +290,6 @@ def test_runs_with_the_same_threads_give_the_same_bits(
     weight, gram = gaussian(100, 256), correlated_gram(256)
     first, second = (bitwright.quantize_gptq(weight, gram.copy()) for _ in range(2))
     assert_same(first, second)
-
-
-@pytest.fixture
-def restored_threads() -> Iterator[None]:
-    threads = bitwright.build_info().threads
-    yield
-    bitwright.set_num_threads(threads)
 
 
 # hard grams

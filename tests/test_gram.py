@@ -12,6 +12,8 @@ from reference import Array
 import bitwright
 from bitwright import LayerStatistics, _kernels
 
+pytestmark = pytest.mark.usefixtures("all_processors")
+
 
 def inputs(tokens: int, channels: int, seed: int = 0) -> NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal((tokens, channels), dtype=np.float32)

@@ -17,6 +17,8 @@ from bitwright import QuantizedTensor
 from bitwright.methods.k_grid import fit_superblocks
 from bitwright.tensor import K_GRIDS, SUPERBLOCK, SuperBlocks
 
+pytestmark = pytest.mark.usefixtures("all_processors")
+
 Array = NDArray[Any]
 by_bits = pytest.mark.parametrize("bits", K_GRIDS)
 LARGEST = float(np.finfo(np.float16).max)

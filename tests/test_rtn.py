@@ -15,6 +15,8 @@ import bitwright
 from bitwright import QuantizedTensor, _kernels
 from bitwright.tensor import BITS, GRIDS, Grid
 
+pytestmark = pytest.mark.usefixtures("all_processors")
+
 SHAPES = [(1, 32), (3, 128), (16, 256), (17, 96), (35, 384)]
 
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,11 +15,7 @@ from bitwright import _kernels
 Float32 = NDArray[np.float32]
 
 
-@pytest.fixture(autouse=True)
-def restored_threads() -> Iterator[None]:
-    threads = bitwright.build_info().threads
-    yield
-    bitwright.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("all_processors", "restored_threads")
 
 
 def gaussian(*shape: int, seed: int = 0) -> Float32:
@@ -48,7 +44,24 @@ def factor() -> Float32:
     return bitwright.factor_gram(gram(), damping=1.0).upper
 
 
-KERNELS = [gram, linear, attention, factor]
+def layer() -> tuple[Float32, Float32]:
+    return gaussian(200, 256), bitwright.gram(gaussian(300, 256, seed=1))
+
+
+def refine() -> Float32:
+    """The objectives: of two codes that are as good, rounding picks one."""
+    weight, moments = layer()
+    _, objectives = bitwright.refine(bitwright.quantize_rtn(weight, 3), weight, moments)
+    return objectives.astype(np.float32)
+
+
+def clip() -> Float32:
+    weight, moments = layer()
+    change = bitwright.quantize_clipped(weight, moments, 3).dequantize() - weight
+    return _kernels.row_quadratic_forms(change, moments).astype(np.float32)
+
+
+KERNELS = [gram, linear, attention, factor, refine, clip]
 REPEATS = 30
 
 

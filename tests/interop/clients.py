@@ -1,5 +1,6 @@
 """Build, once, a virtual environment for each real client that loads what bitwright writes."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -60,14 +61,18 @@ def client_python(name: str, root: Path = ROOT) -> Path:
     # Written last, so an interrupted build has none and a changed list differs from it.
     stamp = environment / "requirements.txt"
     requirements = "\n".join(CLIENTS[name]) + "\n"
-    if not stamp.exists() or stamp.read_text() != requirements:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "-q", *CLIENTS[name]],
-            check=True,
-            env={**os.environ, **(BUILD if name == "llamacpp" else {})},
-        )
-        stamp.write_text(requirements)
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests of other processes wait for the same client
+        if not stamp.exists() or stamp.read_text() != requirements:
+            subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
+            subprocess.run(
+                # Compiled when imported: most modules never are.
+                [python, "-m", "pip", "install", "-q", "--no-compile", *CLIENTS[name]],
+                check=True,
+                env={**os.environ, **(BUILD if name == "llamacpp" else {})},
+            )
+            stamp.write_text(requirements)
     return python
 
 

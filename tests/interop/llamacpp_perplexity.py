@@ -26,8 +26,8 @@ def judge(file: str, tokens: np.ndarray[Any, Any]) -> None:
     model = Llama(
         file,
         n_ctx=tokens.shape[1],
-        n_threads=2,
-        n_threads_batch=2,
+        n_threads=1,  # two that share a processor spin in each other's way
+        n_threads_batch=1,
         logits_all=True,
         flash_attn=False,
         type_k=GGML_TYPE_F32,

@@ -45,7 +45,7 @@ def main() -> None:
 
     start = time.perf_counter()
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.nthread = 2
+    settings.nthread = 1
     settings.ftype = FILE_TYPES[options.type]
     settings.pure = options.pure
     with tempfile.TemporaryDirectory() as scratch:
