@@ -1,6 +1,6 @@
 """How the tests share the processors: each worker of pytest-xdist keeps to its own.
 
-Threads that wait for each other only cost where two tests want them, and most of them take turns with Python
+Threads that wait for each other only cost where two tests want them, and most take turns with Python
 anyway. Where files or `-k` are given there is one process with all processors, as with `-n 0`.
 """
 

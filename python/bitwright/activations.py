@@ -1,5 +1,6 @@
 """Files of layer inputs: an .npz with one array ``[samples, length, in]`` per layer."""
 
+import math
 import os
 import tempfile
 import zipfile
@@ -8,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import (
+    MAGIC_PREFIX,
+    read_array,
+    read_array_header_1_0,
+    read_array_header_2_0,
+    read_magic,
+)
 from numpy.typing import NDArray
 
 from bitwright.calibration import TokenSource, load_at_most
@@ -20,6 +28,8 @@ from bitwright.statistics import require_finite
 
 DEFAULT_SAMPLES = 8
 SHOWN_NAMES = 5
+MOST_EXPANSION = 16  # of a compressed array when it is read; activations shrink by less than half
+_HEADERS = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
 
 
 class ActivationFile:
@@ -39,27 +49,29 @@ class ActivationFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        if not os.path.isfile(self.path):  # opening a pipe would wait for someone to write to it
+            raise CalibrationError(f"{self.path}: cannot be read (there is no such file)")
         try:
-            self._stream = self.path.open("rb")
+            with self.path.open("rb") as file:
+                alone = file.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX
+            if alone:
+                raise CalibrationError(
+                    f"{self.path}: is a single array; expected an .npz, one per layer"
+                )
+            self._archive = zipfile.ZipFile(self.path)
         except OSError as error:
             raise CalibrationError(f"{self.path}: cannot be read ({error.strerror})") from error
-        try:
-            file = np.load(self._stream, allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            self.close()
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise CalibrationError(
                 f"{self.path}: is not an .npz of numeric arrays ({error})"
             ) from error
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            self.close()
-            raise CalibrationError(
-                f"{self.path}: is a single array; expected an .npz, one per layer"
-            )
-        self._file = file
+        self._entries = {
+            each.filename.removesuffix(".npy"): each for each in self._archive.infolist()
+        }
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        self._archive.close()
 
     def __enter__(self) -> "ActivationFile":
         return self
@@ -82,32 +94,51 @@ class ActivationFile:
             If a value is NaN or infinite.
         """
         layers = tuple(layers)
-        known = self._file.files
+        known = self._entries
         name = next(
             (f"{n}{end}" for n in layers for end in ("", ".weight") if f"{n}{end}" in known), ""
         )
         if not name:
-            present = ", ".join(map(shown, known[:SHOWN_NAMES]))
+            present = ", ".join(map(shown, [*known][:SHOWN_NAMES]))
             more = f" and {len(known) - SHOWN_NAMES} more" if len(known) > SHOWN_NAMES else ""
             raise CalibrationError(
                 f"{self.path}: has no activations of layer {layers[0]}; it has {present or 'none'}{more}"
             )
         try:
-            array: NDArray[Any] = self._file[name]
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            array = self._read(known[name])
+        except Exception as error:  # as in `load_tokens`: headers are parsed as Python
             raise CalibrationError(
-                f"{self.path}: array {name} is pickled or damaged, and is not read ({error})"
+                f"{self.path}: array {name} is pickled or damaged, and is not read "
+                f"({shown(str(error))})"
             ) from error
         if array.dtype.kind != "f" or array.ndim not in (2, 3) or array.shape[-1] != channels:
             raise CalibrationError(
                 f"{self.path}: array {name} is {array.dtype} of shape {list(array.shape)}; layer "
                 f"{layers[0]} needs floats [batch, length, {channels}]"
             )
-        tokens = np.ascontiguousarray(array.reshape(-1, channels), np.float32)
-        if not tokens.any():
+        with np.errstate(all="ignore"):  # of NaN and what overflows, which are refused below
+            tokens = np.ascontiguousarray(array.reshape(-1, channels), np.float32)
+            some = tokens.any()
+        if not some:
             raise CalibrationError(f"{self.path}: array {name} is empty or all zero")
         require_finite(tokens, f"{self.path}: array {name}")
         return tokens
+
+    def _read(self, entry: zipfile.ZipInfo) -> NDArray[Any]:
+        most = MOST_EXPANSION * min(entry.compress_size, self.path.stat().st_size)
+        with self._archive.open(entry) as file:
+            version = read_magic(file)
+            if version not in _HEADERS:
+                raise ValueError(f"version {version}")
+            shape, _, dtype = _HEADERS[version](file)
+            size = math.prod(shape) * dtype.itemsize
+            if min(shape, default=0) < 0 or size != entry.file_size - file.tell():
+                raise ValueError(f"{size} bytes of {entry.file_size}")
+            if size > most:
+                raise ValueError(f"{size} bytes, packed into {entry.compress_size}")
+        with self._archive.open(entry) as file:
+            array: NDArray[Any] = read_array(file, allow_pickle=False)
+        return array
 
 
 def collect_activations(

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from bitwright.chat import ChatTemplate, is_chat
 from bitwright.errors import CalibrationError, shown
 from bitwright.text_file import TEXT_LIMIT, read_bytes, read_text
+from bitwright.tokenizer_growth import check_growth
 
 TokenSource: TypeAlias = str | os.PathLike[str] | NDArray[Any] | Sequence[str]
 
@@ -221,7 +222,9 @@ def _tokenized(
             f"{origin}: is text, which needs a tokenizer. Give one, or a .npy of token ids"
         )
     with _tokenizer_errors(origin):
-        encoding = load_tokenizer(tokenizer).encode_batch_fast([text], add_special_tokens=False)[0]
+        private = load_tokenizer(tokenizer)
+        check_growth(private, text, origin)
+        encoding = private.encode_batch_fast([text], add_special_tokens=False)[0]
         ids = np.array(encoding.ids, dtype=np.uint32)
     count = len(ids) // length
     if not count:

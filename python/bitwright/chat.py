@@ -10,12 +10,13 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from bitwright.errors import CalibrationError, shown
+from bitwright.template_sandbox import BoundedSandbox
 from bitwright.text_file import TEXT_LIMIT, read_text
 
 TEMPLATE_LIMIT = 16 << 20  # bytes, of tokenizer_config.json too; the usual ones are below 2 MB
+SOURCE_LIMIT = 1 << 16  # characters of a template; the usual ones are below 20,000
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -74,7 +75,10 @@ class ChatTemplate:
             )
         self._tokens = _tokens(config, self._path.with_name("tokenizer_config.json"))
         try:
-            self._template = _environment().from_string(source)
+            if len(source) > SOURCE_LIMIT:
+                raise ValueError(f"it has more than {SOURCE_LIMIT} characters")
+            self._environment = _environment()
+            self._template = self._environment.from_string(source)
         except Exception as error:
             place = (
                 f", see its line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
@@ -108,6 +112,7 @@ class ChatTemplate:
         options = {"documents": None, "add_generation_prompt": False}
         text = StringIO()
         try:
+            self._environment.start(variables)
             for piece in self._template.generate(self._tokens | variables | options):
                 text.write(piece)
                 if text.tell() > TEXT_LIMIT:
@@ -130,11 +135,13 @@ class _Generation(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+def _environment() -> BoundedSandbox:
+    environment = BoundedSandbox(
+        filters={"tojson": _to_json},
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, "jinja2.ext.loopcontrols"],
     )
-    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment

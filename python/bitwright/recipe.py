@@ -1,5 +1,6 @@
 """Which layers are quantized, and how finely."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,10 @@ class Recipe:
                 layers[name] = bits, None if size == -1 else size
             if not layers:
                 raise ValueError("no layers")
-            return cls(layers, float(content["target_bpw"]), float(content["bits_per_weight"]))
+            target, reached = float(content["target_bpw"]), float(content["bits_per_weight"])
+            if not (math.isfinite(target) and math.isfinite(reached)):
+                raise ValueError(f"target_bpw {target}, bits_per_weight {reached}")
+            return cls(layers, target, reached)
 
 
 def plan_layers(

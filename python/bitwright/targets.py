@@ -102,7 +102,7 @@ class DwqTargets:
         parts = []
         for shard in range(self.shard_count):
             path = _shard_path(self.folder, shard)
-            with _reading(path), safe_open(path, framework="numpy") as file:
+            with _reading(path), _opened(path) as file:
                 parts.append(file.get_tensor("tokens"))
         tokens: NDArray[np.int32] = np.concatenate(parts)
         if tokens.min() < 0 or tokens.max() >= self._vocabulary:
@@ -114,7 +114,7 @@ class DwqTargets:
             raise IndexError(f"{self.folder}: has no sample {sample}, only 0 to {self.samples - 1}")
         shard, place = divmod(sample, self._shard_samples)
         path = _shard_path(self.folder, shard)
-        with _reading(path), safe_open(path, framework="numpy") as file:
+        with _reading(path), _opened(path) as file:
             ids, known, rest = (
                 file.get_slice(name)[place : place + 1][0]
                 for name in ("ids", "log_probabilities", "rest")
@@ -301,6 +301,10 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"targets-{shard + 1:05d}.safetensors"
 
 
+def _opened(path: Path) -> Any:  # the library's handles have no types
+    return safe_open(path, framework="numpy", backend="pread")  # see `Checkpoint`
+
+
 def _reading(path: Path) -> AbstractContextManager[None]:
     remedy = "; was it changed or removed meanwhile?"
     return malformed_as(TargetsError, f"{path}: cannot be read", remedy, SafetensorError, OSError)
@@ -323,7 +327,7 @@ def _shard_problem(path: Path, samples: int, length: int, k: int) -> str | None:
         "tokens": ("I32",),
     }
     try:
-        with safe_open(path, framework="numpy") as file:
+        with _opened(path) as file:
             if set(file.keys()) != set(shapes):
                 return "holds other tensors"
             for name, shape in shapes.items():

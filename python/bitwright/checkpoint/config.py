@@ -25,7 +25,8 @@ MODEL_DTYPES: dict[str, np.dtype[Any]] = {
 LayerType = Literal["full_attention", "sliding_attention"]
 _LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 _LARGEST_INTEGER = 2**31 - 1
-_MOST_LAYERS = 10_000
+# Some times what any model has; each is looked at one by one before files can tell that it is not there.
+MOST_LAYERS, _MOST_EXPERTS, _MOST_HEAD_CHANNELS = 1_000, 4_096, 1 << 20
 _SPELLINGS: dict[str, tuple[str, ...]] = {
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "dtype": ("dtype", "torch_dtype"),
@@ -255,9 +256,8 @@ class ModelConfig:
             _LLAMA_DEFAULTS | dict(rules.defaults),
             rules,
         )
-        hidden_size, layers = top.integer("hidden_size"), top.integer("num_hidden_layers")
-        if layers > _MOST_LAYERS:
-            raise top.wrong("num_hidden_layers", f"must be at most {_MOST_LAYERS}")
+        hidden_size = top.integer("hidden_size")
+        layers = top.integer("num_hidden_layers", most=MOST_LAYERS)
         heads = top.integer("num_attention_heads")
         key_value_heads = top.integer("num_key_value_heads", heads)
         if heads % key_value_heads:
@@ -282,6 +282,10 @@ class ModelConfig:
                 )
             head_dim = head_dim or hidden_size // heads
             rotary_dim = int(head_dim * _partial_rotary_factor(top))
+        if heads * (head_dim + (latent.value_dim if latent else 0)) > _MOST_HEAD_CHANNELS:
+            raise top.wrong(
+                "num_attention_heads", f"together heads have at most {_MOST_HEAD_CHANNELS} channels"
+            )
         if rotary_dim % 2 or rotary_dim == 0:
             raise CheckpointError(
                 f'{source}: "head_dim" is {head_dim}, of which {rotary_dim} channels are rotated, but '
@@ -382,13 +386,20 @@ class Keys:
             raise self.wrong(key, "must be an object")
         return Keys(values, self.source, f"{key}.") if values else None
 
-    def integer(self, key: str, default: int | None = None, *, zero: bool = False) -> int:
+    def integer(
+        self,
+        key: str,
+        default: int | None = None,
+        *,
+        zero: bool = False,
+        most: int = _LARGEST_INTEGER,
+    ) -> int:
         value = self.get(key)
         if value is None and default is not None:
             return default
         least = 0 if zero else 1
-        if type(value) is not int or not least <= value <= _LARGEST_INTEGER:
-            raise self.wrong(key, f"must be an integer from {least} to {_LARGEST_INTEGER}")
+        if type(value) is not int or not least <= value <= most:
+            raise self.wrong(key, f"must be an integer from {least} to {most}")
         return value
 
     def optional_integer(self, key: str) -> int | None:
@@ -420,12 +431,16 @@ class Keys:
         return tuple(map(float, value))
 
     def integers(self, key: str) -> tuple[int, ...]:
-        """A list of integers, empty where there is none."""
+        """A list of integers, at most one for each layer; empty where there is none."""
         value = self.get(key)
         if value is None:
             return ()
-        if not isinstance(value, list) or not all(type(each) in (int, bool) for each in value):
-            raise self.wrong(key, "must be a list of integers")
+        if (
+            not isinstance(value, list)
+            or len(value) > MOST_LAYERS
+            or not all(type(each) in (int, bool) for each in value)
+        ):
+            raise self.wrong(key, f"must be a list of integers, {MOST_LAYERS} at most")
         return tuple(map(int, value))
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
@@ -528,7 +543,8 @@ def _latent_scale(rope: RopeConfig) -> float:
 
 
 def _experts(top: Keys, rules: ConfigRules) -> ExpertsConfig:
-    count, chosen = top.integer("num_experts"), top.integer("num_experts_per_tok")
+    count = top.integer("num_experts", most=_MOST_EXPERTS)
+    chosen = top.integer("num_experts_per_tok")
     if chosen > count:
         raise top.wrong("num_experts_per_tok", f"must be at most {count}, the number of experts")
     size = top.integer("moe_intermediate_size", top.integer("intermediate_size"))

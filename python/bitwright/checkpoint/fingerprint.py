@@ -9,8 +9,8 @@ from typing import Any
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.errors import CheckpointError
 
-HEADER_LIMIT = 100 << 20  # bytes, as the safetensors library has it
 PIECE, PIECES = 1 << 16, 64  # bytes, and how many places of a weight file are looked at
+HEADER_LIMIT = 100_000_000  # bytes, which the safetensors library holds headers to as well
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:
@@ -70,8 +70,9 @@ def _add_pieces(known: Any, path: Path) -> None:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             known.update(size.to_bytes(8, "little"))
-            header = int.from_bytes(file.read(8), "little")  # of a safetensors file, checked before
-            known.update(file.read(min(header, size, HEADER_LIMIT)))
+            header = int.from_bytes(file.read(8), "little")
+            if header <= min(size, HEADER_LIMIT):  # of other files that is no length
+                known.update(file.read(header))
             for piece in range(PIECES):
                 file.seek(max(0, size - PIECE) * piece // (PIECES - 1))
                 known.update(file.read(PIECE))

@@ -81,7 +81,6 @@ _SCALARS: dict[int, np.dtype[Any]] = {
     11: np.dtype("<i8"),
     12: np.dtype("<f8"),
 }
-_DEFAULT_TYPES: dict[type, Any] = {int: np.int64, float: np.float32}
 _SCALAR_IDS = {dtype: number for number, dtype in _SCALARS.items()}
 _NAMES_OF_IDS = {number: name for name, number in TYPE_IDS.items()}
 TYPE_NAMES = {dtype: name for name, dtype in BLOCKS.items()}
@@ -158,9 +157,9 @@ def write_header(file: BinaryIO, metadata: Mapping[str, Any], tensors: Sequence[
     file : binary file
         At its start.
     metadata : mapping
-        What the file says of itself: strings, booleans, integers (uint32, or int64 where they do not
-        fit), floats (float32), NumPy scalars where the type is to be another, and lists (int32, float32)
-        or one-dimensional arrays of them.
+        What the file says of itself: strings, booleans, integers (uint32, or int64 or uint64 where they
+        do not fit), floats (float32, or float64 where they do not), NumPy scalars where the type is to be
+        another, and lists (int32, float32) or one-dimensional arrays of them.
     tensors : sequence of TensorInfo
         In the order of their data.
 
@@ -204,12 +203,21 @@ def _encoded(value: Any) -> tuple[int, bytes]:
         array = np.asarray(value)
         array = array.astype({"i": np.int32, "f": np.float32}.get(array.dtype.kind, array.dtype))
     else:
-        small = type(value) is int and 0 <= value < 1 << 32
-        array = np.asarray(value, np.uint32 if small else _DEFAULT_TYPES.get(type(value)))
+        array = np.asarray(value, _scalar_type(value))
     number = _SCALAR_IDS[array.dtype]
     if array.ndim == 0:
         return number, array.tobytes()
     return _ARRAY, struct.pack("<IQ", number, len(array)) + array.tobytes()
+
+
+def _scalar_type(value: Any) -> Any:
+    """Return the smallest of the usual types that holds an integer or float, None for what has its own."""
+    if type(value) is int:
+        return np.uint32 if 0 <= value < 1 << 32 else np.int64 if value < 1 << 63 else np.uint64
+    if type(value) is float:
+        fits = not math.isfinite(value) or abs(value) <= float(np.finfo(np.float32).max)
+        return np.float32 if fits else np.float64
+    return None
 
 
 class Header:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint.config import Keys, ModelConfig
+from bitwright.checkpoint.config import MOST_LAYERS, Keys, ModelConfig
 from bitwright.checkpoint.gguf_names import GGUF_FAMILIES, GgufFamily, GgufNames
 from bitwright.checkpoint.gguf_tokenizer import tokenizer_metadata
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
@@ -160,8 +160,8 @@ def config_from_gguf(
         model_type = "mixtral"
     family = GGUF_FAMILIES[model_type]
     hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
-    layers = keys.integer("block_count")
-    width = keys.integer("attention.key_length", hidden // heads)
+    layers = keys.integer("block_count", most=MOST_LAYERS)
+    width = keys.integer("attention.key_length", max(hidden // heads, 1))
     if keys.integer("attention.value_length", width) != width:
         raise keys.wrong("attention.value_length", f"only {width}, as of keys, is supported")
     if len(embedding := shapes.get("token_embd.weight", ())) != 2:

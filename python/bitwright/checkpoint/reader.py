@@ -39,7 +39,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-JSON_LIMIT = 256 << 20  # bytes; the index of the largest public models is below 20 MB
+# Bytes, of which Python's objects may take 24 times as many; the largest public tokenizers and indexes are
+# below 40 MB.
+JSON_LIMIT = 128 << 20
 _NUMBERED_SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -457,15 +459,17 @@ def _files_without_index(folder: Path) -> list[Path]:
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be listed: {error.strerror}") from error
     files = [file for file in present if file.suffix == ".safetensors"]
-    for file in files:
-        if numbered := _NUMBERED_SHARD.fullmatch(file.name):
-            prefix, _, total = numbered.groups()
-            for number in range(1, int(total) + 1):
-                other = folder / f"{prefix}{number:05d}-of-{total}.safetensors"
-                if other not in files:
-                    raise CheckpointNotFoundError(
-                        f"{other}: is missing, though {file.name} belongs with it. Download it"
-                    )
+    names, series = {file.name for file in files}, dict[tuple[str, str], str]()
+    for name in names:
+        if numbered := _NUMBERED_SHARD.fullmatch(name):
+            series[numbered[1], numbered[3]] = name
+    for (prefix, total), name in series.items():
+        for number in range(1, int(total) + 1):
+            other = f"{prefix}{number:05d}-of-{total}.safetensors"
+            if other not in names:
+                raise CheckpointNotFoundError(
+                    f"{folder / other}: is missing, though {name} belongs with it. Download it"
+                )
     if not files:
         if any(file.suffix in (".bin", ".pt", ".pth") for file in present):
             raise UnsupportedModelError(

@@ -1,5 +1,6 @@
 """A checkpoint as a model: streamed, one decoder block in memory at a time."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,12 +19,12 @@ from bitwright.checkpoint import (
     open_checkpoint,
 )
 from bitwright.checkpoint.config import MODEL_DTYPES
-from bitwright.errors import CheckpointError
+from bitwright.errors import CheckpointError, shown
 from bitwright.formats import detect_format
 from bitwright.models import ARCHITECTURES
 from bitwright.models.architecture import Names
 from bitwright.models.block import DecoderBlock, Rotation
-from bitwright.models.layout import ExpertPlace, block_layout
+from bitwright.models.layout import BlockLayout, ExpertPlace, block_layout
 from bitwright.models.operations import BlockWeights, Float, Float32, Operations
 from bitwright.models.rope import rope_tables
 from bitwright.statistics import require_finite
@@ -65,12 +66,17 @@ class Model:
         self.format = detect_format(checkpoint)
         self.names = self._find_names()
         self.embedding_name, self.head_name = self._embedding_and_head()
-        self.layouts = tuple(
-            block_layout(self.architecture, self.config, index)
-            for index in range(self.config.num_hidden_layers)
-        )
-        self.experts = self._expert_places()
-        self._check_tensors()
+        self.experts: dict[str, ExpertPlace] = {}
+        for name in (self.embedding_name, self.head_name):
+            self._check_matrix(name, (self.config.vocab_size, self.config.hidden_size))
+        for name, extent in self._final_vectors().items():
+            self._check_vector(name, extent)
+        layouts: list[BlockLayout] = []
+        for index in range(self.config.num_hidden_layers):
+            layouts.append(block_layout(self.architecture, self.config, index))
+            # Before the next: a config.json may ask for any number of layers that are not there.
+            self._check_block(index, layouts[-1])
+        self.layouts = tuple(layouts)
 
     @property
     def tied(self) -> bool:
@@ -260,7 +266,8 @@ class Model:
         if not np.isfinite(rows).all():
             require_finite(table, f"{self.checkpoint.folder}: tensor {self.embedding_name}.weight")
         if self.config.embedding_scale != 1:
-            rows *= np.float32(self.config.embedding_scale)
+            with np.errstate(over="ignore"):  # whoever uses the states looks at them
+                rows *= np.float32(self.config.embedding_scale)
         return rows
 
     def head(self) -> Float32:
@@ -291,11 +298,9 @@ class Model:
 
     def final_operations(self, source: "WeightSource | None" = None) -> Operations:
         """Return the operations after the last block, that is, its norm."""
-        known, kind = self if source is None else source, self.architecture.norm_kind
-        parts = ("weight", "bias") if kind == "layer_norm" else ("weight",)
-        shapes = {f"{self.names.final_norm}.{part}": (self.config.hidden_size,) for part in parts}
+        known, shapes = self if source is None else source, self._final_vectors()
         weights = BlockWeights(lambda name: known.vector(name, shapes[name]), {})
-        return Operations(weights, shapes, kind, self.config.norm_eps)
+        return Operations(weights, shapes, self.architecture.norm_kind, self.config.norm_eps)
 
     def rotation(self, length: int, dtype: DTypeLike = np.float32) -> Rotation:
         """Return the rotary tables for samples of `length` tokens."""
@@ -366,6 +371,8 @@ class Model:
             If `input_ids` is not such an array or an id is not in the vocabulary.
         CheckpointError
             If a tensor is absent, damaged or of the wrong shape.
+        NonFiniteError
+            If a weight or a logit is NaN or infinite.
 
         Examples
         --------
@@ -376,6 +383,7 @@ class Model:
         """
         *_, hidden = self.hidden_states(input_ids)
         logits = self.head_logits(hidden.reshape(-1, hidden.shape[-1]), self.head())
+        require_finite(logits, f"{self.checkpoint.folder}: logits of these tokens")
         return logits.reshape(*hidden.shape[:2], -1)
 
     def _find_names(self) -> Names:
@@ -402,18 +410,6 @@ class Model:
     def _is_stored(self, name: str) -> bool:
         return any(f"{name}.{part}" in self.checkpoint for part in ("weight", "qweight"))
 
-    def _expert_places(self) -> dict[str, ExpertPlace]:
-        """Return where every expert's linear is, with full names, by its full name."""
-        return {
-            self.block_prefix(index) + name: replace(
-                place,
-                prefix=self.block_prefix(index) + place.prefix,
-                stacked=self.block_prefix(index) + place.stacked,
-            )
-            for index, layout in enumerate(self.layouts)
-            for name, place in layout.experts.items()
-        }
-
     def _source(self, name: str) -> tuple[str, int | None, slice | None]:
         """Return the tensor that holds the weight of a layer and, of a stack of experts, which part."""
         direct, place = f"{name}.weight", self.experts.get(name)
@@ -435,40 +431,74 @@ class Model:
     ) -> Float32:
         checkpoint = self.checkpoint
         self._check_shape(name, _part_shape(checkpoint.shape(name), index, rows), shape)
+        self._check_floats(name)
         array = checkpoint.read(name) if index is None else checkpoint.read_part(name, index, rows)
-        if array.dtype.kind not in "fV":
-            raise CheckpointError(
-                f"{checkpoint.file(name)}: tensor {name} is {array.dtype}, expected floats"
-            )
         array = np.ascontiguousarray(array, np.float32)
         require_finite(array, f"{checkpoint.file(name)}: tensor {name}")
         return array
 
-    def _check_tensors(self) -> None:
-        """Compare the shapes in the weight files' headers with what config.json asks for."""
-        matrix = (self.config.vocab_size, self.config.hidden_size)
-        shapes: dict[str, tuple[int, ...]] = {self.embedding_name: matrix, self.head_name: matrix}
-        for index, layout in enumerate(self.layouts):
-            prefix = self.block_prefix(index)
-            for name, extent in layout.vectors.items():
-                tensor = prefix + name
-                self._check_shape(tensor, self.checkpoint.shape(tensor), extent)
-            shapes |= {prefix + name: shape for name, shape in layout.linears.items()}
-            shapes |= {prefix + name: shape for name, shape in layout.floats.items()}
-        for name, shape in shapes.items():
-            tensor, part, rows = self._source(name)
-            if self.format is not None and not self._is_float(tensor):
-                continue  # the format compares the sizes of packed tensors when it reads them
+    def _final_vectors(self) -> dict[str, tuple[int]]:
+        parts = ("weight", "bias") if self.architecture.norm_kind == "layer_norm" else ("weight",)
+        return {f"{self.names.final_norm}.{part}": (self.config.hidden_size,) for part in parts}
+
+    def _check_block(self, index: int, layout: BlockLayout) -> None:
+        """Compare the headers of the weight files with what config.json asks for in a block, and note where
+        its experts are."""
+        prefix = self.block_prefix(index)
+        for name, place in layout.experts.items():
+            stacked = prefix + place.stacked
+            self.experts[prefix + name] = replace(
+                place, prefix=prefix + place.prefix, stacked=stacked
+            )
+        for name, extent in layout.vectors.items():
+            self._check_vector(prefix + name, extent)
+        for name, shape in (*layout.linears.items(), *layout.floats.items()):
+            self._check_matrix(prefix + name, shape)
+
+    def _check_vector(self, tensor: str, extent: tuple[int]) -> None:
+        self._check_shape(tensor, self.checkpoint.shape(tensor), extent)
+        self._check_floats(tensor)
+
+    def _check_matrix(self, name: str, shape: tuple[int, int]) -> None:
+        tensor, part, rows = self._source(name)
+        if self.format is None or self._is_float(tensor):
             self._check_shape(tensor, _part_shape(self.checkpoint.shape(tensor), part, rows), shape)
+            self._check_floats(tensor)
+            return
+        # The format compares the sizes of packed tensors when it reads them. Until then, there must be
+        # some, and no code has less than two bits.
+        place, stored = self.experts.get(name), 0
+        for layer in (name,) if place is None else (name, place.stacked_name):
+            for packed in (f"{layer}.{part}" for part in self.format.parts):
+                if packed in self.checkpoint:
+                    count = math.prod(self.checkpoint.shape(packed))
+                    stored += count * self.checkpoint.dtype(packed).itemsize
+        if not stored:
+            self.checkpoint.shape(tensor)  # which is not there
+        if math.prod(shape) > 4 * stored:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: quantized layer {name} has {stored} bytes, too few for the "
+                f"shape {list(shape)} that config.json asks for"
+            )
+
+    def _check_floats(self, tensor: str) -> None:
+        if not self._is_float(tensor):
+            raise CheckpointError(
+                f"{self.checkpoint.file(tensor)}: tensor {tensor} is "
+                f"{shown(str(self.checkpoint.dtype(tensor)))}, expected floats"
+            )
 
     def _is_float(self, tensor: str) -> bool:
-        return tensor in self.checkpoint and self.checkpoint.dtype(tensor) in MODEL_DTYPES.values()
+        if tensor not in self.checkpoint:
+            return False
+        dtype = self.checkpoint.dtype(tensor)
+        return dtype.kind == "f" or dtype in MODEL_DTYPES.values()
 
     def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if tuple(found) != tuple(expected):
             raise CheckpointError(
-                f"{self.checkpoint.folder}: tensor {name} has shape {list(found)}, but config.json "
-                f"asks for {list(expected)}"
+                f"{self.checkpoint.folder}: tensor {name} has shape {shown(list(found))}, but "
+                f"config.json asks for {list(expected)}"
             )
 
 
