@@ -566,7 +566,7 @@ def test_the_old_folder_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if self.name == "whole" and target == out:
+        if self.name == "checkpoint" and target == out:
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 

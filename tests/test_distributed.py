@@ -194,6 +194,20 @@ def test_ranks_that_quantize_in_a_fixed_order(tmp_path: Path, method: str) -> No
 
 
 @needs_mpi
+def test_ranks_collect_the_same_statistics(tmp_path: Path) -> None:
+    options = quantizing()
+    for count in (2, 3):
+        spread(count, "collect_statistics", True, out=tmp_path / f"{count}", **options)
+    options["calibration"] = np.asarray(options["calibration"])
+    with spread_over(fixed_order=True):
+        bitwright.collect_statistics(out=tmp_path / "1", **options)
+    known = content(tmp_path / "1")
+    assert len(known) == 3 + 2
+    assert [content(tmp_path / name) for name in ("2", "3")] == [known, known]
+    assert not list(tmp_path.glob(".*"))
+
+
+@needs_mpi
 def test_ranks_quantize_as_one_does(tmp_path: Path) -> None:
     """Sums in another order change the last bits, and these a few codes, but not how good they are."""
     options = quantizing(method="gptq", preset="fast", bits=8, embedding_bits=8)

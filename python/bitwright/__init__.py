@@ -8,6 +8,7 @@ from bitwright.best import quantize_best
 from bitwright.build import BuildInfo, build_info, set_num_threads
 from bitwright.calibration import load_tokens
 from bitwright.checkpoint import Checkpoint
+from bitwright.collecting import collect_statistics
 from bitwright.convert import convert
 from bitwright.demo import demo_folder
 from bitwright.distributed import spread_over
@@ -27,11 +28,13 @@ from bitwright.errors import (
     RecipeError,
     ResumeError,
     SensitivityError,
+    StatisticsError,
     TargetsError,
     UnsupportedModelError,
 )
 from bitwright.evaluate import Evaluation, evaluate
 from bitwright.inspection import Inspection, LayerKind, inspect_model
+from bitwright.merging import merge_statistics
 from bitwright.methods.awq import (
     ScaleSearch,
     awq_scale,
@@ -72,6 +75,7 @@ from bitwright.report import (
 from bitwright.salient_model import awq_quantize_model
 from bitwright.sensitivity import Sensitivities, estimate_sensitivities
 from bitwright.statistics import LayerStatistics, Moments, gram
+from bitwright.statistics_files import Statistics
 from bitwright.targets import DwqTargets, compute_dwq_targets
 from bitwright.tensor import QuantizedTensor, dequantize, pack, unpack
 
@@ -115,6 +119,8 @@ __all__ = [
     "ScaleSearch",
     "Sensitivities",
     "SensitivityError",
+    "Statistics",
+    "StatisticsError",
     "TargetsError",
     "UnsupportedModelError",
     "allocate",
@@ -126,6 +132,7 @@ __all__ = [
     "choose_precisions",
     "collect_activations",
     "collect_grams",
+    "collect_statistics",
     "compute_activation_stats",
     "compute_dwq_targets",
     "compute_salient_scaling",
@@ -145,6 +152,7 @@ __all__ = [
     "inspect_model",
     "load_model",
     "load_tokens",
+    "merge_statistics",
     "pack",
     "pack_awq_weights",
     "plot_dwq",

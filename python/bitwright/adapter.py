@@ -213,7 +213,8 @@ def quantize_with_transformers(
         writer.write_json("config.json", config)
         copy_side_files(checkpoint, writer)
         seconds = time.perf_counter() - start
-        report = run.output.report(Path(out), method, checkpoint, weights, tokens, seconds)
+        count = 0 if tokens is None else tokens.size
+        report = run.output.report(Path(out), method, checkpoint, weights, count, seconds)
         facts = {"grid": default.grid, "scales": dtype.name}
         writer.write_text(CARD_NAME, model_card(checkpoint, out, kind, [report], facts=facts))
     return report

@@ -1,12 +1,14 @@
 """The ``bitwright`` command."""
 
 import inspect
+import io
 import json
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from hashlib import file_digest
 from pathlib import Path
@@ -49,7 +51,8 @@ from bitwright.student import ZEROS
 from bitwright.tensor import BITS, GRIDS
 
 FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
-SPREAD = ("quantize", "refine", "sensitivities", "dynamic", "dwq")  # over MPI ranks
+# Over MPI ranks:
+SPREAD = ("quantize", "refine", "statistics", "sensitivities", "dynamic", "dwq")
 OTHERS_WAIT = 1.0  # seconds, for the first rank to say what is wrong with all of them
 
 
@@ -201,6 +204,23 @@ def _resumable(function: Callable[..., None]) -> Callable[..., None]:
     )(_resume(function))
 
 
+def _chosen_tokens(function: Callable[..., None]) -> Callable[..., None]:
+    """Options of the commands that are calibrated: which tokens."""
+    for option in (
+        click.option("--seed", type=click.IntRange(0), default=0, help="Chooses the samples."),
+        click.option(
+            "--length",
+            type=click.IntRange(1),
+            help="Tokens per sample; by default 512 of a text and the whole rows of an array.",
+        ),
+        click.option(
+            "--samples", type=click.IntRange(1), help="Calibration samples; by default up to 128."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def _threads(function: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--threads", type=click.IntRange(1, 1024), help="Threads to use; by default all processors."
@@ -218,14 +238,16 @@ def _threads(function: Callable[..., None]) -> Callable[..., None]:
 def cli(context: click.Context, fixed_order: bool) -> None:
     """Quantize language models on any CPU.
 
-    Started by mpirun, quantize, refine, sensitivities, dynamic and dwq spread over all ranks; other
-    commands run on the first.
+    Started by mpirun, quantize, refine, statistics, sensitivities, dynamic and dwq spread over all ranks;
+    other commands run on the first.
     """
     if launched():
         if context.invoked_subcommand not in SPREAD and world().Get_rank() > 0:
             context.exit()
         if context.invoked_subcommand in SPREAD:
-            context.with_resource(spread_over(world(), fixed_order))
+            ranks = context.with_resource(spread_over(world(), fixed_order))
+            if not ranks.is_first:  # reports are printed once
+                context.with_resource(redirect_stdout(io.StringIO()))
             return
     context.with_resource(spread_over(None, fixed_order))
 
@@ -245,17 +267,14 @@ def cli(context: click.Context, fixed_order: bool) -> None:
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Text (.txt, .jsonl) or token ids (.npy); all methods but rtn need it.",
+    help="Text (.txt, .jsonl) or token ids (.npy); all methods but rtn need it, or --statistics.",
 )
 @click.option(
-    "--samples", type=click.IntRange(1), help="Calibration samples; by default up to 128."
+    "--statistics",
+    type=click.Path(path_type=Path),
+    help="Folder from bitwright statistics, in place of --calibration; without drift correction.",
 )
-@click.option(
-    "--length",
-    type=click.IntRange(1),
-    help="Tokens per sample; by default 512 of a text and the whole rows of an array.",
-)
-@click.option("--seed", type=click.IntRange(0), default=0, help="Chooses the samples.")
+@_chosen_tokens
 @click.option(
     "--preset",
     type=click.Choice(PRESETS),
@@ -329,8 +348,8 @@ def cli(context: click.Context, fixed_order: bool) -> None:
 @click.option(
     "--propagate",
     type=click.Choice(["quantized", "original"]),
-    default="quantized",
-    help="Whose outputs the next layers are calibrated on.",
+    help="Whose outputs the next layers are calibrated on; by default quantized, and with --statistics "
+    "original.",
 )
 @click.option("--embedding-bits", type=_Bits(), help="Quantize the embedding too.")
 @click.option("--head-bits", type=_Bits(), help="Quantize the head too.")
@@ -717,13 +736,7 @@ def convert(source: Path, out: Path, **options: Any) -> None:
     type=click.Path(path_type=Path),
     help="Text (.txt, .jsonl) or token ids (.npy).",
 )
-@click.option(
-    "--samples", type=click.IntRange(1), help="Calibration samples; by default up to 128."
-)
-@click.option(
-    "--length", type=click.IntRange(1), help="Tokens per sample; by default 512 of a text."
-)
-@click.option("--seed", type=click.IntRange(0), default=0, help="Chooses the samples.")
+@_chosen_tokens
 @click.option(
     "--drift/--no-drift",
     default=True,
@@ -737,6 +750,44 @@ def refine(quantized: Path, original: Path, out: Path, **options: Any) -> None:
     """Improve the codes and scales of the model QUANTIZED, by any tool; its format and size stay."""
     report = bitwright.refine_model(original, quantized, out, **options)
     print_report(report, Console())
+
+
+@cli.group()
+def statistics() -> None:
+    """Collect what the layers of a model see, on several machines if need be, for quantize --statistics."""
+
+
+@statistics.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--calibration",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Text (.txt, .jsonl) or token ids (.npy).",
+)
+@_chosen_tokens
+@_resumable
+@_threads
+def collect(model: Path, out: Path, calibration: Path, **options: Any) -> None:
+    """Run the float model MODEL and write what its layers see."""
+    found = bitwright.collect_statistics(model, out, calibration, **options)
+    click.echo(_described(found))
+
+
+@statistics.command()
+@click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+def merge(parts: tuple[Path, ...], out: Path) -> None:
+    """Merge the statistics PARTS of one model over different tokens."""
+    click.echo(_described(bitwright.merge_statistics(parts, out)))
+
+
+def _described(found: bitwright.Statistics) -> str:
+    return (
+        f"statistics of {len(found.stages)} groups of layers over {found.tokens} tokens are in "
+        f"{found.folder}"
+    )
 
 
 @cli.command()

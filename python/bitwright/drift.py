@@ -117,6 +117,11 @@ class Drift:
         """Whether there is anything to gather."""
         return self._stage is not None
 
+    @property
+    def chunks(self) -> int:
+        """How many chunks, from the first on, both streams have."""
+        return self._stream.chunks
+
     def add(self, place: int, states: Float, hidden: Float, leaf: int = 0) -> None:
         """Add one chunk: inputs and hidden states of the quantized stream."""
         if self._stage is None or self._sum is None or place >= self._stream.chunks:

@@ -39,6 +39,10 @@ class TargetsError(BitwrightError, ValueError):
     """A teacher's targets are incomplete or damaged, or of something else."""
 
 
+class StatisticsError(BitwrightError, ValueError):
+    """Files of statistics are incomplete or damaged, or do not belong together or to a model."""
+
+
 class SensitivityError(BitwrightError, ValueError):
     """A file of sensitivities is damaged, or of another model."""
 

@@ -4,9 +4,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from bitwright.checkpoint import CheckpointWriter
 from bitwright.checkpoint.replacing import output_errors
 from bitwright.checkpoint.work_folder import STATE, WorkFolder, again_message, remove_tree
 from bitwright.distributed import current
@@ -17,10 +16,25 @@ from bitwright.errors import (
     ResumeError,
     malformed_as,
 )
-from bitwright.output import Output
 from bitwright.states import States
 
 SCRATCH = "scratch"
+
+
+class Recorded(Protocol):
+    """What tells its state."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what it needs to go on from here, for JSON."""
+        ...
+
+
+class RecordedFiles(Recorded, Protocol):
+    """What writes files; those of a state are on the disk when it has been told."""
+
+    def committed(self) -> None:
+        """Remove what only a state before the last one needs."""
+        ...
 
 
 class Journal:
@@ -69,8 +83,8 @@ class Journal:
     def commit(
         self,
         blocks: int,
-        output: Output,
-        writer: CheckpointWriter | None,
+        output: Recorded | None,
+        writer: RecordedFiles | None,
         states: Mapping[str, States | None],
     ) -> None:
         """Make what is there after so many blocks the state to go on from; all ranks call this together."""
@@ -84,7 +98,7 @@ class Journal:
             "blocks": blocks,
             "seconds": self.seconds(),
             "states": names,
-            "output": output.state(),
+            "output": None if output is None else output.state(),
             "writer": None if writer is None else writer.state(),
         }
         self._work.commit(self._identity, state)

@@ -170,7 +170,7 @@ class Output:
         method: str,
         checkpoint: Checkpoint,
         parameters: int,
-        tokens: NDArray[np.int32] | None,
+        tokens: int,
         seconds: float,
     ) -> QuantizationReport:
         """Sum up the run."""
@@ -184,7 +184,7 @@ class Output:
             bits_per_weight=8 * self.size_bytes / parameters,
             size_bytes=self.size_bytes,
             original_bytes=checkpoint.nbytes(),
-            calibration_tokens=0 if tokens is None else tokens.size,
+            calibration_tokens=tokens,
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(),
         )
@@ -203,14 +203,20 @@ def relative_error(weight: Float32, stored: Float32, gram: Float32 | None) -> fl
     return error / energy if energy > 0 else 0.0
 
 
-def error_energies(weight: Float32, stored: Float32, gram: Float32 | None) -> tuple[float, float]:
+def error_energies(
+    weight: Float32, stored: Float32, gram: Float32 | None, first: int = 0, out: int | None = None
+) -> tuple[float, float]:
     """Return ``tr(Δ G Δᵀ)`` and ``tr(W G Wᵀ)``, Δ = `stored` − `weight`, of at most 64 evenly spaced rows.
 
-    Without a gram the identity takes its place.
+    Without a gram the identity takes its place. Where these are a rank's rows, `first` is the place of the
+    first of them among `out`.
     """
-    step = -(-len(weight) // ERROR_ROWS)
-    rows = np.ascontiguousarray(weight[::step])
-    change = stored[::step] - rows
+    step = -(-(out or len(weight)) // ERROR_ROWS)
+    chosen = slice(-first % step, None, step)
+    rows = np.ascontiguousarray(weight[chosen])
+    if len(rows) == 0:
+        return 0.0, 0.0
+    change = stored[chosen] - rows
     error, energy = (
         float(
             np.vdot(each, each) if gram is None else _kernels.row_quadratic_forms(each, gram).sum()

@@ -23,10 +23,12 @@ from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.distributed import current
 from bitwright.drift import Drift, OriginalStream, drift_rows
-from bitwright.errors import BitwrightError, NonFiniteError, check_choice
+from bitwright.errors import BitwrightError, check_choice
 from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
+from bitwright.gathering import advance, head_moments, require_finite_inputs
 from bitwright.journal import Journal, kept_when_interrupted
+from bitwright.known_inputs import FEW_TOKENS, KnownInputs
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.metrics import Metric
@@ -62,11 +64,11 @@ from bitwright.scaling import AwqOptions, Clip, Objective, ScaledBlock, observe_
 from bitwright.states import ChunkPlan, States, read_states
 from bitwright.statistics import LayerStatistics, Moments
 from bitwright.statistics import gram as gram_of
+from bitwright.statistics_files import Statistics
 from bitwright.targets import tokens_fingerprint
 from bitwright.tensor import Grid, QuantizedTensor
 
 DEFAULT_SAMPLES = 128
-FEW_TOKENS = 128  # below so many an expert's gram is that of all tokens
 JUDGED_CHUNKS = 1  # that decide between a block with AWQ's scales and one without
 ROWS = 16  # of a layer that are solved together, see cpp/quant/gptq.cpp
 
@@ -100,7 +102,8 @@ def quantize(
     salient_ratio: float = 0.01,
     activation_method: ActivationMethod = "rms",
     activations: str | os.PathLike[str] | None = None,
-    propagate: Literal["quantized", "original"] = "quantized",
+    statistics: str | os.PathLike[str] | None = None,
+    propagate: Literal["quantized", "original"] | None = None,
     embedding_bits: int | None = None,
     head_bits: int | None = None,
     include: Sequence[str] = (),
@@ -177,8 +180,11 @@ def quantize(
         As for `awq_quantize`; methods other than rms need `activations`.
     activations
         An .npz of layer inputs (see `collect_activations`) in place of `calibration`; not for AWQ's scales.
+    statistics
+        Folder of statistics of the same model (see `collect_statistics`) in place of `calibration`. They
+        are those of the original's layers, so there is no drift correction.
     propagate
-        What feeds the next layers: the ``"quantized"`` ones or the ``"original"`` ones.
+        What feeds the next layers: the ``"quantized"`` ones (default) or the ``"original"`` ones.
     embedding_bits, head_bits
         Quantize the embedding (round-to-nearest) and the head (with `method`) too; they stay in float by
         default. A tied head follows the embedding.
@@ -216,7 +222,7 @@ def quantize(
         If the run would take more memory than it may; the message tells how much it needs.
     ResumeError
         If an interrupted run had other arguments or inputs; the message tells which.
-    CheckpointError, CalibrationError, NonFiniteError, OutputError, ValueError, TypeError
+    CheckpointError, CalibrationError, StatisticsError, NonFiniteError, OutputError, ValueError, TypeError
         If anything is wrong with what was given; the message says what and where. Nothing is written then,
         but what a run needs to go on from after an interruption, in ``.NAME.work`` beside `out`.
 
@@ -237,10 +243,12 @@ def quantize(
     for name, value, known in (
         ("method", method, tuple(METHODS)),
         ("format", format, tuple(FORMATS)),
-        ("propagate", propagate, ("quantized", "original")),
+        ("propagate", propagate or "quantized", ("quantized", "original")),
         ("preset", preset, PRESETS),
     ):
         check_choice(name, value, known)
+    if statistics is not None:
+        _check_statistics_alone(arguments)
     if preset == "best":
         from bitwright.best import quantize_best  # which calls this function again
 
@@ -252,7 +260,8 @@ def quantize(
     awq = AwqOptions(n_grid, coarse_to_fine, clip, metric, objective)
     corrected = drift
     if drift is None:
-        corrected = preset != "fast" and method in CORRECTED_METHODS and propagate == "quantized"
+        corrected = preset != "fast" and method in CORRECTED_METHODS
+        corrected &= propagate != "original" and statistics is None
     elif drift and propagate == "original":
         raise ValueError("drift: with propagate original there is none to correct")
     if damping is None:
@@ -268,8 +277,9 @@ def quantize(
         preset != "fast" and method in CORRECTED_METHODS if refine is None else refine,
         bool(corrected),
     )
-    _check_inputs(options, calibration, activations)
-    if refine and calibration is None and activations is None:
+    unknown = calibration is None and activations is None and statistics is None
+    _check_inputs(options, calibration, activations, unknown)
+    if refine and unknown:
         raise ValueError("refine: needs calibration data")
     if drift and calibration is None:
         raise ValueError("drift: needs calibration data, which the model is run on")
@@ -311,6 +321,10 @@ def quantize(
     dtype = kind.scale_dtype(original.dtype)
     if scale_dtype is not None:
         dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
+    found = None
+    if statistics is not None:
+        found = Statistics(statistics)
+        found.check(original)
     tokens = None
     if calibration is not None:
         tokens = load_at_most(
@@ -337,9 +351,10 @@ def quantize(
             dtype,
             tokens,
             inputs,
-            propagate == "quantized",
+            propagate != "original" and found is None,
             memory=memory,
             resume=resume,
+            statistics=found,
         )
         identity = {"bits": bits, "group_size": group_size, "grid": default.grid}
         return run.write(out, default, overwrite, progress, start, facts, identity)
@@ -375,9 +390,10 @@ def _check_inputs(
     options: MethodOptions,
     calibration: TokenSource | None,
     activations: str | os.PathLike[str] | None,
+    unknown: bool,
 ) -> None:
     method = options.method
-    if method != "rtn" and calibration is None and activations is None:
+    if method != "rtn" and unknown:
         raise ValueError(f"calibration: {method} needs text or token ids; method rtn does without")
     if activations is not None and calibration is not None:
         raise ValueError("activations: take the place of calibration; pass one of the two")
@@ -390,6 +406,31 @@ def _check_inputs(
     check_choice("activation_method", options.activation_method, ACTIVATION_METHODS)
     if activations is None and options.activation_method != "rms":
         raise ValueError("activation_method: mean and max need activations; calibration gives rms")
+
+
+def _check_statistics_alone(given: Mapping[str, Any]) -> None:
+    """Raise ValueError if what statistics stand for, or what they cannot do, is asked for beside them."""
+    instead = [name for name in ("calibration", "activations") if given[name] is not None]
+    if instead:
+        raise ValueError(f"statistics: take the place of {instead[0]}; pass one of the two")
+    chosen = [name for name in ("samples", "length", "seed") if given[name]]
+    if chosen:
+        raise ValueError(
+            f"{chosen[0]}: the tokens of statistics were chosen when they were collected"
+        )
+    reasons = {
+        "preset": (given["preset"] == "best", "best trains on tokens"),
+        "drift": (bool(given["drift"]), "there are only the original's layers in statistics"),
+        "propagate": (given["propagate"] == "quantized", "statistics are of the original's layers"),
+    }
+    if given["method"] in SCALED_METHODS:
+        reasons |= {
+            "metric": (given["metric"] != "mse", "statistics are enough for mse only"),
+            "objective": (given["objective"] != "layer", "statistics are enough for layer only"),
+        }
+    for name, (is_asked, reason) in reasons.items():
+        if is_asked:
+            raise ValueError(f"{name}: {reason}, so it needs calibration data instead")
 
 
 @dataclass(frozen=True, eq=False)
@@ -422,6 +463,8 @@ class Run:
         Gigabytes that the run may take; by default three quarters of what is free.
     resume
         Whether to go on where an interrupted run of the same identity has stopped.
+    statistics
+        What the layers' inputs are known from in place of tokens.
     """
 
     def __init__(
@@ -438,6 +481,7 @@ class Run:
         quantized: Model | None = None,
         memory: float | None = None,
         resume: bool = True,
+        statistics: Statistics | None = None,
     ) -> None:
         self.model = model
         self.format = format
@@ -447,6 +491,7 @@ class Run:
         self.scale_dtype = scale_dtype
         self.tokens = tokens
         self.activations = activations
+        self.statistics = statistics
         self.propagate = propagate
         self.awq = awq if options.method in SCALED_METHODS else None
         self.memory = memory
@@ -506,7 +551,7 @@ class Run:
                     self.options.method,
                     model.checkpoint,
                     parameter_count(model),
-                    self.tokens,
+                    self._calibration_tokens(),
                     journal.seconds(),
                 )
                 if writer is not None:
@@ -529,11 +574,17 @@ class Run:
             samples * length,
             length,
             self.scale_dtype,
+            known=self.statistics is not None,
         )
         plan = plan_run(work, self.memory, out, timed=progress)
         if progress and self.ranks.is_first:
             Console(stderr=True).print(describe(plan), highlight=False, soft_wrap=True)
         return plan
+
+    def _calibration_tokens(self) -> int:
+        if self.statistics is not None:
+            return self.statistics.tokens
+        return 0 if self.tokens is None else self.tokens.size
 
     def _identity(self, identity: Mapping[str, object]) -> dict[str, object]:
         """Return what decides the result, in words for whoever changes it between two runs."""
@@ -544,6 +595,7 @@ class Run:
             "quantized model": self.quantized and model_fingerprint(self.quantized.checkpoint),
             "calibration": None if self.tokens is None else tokens_fingerprint(self.tokens),
             "activations": self.activations and self.activations.fingerprint(),
+            "statistics": self.statistics and self.statistics.fingerprint(),
             "format": self.format.name,
             **asdict(self.options),
             **{name: _named(value) for name, value in asdict(self.awq or AwqOptions()).items()},
@@ -580,7 +632,10 @@ class Run:
             for index, prefix in list(enumerate(prefixes))[first:]:
                 reported = len(self.output.layers)
                 block = model.block(index)
-                if self.states is None or rope is None:
+                if self.statistics is not None:
+                    inputs = KnownInputs(self.statistics, model, index)
+                    self._quantize_by_statistics(block, index, inputs)
+                elif self.states is None or rope is None:
                     for stage in block.stages:
                         solvers = self._solvers_from_file(block, prefix, stage)
                         self._quantize_stage(
@@ -671,7 +726,7 @@ class Run:
         facts = observe_block(block, original, rope, self.awq, judged if self.propagate else None)
         block.weights.clear()
         for stage, fact in facts.items():
-            self._require_finite(np.isfinite(fact.mean_abs).all(), stage, index)
+            require_finite_inputs(np.isfinite(fact.mean_abs).all(), self.model, stage, index)
         scaled = ScaledBlock(
             block,
             facts,
@@ -788,13 +843,13 @@ class Run:
             return statistics, original.drift(stage, statistics)
 
         statistics, drift = gatherers(block.stages[0])
-        self._advance(block, None, block.stages[0], states, rope, statistics, drift, original)
+        advance(block, None, block.stages[0], states, rope, statistics, drift)
         for stage, following in zip(block.stages, (*block.stages[1:], None), strict=True):
             gram = known.get(stage)
             fallback = False
             if statistics is not None:
                 moments = statistics.gather()
-                self._require_finite(moments.is_finite(), stage, index)
+                require_finite_inputs(moments.is_finite(), self.model, stage, index)
                 drift.gather(moments, statistics.first_tokens)
                 fallback = stage.expert is not None and moments.tokens < FEW_TOKENS
                 if fallback:
@@ -823,35 +878,10 @@ class Run:
             if following is None and not whole and not self._is_followed(index):
                 return  # nobody reads the last hidden states
             statistics, drift = gatherers(following)
-            self._advance(block, stage, following, states, rope, statistics, drift, original)
+            advance(block, stage, following, states, rope, statistics, drift)
             block.release(stage)
         original.finish()
         states.forget_inner()
-
-    @staticmethod
-    def _advance(
-        block: DecoderBlock,
-        stage: Stage | None,
-        following: Stage | None,
-        states: States,
-        rope: Rotation,
-        statistics: LayerStatistics | None,
-        drift: Drift,
-        original: OriginalStream,
-    ) -> None:
-        """Compute a stage, chunk by chunk, and gather what the following one sees."""
-        for place, chunk in enumerate(states.chunks()):
-            if stage is not None:
-                block.advance(stage, block.stage_input(stage, chunk), chunk, rope)
-            if following is not None and statistics is not None:
-                if drift.is_gathered and place == original.chunks:
-                    statistics.end_first_part()
-                leaf = states.plan.leaf(states.plan.numbers[place])
-                inputs = block.stage_input(following, chunk)
-                statistics.add(inputs, leaf)
-                drift.add(place, inputs, chunk.hidden, leaf)
-        if statistics is not None and drift.is_gathered and len(states) <= original.chunks:
-            statistics.end_first_part()
 
     @staticmethod
     def _gram_of_all(block: DecoderBlock, stage: Stage, states: States) -> Moments:
@@ -862,13 +892,96 @@ class Run:
             statistics.add(block.as_if_routed(stage, chunk), states.plan.leaf(number))
         return statistics.gather()
 
-    def _require_finite(self, finite: bool | np.bool_, stage: Stage, index: int) -> None:
-        if not finite:
-            raise NonFiniteError(
-                f"{self.model.checkpoint.folder}: the inputs of "
-                f"{self.model.block_prefix(index)}{(*stage.linears, stage.norm)[0]} (block {index}) are "
-                f"NaN or infinite; check the model with bitwright evaluate"
+    def _quantize_by_statistics(self, block: DecoderBlock, index: int, inputs: KnownInputs) -> None:
+        """Quantize a block by the statistics of the original's.
+
+        Whether AWQ's scales are kept, the errors of its layers' outputs decide: the sum of tr(Δ G Δᵀ) over
+        all of them, with the scaled gram for scaled weights."""
+        prefix = self.model.block_prefix(index)
+        if self.awq is None or not any(
+            self.plan[prefix + name] for stage in block.stages for name in stage.linears
+        ):
+            self._solve_known(block, prefix, inputs, lambda layer, _: self.output.finish(layer))
+            return
+        plain, before = self._judged(block, prefix, inputs)
+        scaled = ScaledBlock(
+            block,
+            inputs.facts(),
+            self._grid_choices(block, prefix),
+            lambda name: self.model.stored_dtype(prefix + name),
+            Rotation(1, {}),
+            self.awq,
+        )
+        block.weights.clear()
+        scaled.scale()
+        scaled.forget_grams()
+        layers, after = self._judged(scaled.block, prefix, inputs, scaled)
+        kept = after < before
+        if kept:
+            self.changed.update(
+                (prefix + name, scaled.block.weights.read(name)) for name in scaled.changed
             )
+        for layer in layers if kept else plain:
+            self.output.finish(layer)
+        self.output.blocks.append(BlockReport(index, before, after, kept, scaled.searches))
+
+    def _judged(
+        self,
+        block: DecoderBlock,
+        prefix: str,
+        inputs: KnownInputs,
+        scaled: ScaledBlock | None = None,
+    ) -> tuple[list[QuantizedLayer], float]:
+        """Return the layers of a block, quantized by statistics, and the error of all their outputs."""
+        layers: list[QuantizedLayer] = []
+        errors: list[float] = []
+
+        def finish(layer: QuantizedLayer, gram: Float32 | None) -> None:
+            layers.append(layer)
+            if gram is not None:
+                weight = block.weights[f"{layer.name.removeprefix(prefix)}.weight"]
+                errors.append(self._output_error(layer, weight, gram))
+
+        self._solve_known(block, prefix, inputs, finish, scaled)
+        return layers, sum(errors)
+
+    def _solve_known(
+        self,
+        block: DecoderBlock,
+        prefix: str,
+        inputs: KnownInputs,
+        finish: Callable[[QuantizedLayer, Float32 | None], None],
+        scaled: ScaledBlock | None = None,
+    ) -> None:
+        """Quantize a block stage by stage, and hand on each layer with its gram."""
+        clips = scaled if self.options.method == "awq" else None  # GPTQ searches for ranges itself
+        for stage in block.stages:
+            if any(self.plan[prefix + name] for name in stage.linears):
+                gram, few = inputs.gram(stage, None if scaled is None else scaled.scales)
+
+                def own_solver(
+                    name: str, stage: Stage = stage, gram: Float32 | None = gram
+                ) -> OwnSolver | None:
+                    if gram is None:  # no token ever came here
+                        return OwnSolver(METHODS["rtn"](None, self.options), None)
+                    solve = None if clips is None else clips.clip_solver(stage, name, gram)
+                    return None if solve is None else OwnSolver(solve, gram)
+
+                def hand_on(layer: QuantizedLayer, gram: Float32 | None = gram) -> None:
+                    finish(layer, gram)
+
+                self._quantize_stage(block, prefix, stage, gram, hand_on, own_solver, False, few)
+                del gram, own_solver, hand_on
+            block.release(stage)
+
+    def _output_error(self, layer: QuantizedLayer, weight: Float32, gram: Float32) -> float:
+        """Return tr(Δ G Δᵀ), each rank adding up its share of the rows."""
+        share = self.ranks.share(len(weight))
+        rows = slice(share.start, share.stop)
+        change = layer.tensor.dequantize()[rows]
+        change -= weight[rows]
+        found = _kernels.row_quadratic_forms(change, gram).sum() if len(share) else 0.0
+        return self.ranks.total(float(found))
 
     def _grid_choices(self, block: DecoderBlock, prefix: str) -> dict[str, GridChoice]:
         """Return the grid of each linear as AWQ's search rounds to it: with a search for ranges where one
@@ -1003,12 +1116,11 @@ class Run:
             own = self._solver_from_file(self.activations, (name,), self.model.config.hidden_size)
         else:
             gram = None
-            if self.states is not None:
-                statistics = LayerStatistics(self.model.config.hidden_size)
-                plan = self.states.plan
-                for number, hidden in zip(plan.numbers, self.states.hidden(), strict=True):
-                    statistics.add(self.model.final_norm(hidden), plan.leaf(number))
-                gram = statistics.gather().gram
+            if self.statistics is not None:
+                moments = self.statistics.read(name)
+                gram = None if moments is None else moments.gram
+            elif self.states is not None:
+                gram = head_moments(self.model, self.states).gram
             own = self._known_solver(name, gram) or self._method_solver(gram)
         head = self.model.head()
         self._quantize(name, head[self._rows(len(head))], own, precision, self.output.finish)
@@ -1026,6 +1138,9 @@ class Run:
         see."""
         part = None
         energies = np.zeros(2)
+        shared = self.ranks.size > 1 and self.options.method != "salient"
+        counts = self.ranks.gather(len(weight)) if shared else [len(weight)]
+        first = sum(counts[: self.ranks.rank]) if shared else 0
         try:
             if len(weight):
                 part = refined(own.solve, own.gram, self.options)(
@@ -1037,8 +1152,7 @@ class Run:
             raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: {error}") from error
         stored = None if part is None else part.dequantize()
         if stored is not None:
-            energies[:] = error_energies(weight, stored, own.gram)
-        shared = self.ranks.size > 1 and self.options.method != "salient"
+            energies[:] = error_energies(weight, stored, own.gram, first, sum(counts))
         if shared:
             self.ranks.sum(energies)
             part = QuantizedTensor.joined([each for each in self.ranks.gather(part) if each])

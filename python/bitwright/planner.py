@@ -26,6 +26,7 @@ from bitwright.methods.solver import SCALED_METHODS, MethodOptions
 from bitwright.models.block import Rotation
 from bitwright.models.layout import BlockLayout, Stage
 from bitwright.models.model import Model
+from bitwright.statistics_files import expected_stages
 from bitwright.tensor import stored_bits
 
 FREE_SHARE = 0.75  # of the memory that is free, which a run takes at most unless told otherwise
@@ -85,6 +86,10 @@ class Work:
         Of calibration, and of a sample; 0 for none.
     scale_dtype
         Of scales.
+    known
+        Whether what layers see is read from files of statistics.
+    collects
+        Whether such files are what is written.
     """
 
     model: Model
@@ -94,16 +99,24 @@ class Work:
     tokens: int
     length: int
     scale_dtype: np.dtype[np.generic]
+    known: bool = False
+    collects: bool = False
+
+    @property
+    def has_grams(self) -> bool:
+        """Whether layers are quantized by what they see."""
+        return self.tokens > 0 or self.known
 
     @property
     def scaled(self) -> bool:
         """Whether AWQ's scales are searched."""
-        return self.options.method in SCALED_METHODS and self.tokens > 0
+        return self.options.method in SCALED_METHODS and self.has_grams
 
     @property
     def regathers(self) -> bool:
-        """Whether AWQ's passes gather statistics of their own."""
-        return self.propagate and (self.options.method != "awq" or self.options.drift)
+        """Whether AWQ's passes ask for statistics of their own."""
+        gathered = self.propagate and (self.options.method != "awq" or self.options.drift)
+        return self.known or gathered
 
     @property
     def rope(self) -> Rotation:
@@ -168,9 +181,10 @@ def plan_run(
             whose = "of its control group" if group < own else "of the process (ulimit -v, -d)"
             given = f"what the limit {whose} leaves"
             remedy = f"Raise that by {_up(least - limit)} GB"
+        less = ", or take preset fast" if work.options.refine or work.options.drift else ""
         raise MemoryBudgetError(
             f"{work.model.checkpoint.folder}: this run needs at least {_gigabytes(least)}, but {given} is "
-            f"{_gigabytes(budget)}. {remedy}, or take preset fast"
+            f"{_gigabytes(budget)}. {remedy}{less}"
         )
     room = (budget - fixed) / max(per_chunk, 1)
     resident = None if room >= chunks else max(0, int(room) - 1)  # besides the one at work
@@ -253,9 +267,7 @@ def _fixed_bytes(work: Work) -> int:
 def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
     block = sum(out * channels for out, channels in layout.linears.values())
     grams = {
-        stage: _channels(layout, stage) ** 2
-        for stage in layout.stages
-        if stage.kind not in ("shared", "expert")
+        stage: layout.channels(stage) ** 2 for stage in layout.stages if not stage.reads_routed
     }
     held = 0  # by AWQ, while passes go on: codes of both forms, and the grams where they are known
     peaks = [0]
@@ -289,7 +301,7 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
 
 def _gathered(work: Work, shapes: list[tuple[int, int]], stage: Stage) -> int:
     """Return the bytes of a stage's statistics."""
-    if not work.tokens:
+    if not work.has_grams:
         return 0
     out, channels = shapes[0]
     drifts = work.drift_tokens > 0 and stage.expert is None
@@ -308,7 +320,7 @@ def _solve_bytes(
     weights = sum(out * channels for out, channels in shapes)
     largest = max(out * channels for out, channels in shapes)
     channels = shapes[0][1]
-    square = channels**2 if work.tokens else 0
+    square = channels**2 if work.has_grams else 0
     correcting = 0
     if drifts:
         correcting = gathered + 4 * (square + weights + largest)
@@ -319,12 +331,10 @@ def _solve_bytes(
     return max(correcting, solving, reading)
 
 
-def _channels(layout: BlockLayout, stage: Stage) -> int:
-    return layout.linears[stage.linears[0]][1] if stage.linears else 0
-
-
 def _written_bytes(work: Work) -> int:
     """Return the size of the output."""
+    if work.collects:
+        return sum(4 * c**2 + 8 * c for _, c in expected_stages(work.model))
     model, total = work.model, float(work.model.checkpoint.nbytes())
     shapes = dict(model.linear_shapes())
     matrix = (model.config.vocab_size, model.config.hidden_size)
@@ -378,7 +388,7 @@ def _products(work: Work) -> float:
                 out, channels = layout.linears[name]
                 operations += streams * 2 * seen * out * channels
                 drifts = drift and stage.expert is None
-                if number == 0 and tokens:
+                if number == 0 and work.has_grams:
                     gathered = passes if work.scaled and work.regathers else 1.0
                     operations += gathered * seen * channels**2 / GRAM_SPEED
                     if drifts:
@@ -392,7 +402,7 @@ def _products(work: Work) -> float:
                 operations += solved * _solving(method, out, channels)
                 if drifts:
                     operations += solved * 4.0 * out * channels**2
-                if work.options.refine and tokens:
+                if work.options.refine and work.has_grams:
                     operations += solved * (2.0 + 4.0 * ROUNDS) * out * channels**2 / REFINING_SPEED
         operations += streams * _attention_products(model, tokens, work.length)
     return operations

@@ -38,7 +38,8 @@ class LayerReport:
         What GPTQ needed, relative to the mean of the gram's diagonal; None for other methods.
     few_tokens
         Whether this is an expert that received too few of the calibration tokens, so that its gram is that
-        of all tokens, as if each had been routed to it.
+        of all tokens, as if each had been routed to it; or, by statistics from files, of what the router
+        reads and, for its last layer, of those that it received.
     """
 
     name: str

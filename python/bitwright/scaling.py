@@ -79,10 +79,15 @@ class StageFacts:
     def divide(self, scale: Float32) -> None:
         """Divide the channels by a scale that was folded into what computes them."""
         if self.gram is not None:
-            self.gram /= scale
-            self.gram /= scale[:, None]
+            divide_channels(self.gram, scale)
         if self.activations is not None:
             self.activations /= scale
+
+
+def divide_channels(gram: Float32, scale: Float32) -> None:
+    """Turn the second moments of an input into those of the input divided by a scale."""
+    gram /= scale
+    gram /= scale[:, None]
 
 
 def observe_block(
@@ -106,8 +111,8 @@ def observe_block(
         step, most = -(-rows // METRIC_TOKENS), METRIC_TOKENS
     # The experts' inputs are some of the router's; of those that they receive, they see too few each for
     # a scale of their own, and all their grams would not fit in memory.
-    seen = [stage for stage in block.stages if stage.kind not in ("shared", "expert")]
-    statistics = {stage: LayerStatistics(_channels(block, stage), True) for stage in seen}
+    seen = [stage for stage in block.stages if not stage.reads_routed]
+    statistics = {stage: LayerStatistics(block.layout.channels(stage), True) for stage in seen}
     kept: dict[Stage, list[tuple[int, Float32]]] = {stage: [] for stage in seen}
     for number, chunk in zip(states.plan.numbers, states.chunks(), strict=True):
         leaf, first = states.plan.leaf(number), states.plan.place(number).start
@@ -139,11 +144,6 @@ def observe_block(
             np.concatenate([rows for _, rows in parts])[:most] if parts else None,
         )
     return facts
-
-
-def _channels(block: DecoderBlock, stage: Stage) -> int:
-    shapes = block.layout.linears
-    return shapes[stage.linears[0]][1] if stage.linears else block.config.hidden_size
 
 
 def _count(parts: Sequence[tuple[int, Float32]]) -> int:
@@ -188,6 +188,8 @@ class ScaledBlock:
         # Names of tensors that stay in float and are no longer what they were.
         self.changed: set[str] = set()
         self.searches: dict[str, ScaleSearch] = {}  # by the last part of a group's first layer
+        # By the stage that reads what was divided; of the norm before experts, the router.
+        self.scales: dict[Stage, Float32] = {}
         self._facts = facts
         self._choices = choices
         self._dtype_of = dtype_of
@@ -252,7 +254,9 @@ class ScaledBlock:
         scale = self._spread(group, scale)
         for layer in (*group.layers, *group.floats):
             self._change(f"{layer}.weight", lambda whole: whole * scale)
-        facts = self._facts.get(self._stage(group))
+        stage = self._stage(group)
+        self.scales[stage] = self.scales.get(stage, np.float32(1)) * scale
+        facts = self._facts.get(stage)
         if facts is not None:
             facts.divide(scale)
 

@@ -40,6 +40,21 @@ class Stage:
     mlp: Mlp | None = None
     expert: int | None = None
 
+    @property
+    def name(self) -> str:
+        """What its input is known by: its first linear, or the norm of one that has none."""
+        return (*self.linears, self.norm or "")[0]
+
+    @property
+    def has_own_input(self) -> bool:
+        """Whether no stage before it reads the same: a shared expert sees what the router does."""
+        return self.kind != "shared"
+
+    @property
+    def reads_routed(self) -> bool:
+        """Whether it reads what a router does, all or some of the tokens."""
+        return self.kind in ("shared", "expert")
+
 
 @dataclass(frozen=True)
 class ScaleGroup:
@@ -100,6 +115,13 @@ class BlockLayout:
     groups: tuple[ScaleGroup, ...]
     never_clipped: tuple[str, ...]
     experts: Mapping[str, ExpertPlace]
+
+    def channels(self, stage: Stage) -> int:
+        """Return how many channels a stage reads; a router's are those of the first of the floats."""
+        shapes, names = (
+            (self.linears, stage.linears) if stage.linears else (self.floats, (*self.floats,))
+        )
+        return shapes[names[0]][1]
 
 
 def block_layout(architecture: Architecture, config: ModelConfig, index: int) -> BlockLayout:
