@@ -6,12 +6,13 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from shared_data import TESTS
 
 import bitwright
-from bitwright.planner import free_memory
+from bitwright import memory
 
 DEMO = bitwright.demo_folder()
 TEXT = DEMO / "calibration.txt"
@@ -49,8 +50,9 @@ def test_disks_that_are_too_small_are_refused(
 
 
 def test_limits_of_the_process_count() -> None:
-    script = "import bitwright.planner as planner; print(planner.free_memory())"
+    script = "from bitwright.memory import process_memory; print(process_memory(2))"
     limit = 3 << 30
+    assert memory.process_memory(2) == math.inf
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -59,7 +61,43 @@ def test_limits_of_the_process_count() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, preexec_fn=limited
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < limit < max(limit + 1, free_memory())
+    assert 0 < float(done.stdout) < limit
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "files", "left"),
+    [
+        ("0::/", "", {"memory.max": 1000, "memory.current": 900, "memory.stat": (0, 0)}, 100),
+        ("0::/a/b", "a/b", {"memory.max": 70, "memory.current": 90, "memory.stat": (0, 0)}, -20),
+        ("0::/a/b", "a", {"memory.max": 1000, "memory.current": 900, "memory.stat": (300, 7)}, 407),
+        ("0::/a/b", "a", {"memory.max": "max", "memory.current": 900, "memory.stat": (0, 0)}, None),
+        (
+            "5:cpu,memory:/of/the/machine",
+            "memory",
+            {
+                "memory.limit_in_bytes": 50,
+                "memory.usage_in_bytes": 30,
+                "memory.stat": (4, 5, "total_"),
+            },
+            29,
+        ),
+    ],
+)
+def test_limits_of_control_groups_count(
+    tmp_path: Path, line: str, folder: str, files: dict[str, Any], left: float | None
+) -> None:
+    """Pages of files do not: they are given up as soon as somebody needs memory."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"3:pids:/\n{line}\n")
+    group = tmp_path / "sys/fs/cgroup" / folder
+    group.mkdir(parents=True)
+    for name, value in files.items():
+        if isinstance(value, tuple):
+            active, inactive, *prefix = value
+            start = prefix[0] if prefix else ""
+            value = f"anon 5\n{start}active_file {active}\n{start}inactive_file {inactive}"
+        (group / name).write_text(f"{value}\n")
+    assert memory.group_memory(tmp_path) == (math.inf if left is None else left)
 
 
 SCRIPT = """

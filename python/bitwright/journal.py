@@ -129,6 +129,7 @@ def kept_when_interrupted(work: WorkFolder) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt | ResumeError):
             raise
         goes_on = f". Once that is mended, the same call goes on from what is done, in {work.path}"
+        work.keep = work.keep and work.path.is_dir()
         if isinstance(error, MemoryError) and not known:
             what = f"{work.out}: memory is used up ({error or 'no reason given'})"
             remedy = "; give the run less of it (memory, --memory), or stop what else needs it"

@@ -2,7 +2,6 @@
 
 import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -14,12 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from bitwright import _kernels
+from bitwright.checkpoint.work_folder import work_path
 from bitwright.checkpoint.writer import SHARD_BYTES
 from bitwright.distributed import current
 from bitwright.drift import drift_rows
 from bitwright.errors import MemoryBudgetError, OutputError
 from bitwright.evaluate import resident_bytes
 from bitwright.formats import Precision
+from bitwright.memory import group_memory, machine_memory, process_memory
 from bitwright.methods.refine import ROUNDS
 from bitwright.methods.solver import SCALED_METHODS, MethodOptions
 from bitwright.models.block import Rotation
@@ -161,20 +162,29 @@ def plan_run(
     if memory is not None and not memory > 0:
         raise ValueError(f"memory: expected gigabytes, more than 0, got {memory}")
     ranks = current()
-    free = FREE_SHARE * free_memory() / ranks.local_size
-    budget = free if memory is None else memory * 1e9
-    base = resident_bytes() + THREAD_BYTES * _kernels.num_threads()
+    taken, threads = resident_bytes(), _kernels.num_threads()
+    group = group_memory() / ranks.local_size
+    own = process_memory(threads + 1)  # with that of the progress bar
+    limit = taken + min(group, own)
+    free = min(machine_memory() / ranks.local_size, group, own)
+    budget = min(limit, taken + FREE_SHARE * free if memory is None else memory * 1e9)
+    base = taken + THREAD_BYTES * threads
     chunk = work.rope.chunk_rows
     chunks = math.ceil(math.ceil(work.tokens / chunk) / ranks.size)
     per_chunk = int(4 * min(chunk, work.tokens) * _states_per_token(work))
     fixed = base + _fixed_bytes(work)
     least = fixed + (per_chunk if work.tokens else 0)
     if least > budget:
-        given = "three quarters of the free memory" if memory is None else "the budget"
+        given = "what it has and three quarters of what is free" if memory is None else "the budget"
+        remedy = f"Give it more (memory, --memory {_up(least)})"
+        if least > limit:
+            whose = "of its control group" if group < own else "of the process (ulimit -v, -d)"
+            given = f"what the limit {whose} leaves"
+            remedy = f"Raise that by {_up(least - limit)} GB"
         less = ", or take preset fast" if work.options.refine or work.options.drift else ""
         raise MemoryBudgetError(
             f"{work.model.checkpoint.folder}: this run needs at least {_gigabytes(least)}, but {given} is "
-            f"{_gigabytes(budget)}. Give it more (memory, --memory {_up(least)}){less}"
+            f"{_gigabytes(budget)}. {remedy}{less}"
         )
     room = (budget - fixed) / max(per_chunk, 1)
     resident = None if room >= chunks else max(0, int(room) - 1)  # besides the one at work
@@ -207,24 +217,6 @@ def describe(plan: RunPlan) -> str:
         f"plan: about {_gigabytes(plan.memory_bytes)} of memory (budget {_gigabytes(plan.budget_bytes)}), "
         f"{_gigabytes(plan.disk_bytes)} of disk, {spent}{spilled}"
     )
-
-
-def free_memory() -> int:
-    """Return how many bytes this process can still take, by the machine, its control group and limits."""
-    known = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
-    with suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
-        line = next(line for line in file if line.startswith("MemAvailable:"))
-        known.append(1024 * float(line.split()[1]))
-    with suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        known.append(limit - int((group / "memory.current").read_text()))
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    with suppress(OSError, ValueError):
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        if limit != resource.RLIM_INFINITY:
-            known.append(limit - pages * os.sysconf("SC_PAGE_SIZE"))
-    return int(max(0.0, min(known)))
 
 
 def _states_per_token(work: Work) -> float:
@@ -449,14 +441,17 @@ def _speed() -> float:
 
 
 def _free_disk(out: Path) -> int | None:
-    for folder in (out, *out.parents):
+    """Return the bytes that are free, with those that an interrupted run has written already."""
+    place = Path(os.path.realpath(out))
+    for folder in (place, *place.parents):
         with suppress(OSError):
-            return shutil.disk_usage(folder).free
+            kept = (path.stat().st_size for path in work_path(place).rglob("*") if path.is_file())
+            return shutil.disk_usage(folder).free + sum(kept)
     return None
 
 
 def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"
+    return f"{max(count, 0) / 1e9:.2f} GB"
 
 
 def _up(count: float) -> str:

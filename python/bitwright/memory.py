@@ -1,0 +1,82 @@
+"""The memory that this process can still take, by the machine, its control groups and its own limits."""
+
+import math
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+# Of a thread's stack and of what malloc sets aside for it: addresses, which hold nothing yet.
+THREAD_ADDRESSES = 80_000_000
+
+
+def machine_memory() -> float:
+    """Return the bytes that are free, or can be made free, on the machine."""
+    known = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
+    with suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
+        line = next(line for line in file if line.startswith("MemAvailable:"))
+        known.append(1024 * float(line.split()[1]))
+    return min(known)
+
+
+def group_memory(root: Path = Path("/")) -> float:
+    """Return the bytes that are left to the control groups of this process: infinity without a limit, less
+    than nothing where they have too much.
+
+    Parameters
+    ----------
+    root
+        Of the file system.
+    """
+    return min(_left_to_groups(root), default=math.inf)
+
+
+def process_memory(threads: int) -> float:
+    """Return the bytes that its resource limits (ulimit -v, -d) leave to this process.
+
+    Parameters
+    ----------
+    threads
+        How many of them it may still start.
+
+    Returns
+    -------
+    float
+        Infinity without a limit, less than nothing where it has too much.
+    """
+    known = [math.inf]
+    with suppress(OSError, ValueError, IndexError):
+        pages = [int(word) for word in Path("/proc/self/statm").read_text().split()]
+        for kind, used in ((resource.RLIMIT_AS, pages[0]), (resource.RLIMIT_DATA, pages[5])):
+            limit = resource.getrlimit(kind)[0]
+            if limit != resource.RLIM_INFINITY:
+                known.append(limit - used * resource.getpagesize() - threads * THREAD_ADDRESSES)
+    return min(known)
+
+
+def _left_to_groups(root: Path) -> Iterator[float]:
+    """Yield what each group leaves, in versions 1 and 2 of their interface, with the groups above it."""
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            top, most, now, prefix = "", "memory.max", "memory.current", ""
+            if "memory" in controllers.split(","):
+                top, most, now = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+                prefix = "total_"
+            place = root / "sys/fs/cgroup" / top
+            folder = place / name.lstrip("/")
+            # In a container the path may be that of the machine, and only the top be there.
+            for group in (folder, *folder.parents):
+                with suppress(OSError, ValueError):
+                    limit, used = (int((group / file).read_text()) for file in (most, now))
+                    yield limit - used + _file_pages(group, prefix)
+                if group == place:
+                    break
+
+
+def _file_pages(group: Path, prefix: str) -> int:
+    """Return the bytes of files that are kept in memory as long as nobody else needs it."""
+    kinds = {f"{prefix}{kind}_file" for kind in ("active", "inactive")}
+    words = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return sum(int(count) for kind, count in words if kind in kinds)
