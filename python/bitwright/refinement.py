@@ -11,6 +11,7 @@ import numpy as np
 from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.card import made_by, python_call
+from bitwright.checkpoint.writer import check_apart
 from bitwright.convert import precision_of
 from bitwright.dwq import check_pair
 from bitwright.errors import UnsupportedModelError
@@ -86,6 +87,7 @@ def refine_model(
     if threads is not None:
         _kernels.set_num_threads(threads)
     model, student = load_model(original), load_model(quantized)
+    check_apart(Path(os.path.realpath(out)), student.checkpoint.source, "model that is refined")
     check_pair(model, student)
     layers = student.quantized_layers()
     if student.format is None or not layers:

@@ -6,9 +6,10 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class WorkFolder:
         self.path = work_path(self.out)
         self.keep = False
         self._ranks = current()
-        self._lock: BinaryIO | None = None
+        self._lock: FileIO | None = None
         self._made_parents: list[Path] = []
 
     def __enter__(self) -> Self:
@@ -152,8 +153,18 @@ class WorkFolder:
                 self._leave(remove=not self.keep)
 
     def clear(self) -> None:
-        """Remove everything but the lock."""
-        self.keep = False
+        """Remove everything but the lock.
+
+        Raises
+        ------
+        ResumeError
+            If an interrupted run can go on from what is there.
+        """
+        if self.keep:
+            raise ResumeError(
+                f"{self.path}: an interrupted run can go on from what it has left here. Give its command "
+                f"again, or remove that"
+            )
         self._ranks.on_first(self._clear)
 
     def _resume(self, identity: Mapping[str, object], resume: bool) -> dict[str, Any] | None:
@@ -199,14 +210,15 @@ class WorkFolder:
                     f"away or write elsewhere"
                 )
             try:
-                file = open(lock, "ab+")  # noqa: SIM115 - held until the run ends
+                # Held until the run ends; without a buffer, which a full disk would leave to be written.
+                file = open(lock, "ab+", buffering=0)  # noqa: SIM115
             except FileNotFoundError:  # another run has just removed the folder
                 continue
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 file.seek(0)
-                process = file.read(20).decode(errors="replace")
+                process = (file.read(20) or b"").decode(errors="replace")
                 file.close()
                 raise OutputError(
                     f"{self.out}: another run{f' (process {process})' if process else ''} is writing it. "
@@ -215,10 +227,10 @@ class WorkFolder:
             # The run that held it may have ended, and removed the folder, since the file was opened.
             with suppress(FileNotFoundError):
                 if os.stat(lock).st_ino == os.fstat(file.fileno()).st_ino:
-                    file.truncate(0)
-                    file.write(str(os.getpid()).encode())
-                    file.flush()
                     self._lock = file
+                    with suppress(OSError):  # of a full disk; the number is for messages only
+                        file.truncate(0)
+                        file.write(str(os.getpid()).encode())
                     return
             file.close()
 

@@ -213,8 +213,8 @@ class CheckpointWriter:
             folder = self._work.path / UNFINISHED
             with output_errors(self._out):
                 folder.mkdir(exist_ok=True)
-        except BaseException:
-            self._leave()
+        except BaseException as error:
+            self._leave(error)
             raise
         self._folder = folder
         return self
@@ -228,13 +228,15 @@ class CheckpointWriter:
         try:
             if error is None:
                 self._finish()
-        finally:
-            self._folder = None
-            self._leave()
+        except BaseException as raised:
+            self._leave(raised)
+            raise
+        self._leave(error)
 
-    def _leave(self) -> None:
+    def _leave(self, error: BaseException | None) -> None:
+        self._folder = None
         if self._owns_work:
-            self._work.__exit__(None, None, None)
+            self._work.__exit__(None if error is None else type(error), error, None)
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs to go on from here, once all that was added is on the disk.
