@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import pytest
 from shared_data import TESTS
 
@@ -19,6 +20,7 @@ import bitwright
 
 KILLS = 20
 DEMO = bitwright.demo_folder()
+MOE = TESTS / "data" / "tiny" / "qwen3_moe"
 
 
 class Commands:
@@ -71,6 +73,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("student") / "student"
     bitwright.quantize(DEMO, out, "rtn", 3, 32, progress=False)
+    vocabulary = bitwright.load_model(MOE).config.vocab_size
+    ids = np.random.default_rng(0).integers(0, vocabulary, (8, 64))
+    np.save(out.parent / "ids.npy", ids)
     return out
 
 
@@ -81,7 +86,13 @@ def content(place: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sensitivities", "targets", "dwq", "dwq made", "dynamic", "best"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gptq", "rtn", "awq", "awq+gptq", "salient", "gguf", "experts", "refine", "statistics"),
+        *("sensitivities", "targets", "dwq", "dwq made", "dynamic", "best"),
+    ],
+)
 def test_killed_commands_go_on(
     commands: Commands, tmp_path: Path, text: Path, student: Path, name: str
 ) -> None:
@@ -90,7 +101,21 @@ def test_killed_commands_go_on(
     distil = ["dwq", "--teacher", str(DEMO), "--out", str(out), *data, "--batch-size", "2"]
     given = ["--student", str(student)]
     often = ["--checkpoint-every", "1", "--validate-every", "4"]
+    calibrated = ["--calibration", str(text), "--length", "64", "--samples", "24"]
+    calibrated += ["--threads", "1", "--out", str(out)]
+    experts = [
+        *("quantize", str(MOE), "--calibration", str(student.parent / "ids.npy"), "--bits", "3"),
+        *("--samples", "8", "--group-size", "32", "--threads", "1", "--out", str(out)),
+    ]
     arguments = {
+        **{
+            method: ["quantize", str(DEMO), "--method", method, *calibrated]
+            for method in ("gptq", "rtn", "awq", "awq+gptq", "salient")
+        },
+        "gguf": ["quantize", str(DEMO), "--format", "gguf", "--group-size", "32", *calibrated],
+        "experts": experts,
+        "refine": ["refine", str(student), "--original", str(DEMO), *calibrated],
+        "statistics": ["statistics", "collect", str(DEMO), *calibrated],
         "sensitivities": [
             *("sensitivities", str(DEMO), "--out", str(out), *data),
             *("--batch-size", "2", "--samples", "8"),
