@@ -446,7 +446,9 @@ def _free_disk(out: Path) -> int | None:
     for folder in (place, *place.parents):
         with suppress(OSError):
             kept = (path.stat().st_size for path in work_path(place).rglob("*") if path.is_file())
-            return shutil.disk_usage(folder).free + sum(kept)
+            usage = shutil.disk_usage(folder)
+            # What is no disk, such as /proc, says that it has no room at all.
+            return usage.free + sum(kept) if usage.total else None
     return None
 
 
