@@ -1,0 +1,168 @@
+"""Time and peak memory as the work grows, beside the planner's forecast.
+
+    python bench/scaling.py FOLDER [--only parameters tokens ...] [--plot bench/plots/scaling.png]
+
+Random checkpoints of real shapes are made in FOLDER (bench/make_llama.py; those of 8 and 70 B with two
+blocks and one, since time grows with their number and memory does not), and one of parameters, tokens, bits,
+threads, ranks and method varies at a time. Every run is a process of its own, and a line of
+FOLDER/scaling.jsonl; those that are there are not repeated."""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import make_llama
+import numpy as np
+
+import bitwright
+from bitwright import pipeline, planner
+from bitwright.distributed import launched, spread_over, world
+
+BLOCKS = {"8b": 2, "70b": 1}  # the others are whole
+USUAL = {"shape": "0.1b", "method": "gptq", "preset": "fast", "bits": 4, "tokens": 16_384}
+USUAL |= {"threads": 2, "ranks": 1}
+LENGTH = 512
+VARIED: dict[str, list[dict[str, Any]]] = {
+    "parameters": [
+        *({"shape": shape, "tokens": 4096} for shape in ("0.1b", "0.5b", "1b", "8b", "70b")),
+    ],
+    "tokens": [{"tokens": tokens} for tokens in (4096, 8192, 16_384, 32_768, 65_536)],
+    "bits": [{"bits": bits} for bits in (2, 3, 4, 8)],
+    "threads": [{"threads": threads} for threads in (1, 2)],
+    "ranks": [{"ranks": ranks, "threads": 1} for ranks in (1, 2, 4)],
+    "method": [
+        {"method": method, "preset": preset}
+        for method in ("rtn", "gptq", "awq", "awq+gptq")
+        for preset in ("fast", "default")
+    ],
+}
+
+
+def run(folder: Path, case: dict[str, Any]) -> None:
+    """Quantize, in this process, and print what was planned and what it took."""
+    model = folder / f"{case['shape']}-{BLOCKS.get(case['shape'], 'all')}"
+    plans: list[planner.RunPlan] = []
+    plan_run = planner.plan_run
+
+    def planned(work: planner.Work, memory: Any, out: Any, timed: bool = True) -> planner.RunPlan:
+        plans.append(plan_run(work, memory, out, timed=True))
+        return plans[-1]
+
+    pipeline.plan_run = planned
+    vocabulary = bitwright.load_model(model).config.vocab_size
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, vocabulary, (case["tokens"] // LENGTH, LENGTH))
+    out = folder / "out"
+    with spread_over(world() if launched() else None) as ranks:
+        report = bitwright.quantize(
+            model,
+            out,
+            case["method"],
+            case["bits"],
+            calibration=ids,
+            preset=case["preset"],
+            threads=case["threads"],
+            overwrite=True,
+            progress=False,
+        )
+        peaks = ranks.gather(report.peak_memory_bytes)
+        if ranks.is_first:
+            figures = {
+                "seconds": report.seconds,
+                "peak_gb": max(peaks) / 1e9,
+                "planned_seconds": plans[0].seconds,
+                "planned_gb": plans[0].memory_bytes / 1e9,
+                "parameters": sum(layer_size(model, layer.name) for layer in report.layers),
+            }
+            print(json.dumps(case | figures))
+
+
+def layer_size(model: Path, name: str) -> int:
+    """Return the weights of a layer."""
+    out, channels = bitwright.load_model(model).linear_shapes()[name]
+    return out * channels
+
+
+def measure(folder: Path, names: list[str]) -> list[dict[str, Any]]:
+    """Run what is missing; return all figures."""
+    place = folder / "scaling.jsonl"
+    known = [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+    for name in names:
+        for changes in VARIED[name]:
+            case = USUAL | changes
+            if any(all(each[key] == value for key, value in case.items()) for each in known):
+                continue
+            model = folder / f"{case['shape']}-{BLOCKS.get(case['shape'], 'all')}"
+            if not model.exists():
+                make_llama.make(model, case["shape"], BLOCKS.get(case["shape"]))
+            command = [sys.executable, __file__, str(folder), "--case", json.dumps(case)]
+            if case["ranks"] > 1:
+                mpiexec = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+                command = [str(mpiexec or "mpiexec"), "-n", str(case["ranks"]), *command]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            known.append(json.loads(done.stdout.splitlines()[-1]))
+            with open(place, "a") as file:
+                file.write(json.dumps(known[-1]) + "\n")
+            print(json.dumps(known[-1]), flush=True)
+    return known
+
+
+def plot(figures: list[dict[str, Any]], out: Path) -> None:
+    """Draw measurement and forecast against each thing that varies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    grown = ("parameters", "tokens", "bits", "threads", "ranks")
+    picture, axes = plt.subplots(2, len(grown), figsize=(4 * len(grown), 7))
+    for column, name in enumerate(grown):
+        cases = [USUAL | changes for changes in VARIED[name]]
+        found = [
+            each
+            for case in cases
+            for each in figures
+            if all(each[key] == value for key, value in case.items())
+        ]
+        for row, (measured, planned, unit) in enumerate(
+            (("seconds", "planned_seconds", "s"), ("peak_gb", "planned_gb", "GB"))
+        ):
+            axis = axes[row, column]
+            axis.plot(
+                [e[name] for e in found], [e[measured] for e in found], "o-", label="measured"
+            )
+            axis.plot([e[name] for e in found], [e[planned] for e in found], "x--", label="planned")
+            axis.set_xlabel(name)
+            axis.set_ylabel(unit)
+            if name in ("parameters", "tokens"):
+                axis.set_xscale("log")
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(bottom=0)
+    axes[0, 0].legend()
+    picture.tight_layout()
+    picture.savefig(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", nargs="+", choices=VARIED, default=list(VARIED))
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.case is not None:
+        return run(options.folder, options.case)
+    figures = measure(options.folder, options.only)
+    if options.plot is not None:
+        plot(figures, options.plot)
+    return None
+
+
+if __name__ == "__main__":
+    main()
