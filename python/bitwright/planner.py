@@ -293,7 +293,10 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
             # While it is gathered, the stage before is computed, in the original, too.
             now = 4 * (previous * (2 if drifts else 1) + (own if drifts else 0)) + gathered
             planned = any(work.plan.get(prefix + name) for name in stage.linears)
-            solving = _solve_bytes(work, shapes, gathered, drifts) if planned else 4 * own
+            adds = stage.kind in ("attention_output", "mlp_output")
+            solving = 4 * own
+            if planned:
+                solving = _solve_bytes(work, shapes, gathered, drifts, adds, own_gram=gathered > 0)
             peaks.append(held + floats + max(now + width, solving))
         before = shapes
     return max(peaks)
@@ -314,17 +317,24 @@ def _gathered(work: Work, shapes: list[tuple[int, int]], stage: Stage) -> int:
 
 
 def _solve_bytes(
-    work: Work, shapes: list[tuple[int, int]], gathered: int, drifts: bool = False
+    work: Work,
+    shapes: list[tuple[int, int]],
+    gathered: int,
+    drifts: bool = False,
+    adds: bool = False,
+    own_gram: bool = True,
 ) -> int:
-    """Return the most that correcting and then solving a stage takes, statistics included."""
+    """Return the most that correcting and then solving a stage takes, with its statistics unless others
+    hold its gram."""
     weights = sum(out * channels for out, channels in shapes)
     largest = max(out * channels for out, channels in shapes)
     channels = shapes[0][1]
     square = channels**2 if work.has_grams else 0
     correcting = 0
-    if drifts:
-        correcting = gathered + 4 * (square + weights + largest)
+    if drifts:  # what is corrected takes the place of the cross-gram where outputs are added
+        correcting = gathered + 4 * (square + weights + (0 if adds else largest))
     factor = square if "gptq" in work.options.method else 0
+    square = square if own_gram else 0
     refining = 12 * REFINED_ROWS * channels if work.options.refine else 0
     solving = 4 * (square + factor + weights + 2 * largest) + largest + refining
     reading = gathered + 4 * weights + (4 + 2) * largest
