@@ -3,8 +3,8 @@
     python bench/scaling.py FOLDER [--only parameters tokens ...] [--plot bench/plots/scaling.png]
 
 Random checkpoints of real shapes are made in FOLDER (bench/make_llama.py; those of 8 and 70 B with two
-blocks and one, since time grows with their number and memory does not), and one of parameters, tokens, bits,
-threads, ranks and method varies at a time. Every run is a process of its own, and a line of
+blocks and one, since time grows with their number and memory does not), and one of parameters, tokens,
+bits, threads, ranks and method varies at a time. Every run is a process of its own, and a line of
 FOLDER/scaling.jsonl; those that are there are not repeated."""
 
 import argparse
