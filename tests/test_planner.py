@@ -1,5 +1,6 @@
 """The plan of a run: budgets that are kept or refused, and forecasts next to what runs then take."""
 
+import gc
 import json
 import math
 import resource
@@ -8,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from shared_data import TESTS
 
 import bitwright
 from bitwright import memory
+from bitwright.journal import Journal
 
 DEMO = bitwright.demo_folder()
 TEXT = DEMO / "calibration.txt"
@@ -129,9 +132,8 @@ print(json.dumps([plan.memory_bytes, report.peak_memory_bytes, plan.resident, pl
 """
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of one block whose weights and statistics outweigh the interpreter."""
+def make_wide(folder: Path, blocks: int) -> Path:
+    """Make a model whose weights and statistics outweigh the interpreter."""
     import ml_dtypes
 
     sys.path.insert(0, str(TESTS.parent / "bench"))
@@ -139,11 +141,32 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
         import make_llama
     finally:
         sys.path.pop(0)
-    make_llama.SHAPES["wide"] = (1024, 4096, 1, 8, 8, 128, 512, False)
-    folder = tmp_path_factory.mktemp("wide") / "model"
+    make_llama.SHAPES["wide"] = (1024, 4096, blocks, 8, 8, 128, 512, False)
     make_llama.make(folder, "wide")
     assert bitwright.load_model(folder).dtype == ml_dtypes.bfloat16
     return folder
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_wide(tmp_path_factory.mktemp("wide") / "model", 1)
+
+
+def run_planned(
+    model: Path, out: Path, method: str, preset: str, tokens: int, resident: str
+) -> tuple[int, int, int | None, int]:
+    """Quantize in a process of its own; return forecast, peak, chunks in memory and budget."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", SCRIPT, str(model), str(out), method, preset),
+            *(str(tokens), resident),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    forecast, peak, chunks, budget = json.loads(done.stdout)
+    return forecast, peak, chunks, budget
 
 
 @pytest.mark.slow
@@ -159,20 +182,53 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_forecasts_of_memory(
     tmp_path: Path, wide: Path, method: str, preset: str, resident: str
 ) -> None:
-    tokens = "4096" if resident == "all" else "16384"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", SCRIPT, str(wide), str(tmp_path / "q"), method, preset),
-            *(tokens, resident),
-        ],
-        capture_output=True,
-        text=True,
+    tokens = 4096 if resident == "all" else 16384
+    forecast, peak, chunks, budget = run_planned(
+        wide, tmp_path / "q", method, preset, tokens, resident
     )
-    assert done.returncode == 0, done.stderr
-    forecast, peak, chunks, budget = json.loads(done.stdout)
     assert 0.85 < forecast / peak < 1.4  # small things that no forecast counts weigh here
     assert (chunks is None) == (resident == "all")
     assert peak < budget
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_blocks(tmp_path: Path) -> None:
+    """From two on: of the last one's states less is kept."""
+    models = {blocks: make_wide(tmp_path / f"model{blocks}", blocks) for blocks in (2, 5)}
+    for method in ("gptq", "awq"):
+        peaks = [
+            run_planned(model, tmp_path / f"{method}{blocks}", method, "fast", 1024, "all")[1]
+            for blocks, model in models.items()
+        ]
+        assert peaks[1] < 1.05 * peaks[0], method
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq"])
+@pytest.mark.parametrize("preset", ["fast", "default"])
+def test_no_array_waits_for_the_garbage_collector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, preset: str
+) -> None:
+    """It counts objects, not their bytes: a block's grams in a cycle of references stay for long."""
+    commit, held = Journal.commit, list[tuple[object, ...]]()
+
+    def committed(journal: Journal, *arguments: Any) -> None:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        gc.set_debug(0)
+        for waiting in gc.garbage:
+            arrays = [each for each in gc.get_referents(waiting) if isinstance(each, np.ndarray)]
+            held.extend((type(waiting), each.shape) for each in arrays)
+        gc.garbage.clear()
+        commit(journal, *arguments)
+
+    gc.collect()
+    gc.disable()
+    try:
+        monkeypatch.setattr(Journal, "commit", committed)
+        quantize(tmp_path / "q", method=method, preset=preset)
+    finally:
+        gc.enable()
+    assert not held
 
 
 def test_peak_memory_does_not_grow_with_the_calibration(tmp_path: Path) -> None:

@@ -992,7 +992,7 @@ class Run:
                 precision = self.plan[prefix + name]
                 if precision is not None:
                     choices[name] = GridChoice.check(
-                        block.weights[f"{name}.weight"],
+                        np.broadcast_to(np.float32(0), block.layout.linears[name]),
                         precision.bits,
                         precision.group_size,
                         precision.grid,

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -33,11 +34,12 @@ FREE_SHARE = 0.75  # of the memory that is free, which a run takes at most unles
 THREAD_BYTES = 10_000_000  # of OpenBLAS' buffers and ours
 REFINED_ROWS = 1024  # whose work arrays exist at one time, see cpp/quant/refine.cpp
 INNER_COPIES = 3  # of one chunk's widest states while a stage is computed
-MEASURED_SIZE = 1024  # of the product that the machine's speed is measured on
-READ_BYTES_PER_SECOND = 6e8  # of weights, converted to float32 and checked
+MEASURED_SIZE = 1024  # of the products that the machine's speed is measured on
+MEASURED_SECONDS = 0.1  # the first of them are slow
+READ_BYTES_PER_SECOND = 2.5e8  # of weights, converted to float32 and checked
 WRITTEN_BYTES_PER_SECOND = 2e8
 # How fast each kind of work is next to a large product of matrices (bench/RESULTS.md).
-GRAM_SPEED, FACTOR_SPEED, SOLVING_SPEED, REFINING_SPEED = 0.8, 0.6, 0.45, 0.7
+GRAM_SPEED, FACTOR_SPEED, SOLVING_SPEED, REFINING_SPEED = 0.66, 0.8, 0.86, 0.8
 
 
 @dataclass(frozen=True)
@@ -336,7 +338,9 @@ def _solve_bytes(
     factor = square if "gptq" in work.options.method else 0
     square = square if own_gram else 0
     refining = 12 * REFINED_ROWS * channels if work.options.refine else 0
-    solving = 4 * (square + factor + weights + 2 * largest) + largest + refining
+    # What solving works on and then the errors are computed from; clipping reads the weights as they are.
+    copies = 1 if work.options.method == "awq" and not work.options.refine else 2
+    solving = 4 * (square + factor + weights + copies * largest) + largest + refining
     reading = gathered + 4 * weights + (4 + 2) * largest
     return max(correcting, solving, reading)
 
@@ -442,12 +446,12 @@ def _speed() -> float:
     size = MEASURED_SIZE
     left = np.ones((size, size), np.float32)
     out = np.empty_like(left)
-    spent = []
-    for _ in range(3):
+    spent: list[float] = []
+    while len(spent) < 3 or sum(spent) < MEASURED_SECONDS:
         start = time.perf_counter()
         _kernels.linear(left, left, None, out, False)
         spent.append(time.perf_counter() - start)
-    return 2 * size**3 / min(spent)
+    return 2 * size**3 / statistics.median(spent)
 
 
 def _free_disk(out: Path) -> int | None:

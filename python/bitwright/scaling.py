@@ -182,9 +182,17 @@ class ScaledBlock:
         rope: Rotation,
         options: AwqOptions,
     ) -> None:
-        self._source = block
-        self._changes: dict[str, list[Callable[[Float32], Float32]]] = {}
-        self.block = block.reading(self._read)
+        changes: dict[str, list[Callable[[Float32], Float32]]] = {}
+        self._changes = changes
+
+        # Not a method: that would be a cycle of references, which holds the grams until it is found.
+        def read(name: str) -> Float32:
+            array = block.weights.read(name)
+            for change in changes.get(name, ()):
+                array = change(array)
+            return array
+
+        self.block = block.reading(read)
         # Names of tensors that stay in float and are no longer what they were.
         self.changed: set[str] = set()
         self.searches: dict[str, ScaleSearch] = {}  # by the last part of a group's first layer
@@ -238,7 +246,10 @@ class ScaledBlock:
         rows = slice(None) if group.outputs is None else np.asarray(group.outputs)
         dtype = np.float32 if group.kind == "linear" else self._dtype_of(name)
         kind, given = group.kind, scale
-        weight = np.ascontiguousarray(weights[name][rows])
+        if kind == "linear":  # may be large; neither its bias nor the scale depends on it
+            weight = np.empty((len(scale), 0), np.float32)
+        else:
+            weight = np.ascontiguousarray(weights[name][rows])
         offset = None
         if bias_name in self.block.layout.vectors:
             offset = np.ascontiguousarray(weights[bias_name][rows])
@@ -302,12 +313,6 @@ class ScaledBlock:
             dtype = self._dtype_of(name)
             changes.append(lambda array: array.astype(dtype).astype(np.float32))
             self.changed.add(name)
-
-    def _read(self, name: str) -> Float32:
-        array = self._source.weights.read(name)
-        for change in self._changes.get(name, ()):
-            array = change(array)
-        return array
 
     def _heads_per_scale(self, group: ScaleGroup) -> int:
         """Return how many heads of the layers' input share one of the previous outputs: 1 as a rule, more

@@ -68,16 +68,17 @@ def fold_scale(
         raise ValueError("scale: expected finite values above zero")
 
     def stored(array: Float32) -> Float32:
-        return array.astype(dtype).astype(np.float32)
+        return array.astype(dtype, copy=False).astype(np.float32, copy=False)
 
     # All four are y = A x̂ + b with the channels as rows of A, and y / s = (A / s) x̂ + b / s. Gemma's
     # A = 1 + g becomes 1 + g′ = (1 + g) / s, hence g′ = (1 + g) / s − 1.
+    if kind == "linear":
+        return stored(weight / scale[:, None]), None if bias is None else stored(bias / scale), scale
+
     offset = np.float32(1 if kind == "offset_rms_norm" else 0)
-    divisor = scale[:, None] if kind == "linear" else scale
-    folded = stored((weight + offset) / divisor - offset)
-    folded_bias = None if bias is None else stored(bias / scale)
-    if kind == "linear" or bias is not None:
-        return folded, folded_bias, scale
+    folded = stored((weight + offset) / scale - offset)
+    if bias is not None:
+        return folded, stored(bias / scale), scale
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         exact = (weight + offset) / (folded + offset)
     # A gain of zero stays zero, whatever it is divided by.
