@@ -3,9 +3,12 @@
 import gc
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +192,56 @@ def test_forecasts_of_memory(
     assert 0.85 < forecast / peak < 1.4  # small things that no forecast counts weigh here
     assert (chunks is None) == (resident == "all")
     assert peak < budget
+
+
+@pytest.fixture
+def control_group() -> Iterator[Path]:
+    """A control group of memory, in either version of their interface."""
+    top = Path("/sys/fs/cgroup/memory")
+    group = (top if top.exists() else top.parent) / f"bitwright-{os.getpid()}"
+    try:
+        group.mkdir()
+        place = "memory.limit_in_bytes" if top.exists() else "memory.max"
+        (group / place).write_text(str(1 << 40))
+    except OSError as error:
+        with suppress(OSError):
+            group.rmdir()
+        pytest.skip(f"no control group can be made here: {error}")
+    yield group / place
+    group.rmdir()
+
+
+@pytest.mark.slow
+def test_control_groups_that_hold_what_was_planned(
+    tmp_path: Path, wide: Path, control_group: Path
+) -> None:
+    """A run in less is refused with how much more it needs, and one in that much is not killed."""
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.random.default_rng(0).integers(0, 512, (32, 512)))
+    command = [
+        *(sys.executable, "-m", "bitwright", "quantize", str(wide), "--out", str(tmp_path / "q")),
+        *("--calibration", str(ids), "--preset", "fast", "--threads", "1", "--memory", "4"),
+    ]
+
+    def run(limit: int) -> subprocess.CompletedProcess[str]:
+        control_group.write_text(str(limit))
+        procs = control_group.parent / "cgroup.procs"
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: procs.write_text(str(os.getpid())),
+        )
+
+    limit = 200_000_000
+    refused = run(limit)
+    assert refused.returncode == 1, refused.stderr
+    words = refused.stderr.split()
+    assert "control group" in refused.stderr
+    more = float(words[words.index("by") + 1])
+    done = run(limit + int(more * 1e9))
+    assert done.returncode == 0, done.stderr
+    assert "hidden states that do not fit go to disk" in done.stderr
 
 
 @pytest.mark.slow
