@@ -9,6 +9,7 @@ FOLDER/scaling.jsonl; those that are there are not repeated."""
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -23,14 +24,14 @@ from bitwright import pipeline, planner
 from bitwright.distributed import launched, spread_over, world
 
 BLOCKS = {"8b": 2, "70b": 1}  # the others are whole
-USUAL = {"shape": "0.1b", "method": "gptq", "preset": "fast", "bits": 4, "tokens": 16_384}
+USUAL = {"shape": "0.1b", "method": "gptq", "preset": "fast", "bits": 4, "tokens": 8192}
 USUAL |= {"threads": 2, "ranks": 1}
 LENGTH = 512
 VARIED: dict[str, list[dict[str, Any]]] = {
     "parameters": [
         *({"shape": shape, "tokens": 4096} for shape in ("0.1b", "0.5b", "1b", "8b", "70b")),
     ],
-    "tokens": [{"tokens": tokens} for tokens in (4096, 8192, 16_384, 32_768, 65_536)],
+    "tokens": [{"tokens": tokens} for tokens in (2048, 4096, 8192, 16_384, 32_768)],
     "bits": [{"bits": bits} for bits in (2, 3, 4, 8)],
     "threads": [{"threads": threads} for threads in (1, 2)],
     "ranks": [{"ranks": ranks, "threads": 1} for ranks in (1, 2, 4)],
@@ -53,7 +54,8 @@ def run(folder: Path, case: dict[str, Any]) -> None:
         return plans[-1]
 
     pipeline.plan_run = planned
-    vocabulary = bitwright.load_model(model).config.vocab_size
+    opened = bitwright.load_model(model)
+    shapes, vocabulary = opened.linear_shapes(), opened.config.vocab_size
     rng = np.random.default_rng(0)
     ids = rng.integers(0, vocabulary, (case["tokens"] // LENGTH, LENGTH))
     out = folder / "out"
@@ -76,15 +78,9 @@ def run(folder: Path, case: dict[str, Any]) -> None:
                 "peak_gb": max(peaks) / 1e9,
                 "planned_seconds": plans[0].seconds,
                 "planned_gb": plans[0].memory_bytes / 1e9,
-                "parameters": sum(layer_size(model, layer.name) for layer in report.layers),
+                "parameters": sum(math.prod(shapes[layer.name]) for layer in report.layers),
             }
             print(json.dumps(case | figures))
-
-
-def layer_size(model: Path, name: str) -> int:
-    """Return the weights of a layer."""
-    out, channels = bitwright.load_model(model).linear_shapes()[name]
-    return out * channels
 
 
 def measure(folder: Path, names: list[str]) -> list[dict[str, Any]]:

@@ -73,7 +73,11 @@ def fold_scale(
     # All four are y = A x̂ + b with the channels as rows of A, and y / s = (A / s) x̂ + b / s. Gemma's
     # A = 1 + g becomes 1 + g′ = (1 + g) / s, hence g′ = (1 + g) / s − 1.
     if kind == "linear":
-        return stored(weight / scale[:, None]), None if bias is None else stored(bias / scale), scale
+        return (
+            stored(weight / scale[:, None]),
+            None if bias is None else stored(bias / scale),
+            scale,
+        )
 
     offset = np.float32(1 if kind == "offset_rms_norm" else 0)
     folded = stored((weight + offset) / scale - offset)
