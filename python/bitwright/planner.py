@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -36,6 +35,7 @@ REFINED_ROWS = 1024  # whose work arrays exist at one time, see cpp/quant/refine
 INNER_COPIES = 3  # of one chunk's widest states while a stage is computed
 MEASURED_SIZE = 1024  # of the products that the machine's speed is measured on
 MEASURED_SECONDS = 0.1  # the first of them are slow
+SUSTAINED_SPEED = 0.88  # of the fastest of them, by the products of a long run
 READ_BYTES_PER_SECOND = 2.5e8  # of weights, converted to float32 and checked
 WRITTEN_BYTES_PER_SECOND = 2e8
 # How fast each kind of work is next to a large product of matrices (bench/RESULTS.md).
@@ -442,7 +442,7 @@ def _routed_share(model: Model, index: int) -> float:
 
 
 def _speed() -> float:
-    """Return the products and sums per second of a matrix product now."""
+    """Return the products and sums per second that matrix products come to, where nothing else runs."""
     size = MEASURED_SIZE
     left = np.ones((size, size), np.float32)
     out = np.empty_like(left)
@@ -451,7 +451,7 @@ def _speed() -> float:
         start = time.perf_counter()
         _kernels.linear(left, left, None, out, False)
         spent.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(spent)
+    return SUSTAINED_SPEED * 2 * size**3 / min(spent)
 
 
 def _free_disk(out: Path) -> int | None:
