@@ -5,6 +5,8 @@ have a few channels with large inputs, random ones do not: qualities measured on
 --blocks only the first so many decoder blocks are written."""
 
 import argparse
+import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,32 +54,54 @@ def config(shape: str, blocks: int | None) -> dict[str, object]:
     }
 
 
-def tensors(shape: str, blocks: int | None) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the tensors, one at a time."""
+def shapes(shape: str, blocks: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the names and shapes of the tensors."""
     hidden, intermediate, all_blocks, heads, key_heads, head_dim, vocabulary, tied = SHAPES[shape]
-    rng = np.random.default_rng(0)
-
-    def normal(rows: int, columns: int) -> np.ndarray:
-        values = rng.standard_normal((rows, columns), dtype=np.float32)
-        values *= np.float32(0.02)
-        return values.astype(ml_dtypes.bfloat16)
-
-    ones = np.ones(hidden, ml_dtypes.bfloat16)
-    yield "model.embed_tokens.weight", normal(vocabulary, hidden)
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
     for index in range(blocks or all_blocks):
         block = f"model.layers.{index}."
-        yield block + "input_layernorm.weight", ones
-        yield block + "self_attn.q_proj.weight", normal(heads * head_dim, hidden)
-        yield block + "self_attn.k_proj.weight", normal(key_heads * head_dim, hidden)
-        yield block + "self_attn.v_proj.weight", normal(key_heads * head_dim, hidden)
-        yield block + "self_attn.o_proj.weight", normal(hidden, heads * head_dim)
-        yield block + "post_attention_layernorm.weight", ones
-        yield block + "mlp.gate_proj.weight", normal(intermediate, hidden)
-        yield block + "mlp.up_proj.weight", normal(intermediate, hidden)
-        yield block + "mlp.down_proj.weight", normal(hidden, intermediate)
-    yield "model.norm.weight", ones
+        yield block + "input_layernorm.weight", (hidden,)
+        yield block + "self_attn.q_proj.weight", (heads * head_dim, hidden)
+        yield block + "self_attn.k_proj.weight", (key_heads * head_dim, hidden)
+        yield block + "self_attn.v_proj.weight", (key_heads * head_dim, hidden)
+        yield block + "self_attn.o_proj.weight", (hidden, heads * head_dim)
+        yield block + "post_attention_layernorm.weight", (hidden,)
+        yield block + "mlp.gate_proj.weight", (intermediate, hidden)
+        yield block + "mlp.up_proj.weight", (intermediate, hidden)
+        yield block + "mlp.down_proj.weight", (hidden, intermediate)
+    yield "model.norm.weight", (hidden,)
     if not tied:
-        yield "lm_head.weight", normal(vocabulary, hidden)
+        yield "lm_head.weight", (vocabulary, hidden)
+
+
+def tensors(shape: str, blocks: int | None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors, one at a time: gains of one, normal weights."""
+    rng = np.random.default_rng(0)
+    for name, extent in shapes(shape, blocks):
+        if len(extent) == 1:
+            values = np.ones(extent, np.float32)
+        else:
+            values = rng.standard_normal(extent, dtype=np.float32)
+            values *= np.float32(0.02)
+        yield name, values.astype(ml_dtypes.bfloat16)
+
+
+def make_hollow(out: Path, shape: str) -> int:
+    """Write a folder whose weights are a hole in a file, for plans that only look at shapes; return how
+    many they are."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    header, end = {}, 0
+    for name, extent in shapes(shape, None):
+        size = 2 * math.prod(extent)
+        header[name] = {"dtype": "BF16", "shape": extent, "data_offsets": (end, end + size)}
+        end += size
+    text = json.dumps(header).encode()
+    with open(out / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (out / "config.json").write_text(json.dumps(config(shape, None)))
+    return end // 2
 
 
 def make(out: Path, shape: str = "0.1b", blocks: int | None = None) -> None:

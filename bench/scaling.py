@@ -1,11 +1,12 @@
 """Time and peak memory as the work grows, beside the planner's forecast.
 
-    python bench/scaling.py FOLDER [--only parameters tokens ...] [--plot bench/plots/scaling.png]
+    python bench/scaling.py FOLDER [--only parameters tokens ...] [--plot bench/plots/scaling.svg]
 
 Random checkpoints of real shapes are made in FOLDER (bench/make_llama.py; those of 8 and 70 B with two
 blocks and one, since time grows with their number and memory does not), and one of parameters, tokens,
 bits, threads, ranks and method varies at a time. Every run is a process of its own, and a line of
-FOLDER/scaling.jsonl; those that are there are not repeated."""
+FOLDER/scaling.jsonl; those that are there are not repeated. For the whole of each shape there is a
+forecast, without a run."""
 
 import argparse
 import json
@@ -107,16 +108,55 @@ def measure(folder: Path, names: list[str]) -> list[dict[str, Any]]:
     return known
 
 
-def plot(figures: list[dict[str, Any]], out: Path) -> None:
+class OnlyPlannedError(Exception):
+    """Ends a run that was only to be planned."""
+
+
+def plan_whole(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """Return what the planner says of all blocks of a shape, whose weights need not be there."""
+    model, plan_run = folder / "hollow", planner.plan_run
+    parameters = make_llama.make_hollow(model, case["shape"])
+
+    def planned(work: planner.Work, memory: Any, out: Any, timed: bool = True) -> planner.RunPlan:
+        raise OnlyPlannedError(plan_run(work, memory, None, timed=True))
+
+    pipeline.plan_run = planned
+    ids = np.zeros((case["tokens"] // LENGTH, LENGTH), int)
+    try:
+        bitwright.quantize(
+            model,
+            folder / "unwritten",
+            case["method"],
+            case["bits"],
+            calibration=ids,
+            preset=case["preset"],
+            threads=case["threads"],
+            progress=False,
+        )
+    except OnlyPlannedError as found:
+        plan = found.args[0]
+    finally:
+        pipeline.plan_run = plan_run
+        shutil.rmtree(model)
+    return {
+        "shape": case["shape"],
+        "parameters": parameters,
+        "planned_seconds": plan.seconds,
+        "planned_gb": plan.memory_bytes / 1e9,
+        "planned_disk_gb": plan.disk_bytes / 1e9,
+    }
+
+
+def plot(figures: list[dict[str, Any]], whole: list[dict[str, Any]], out: Path) -> None:
     """Draw measurement and forecast against each thing that varies."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    grown = ("parameters", "tokens", "bits", "threads", "ranks")
-    picture, axes = plt.subplots(2, len(grown), figsize=(4 * len(grown), 7))
-    for column, name in enumerate(grown):
+    grown = {"parameters": "shape", **{n: n for n in ("tokens", "bits", "threads", "ranks")}}
+    picture, axes = plt.subplots(2, len(grown), figsize=(3.6 * len(grown), 6))
+    for column, (name, key) in enumerate(grown.items()):
         cases = [USUAL | changes for changes in VARIED[name]]
         found = [
             each
@@ -124,21 +164,25 @@ def plot(figures: list[dict[str, Any]], out: Path) -> None:
             for each in figures
             if all(each[key] == value for key, value in case.items())
         ]
-        for row, (measured, planned, unit) in enumerate(
-            (("seconds", "planned_seconds", "s"), ("peak_gb", "planned_gb", "GB"))
+        for axis, measured, planned, unit in (
+            (axes[0, column], "seconds", "planned_seconds", "s"),
+            (axes[1, column], "peak_gb", "planned_gb", "GB"),
         ):
-            axis = axes[row, column]
-            axis.plot(
-                [e[name] for e in found], [e[measured] for e in found], "o-", label="measured"
-            )
-            axis.plot([e[name] for e in found], [e[planned] for e in found], "x--", label="planned")
-            axis.set_xlabel(name)
-            axis.set_ylabel(unit)
-            if name in ("parameters", "tokens"):
-                axis.set_xscale("log")
+            places = [str(e[key]) for e in found]  # evenly spaced, whatever they are
+            axis.plot(places, [e[measured] for e in found], "o-", label="measured")
+            axis.plot(places, [e[planned] for e in found], "x--", label="forecast")
+            if key == "shape":
+                axis.plot(
+                    [e["shape"] for e in whole],
+                    [e[planned] for e in whole],
+                    "s:",
+                    label="all blocks",
+                )
                 axis.set_yscale("log")
             else:
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
+            axis.set_xlabel(key)
+            axis.set_ylabel(unit)
     axes[0, 0].legend()
     picture.tight_layout()
     picture.savefig(out)
@@ -155,8 +199,11 @@ def main() -> None:
     if options.case is not None:
         return run(options.folder, options.case)
     figures = measure(options.folder, options.only)
+    whole = [plan_whole(options.folder, USUAL | case) for case in VARIED["parameters"]]
+    for each in whole:
+        print(json.dumps(each))
     if options.plot is not None:
-        plot(figures, options.plot)
+        plot(figures, whole, options.plot)
     return None
 
 
