@@ -34,6 +34,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, PROCESSORS[first :: worker["workercount"]])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out under sanitizers (sanitize.py) what they make meaningless."""
+    if "BITWRIGHT_SANITIZER" in os.environ:
+        for item in items:
+            if item.get_closest_marker("memory"):
+                item.add_marker(pytest.mark.skip(reason="sanitizers take memory for themselves"))
+
+
 @pytest.fixture(scope="module")
 def all_processors(request: pytest.FixtureRequest) -> Iterator[None]:
     """Threads that run at once: those that take turns on one processor would hide their races."""

@@ -4,8 +4,9 @@
     python tests/sanitize.py thread [pytest arguments]    ThreadSanitizer
 
 In an environment with `pip install ".[test]"`, on Linux, with GCC. Without pytest arguments `address`
-runs all tests but those of interop, notebooks and style, whose work is done by other programs, and
-`thread` those of the kernels. The build is in build/sanitize-*; only what has changed is built again.
+runs all tests but those of interop, notebooks and style, whose work is done by other programs, and of
+kills, which run little else than other tests a few hundred times; `thread` runs those of the kernels.
+The build is in build/sanitize-*; only what has changed is built again.
 """
 
 import os
@@ -33,7 +34,10 @@ RUNTIMES = {"address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}
 TESTS = {
     "address": [
         "tests",
-        *(f"--ignore=tests/{name}" for name in ("interop", "test_notebooks.py", "test_style.py")),
+        *(
+            f"--ignore=tests/{name}"
+            for name in ("interop", "test_notebooks.py", "test_style.py", "test_kills.py")
+        ),
     ],
     "thread": [
         f"tests/test_{name}.py"

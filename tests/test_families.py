@@ -1,6 +1,7 @@
 """Every family: hidden states and logits against transformers, folding, quantizing, reading back."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -444,7 +445,7 @@ print(len(every))
         capture_output=True,
         text=True,
         check=True,
-        env={"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert int(done.stdout) == len(ARCHITECTURES)
 

@@ -209,6 +209,7 @@ def test_weight_files_that_disappear(
     assert {path.name for path in tmp_path.iterdir()} == {"model", "known", "out"}
 
 
+@pytest.mark.memory
 @pytest.mark.parametrize("megabytes", [200, 1200])
 def test_limited_addresses(tmp_path: Path, megabytes: int, undisturbed: dict[str, bytes]) -> None:
     """By ulimit -v: refused before it begins, with what would be enough, or within it to the end."""

@@ -55,6 +55,7 @@ def test_disks_that_are_too_small_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.memory
 def test_limits_of_the_process_count() -> None:
     script = "from bitwright.memory import process_memory; print(process_memory(2))"
     limit = 3 << 30
@@ -172,6 +173,7 @@ def run_planned(
     return forecast, peak, chunks, budget
 
 
+@pytest.mark.memory
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "preset", "resident"),
@@ -212,6 +214,7 @@ def control_group() -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.memory
 def test_control_groups_that_hold_what_was_planned(
     tmp_path: Path, wide: Path, control_group: Path
 ) -> None:
@@ -245,6 +248,7 @@ def test_control_groups_that_hold_what_was_planned(
 
 
 @pytest.mark.slow
+@pytest.mark.memory
 def test_peak_memory_does_not_grow_with_the_blocks(tmp_path: Path) -> None:
     """From two on: of the last one's states less is kept."""
     models = {blocks: make_wide(tmp_path / f"model{blocks}", blocks) for blocks in (2, 5)}
@@ -284,6 +288,7 @@ def test_no_array_waits_for_the_garbage_collector(
     assert not held
 
 
+@pytest.mark.memory
 def test_peak_memory_does_not_grow_with_the_calibration(tmp_path: Path) -> None:
     """Beyond a budget, the states are in files."""
     script = SCRIPT.replace("plans[0]", "replace(plans[-1], resident=2)")
