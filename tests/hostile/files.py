@@ -259,6 +259,18 @@ def targets() -> dict[str, Files]:
         return {"one file": _content(folder / "out")}
 
 
+STATISTICS_MODEL = TESTS / "data" / "tiny" / "mistral"
+
+
+@cache
+def statistics() -> dict[str, Files]:
+    """What the layers of a model see."""
+    with _scratch() as folder:
+        ids = np.arange(24, dtype=np.int32).reshape(3, 8)
+        bitwright.collect_statistics(STATISTICS_MODEL, folder / "out", ids, progress=False)
+        return {"one model": _content(folder / "out")}
+
+
 @cache
 def sensitivities() -> dict[str, Files]:
     """Sensitivities of three layers."""

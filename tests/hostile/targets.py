@@ -158,6 +158,35 @@ def _targets(folder: Path, _out: Path) -> None:
     assert np.isfinite(top.rest).all()
 
 
+def _statistics(folder: Path, _out: Path) -> None:
+    known = bitwright.Statistics(folder)
+    for name, stage in known.stages.items():
+        moments = known.read(name)
+        assert (moments is None) == (stage.tokens == 0)
+        if moments is not None:
+            assert moments.is_finite()
+            assert moments.gram.shape == (stage.channels, stage.channels)
+
+
+def _merged(folder: Path, out: Path) -> None:
+    known = bitwright.Statistics(folder)
+    assert bitwright.merge_statistics([folder], out).stages.keys() == known.stages.keys()
+    _statistics(out, out)
+
+
+def _quantized_by(folder: Path, out: Path) -> None:
+    bitwright.quantize(
+        files.STATISTICS_MODEL,
+        out,
+        "awq",
+        group_size=-1,
+        format="compressed-tensors",
+        statistics=folder,
+        progress=False,
+    )
+    _check_output(out)
+
+
 def _sensitivities(folder: Path, out: Path) -> None:
     known = bitwright.Sensitivities.load(folder / "sensitivities.json")
     assert all(map(math.isfinite, [*known.per_million.values(), known.kl_divergence]))
@@ -199,7 +228,11 @@ TARGETS = {
         files.tokens, (".npy", ".txt", ".jsonl"), {**TEXT_TASKS, "ids": _tokens_of("tokens.npy")}
     ),
     "targets": Target(files.targets, (".json", ".safetensors"), {"read": _targets}),
-    # A file of statistics, once there is one, belongs here, and a test of it into test_hostile.py.
+    "statistics": Target(
+        files.statistics,
+        (".json", ".safetensors"),
+        {"read": _statistics, "merge": _merged, "quantize": _quantized_by},
+    ),
     "sensitivities": Target(files.sensitivities, (".json",), {"load": _sensitivities}),
     "recipe": Target(files.recipes, (".json",), {"load": _recipe}),
     "activations": Target(files.activations, (".npz",), {"load": _activations}),
