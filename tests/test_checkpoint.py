@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from bitwright.checkpoint import Checkpoint, CheckpointWriter, copy_side_files
 from bitwright.checkpoint import writer as writer_module
 from bitwright.checkpoint.reader import DTYPES, INDEX_NAME, read_json_object
+from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.errors import (
     BitwrightError,
     CheckpointError,
@@ -685,3 +686,16 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     write(tmp_path / "2", metadata=dict(reversed(metadata.items())))
     first, second = ((tmp_path / i / "model.safetensors").read_bytes() for i in "12")
     assert first == second
+
+
+def test_data_that_a_killed_run_has_left_are_not_stored(tmp_path: Path) -> None:
+    out, array = tmp_path / "out", np.arange(12, dtype=np.float32)
+    with WorkFolder(out) as work:
+        (work.path / writer_module.DATA_NAME.format(0)).write_bytes(b"left")
+        with CheckpointWriter(out, work=work) as writer:
+            writer.add("a", array)
+            writer.add("b", 2 * array)
+            writer.write_json("config.json", {})
+    with Checkpoint(out) as checkpoint:
+        np.testing.assert_array_equal(checkpoint.read("a"), array)
+        np.testing.assert_array_equal(checkpoint.read("b"), 2 * array)

@@ -350,7 +350,9 @@ class CheckpointWriter:
         if self._waiting and full and self.container.splits:
             self._flush(folder)
         data = np.ascontiguousarray(array, dtype)
-        with output_errors(self._out), open(self._data(), "ab") as file:
+        # What a killed run has left there without a state is written over.
+        mode = "ab" if self._waiting else "wb"
+        with output_errors(self._out), open(self._data(), mode) as file:
             file.write(data.reshape(-1).view(np.uint8).data)
         tensor = StoredTensor(stored_name, dtype, array.shape, self._waiting_bytes)
         self._waiting.append(tensor)
