@@ -251,8 +251,8 @@ def spread_over(comm: Any | None = None, fixed_order: bool = False) -> Iterator[
     comm
         An ``mpi4py`` communicator; None for this process alone.
     fixed_order
-        Take all sums in an order that does not depend on the number of ranks, so that any number gives
-        the same bits; it takes the memory of some more grams.
+        Take all sums in an order that does not depend on the number of ranks: the largest part of why
+        their results differ; it takes the memory of some more grams.
 
     Yields
     ------
