@@ -44,9 +44,36 @@ VARIED: dict[str, list[dict[str, Any]]] = {
 }
 
 
+def model_folder(folder: Path, case: dict[str, Any]) -> Path:
+    """Return where the checkpoint of a case is."""
+    return folder / f"{case['shape']}-{BLOCKS.get(case['shape'], 'all')}"
+
+
+def quantize(model: Path, out: Path, case: dict[str, Any]) -> bitwright.QuantizationReport:
+    """Quantize as a case says, by random tokens."""
+    vocabulary = bitwright.load_model(model).config.vocab_size
+    rng = np.random.default_rng(0)
+    return bitwright.quantize(
+        model,
+        out,
+        case["method"],
+        case["bits"],
+        calibration=rng.integers(0, vocabulary, (case["tokens"] // LENGTH, LENGTH)),
+        preset=case["preset"],
+        threads=case["threads"],
+        overwrite=True,
+        progress=False,
+    )
+
+
+def figures_of(case: dict[str, Any], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return those of the figures that are of a case."""
+    return [each for each in known if all(each[key] == value for key, value in case.items())]
+
+
 def run(folder: Path, case: dict[str, Any]) -> None:
     """Quantize, in this process, and print what was planned and what it took."""
-    model = folder / f"{case['shape']}-{BLOCKS.get(case['shape'], 'all')}"
+    model = model_folder(folder, case)
     plans: list[planner.RunPlan] = []
     plan_run = planner.plan_run
 
@@ -55,23 +82,9 @@ def run(folder: Path, case: dict[str, Any]) -> None:
         return plans[-1]
 
     pipeline.plan_run = planned
-    opened = bitwright.load_model(model)
-    shapes, vocabulary = opened.linear_shapes(), opened.config.vocab_size
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, vocabulary, (case["tokens"] // LENGTH, LENGTH))
-    out = folder / "out"
+    shapes = bitwright.load_model(model).linear_shapes()
     with spread_over(world() if launched() else None) as ranks:
-        report = bitwright.quantize(
-            model,
-            out,
-            case["method"],
-            case["bits"],
-            calibration=ids,
-            preset=case["preset"],
-            threads=case["threads"],
-            overwrite=True,
-            progress=False,
-        )
+        report = quantize(model, folder / "out", case)
         peaks = ranks.gather(report.peak_memory_bytes)
         if ranks.is_first:
             figures = {
@@ -91,9 +104,9 @@ def measure(folder: Path, names: list[str]) -> list[dict[str, Any]]:
     for name in names:
         for changes in VARIED[name]:
             case = USUAL | changes
-            if any(all(each[key] == value for key, value in case.items()) for each in known):
+            if figures_of(case, known):
                 continue
-            model = folder / f"{case['shape']}-{BLOCKS.get(case['shape'], 'all')}"
+            model = model_folder(folder, case)
             if not model.exists():
                 make_llama.make(model, case["shape"], BLOCKS.get(case["shape"]))
             command = [sys.executable, __file__, str(folder), "--case", json.dumps(case)]
@@ -121,18 +134,8 @@ def plan_whole(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         raise OnlyPlannedError(plan_run(work, memory, None, timed=True))
 
     pipeline.plan_run = planned
-    ids = np.zeros((case["tokens"] // LENGTH, LENGTH), int)
     try:
-        bitwright.quantize(
-            model,
-            folder / "unwritten",
-            case["method"],
-            case["bits"],
-            calibration=ids,
-            preset=case["preset"],
-            threads=case["threads"],
-            progress=False,
-        )
+        quantize(model, folder / "unwritten", case)
     except OnlyPlannedError as found:
         plan = found.args[0]
     finally:
@@ -158,12 +161,7 @@ def plot(figures: list[dict[str, Any]], whole: list[dict[str, Any]], out: Path) 
     picture, axes = plt.subplots(2, len(grown), figsize=(3.6 * len(grown), 6))
     for column, (name, key) in enumerate(grown.items()):
         cases = [USUAL | changes for changes in VARIED[name]]
-        found = [
-            each
-            for case in cases
-            for each in figures
-            if all(each[key] == value for key, value in case.items())
-        ]
+        found = [each for case in cases for each in figures_of(case, figures)]
         for axis, measured, planned, unit in (
             (axes[0, column], "seconds", "planned_seconds", "s"),
             (axes[1, column], "peak_gb", "planned_gb", "GB"),

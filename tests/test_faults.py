@@ -17,6 +17,7 @@ import pytest
 
 import bitwright
 from bitwright.checkpoint import CheckpointWriter
+from bitwright.checkpoint.writer import write_safetensors
 from bitwright.journal import Journal
 
 DEMO = bitwright.demo_folder()
@@ -321,8 +322,6 @@ def test_nothing_is_kept_of_what_will_fail_again(
         if checkpoint.file(each) == file:
             others[each] = checkpoint.read(each)
     others[name][0, 0] = np.nan
-    from bitwright.checkpoint.writer import write_safetensors
-
     file.unlink()
     write_safetensors(file, others, {"format": "pt"})
     with pytest.raises(bitwright.NonFiniteError, match=name):

@@ -157,12 +157,18 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_planned(
-    model: Path, out: Path, method: str, preset: str, tokens: int, resident: str
+    model: Path,
+    out: Path,
+    method: str,
+    preset: str,
+    tokens: int,
+    resident: str,
+    script: str = SCRIPT,
 ) -> tuple[int, int, int | None, int]:
     """Quantize in a process of its own; return forecast, peak, chunks in memory and budget."""
     done = subprocess.run(
         [
-            *(sys.executable, "-c", SCRIPT, str(model), str(out), method, preset),
+            *(sys.executable, "-c", script, str(model), str(out), method, preset),
             *(str(tokens), resident),
         ],
         capture_output=True,
@@ -291,17 +297,10 @@ def test_no_array_waits_for_the_garbage_collector(
 @pytest.mark.memory
 def test_peak_memory_does_not_grow_with_the_calibration(tmp_path: Path) -> None:
     """Beyond a budget, the states are in files."""
-    script = SCRIPT.replace("plans[0]", "replace(plans[-1], resident=2)")
-    peaks = []
-    for tokens in (8192, 32_768):
-        done = subprocess.run(
-            [
-                *(sys.executable, "-c", f"from dataclasses import replace{script}", str(DEMO)),
-                *(str(tmp_path / f"q{tokens}"), "rtn", "fast", str(tokens), "all"),
-            ],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        peaks.append(json.loads(done.stdout)[1])
+    two_chunks = SCRIPT.replace("plans[0]", "replace(plans[-1], resident=2)")
+    script = f"from dataclasses import replace{two_chunks}"
+    peaks = [
+        run_planned(DEMO, tmp_path / f"q{tokens}", "rtn", "fast", tokens, "all", script)[1]
+        for tokens in (8192, 32_768)
+    ]
     assert peaks[1] < peaks[0] + (4 << 20)

@@ -295,10 +295,10 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
             # While it is gathered, the stage before is computed, in the original, too.
             now = 4 * (previous * (2 if drifts else 1) + (own if drifts else 0)) + gathered
             planned = any(work.plan.get(prefix + name) for name in stage.linears)
-            adds = stage.kind in ("attention_output", "mlp_output")
             solving = 4 * own
             if planned:
-                solving = _solve_bytes(work, shapes, gathered, drifts, adds, own_gram=gathered > 0)
+                adds, own_gram = stage.adds_to_states, gathered > 0
+                solving = _solve_bytes(work, shapes, gathered, drifts, adds, own_gram)
             peaks.append(held + floats + max(now + width, solving))
         before = shapes
     return max(peaks)
@@ -313,8 +313,7 @@ def _gathered(work: Work, shapes: list[tuple[int, int]], stage: Stage) -> int:
     grams = 1 + (drifts and work.drift_tokens < work.tokens)
     if work.scaled and not work.regathers and stage.expert is None:
         grams = 0
-    adds = stage.kind in ("attention_output", "mlp_output")
-    cross = (out if adds else channels) * channels if drifts else 0
+    cross = (out if stage.adds_to_states else channels) * channels if drifts else 0
     return 4 * (grams * channels**2 + cross)
 
 
@@ -397,7 +396,6 @@ def _products(work: Work) -> float:
         for stage in layout.stages:
             seen = tokens * (share if stage.expert is not None else 1.0)
             both = drift * (share if stage.expert is not None else 1.0)
-            adds = stage.kind in ("attention_output", "mlp_output")
             for number, name in enumerate(stage.linears):
                 out, channels = layout.linears[name]
                 operations += streams * 2 * seen * out * channels
@@ -406,7 +404,7 @@ def _products(work: Work) -> float:
                     gathered = passes if work.scaled and work.regathers else 1.0
                     operations += gathered * seen * channels**2 / GRAM_SPEED
                     if drifts:
-                        wide = out if adds else channels
+                        wide = out if stage.adds_to_states else channels
                         operations += solved * 2.0 * both * channels * wide
                         operations += solved * channels**3 / 3 / FACTOR_SPEED
                     if "gptq" in method:

@@ -15,10 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 SECONDS = 5  # of processor time for one text; templates need thousandths of one
-SPARE, FACTOR = (
-    1 << 20,
-    4,
-)  # bytes, and how much larger a value may be than what the template is given
+SPARE = 1 << 20  # bytes that a value may have
+FACTOR = 4  # times what the template is given that it may have beside them
 VALUES = 256  # times that is what all values may have that are made for one text
 PRODUCT = 64  # times that is what a product may seem to make
 ITEM = 16  # bytes that an item counts for beside its characters

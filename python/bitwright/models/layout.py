@@ -51,6 +51,11 @@ class Stage:
         return self.kind != "shared"
 
     @property
+    def adds_to_states(self) -> bool:
+        """Whether its outputs are added to the hidden states, weighted by no router."""
+        return self.kind in ("attention_output", "mlp_output")
+
+    @property
     def reads_routed(self) -> bool:
         """Whether it reads what a router does, all or some of the tokens."""
         return self.kind in ("shared", "expert")
