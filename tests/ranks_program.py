@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import bitwright
+import bitwright.distributed
 import bitwright.targets
 from bitwright.distributed import spread_over, world
 from bitwright.journal import Journal
@@ -17,6 +18,7 @@ from bitwright.methods.adam import Adam
 call = json.loads(sys.argv[1])
 bitwright.set_num_threads(1)
 bitwright.targets.SHARD_BYTES = 1 << 18
+bitwright.distributed.FIXED_ROWS = 16
 with spread_over(world(), call["fixed_order"]) as ranks:
     if call["kill"] is not None:
         step, commit = Adam.step, Journal.commit

@@ -30,11 +30,13 @@ IDS = bitwright.load_tokens(DEMO / "calibration.txt", tokenizer=DEMO, length=32,
 
 @pytest.fixture(scope="module", autouse=True)
 def as_ranks_program_does() -> Iterator[None]:
-    """Samples that are in one file of targets are computed together, which their last bits show."""
+    """Samples that are in one file of targets are computed together, which their last bits show; so are
+    the rows of a piece, of which every layer here has several."""
     before = _kernels.num_threads()
     bitwright.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bitwright.targets.SHARD_BYTES", 1 << 18)
+        patch.setattr("bitwright.distributed.FIXED_ROWS", 16)
         yield
     bitwright.set_num_threads(before)
 
@@ -191,6 +193,24 @@ def test_ranks_that_quantize_in_a_fixed_order(tmp_path: Path, method: str) -> No
         spread(count, "quantize", True, out=tmp_path / f"{count}", **options)
         assert content(tmp_path / f"{count}") == known
     assert not list(tmp_path.glob(".*"))
+
+
+@needs_mpi
+def test_ranks_that_refine_in_a_fixed_order(tmp_path: Path, student: Path) -> None:
+    """Each piece goes on from its own rows' codes."""
+    options = quantizing(quantized=student)
+    original = options.pop("model")
+    spread(2, "refine_model", True, out=tmp_path / "2", original=original, **options)
+    options["calibration"] = np.asarray(options["calibration"])
+    with spread_over(fixed_order=True):
+        bitwright.refine_model(original, out=tmp_path / "1", **options)
+    bitwright.refine_model(original, out=tmp_path / "free", **options)
+    assert content(tmp_path / "2") == content(tmp_path / "1")
+    kl = [
+        bitwright.evaluate(tmp_path / name, DEMO / "evaluation.txt", reference=DEMO, samples=4)
+        for name in ("1", "free")
+    ]
+    assert kl[0].kl_divergence == pytest.approx(kl[1].kl_divergence, rel=0.05)
 
 
 @needs_mpi

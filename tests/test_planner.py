@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import numpy as np
@@ -190,12 +191,15 @@ def run_planned(
         ("rtn", "fast", "least"),
     ],
 )
+@pytest.mark.parametrize("fixed_order", [False, True])
 def test_forecasts_of_memory(
-    tmp_path: Path, wide: Path, method: str, preset: str, resident: str
+    tmp_path: Path, wide: Path, method: str, preset: str, resident: str, fixed_order: bool
 ) -> None:
     tokens = 4096 if resident == "all" else 16384
+    opening = f"import bitwright\nwith bitwright.spread_over(None, {fixed_order}):\n"
+    script = opening + indent(SCRIPT, "    ")
     forecast, peak, chunks, budget = run_planned(
-        wide, tmp_path / "q", method, preset, tokens, resident
+        wide, tmp_path / "q", method, preset, tokens, resident, script
     )
     assert 0.85 < forecast / peak < 1.4  # small things that no forecast counts weigh here
     assert (chunks is None) == (resident == "all")

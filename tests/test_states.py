@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import bitwright
-from bitwright.distributed import Ranks, share, spread_over
-from bitwright.states import LEAVES, ChunkPlan, States, read_states
+from bitwright.distributed import LEAVES, Ranks, Sum, share, spread_over
+from bitwright.states import ChunkPlan, States, read_states
 
 WIDTH = 5
 
@@ -106,10 +106,48 @@ def test_shares_cover_everything_once(count: int, size: int, unit: int) -> None:
         assert part.stop % unit == 0 or part.stop == count
 
 
+@given(count=st.integers(0, 2000), size=st.integers(1, 12))
+def test_what_is_computed_together_does_not_depend_on_the_number_of_ranks(
+    count: int, size: int
+) -> None:
+    """In a fixed order; else each rank has one piece, and whole registers of rows."""
+    alone, free = Ranks(fixed_order=True), [OneOf(rank, size, False) for rank in range(size)]
+    fixed = [OneOf(rank, size, True) for rank in range(size)]
+    for pieces in (
+        lambda ranks: ranks.rows(count),
+        lambda ranks: [slice(leaf.start, leaf.stop) for leaf in ranks.leaves(count)],
+    ):
+        assert [piece for ranks in fixed for piece in pieces(ranks)] == pieces(alone)
+        for parts in (fixed, free):
+            found = [
+                place for ranks in parts for piece in pieces(ranks) for place in numbers(piece)
+            ]
+            assert found == list(range(count))
+    assert all(len(ranks.rows(count)) <= 1 == len(ranks.leaves(count)) for ranks in free)
+    assert all(rows.start % 16 == 0 for ranks in free for rows in ranks.rows(count))
+
+
+def numbers(piece: slice) -> range:
+    return range(piece.start, piece.stop)
+
+
+@given(chunks=st.integers(1, 40), first_part=st.integers(0, 40), fixed_order=st.booleans())
+def test_sums_hold_few_arrays(chunks: int, first_part: int, fixed_order: bool) -> None:
+    with spread_over(fixed_order=fixed_order) as ranks:
+        plan = ChunkPlan.shared(chunks, 1, min(first_part, chunks))
+        parts = plan.numbers[: plan.first_part], plan.numbers[plan.first_part :]
+        for numbers in filter(None, parts):
+            total = Sum((1,), np.int64)
+            for number in numbers:
+                total.place(plan.leaf(number))[0] += number
+                assert len(total._nodes) <= ranks.most_summands(len(numbers))
+            assert total.total() == sum(numbers)
+
+
 def test_alone_there_is_one_rank() -> None:
     with spread_over(fixed_order=True) as ranks:
         assert (ranks.rank, ranks.size, ranks.fixed_order) == (0, 1, True)
-        assert ranks.total(2.5) == 2.5
+        assert ranks.total([2.5, 1]) == 3.5
         assert ranks.on_first(lambda: 3) == 3
     assert not bitwright.distributed.current().fixed_order
 

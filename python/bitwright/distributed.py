@@ -3,7 +3,7 @@
 All of bitwright asks `current` for the ranks; outside of MPI there is one, which talks to nobody."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,6 +16,9 @@ from bitwright.errors import MissingExtraError
 
 T = TypeVar("T")
 MESSAGE_ELEMENTS = 1 << 26  # of one message: counts are 32-bit numbers in many MPI libraries
+LEAVES = 8  # that what is added up in a fixed order is cut into: so many ranks can share it
+ROWS = 16  # of a layer that are solved together, see cpp/quant/gptq.cpp
+FIXED_ROWS = 256  # of a layer that are computed by themselves where the order is fixed
 # By which the launchers of MPICH, Open MPI and Slurm tell how many ranks there are.
 SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 
@@ -30,7 +33,8 @@ class Ranks:
     local_size
         How many of them share this machine's memory.
     fixed_order
-        Whether sums are taken in an order that does not depend on the number of ranks.
+        Whether sums are taken, and layers cut into pieces, in a way that does not depend on the number of
+        ranks.
     """
 
     rank = 0
@@ -48,6 +52,32 @@ class Ranks:
     def share(self, count: int, unit: int = 1) -> range:
         """Return this rank's part of `count` things: consecutive ones, in whole units but for the last."""
         return share(count, self.rank, self.size, unit)
+
+    def leaves(self, count: int) -> list[range]:
+        """Return this rank's part of what is added up over `count` things, leaf by leaf."""
+        if not self.fixed_order:
+            return [self.share(count)]
+        return [share(count, leaf, LEAVES) for leaf in self.share(LEAVES)]
+
+    def most_summands(self, chunks: int) -> int:
+        """Return how many arrays a `Sum` over so many chunks of all ranks holds at most."""
+        # The leaf that grows and, of what was added up before it, one for each level of the tree.
+        return max(1, min(chunks, LEAVES.bit_length())) if self.fixed_order else 1
+
+    def rows(self, count: int) -> list[slice]:
+        """Return this rank's part of a layer's rows, in the pieces to compute one by one.
+
+        A matrix product of fewer rows may round otherwise, so in a fixed order the pieces are the same for
+        any number of ranks.
+        """
+        if not self.fixed_order:
+            mine = self.share(count, ROWS)
+            return [slice(mine.start, mine.stop)] if mine else []
+        mine = self.share(count, FIXED_ROWS)
+        return [
+            slice(first, min(first + FIXED_ROWS, mine.stop))
+            for first in range(mine.start, mine.stop, FIXED_ROWS)
+        ]
 
     def sum(self, array: NDArray[Any]) -> None:
         """Replace a C-contiguous array, of the same shape on all ranks, by the sum of theirs."""
@@ -82,9 +112,9 @@ class Ranks:
             raise error
         return found  # type: ignore[return-value]
 
-    def total(self, value: float) -> float:
-        """Return the sum of all ranks' values, the same on every rank."""
-        return sum(self.gather(value), 0.0)
+    def total(self, values: Iterable[float]) -> float:
+        """Return the sum of all ranks' values, one after the other, the same on every rank."""
+        return sum((value for part in self.gather(list(values)) for value in part), 0.0)
 
     def all(self, value: bool) -> bool:
         """Tell whether a condition holds on every rank."""
@@ -176,6 +206,10 @@ class Sum:
             self._grow(_Node(0, leaf, leaf, np.zeros(self.shape, self.dtype)))
         return self._nodes[-1].array
 
+    def end(self) -> None:
+        """Add up what belongs together: this rank adds no more."""
+        self._join_twins()
+
     def total(self) -> NDArray[Any]:
         """Return the sum, the same on all ranks, and forget it; all ranks call this together."""
         ranks = self._ranks
@@ -184,7 +218,7 @@ class Sum:
             ranks.sum(total)
             self._nodes = []
             return total
-        self._join_twins()
+        self.end()
         counts = ranks.gather([(node.level, node.index) for node in self._nodes])
         if ranks.is_first:
             for source, nodes in enumerate(counts):
@@ -251,8 +285,9 @@ def spread_over(comm: Any | None = None, fixed_order: bool = False) -> Iterator[
     comm
         An ``mpi4py`` communicator; None for this process alone.
     fixed_order
-        Take all sums in an order that does not depend on the number of ranks: the largest part of why
-        their results differ; it takes the memory of some more grams.
+        Take all sums in an order, and matrix products in pieces, that do not depend on the number of
+        ranks: any number of them, of as many threads each, gives the same bytes on processors of one kind.
+        It takes the memory of some more grams, and more time in all where layers are wide.
 
     Yields
     ------

@@ -579,7 +579,7 @@ class _Run:
             losses.append(float(found.sum()))
             if self.ranks.fixed_order:
                 parts.append(student.gradients())
-        mean = self._total(losses) / positions
+        mean = self.ranks.total(losses) / positions
         gradients = self._summed(parts)
         if math.isfinite(mean) and not all(np.isfinite(each).all() for each in gradients.values()):
             mean = math.nan
@@ -594,10 +594,6 @@ class _Run:
         size = 1 if self.ranks.fixed_order else self.settings.batch_size
         for first in range(share.start, share.stop, size):
             yield samples[first : min(first + size, share.stop)]
-
-    def _total(self, losses: list[float]) -> float:
-        """Return the sum of what all ranks have found, in the order of the samples."""
-        return sum((each for part in self.ranks.gather(losses) for each in part), 0.0)
 
     def _summed(self, parts: list[dict[str, Float32]]) -> dict[str, Float32]:
         """Return the gradients of all ranks together; where the order is fixed, added up pass by pass."""
@@ -621,7 +617,7 @@ class _Run:
             float(self.network.losses(self.samples[batch], self._loss(batch, "kl", 1.0)).sum())
             for batch in self._passes(valid)
         ]
-        value = self._total(losses) / (len(valid) * self.samples.shape[1])
+        value = self.ranks.total(losses) / (len(valid) * self.samples.shape[1])
         if not math.isfinite(value):
             if not state.validations:
                 raise NonFiniteError(

@@ -70,7 +70,6 @@ from bitwright.tensor import Grid, QuantizedTensor
 
 DEFAULT_SAMPLES = 128
 JUDGED_CHUNKS = 1  # that decide between a block with AWQ's scales and one without
-ROWS = 16  # of a layer that are solved together, see cpp/quant/gptq.cpp
 
 
 def quantize(
@@ -433,12 +432,28 @@ def _check_statistics_alone(given: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: {reason}, so it needs calibration data instead")
 
 
+Piece = tuple[slice, Float32]  # rows of a layer, and their weights
+
+
 @dataclass(frozen=True, eq=False)
 class OwnSolver:
-    """How to quantize a layer, and the gram that its error is reported by."""
+    """How to quantize a layer, and the gram that its error is reported by; what is `known` is taken."""
 
     solve: Solver
     gram: Float32 | None
+    known: QuantizedTensor | None = None
+
+    def of(self, rows: slice) -> Solver:
+        """Return how to quantize some of the layer's rows."""
+        return self.solve if self.known is None else _taking(self.known.rows(rows.start, rows.stop))
+
+
+def _taking(tensor: QuantizedTensor) -> Solver:
+    def solve(_: Any, bits: int, size: int | None, grid: Grid, dtype: Any) -> QuantizedTensor:
+        # Symmetric by chance, among layers that are not.
+        return replace(tensor, grid=grid) if grid == "zero_point" else tensor
+
+    return solve
 
 
 class Run:
@@ -700,10 +715,8 @@ class Run:
         own = self._known_solver(name, None)
         if own is None:
             own = OwnSolver(METHODS["rtn"](None, self.options), None)
-        matrix = self.model.embedding()
-        return self._quantize(
-            name, matrix[self._rows(len(matrix))], own, precision, self.output.finish
-        )
+        pieces = self._pieces(self.model.embedding())
+        return self._quantize(name, pieces, own, precision, self.output.finish)
 
     def _calibrate_block(
         self, block: DecoderBlock, index: int, states: States, rope: Rotation
@@ -803,14 +816,14 @@ class Run:
 
     def _mean_square(self, states: States, original: States, below: int | None) -> float:
         """Return the mean squared difference, over all chunks or those whose number is below a limit."""
-        total = count = 0.0
+        mine: dict[int, tuple[float, int]] = {}
         chunks = zip(states.plan.numbers, states.hidden(), original.hidden(), strict=False)
         for number, rows, others in chunks:
             if below is None or number < below:
                 change = rows - others
-                total += float(np.vdot(change, change))
-                count += change.size
-        return self.ranks.total(total) / self.ranks.total(count)
+                mine[number] = float(np.vdot(change, change)), change.size
+        found = sorted(chunk for part in self.ranks.gather(mine) for chunk in part.items())
+        return sum(total for _, (total, _) in found) / sum(count for _, (_, count) in found)
 
     def _pass(
         self,
@@ -976,12 +989,12 @@ class Run:
 
     def _output_error(self, layer: QuantizedLayer, weight: Float32, gram: Float32) -> float:
         """Return tr(Δ G Δᵀ), each rank adding up its share of the rows."""
-        share = self.ranks.share(len(weight))
-        rows = slice(share.start, share.stop)
-        change = layer.tensor.dequantize()[rows]
-        change -= weight[rows]
-        found = _kernels.row_quadratic_forms(change, gram).sum() if len(share) else 0.0
-        return self.ranks.total(float(found))
+        change = layer.tensor.dequantize()
+        change -= weight
+        return self.ranks.total(
+            float(_kernels.row_quadratic_forms(change[rows], gram).sum())
+            for rows in self.ranks.rows(len(weight))
+        )
 
     def _grid_choices(self, block: DecoderBlock, prefix: str) -> dict[str, GridChoice]:
         """Return the grid of each linear as AWQ's search rounds to it: with a search for ranges where one
@@ -1026,18 +1039,19 @@ class Run:
     ) -> None:
         """Quantize what is planned of a stage; `replace` the block's weights by what is stored."""
         planned = {name: self.plan[prefix + name] for name in stage.linears}
-        weights: dict[str, Float32] = {}
+        pieces: dict[str, list[Piece]] = {}
         for name, precision in planned.items():
             if precision is not None:
                 place = f"{name}.weight"
                 weight = block.weights[place]
                 if replace:
                     del block.weights[place]
-                rows = self._rows(len(weight))
-                weights[name] = weight[rows]
-                if drift is not None and gram is not None:
-                    weights[name] = drift.corrected(weights[name], gram, rows)
+                pieces[name] = self._pieces(weight)
                 del weight
+                if drift is not None and gram is not None:
+                    pieces[name] = [
+                        (rows, drift.corrected(part, gram, rows)) for rows, part in pieces[name]
+                    ]
         if drift is not None:
             drift.forget()
         shared = None
@@ -1048,7 +1062,7 @@ class Run:
             if own is None:
                 own = shared = self._method_solver(gram)
             stored = self._quantize(
-                prefix + name, weights.pop(name), own, precision, finish, fallback
+                prefix + name, pieces.pop(name), own, precision, finish, fallback
             )
             if replace:
                 block.weights[f"{name}.weight"] = stored
@@ -1056,30 +1070,20 @@ class Run:
     def _method_solver(self, gram: Float32 | None) -> OwnSolver:
         return OwnSolver(METHODS[self.options.method](gram, self.options), gram)
 
-    def _rows(self, out: int) -> slice:
-        """Return this rank's share of a layer's rows: all where the method looks at them together."""
-        if self.options.method == "salient":
-            return slice(0, out)
-        share = self.ranks.share(out, ROWS)
-        return slice(share.start, share.stop)
+    def _pieces(self, weight: Float32) -> list[Piece]:
+        """Return this rank's pieces of a layer: all rows where the method looks at them together."""
+        whole = self.options.method == "salient"
+        pieces = [slice(0, len(weight))] if whole else self.ranks.rows(len(weight))
+        return [(rows, weight[rows]) for rows in pieces]
 
     def _known_solver(self, name: str, gram: Float32 | None) -> OwnSolver | None:
-        """Return what takes this rank's rows of a layer of the model that is quantized already."""
+        """Return what takes a layer of the model that is quantized already."""
         if self.quantized is None:
             return None
         if name == self.model.names.embedding:
             name = self.quantized.embedding_name
         tensor = self.quantized.quantized(name)
-        if tensor is None:
-            return None
-        rows = self._rows(len(tensor.codes))
-        known = tensor.rows(rows.start, rows.stop)
-
-        def solve(_: Any, bits: int, size: int | None, grid: Grid, dtype: Any) -> QuantizedTensor:
-            # Symmetric by chance, among layers that are not.
-            return replace(known, grid=grid) if grid == "zero_point" else known
-
-        return OwnSolver(solve, gram)
+        return None if tensor is None else OwnSolver(_taking(tensor), gram, tensor)
 
     def _solvers_from_file(
         self, block: DecoderBlock, prefix: str, stage: Stage
@@ -1122,13 +1126,13 @@ class Run:
             elif self.states is not None:
                 gram = head_moments(self.model, self.states).gram
             own = self._known_solver(name, gram) or self._method_solver(gram)
-        head = self.model.head()
-        self._quantize(name, head[self._rows(len(head))], own, precision, self.output.finish)
+        pieces = self._pieces(self.model.head())
+        self._quantize(name, pieces, own, precision, self.output.finish)
 
     def _quantize(
         self,
         name: str,
-        weight: Float32,
+        pieces: list[Piece],
         own: OwnSolver,
         precision: Precision,
         finish: Callable[[QuantizedLayer], None],
@@ -1136,31 +1140,35 @@ class Run:
     ) -> Float32:
         """Quantize this rank's rows of a layer and hand on all of it; return the weights that a reader will
         see."""
-        part = None
-        energies = np.zeros(2)
         shared = self.ranks.size > 1 and self.options.method != "salient"
-        counts = self.ranks.gather(len(weight)) if shared else [len(weight)]
-        first = sum(counts[: self.ranks.rank]) if shared else 0
-        try:
-            if len(weight):
-                part = refined(own.solve, own.gram, self.options)(
+        last = max((rows.stop for rows, _ in pieces), default=0)
+        out = max(self.ranks.gather(last)) if shared else last
+        parts, energies, stored = [], [], None
+        for rows, weight in pieces:
+            try:
+                part = refined(own.of(rows), own.gram, self.options)(
                     weight, precision.bits, precision.group_size, precision.grid, self.scale_dtype
                 )
-        except BitwrightError:
-            raise
-        except ValueError as error:
-            raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: {error}") from error
-        stored = None if part is None else part.dequantize()
-        if stored is not None:
-            energies[:] = error_energies(weight, stored, own.gram, first, sum(counts))
-        if shared:
-            self.ranks.sum(energies)
-            part = QuantizedTensor.joined([each for each in self.ranks.gather(part) if each])
+            except BitwrightError:
+                raise
+            except ValueError as error:
+                folder = self.model.checkpoint.folder
+                raise ValueError(f"{folder}: layer {name}: {error}") from error
+            parts.append(part)
             stored = part.dequantize()
-        if part is None or stored is None:
+            energies.append(error_energies(weight, stored, own.gram, rows.start, out))
+        if shared:
+            parts = [part for each in self.ranks.gather(parts) for part in each]
+            energies = [pair for each in self.ranks.gather(energies) for pair in each]
+        if not parts:
             raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: has no rows")
-        relative = float(energies[0] / energies[1]) if energies[1] > 0 else 0.0
-        finish(QuantizedLayer(name, part, relative, fallback))
+        tensor = parts[0]
+        if len(parts) > 1 or stored is None:
+            tensor = QuantizedTensor.joined(parts)
+            stored = tensor.dequantize()
+        changed, whole = map(sum, zip(*energies, strict=True))
+        relative = changed / whole if whole > 0 else 0.0
+        finish(QuantizedLayer(name, tensor, relative, fallback))
         return stored
 
     def _carry(self, names: Iterable[str]) -> None:

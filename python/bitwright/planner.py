@@ -274,8 +274,9 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
     held = 0  # by AWQ, while passes go on: codes of both forms, and the grams where they are known
     peaks = [0]
     chunk = work.rope.chunk_rows
+    summands = current().most_summands(math.ceil(work.tokens / chunk))
     if work.scaled:
-        peaks.append(4 * (block + sum(grams.values())))
+        peaks.append(4 * (block + summands * sum(grams.values())))
         largest = max(out * channels for out, channels in layout.linears.values())
         held = 2 * block + (0 if work.regathers else 4 * sum(grams.values()))
         peaks.append(4 * sum(grams.values()) + 14 * largest)
@@ -288,12 +289,15 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
             shapes += [layout.linears[name] for name in experts if name in layout.linears]
         if shapes:
             width = 4 * chunk * INNER_COPIES * max(max(shape) for shape in shapes)
-            gathered = 0 if work.scaled and not work.regathers else _gathered(work, shapes, stage)
+            gathered = growing = 0
+            if work.regathers or not work.scaled:
+                gathered = _gathered(work, shapes, stage)
+                growing = _gathered(work, shapes, stage, summands)
             previous = sum(out * channels for out, channels in before)
             own = sum(out * channels for out, channels in shapes)
             drifts = work.drift_tokens > 0 and stage.expert is None
             # While it is gathered, the stage before is computed, in the original, too.
-            now = 4 * (previous * (2 if drifts else 1) + (own if drifts else 0)) + gathered
+            now = 4 * (previous * (2 if drifts else 1) + (own if drifts else 0)) + growing
             planned = any(work.plan.get(prefix + name) for name in stage.linears)
             solving = 4 * own
             if planned:
@@ -304,17 +308,17 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
     return max(peaks)
 
 
-def _gathered(work: Work, shapes: list[tuple[int, int]], stage: Stage) -> int:
-    """Return the bytes of a stage's statistics."""
+def _gathered(work: Work, shapes: list[tuple[int, int]], stage: Stage, summands: int = 1) -> int:
+    """Return the bytes of a stage's statistics, each in so many arrays while it grows."""
     if not work.has_grams:
         return 0
     out, channels = shapes[0]
     drifts = work.drift_tokens > 0 and stage.expert is None
-    grams = 1 + (drifts and work.drift_tokens < work.tokens)
+    grams = summands + (drifts and work.drift_tokens < work.tokens)
     if work.scaled and not work.regathers and stage.expert is None:
         grams = 0
     cross = (out if stage.adds_to_states else channels) * channels if drifts else 0
-    return 4 * (grams * channels**2 + cross)
+    return 4 * (grams * channels**2 + summands * cross)
 
 
 def _solve_bytes(

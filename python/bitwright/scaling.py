@@ -339,14 +339,21 @@ class ScaledBlock:
         most = None
         if options.coarse_to_fine:
             most = max(FEWEST_ROWS, 4 * SEARCH_ROWS // max(4, len(names)))
-        weights = [self._rows(name, most) for name in names]
-        choices = [choice for choice, rows in zip(choices, weights, strict=True) if len(rows)]
-        weights = [rows for rows in weights if len(rows)]  # of few rows not every rank has one
         if facts.gram is None:
             raise ValueError("facts: their grams were forgotten")
-        if states is None or options.metric == "mse":
-            return _shared_loss(gram_loss(weights, choices, facts.gram), weights)
-        return _shared_loss(token_loss(weights, choices, states, options.metric), weights)
+        losses = []
+        for leaf in zip(*(self._leaves(name, most) for name in names), strict=True):
+            # Of few rows not every leaf has one.
+            weights = [rows for rows in leaf if len(rows)]
+            chosen = [choice for choice, rows in zip(choices, leaf, strict=True) if len(rows)]
+            if not weights:
+                continue
+            if states is None or options.metric == "mse":
+                loss = gram_loss(weights, chosen, facts.gram)
+            else:
+                loss = token_loss(weights, chosen, states, options.metric)
+            losses.append((sum(map(len, weights)), loss))
+        return _mean_loss(losses)
 
     def _block_loss(
         self,
@@ -375,24 +382,21 @@ class ScaledBlock:
 
         return loss
 
-    def _rows(self, name: str, most: int | None) -> Float32:
-        """Return this rank's share of a weight's rows, or of so many of them."""
+    def _leaves(self, name: str, most: int | None) -> list[Float32]:
+        """Return this rank's share of a weight's rows, or of so many of them, as they are added up."""
         weight = self.block.weights.read(f"{name}.weight")
         rows = weight if most is None else some_rows(weight, most)
-        share = current().share(len(rows))
-        return np.ascontiguousarray(rows[share.start : share.stop])
+        leaves = current().leaves(len(rows))
+        return [np.ascontiguousarray(rows[leaf.start : leaf.stop]) for leaf in leaves]
 
 
-def _shared_loss(loss: Loss, weights: Sequence[Float32]) -> Loss:
-    """Return the mean over the rows of all ranks of a loss that is the mean over one's."""
+def _mean_loss(losses: Sequence[tuple[int, Loss]]) -> Loss:
+    """Return the mean over the rows of all ranks of losses that are means over so many rows."""
     ranks = current()
-    if ranks.size == 1:
-        return loss
-    rows = sum(map(len, weights))
-    all_rows = ranks.total(rows)
+    all_rows = ranks.total(rows for rows, _ in losses)
 
     def mean(scale: Float32) -> float:
-        return ranks.total(loss(scale) * rows if rows else 0.0) / all_rows
+        return ranks.total(rows * loss(scale) for rows, loss in losses) / all_rows
 
     return mean
 

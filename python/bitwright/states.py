@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint.replacing import output_errors, synchronize
-from bitwright.distributed import current
+from bitwright.distributed import LEAVES, current
 from bitwright.models.block import ChunkStates
 from bitwright.models.operations import Float32
 from bitwright.models.routing import Routes
 
-LEAVES = 8  # of each of both parts, see `bitwright.distributed.Sum`: so many ranks can share them
 _numbers = count()  # of the states of this process, for the names of their files
 
 

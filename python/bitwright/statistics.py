@@ -83,14 +83,15 @@ class LayerStatistics:
 
     def end_first_part(self) -> None:
         """Let `gather` return the gram of what was added until now, too."""
+        self._rest.end()
         self._first, self._rest = self._rest, Sum((self.channels, self.channels))
         self.first_tokens = self.tokens
 
     def gather(self) -> "Moments":
         """Add up what all ranks have, and hand it over; all ranks call this together."""
         ranks = current()
-        self.tokens = round(ranks.total(self.tokens))
-        self.first_tokens = round(ranks.total(self.first_tokens))
+        self.tokens = round(ranks.total([self.tokens]))
+        self.first_tokens = round(ranks.total([self.first_tokens]))
         first = None
         if self._first is None:
             total = self._rest.total()
