@@ -215,7 +215,7 @@ def native_grams(folder: Path, ids: NDArray[Any]) -> Grams:
     for index in range(model.config.num_hidden_layers):
         inputs: dict[str, list[NDArray[Any]]] = {}
 
-        def observe(stage: Any, states: NDArray[Any], seen: Any = inputs) -> None:
+        def observe(_: int, stage: Any, states: NDArray[Any], seen: Any = inputs) -> None:
             for name in stage.linears:
                 seen.setdefault(name, []).append(states.copy())
 

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from shared_data import TESTS
 import bitwright
 from bitwright import memory
 from bitwright.journal import Journal
+from bitwright.models.operations import BlockWeights
 
 DEMO = bitwright.demo_folder()
 TEXT = DEMO / "calibration.txt"
@@ -255,6 +257,26 @@ def test_control_groups_that_hold_what_was_planned(
     done = run(limit + int(more * 1e9))
     assert done.returncode == 0, done.stderr
     assert "hidden states that do not fit go to disk" in done.stderr
+
+
+def test_one_expert_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    missing = BlockWeights.__missing__
+
+    def read(weights: BlockWeights, name: str) -> np.ndarray[Any, Any]:
+        array = missing(weights, name)
+        held = {match[1] for each in weights if (match := re.search(r"experts\.(\d+)\.", each))}
+        seen.add(len(held))
+        return array
+
+    monkeypatch.setattr(BlockWeights, "__missing__", read)
+    model = TESTS / "data/tiny/qwen3_moe"
+    vocabulary = bitwright.load_model(model).config.vocab_size
+    ids = np.random.default_rng(0).integers(0, vocabulary, (24, 64))
+    for method in ("gptq", "awq", "awq+gptq"):
+        bitwright.quantize(model, tmp_path / method, method, 4, 32, calibration=ids, progress=False)
+    bitwright.evaluate(tmp_path / "awq", ids, reference=model)
+    assert seen == {0, 1}
 
 
 @pytest.mark.slow

@@ -810,9 +810,8 @@ class Run:
             tensor = tensors.get(name)
             return block.weights.read(name) if tensor is None else tensor.dequantize()
 
-        quantized = block.reading(read)
-        for chunk in states.chunks():
-            quantized.forward(chunk.hidden, rope)
+        block.reading(read).pass_all(states.chunks, rope)
+        states.forget_inner()
 
     def _mean_square(self, states: States, original: States, below: int | None) -> float:
         """Return the mean squared difference, over all chunks or those whose number is below a limit."""

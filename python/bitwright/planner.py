@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,7 +267,7 @@ def _fixed_bytes(work: Work) -> int:
 
 
 def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
-    block = sum(out * channels for out, channels in layout.linears.values())
+    block = _size(layout.linears.values())
     grams = {
         stage: layout.channels(stage) ** 2 for stage in layout.stages if not stage.reads_routed
     }
@@ -276,25 +276,24 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
     chunk = work.rope.chunk_rows
     summands = current().most_summands(math.ceil(work.tokens / chunk))
     if work.scaled:
-        peaks.append(4 * (block + summands * sum(grams.values())))
+        in_float = block
+        if layout.experts:
+            in_float = max(_size(_shapes(layout, stage)) for stage in layout.stages)
+        peaks.append(4 * (in_float + summands * sum(grams.values())))
         largest = max(out * channels for out, channels in layout.linears.values())
         held = 2 * block + (0 if work.regathers else 4 * sum(grams.values()))
         peaks.append(4 * sum(grams.values()) + 14 * largest)
-    floats = 4 * sum(out * channels for out, channels in layout.floats.values())
+    floats = 4 * _size(layout.floats.values())
     before: list[tuple[int, int]] = []
     for stage in layout.stages:
-        shapes = [layout.linears[name] for name in stage.linears]
-        if stage.kind == "expert_output" and stage.mlp is not None:
-            experts = filter(None, (stage.mlp.gate, stage.mlp.up))
-            shapes += [layout.linears[name] for name in experts if name in layout.linears]
+        shapes = _shapes(layout, stage)
         if shapes:
             width = 4 * chunk * INNER_COPIES * max(max(shape) for shape in shapes)
             gathered = growing = 0
             if work.regathers or not work.scaled:
                 gathered = _gathered(work, shapes, stage)
                 growing = _gathered(work, shapes, stage, summands)
-            previous = sum(out * channels for out, channels in before)
-            own = sum(out * channels for out, channels in shapes)
+            previous, own = _size(before), _size(shapes)
             drifts = work.drift_tokens > 0 and stage.expert is None
             # While it is gathered, the stage before is computed, in the original, too.
             now = 4 * (previous * (2 if drifts else 1) + (own if drifts else 0)) + growing
@@ -306,6 +305,19 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
             peaks.append(held + floats + max(now + width, solving))
         before = shapes
     return max(peaks)
+
+
+def _shapes(layout: BlockLayout, stage: Stage) -> list[tuple[int, int]]:
+    """Return the shapes of the weights that are there during a stage: an expert's go together."""
+    shapes = [layout.linears[name] for name in stage.linears]
+    if stage.kind == "expert_output" and stage.mlp is not None:
+        experts = filter(None, (stage.mlp.gate, stage.mlp.up))
+        shapes += [layout.linears[name] for name in experts if name in layout.linears]
+    return shapes
+
+
+def _size(shapes: Iterable[tuple[int, int]]) -> int:
+    return sum(out * channels for out, channels in shapes)
 
 
 def _gathered(work: Work, shapes: list[tuple[int, int]], stage: Stage, summands: int = 1) -> int:
@@ -331,7 +343,7 @@ def _solve_bytes(
 ) -> int:
     """Return the most that correcting and then solving a stage takes, with its statistics unless others
     hold its gram."""
-    weights = sum(out * channels for out, channels in shapes)
+    weights = _size(shapes)
     largest = max(out * channels for out, channels in shapes)
     channels = shapes[0][1]
     square = channels**2 if work.has_grams else 0

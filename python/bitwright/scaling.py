@@ -114,22 +114,24 @@ def observe_block(
     seen = [stage for stage in block.stages if not stage.reads_routed]
     statistics = {stage: LayerStatistics(block.layout.channels(stage), True) for stage in seen}
     kept: dict[Stage, list[tuple[int, Float32]]] = {stage: [] for stage in seen}
-    for number, chunk in zip(states.plan.numbers, states.chunks(), strict=True):
-        leaf, first = states.plan.leaf(number), states.plan.place(number).start
+    numbers = states.plan.numbers
 
-        def observe(stage: Stage, inputs: Float32, leaf: int = leaf, first: int = first) -> None:
-            if stage not in statistics or len(inputs) == 0:
-                return
-            if most:
-                # Of an expert's tokens nobody knows which of all they are.
-                start = first if stage.expert is None else statistics[stage].tokens
-                chosen = inputs[-start % step :: step]
-                room = most - (-(-start // step) if stage.expert is None else _count(kept[stage]))
-                if room > 0:
-                    kept[stage].append((start, chosen[:room].copy()))
-            statistics[stage].add(inputs, leaf)
+    def observe(place: int, stage: Stage, inputs: Float32) -> None:
+        if stage not in statistics or len(inputs) == 0:
+            return
+        if most:
+            # Of an expert's tokens nobody knows which of all they are.
+            first = states.plan.place(numbers[place]).start
+            start = first if stage.expert is None else statistics[stage].tokens
+            chosen = inputs[-start % step :: step]
+            room = most - (-(-start // step) if stage.expert is None else _count(kept[stage]))
+            if room > 0:
+                kept[stage].append((start, chosen[:room].copy()))
+        statistics[stage].add(inputs, states.plan.leaf(numbers[place]))
 
-        block.forward(chunk.hidden, rope, observe, finished is None or number < finished)
+    asked = None if finished is None else sum(number < finished for number in numbers)
+    block.pass_all(states.chunks, rope, observe, asked)
+    states.forget_inner()
     facts = {}
     for stage in seen:
         moments = statistics[stage].gather()

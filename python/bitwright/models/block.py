@@ -1,6 +1,6 @@
 """One decoder block, computed stage by stage."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from typing import cast
@@ -16,6 +16,7 @@ from bitwright.models.routing import Routes
 from bitwright.models.tape import OnLinear, Tape
 
 MOST_CHUNK_TOKENS, MOST_TAPE_TOKENS = 1024, 512
+Observer = Callable[[int, Stage, Float], None]
 SUB_BLOCK_STARTS = ("attention", "latent", "mlp", "router")  # stages that read the hidden states
 
 
@@ -135,26 +136,47 @@ class DecoderBlock:
         }
         return post_norms.get(stage.kind, "") is None
 
-    def forward(
-        self,
-        hidden: Float,
-        rope: "Rotation",
-        observe: Callable[[Stage, Float], None] | None = None,
-        finished: bool = True,
-    ) -> None:
-        """Run the whole block over `hidden` ``[batch * length, hidden_size]``, in place.
+    def forward(self, hidden: Float, rope: "Rotation", observe: Observer | None = None) -> None:
+        """Run the whole block over `hidden` ``[batch * length, hidden_size]``, in place; see `pass_all`."""
+        chunks = [ChunkStates(rows) for rows in rope.chunks(hidden)]
+        self.pass_all(lambda: chunks, rope, observe)
 
-        `observe` is shown each stage's input, chunk by chunk. Where nobody asks for what is `finished`, the
-        last product is left out.
+    def pass_all(
+        self,
+        chunks: Callable[[], Iterable[ChunkStates]],
+        rope: "Rotation",
+        observe: Observer | None = None,
+        finished: int | None = None,
+    ) -> None:
+        """Run the whole block over all chunks, in place.
+
+        One without experts goes chunk by chunk, each of which then has only hidden states again; one with
+        experts goes stage by stage, so that one expert's weights are in memory at a time.
+
+        Parameters
+        ----------
+        chunks
+            Returns the chunks in order, each time that it is called.
+        rope
+            Rotary tables.
+        observe
+            Is shown the place of each chunk, the stage, and its input.
+        finished
+            So many chunks are asked for; the last product of the others is left out. None for all.
         """
-        for rows in rope.chunks(hidden):
-            chunk = ChunkStates(rows)
-            for stage in self.stages:
-                states = self.stage_input(stage, chunk)
-                if observe is not None:
-                    observe(stage, states)
-                if finished or stage is not self.stages[-1]:
-                    self.advance(stage, states, chunk, rope)
+        by_stage = bool(self.layout.experts)
+        for stages in [(stage,) for stage in self.stages] if by_stage else [self.stages]:
+            for place, chunk in enumerate(chunks()):
+                for stage in stages:
+                    states = self.stage_input(stage, chunk)
+                    if observe is not None:
+                        observe(place, stage, states)
+                    if finished is None or place < finished or stage is not self.stages[-1]:
+                        self.advance(stage, states, chunk, rope)
+                if not by_stage:
+                    chunk.inner.clear()
+            if by_stage:
+                self.release(*stages)
 
     @property
     def sub_blocks(self) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
