@@ -64,7 +64,6 @@ class Output:
         self._writer = writer
         self._experts = experts or {}
         self._stack_size = stack_size
-        self._stacks: dict[str, dict[int, dict[str, NDArray[Any]]]] = {}
         self._layer_bytes = 0.0
         self._layer_weights = 0
         self._ranks = current()
@@ -83,13 +82,9 @@ class Output:
             for part, array in self.format.pack(layer.name, tensor).items():
                 self.add(part, array)
         else:
-            stack = self._stacks.setdefault(place.stacked_name, {})
-            stack[place.index] = self.format.pack(place.stacked_name, tensor)
-            if len(stack) == self._stack_size:
-                parts = [stack[index] for index in sorted(stack)]
-                del self._stacks[place.stacked_name]
-                for part in parts[0]:
-                    self.add(part, np.stack([each[part] for each in parts]))
+            for part, array in self.format.pack(place.stacked_name, tensor).items():
+                self._writer.add_part(part, array, place.index, self._stack_size)
+                self.size_bytes += array.nbytes
         self._layer_bytes += tensor.nbytes
         self._layer_weights += tensor.codes.size
         damping = tensor.damping if isinstance(tensor, GptqTensor) else None

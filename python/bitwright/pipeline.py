@@ -748,10 +748,12 @@ class Run:
             rope,
             self.awq,
         )
+        # GPTQ searches for ranges itself.
+        clips = scaled if self.options.method == "awq" else None
         known = None
         if regather:
             scaled.scale()
-            scaled.forget_grams()
+            scaled.forget_grams(clips is not None)
         else:
             known = {stage: fact.gram for stage, fact in facts.items() if fact.gram is not None}
         plain, plain_layers = states.copy(judged), list[QuantizedLayer]()
@@ -763,7 +765,6 @@ class Run:
         self.original = before
         if not regather:
             scaled.scale()  # which changes what is known, in place
-        clips = scaled if self.options.method == "awq" else None  # GPTQ searches for ranges itself
         layers: list[QuantizedLayer] = []
         goes_on = self.propagate and self._is_followed(index)
         after = states.copy(None if goes_on or regather else judged)
@@ -926,7 +927,7 @@ class Run:
         )
         block.weights.clear()
         scaled.scale()
-        scaled.forget_grams()
+        scaled.forget_grams(self.options.method == "awq")
         layers, after = self._judged(scaled.block, prefix, inputs, scaled)
         kept = after < before
         if kept:

@@ -26,6 +26,7 @@ from bitwright.methods.solver import SCALED_METHODS, MethodOptions
 from bitwright.models.block import Rotation
 from bitwright.models.layout import BlockLayout, Stage
 from bitwright.models.model import Model
+from bitwright.scaling import CLIPPED_CHANNELS
 from bitwright.statistics_files import expected_stages
 from bitwright.tensor import stored_bits
 
@@ -271,7 +272,7 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
     grams = {
         stage: layout.channels(stage) ** 2 for stage in layout.stages if not stage.reads_routed
     }
-    held = 0  # by AWQ, while passes go on: codes of both forms, and the grams where they are known
+    held = 0  # by AWQ, while passes go on: codes of both forms, and of the grams what is asked for
     peaks = [0]
     chunk = work.rope.chunk_rows
     summands = current().most_summands(math.ceil(work.tokens / chunk))
@@ -281,7 +282,12 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
             in_float = max(_size(_shapes(layout, stage)) for stage in layout.stages)
         peaks.append(4 * (in_float + summands * sum(grams.values())))
         largest = max(out * channels for out, channels in layout.linears.values())
-        held = 2 * block + (0 if work.regathers else 4 * sum(grams.values()))
+        kept = sum(grams.values())
+        if work.regathers:
+            widths = map(layout.channels, grams)
+            clips = work.options.method == "awq"
+            kept = sum(width * min(width, CLIPPED_CHANNELS) for width in widths) if clips else 0
+        held = 2 * block + 4 * kept
         peaks.append(4 * sum(grams.values()) + 14 * largest)
     floats = 4 * _size(layout.floats.values())
     before: list[tuple[int, int]] = []

@@ -214,10 +214,13 @@ class ScaledBlock:
                 self._scale_group(group)
                 self.block.weights.clear()
 
-    def forget_grams(self) -> None:
-        """Give back the memory of the grams, but for blocks of whole groups on their diagonals."""
+    def forget_grams(self, clips: bool) -> None:
+        """Give back the memory of the grams; for `clips`, keep blocks of whole groups on the diagonals."""
         for stage, facts in self._facts.items():
             if facts.gram is None:
+                continue
+            if not clips or not any(map(self._clips, stage.linears)):
+                facts.gram, facts.blocks = None, ()
                 continue
             sizes = [
                 self._choices[name].group_size for name in stage.linears if name in self._choices
@@ -237,9 +240,12 @@ class ScaledBlock:
         known, activations = (facts.blocks, facts.activations) if facts else ((), None)
         if not known and gram is not None:
             known = (gram,)
-        if not known or not self._options.clips(self.block.layout, name):
+        if not known or not self._clips(name):
             return None
         return clip_solver(known, self._options.n_grid, self._options.metric, activations)
+
+    def _clips(self, name: str) -> bool:
+        return self._options.clips(self.block.layout, name)
 
     def fold(self, group: ScaleGroup, scale: Float32) -> None:
         """Multiply a group's layers by a scale of each output of what precedes them, and divide that."""

@@ -5,13 +5,14 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, BinaryIO, Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,7 @@ SIDE_FILE_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40
 SHARD_BYTES = 5_000_000_000  # as model hubs have them
 COPY_BYTES = 8 << 20
 DATA_NAME = "data.{}"  # in the work folder: of weight file number …, until that is written
+STACK_NAME = "stack.{}"  # in the work folder: of a tensor whose parts are not all there
 UNFINISHED = "checkpoint"  # in the work folder: what is moved into place
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".gguf")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -83,6 +85,15 @@ class StoredTensor:
                 raise OSError("data that were written are no longer there")
             file.write(piece)
             left -= len(piece)
+
+
+@dataclass
+class _Stack:
+    """A tensor whose parts come one by one."""
+
+    tensor: StoredTensor
+    path: Path
+    missing: set[int]
 
 
 class WeightFiles(Protocol):
@@ -202,6 +213,8 @@ class CheckpointWriter:
         # Headers come first in weight files, so data wait for theirs on disk, not in memory.
         self._waiting: list[StoredTensor] = []
         self._waiting_bytes = 0
+        self._stacks: dict[str, _Stack] = {}
+        self._numbers = count()
 
     def __enter__(self) -> Self:
         self.check_place()
@@ -267,9 +280,11 @@ class CheckpointWriter:
 
     def committed(self) -> None:
         """Remove what only a state before the last one needs."""
-        for path in self._work.path.glob(DATA_NAME.format("*")):
-            if path != self._data():
-                path.unlink(missing_ok=True)
+        used = {self._data(), *(stack.path for stack in self._stacks.values())}
+        for name in (DATA_NAME, STACK_NAME):
+            for path in self._work.path.glob(name.format("*")):
+                if path not in used:
+                    path.unlink(missing_ok=True)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; what was added later is forgotten.
@@ -331,14 +346,66 @@ class CheckpointWriter:
         OutputError
             If the disk is full or the like.
         """
-        folder = self._open_folder()
+        found = self._stored(name, array)
+        if found is None:
+            return
+        tensor, data = found
+        with self._appended(name, tensor) as file:
+            file.write(data)
+
+    def add_part(self, name: str, array: NDArray[Any], index: int, of: int) -> None:
+        """Add a part of a tensor, which lies on the disk until all of them are there.
+
+        Parameters
+        ----------
+        name : str
+            That of the tensor, not used before.
+        array : numpy.ndarray
+            One of the arrays, all of one shape and dtype, that the tensor is a stack of.
+        index, of : int
+            Which of how many.
+
+        Raises
+        ------
+        CheckpointError, OutputError
+            As `add`.
+        """
+        found = self._stored(name, array)
+        if found is None:
+            return
+        part, data = found
+        tensor = StoredTensor(part.name, part.dtype, (of, *part.shape))
+        begun = name in self._stacks
+        if not begun:
+            path = self._work.path / STACK_NAME.format(next(self._numbers))
+            self._stacks[name] = _Stack(tensor, path, set(range(of)))
+        stack = self._stacks[name]
+        if stack.tensor != tensor or index not in stack.missing:
+            raise CheckpointError(
+                f"{self._out}: part {index} of tensor {shown(name)} was added before, or is not like "
+                f"the others: {list(part.shape)} of {part.dtype}"
+            )
+        with output_errors(self._out), open(stack.path, "r+b" if begun else "wb") as file:
+            file.seek(index * part.nbytes)
+            file.write(data)
+        stack.missing.remove(index)
+        if stack.missing:
+            return
+        with self._appended(name, tensor) as waiting, open(stack.path, "rb") as parts:
+            tensor.copy(parts, waiting)
+        del self._stacks[name]
+        stack.path.unlink()
+
+    def _stored(self, name: str, array: NDArray[Any]) -> tuple["StoredTensor", memoryview] | None:
+        """Return a tensor as it is stored, with its bytes; None if it is not."""
+        self._open_folder()
         if name in self._shard_of:
             raise CheckpointError(f"{self._out}: tensor {shown(name)} was added before")
         if name == "__metadata__" or not _is_unicode(name):
             raise CheckpointError(f"{self._out}: {shown(name)} cannot be the name of a tensor")
         stored = self.container.stored(name, array)
         if stored is None:
-            return
+            return None
         stored_name, array = stored
         dtype = array.dtype.newbyteorder("=")
         if dtype not in self.container.dtypes:
@@ -346,18 +413,22 @@ class CheckpointWriter:
                 f"{self._out}: tensor {shown(name)} has dtype {array.dtype}; supported are: "
                 f"{', '.join(map(str, self.container.dtypes))}"
             )
-        full = self._waiting_bytes + array.nbytes > self._shard_bytes
-        if self._waiting and full and self.container.splits:
-            self._flush(folder)
         data = np.ascontiguousarray(array, dtype)
+        return StoredTensor(stored_name, dtype, array.shape), data.reshape(-1).view(np.uint8).data
+
+    @contextmanager
+    def _appended(self, name: str, tensor: "StoredTensor") -> Iterator[BinaryIO]:
+        """Yield the file that a tensor's data are to be written to; it is added when that went well."""
+        full = self._waiting_bytes + tensor.nbytes > self._shard_bytes
+        if self._waiting and full and self.container.splits:
+            self._flush(self._open_folder())
         # What a killed run has left there without a state is written over.
         mode = "ab" if self._waiting else "wb"
         with output_errors(self._out), open(self._data(), mode) as file:
-            file.write(data.reshape(-1).view(np.uint8).data)
-        tensor = StoredTensor(stored_name, dtype, array.shape, self._waiting_bytes)
-        self._waiting.append(tensor)
-        self._waiting_bytes += array.nbytes
-        self._total_bytes += array.nbytes
+            yield cast(BinaryIO, file)
+        self._waiting.append(replace(tensor, offset=self._waiting_bytes))
+        self._waiting_bytes += tensor.nbytes
+        self._total_bytes += tensor.nbytes
         self._shard_of[name] = len(self._shard_sizes)
 
     def add_file(self, path: Path) -> None:
@@ -494,6 +565,10 @@ class CheckpointWriter:
 
     def _finish(self) -> None:
         folder = self._open_folder()
+        for name, stack in self._stacks.items():
+            raise CheckpointError(
+                f"{self._out}: tensor {shown(name)} lacks parts {sorted(stack.missing)}"
+            )
         for name, array in self.container.more():
             self.add(name, array)
         if self._waiting or not self._shard_sizes:
