@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 
 import bitwright
 from bitwright.distillation import DistillationLoss, TopTokens, next_tokens
-from bitwright.evaluate import parameter_count, peak_memory_bytes
+from bitwright.evaluate import parameter_count
+from bitwright.memory import peak_memory_bytes
 from bitwright.methods.adam import Adam
 from bitwright.models.model import Model
 from bitwright.models.network import Network

@@ -1,6 +1,7 @@
 """The plan of a run: budgets that are kept or refused, and forecasts next to what runs then take."""
 
 import gc
+import importlib
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from bitwright.journal import Journal
 from bitwright.models.operations import BlockWeights
 
 DEMO = bitwright.demo_folder()
+evaluate_module = importlib.import_module("bitwright.evaluate")  # not the function of that name
 TEXT = DEMO / "calibration.txt"
 
 
@@ -39,6 +41,37 @@ def test_small_budgets_are_refused_with_one_that_works(tmp_path: Path) -> None:
     words = str(caught.value).split()
     least = float(words[words.index("--memory") + 1].rstrip("),"))
     quantize(tmp_path / "out", memory=least + 0.02)  # this process may have grown since
+
+
+def test_evaluations_in_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples that do not fit together are evaluated one part after the other, with the same figures."""
+    compare, rows = evaluate_module._compare, list[int]()
+
+    def compared(models: Any, hidden: list[Any], tokens: Any) -> Any:
+        rows.append(len(tokens))
+        return compare(models, hidden, tokens)
+
+    monkeypatch.setattr(evaluate_module, "_compare", compared)
+    ids = np.random.default_rng(0).integers(0, 512, (64, 512))
+    whole = bitwright.evaluate(DEMO, ids, reference=DEMO)
+    assert rows == [64]
+    with pytest.raises(bitwright.MemoryBudgetError, match=r"demo.*needs at least .* GB") as caught:
+        bitwright.evaluate(DEMO, ids, reference=DEMO, memory=0.01)
+    words = str(caught.value).split()
+    least = float(words[words.index("--memory") + 1].rstrip("),"))
+    shares: list[float] = []
+    part = bitwright.evaluate(
+        DEMO, ids, reference=DEMO, memory=least + 0.008, on_progress=shares.append
+    )
+    assert len(rows) > 2
+    assert sum(rows[1:]) == 64
+    assert all(count % 2 == 0 for count in rows)
+    assert part.perplexity == pytest.approx(whole.perplexity, rel=1e-9)
+    assert (part.kl_divergence, part.top1_agreement) == (0, 1)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    with pytest.raises(ValueError, match="memory: expected gigabytes"):
+        bitwright.evaluate(DEMO, ids, memory=0)
 
 
 @pytest.mark.parametrize("memory", [0, -1, math.nan])

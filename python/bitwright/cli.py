@@ -194,14 +194,18 @@ def _resume(function: Callable[..., None]) -> Callable[..., None]:
     )(function)
 
 
-def _resumable(function: Callable[..., None]) -> Callable[..., None]:
-    """Options of the commands that go block by block."""
+def _memory(function: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--memory",
         type=click.FloatRange(0, min_open=True),
         metavar="GB",
         help="What the process may take; by default three quarters of what is free.",
-    )(_resume(function))
+    )(function)
+
+
+def _resumable(function: Callable[..., None]) -> Callable[..., None]:
+    """Options of the commands that go block by block."""
+    return _memory(_resume(function))
 
 
 def _chosen_tokens(function: Callable[..., None]) -> Callable[..., None]:
@@ -807,6 +811,7 @@ def _described(found: bitwright.Statistics) -> str:
     help="Tokens per sample; by default 512 of a text and the whole rows of an array.",
 )
 @click.option("--samples", type=click.IntRange(1), help="Use the first so many samples.")
+@_memory
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_threads
 def evaluate(
@@ -815,6 +820,7 @@ def evaluate(
     text: Path,
     length: int | None,
     samples: int | None,
+    memory: float | None,
     as_json: bool,
     threads: int | None,
 ) -> None:
@@ -832,6 +838,7 @@ def evaluate(
             reference=reference,
             length=length,
             samples=samples,
+            memory=memory,
             on_progress=lambda share: bar.update(task, completed=share),
         )
     if as_json:

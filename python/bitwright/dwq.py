@@ -48,7 +48,7 @@ from bitwright.errors import (
     check_choice,
     malformed_as,
 )
-from bitwright.evaluate import peak_memory_bytes
+from bitwright.memory import peak_memory_bytes
 from bitwright.methods.adam import Adam
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import Network

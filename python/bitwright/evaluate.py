@@ -2,21 +2,21 @@
 
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
+from bitwright.budget import Budget
 from bitwright.calibration import TokenSource, load_tokens
 from bitwright.errors import CalibrationError, NonFiniteError
+from bitwright.memory import peak_memory_bytes
 from bitwright.models.model import Model, load_model
 from bitwright.models.operations import Float32
+from bitwright.planner import inner_width, passing_bytes
 
 LOGIT_BYTES = 64 << 20  # logits that exist at one time, per model
 
@@ -65,11 +65,13 @@ def evaluate(
     reference: str | os.PathLike[str] | Model | None = None,
     length: int | None = None,
     samples: int | None = None,
+    memory: float | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> Evaluation:
     """Measure perplexity and, next to a reference, KL divergence and agreement of the first choice.
 
-    Blocks are streamed: of each model one block is in memory, with the hidden states of all samples.
+    Blocks are streamed: of each model one block is in memory, with the hidden states of all samples, or of
+    as many as fit at a time.
 
     Parameters
     ----------
@@ -84,6 +86,8 @@ def evaluate(
         Tokens per sample; by default 512 of a text, and the whole rows of an array.
     samples
         Evaluate the first so many; all by default.
+    memory
+        Budget in gigabytes (10⁹ bytes); by default three quarters of what is free.
     on_progress
         Called with the share of the work that is done, from 0 to 1.
 
@@ -95,6 +99,8 @@ def evaluate(
     ------
     CheckpointError, CalibrationError, NonFiniteError
         If a model or the text cannot be used; the message says which and why.
+    MemoryBudgetError, ValueError
+        If the budget is too small, with the smallest that would work, or no positive number.
 
     Examples
     --------
@@ -123,7 +129,9 @@ def evaluate(
     )
     if tokens.shape[1] < 2:
         raise CalibrationError("text: samples of one token have no next token to predict")
-    steps = sum(each.config.num_hidden_layers + 1 for each in models)
+    batch = _samples_at_once(models, len(tokens), tokens.shape[1], memory)
+    parts = [tokens[first : first + batch] for first in range(0, len(tokens), batch)]
+    steps = len(parts) * (sum(each.config.num_hidden_layers + 1 for each in models) + 1)
     done = 0
 
     def step() -> None:
@@ -132,13 +140,17 @@ def evaluate(
         if on_progress:
             on_progress(done / steps)
 
-    hidden = [_final_states(each, tokens, step) for each in models]
-    losses, divergences, agreements = _compare(models, hidden, tokens)
-    step()
+    loss = divergence = 0.0
+    agreed = 0
+    for part in parts:
+        hidden = [_final_states(each, part, step) for each in models]
+        found = _compare(models, hidden, part)
+        loss, divergence, agreed = loss + found[0], divergence + found[1], agreed + found[2]
+        step()
     return Evaluation(
-        perplexity=float(np.exp(losses)),
-        kl_divergence=divergences,
-        top1_agreement=agreements,
+        perplexity=float(np.exp(loss / (tokens.size - len(tokens)))),
+        kl_divergence=None if reference is None else divergence / tokens.size,
+        top1_agreement=None if reference is None else agreed / tokens.size,
         bits_per_weight=bits_per_weight(judged),
         tokens=tokens.size,
         seconds=time.perf_counter() - start,
@@ -166,21 +178,25 @@ def parameter_count(model: Model) -> int:
     return parameters + final_norm + sum(math.prod(checkpoint.shape(n)) for n in others)
 
 
-def peak_memory_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
-    # getrusage begins with the peak of the process that started this one, on Linux.
-    with suppress(OSError, StopIteration), open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _samples_at_once(models: list[Model], samples: int, length: int, memory: float | None) -> int:
+    """Return how many samples' states fit, in the chunks that they are computed in."""
+    budget = Budget.of(memory)
+    chunk_rows = models[0].rotation(length).chunk_rows
+    heads = 4 * sum(each.config.vocab_size * each.config.hidden_size for each in models)
+    blocks = max(passing_bytes(layout, chunk_rows) for each in models for layout in each.layouts)
+    of_sample = 4 * length * models[0].config.vocab_size
+    logits = min(max(LOGIT_BYTES, of_sample), samples * of_sample)
+    fixed = budget.base + max(blocks, heads + 2 * len(models) * logits)
+    per_row = sum(each.config.hidden_size for each in models)
+    per_row += max(each.config.hidden_size + _inner(each) for each in models)  # normed at last
+    per_chunk = 4 * min(chunk_rows, samples * length) * per_row
+    budget.require(fixed + per_chunk, models[0].checkpoint.folder)
+    return int((budget.bytes - fixed) / per_chunk) * (chunk_rows // length)
 
 
-def resident_bytes() -> int:
-    """Return the resident memory of this process now."""
-    with suppress(OSError), open("/proc/self/statm") as status:
-        return int(status.read().split()[1]) * resource.getpagesize()
-    return peak_memory_bytes()
+def _inner(model: Model) -> int:
+    """Return the width of what stages leave for later ones in all chunks: of experts alone."""
+    return max((inner_width(layout) for layout in model.layouts if layout.experts), default=0)
 
 
 def _final_states(model: Model, tokens: NDArray[np.int32], step: Callable[[], None]) -> Float32:
@@ -196,8 +212,8 @@ def _final_states(model: Model, tokens: NDArray[np.int32], step: Callable[[], No
 
 def _compare(
     models: list[Model], hidden: list[Float32], tokens: NDArray[np.int32]
-) -> tuple[float, float | None, float | None]:
-    """Return mean loss, mean divergence and agreement, over chunks of whole samples."""
+) -> tuple[float, float, int]:
+    """Return the sums of losses and divergences, and how often first choices agree."""
     heads = [model.head() for model in models]
     samples, length = tokens.shape
     vocabulary = models[0].config.vocab_size
@@ -218,7 +234,4 @@ def _compare(
         if len(models) == 2:
             divergence += float(_kernels.kl_divergence(logits[1], logits[0]).sum())
             agreed += int((logits[0].argmax(1) == logits[1].argmax(1)).sum())
-    mean_loss = loss / (samples * (length - 1))
-    if len(models) == 1:
-        return mean_loss, None, None
-    return mean_loss, divergence / tokens.size, agreed / tokens.size
+    return loss, divergence, agreed

@@ -1,8 +1,9 @@
-"""The memory that this process can still take, by the machine, its control groups and its own limits."""
+"""The memory that this process has taken, and what the machine, control groups and limits leave to it."""
 
 import math
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -53,6 +54,23 @@ def process_memory(threads: int) -> float:
             if limit != resource.RLIM_INFINITY:
                 known.append(limit - used * resource.getpagesize() - threads * THREAD_ADDRESSES)
     return min(known)
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
+    # getrusage begins with the peak of the process that started this one, on Linux.
+    with suppress(OSError, StopIteration), open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process now."""
+    with suppress(OSError), open("/proc/self/statm") as status:
+        return int(status.read().split()[1]) * resource.getpagesize()
+    return peak_memory_bytes()
 
 
 def _left_to_groups(root: Path) -> Iterator[float]:

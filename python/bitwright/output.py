@@ -14,8 +14,8 @@ from bitwright.checkpoint import Checkpoint, CheckpointWriter
 from bitwright.checkpoint.fingerprint import digest
 from bitwright.distributed import current
 from bitwright.errors import OutputError
-from bitwright.evaluate import peak_memory_bytes
 from bitwright.formats import Format
+from bitwright.memory import peak_memory_bytes
 from bitwright.methods.gptq import GptqTensor
 from bitwright.methods.grid import FLOAT_DTYPES
 from bitwright.models.layout import ExpertPlace

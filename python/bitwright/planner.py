@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from bitwright import _kernels
+from bitwright.budget import Budget, gigabytes
 from bitwright.checkpoint.work_folder import work_path
 from bitwright.checkpoint.writer import SHARD_BYTES
 from bitwright.distributed import current
 from bitwright.drift import drift_rows
-from bitwright.errors import MemoryBudgetError, OutputError
-from bitwright.evaluate import resident_bytes
+from bitwright.errors import OutputError
 from bitwright.formats import Precision
-from bitwright.memory import group_memory, machine_memory, process_memory
 from bitwright.methods.refine import ROUNDS
 from bitwright.methods.solver import SCALED_METHODS, MethodOptions
 from bitwright.models.block import Rotation
@@ -30,8 +29,6 @@ from bitwright.scaling import CLIPPED_CHANNELS
 from bitwright.statistics_files import expected_stages
 from bitwright.tensor import stored_bits
 
-FREE_SHARE = 0.75  # of the memory that is free, which a run takes at most unless told otherwise
-THREAD_BYTES = 10_000_000  # of OpenBLAS' buffers and ours
 REFINED_ROWS = 1024  # whose work arrays exist at one time, see cpp/quant/refine.cpp
 INNER_COPIES = 3  # of one chunk's widest states while a stage is computed
 MEASURED_SIZE = 1024  # of the products that the machine's speed is measured on
@@ -162,34 +159,15 @@ def plan_run(
     ValueError
         If the budget is not a positive number.
     """
-    if memory is not None and not memory > 0:
-        raise ValueError(f"memory: expected gigabytes, more than 0, got {memory}")
-    ranks = current()
-    taken, threads = resident_bytes(), _kernels.num_threads()
-    group = group_memory() / ranks.local_size
-    own = process_memory(threads + 1)  # with that of the progress bar
-    limit = taken + min(group, own)
-    free = min(machine_memory() / ranks.local_size, group, own)
-    budget = min(limit, taken + FREE_SHARE * free if memory is None else memory * 1e9)
-    base = taken + THREAD_BYTES * threads
+    ranks, budget = current(), Budget.of(memory)
     chunk = work.rope.chunk_rows
     chunks = math.ceil(math.ceil(work.tokens / chunk) / ranks.size)
     per_chunk = int(4 * min(chunk, work.tokens) * _states_per_token(work))
-    fixed = base + _fixed_bytes(work)
+    fixed = budget.base + _fixed_bytes(work)
     least = fixed + (per_chunk if work.tokens else 0)
-    if least > budget:
-        given = "what it has and three quarters of what is free" if memory is None else "the budget"
-        remedy = f"Give it more (memory, --memory {_up(least)})"
-        if least > limit:
-            whose = "of its control group" if group < own else "of the process (ulimit -v, -d)"
-            given = f"what the limit {whose} leaves"
-            remedy = f"Raise that by {_up(least - limit)} GB"
-        less = ", or take preset fast" if work.options.refine or work.options.drift else ""
-        raise MemoryBudgetError(
-            f"{work.model.checkpoint.folder}: this run needs at least {_gigabytes(least)}, but {given} is "
-            f"{_gigabytes(budget)}. {remedy}{less}"
-        )
-    room = (budget - fixed) / max(per_chunk, 1)
+    instead = ", or take preset fast" if work.options.refine or work.options.drift else ""
+    budget.require(least, work.model.checkpoint.folder, instead)
+    room = (budget.bytes - fixed) / max(per_chunk, 1)
     resident = None if room >= chunks else max(0, int(room) - 1)  # besides the one at work
     in_memory = chunks if resident is None else resident + 1
     spilled = (chunks - in_memory) * per_chunk
@@ -198,13 +176,13 @@ def plan_run(
         room_there = _free_disk(out)
         if room_there is not None and _written_bytes(work) > room_there:
             raise OutputError(
-                f"{out}: the result takes {_gigabytes(_written_bytes(work))}, but only "
-                f"{_gigabytes(room_there)} of the disk are free. Write elsewhere or make room"
+                f"{out}: the result takes {gigabytes(_written_bytes(work))}, but only "
+                f"{gigabytes(room_there)} of the disk are free. Write elsewhere or make room"
             )
     return RunPlan(
         fixed + in_memory * per_chunk if work.tokens else fixed,
         least,
-        int(min(budget, sys.maxsize)),
+        int(min(budget.bytes, sys.maxsize)),
         disk,
         _seconds(work, spilled) if timed else math.nan,
         resident,
@@ -217,8 +195,8 @@ def describe(plan: RunPlan) -> str:
     spent = f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
     spilled = "" if plan.resident is None else "; hidden states that do not fit go to disk"
     return (
-        f"plan: about {_gigabytes(plan.memory_bytes)} of memory (budget {_gigabytes(plan.budget_bytes)}), "
-        f"{_gigabytes(plan.disk_bytes)} of disk, {spent}{spilled}"
+        f"plan: about {gigabytes(plan.memory_bytes)} of memory (budget {gigabytes(plan.budget_bytes)}), "
+        f"{gigabytes(plan.disk_bytes)} of disk, {spent}{spilled}"
     )
 
 
@@ -230,11 +208,20 @@ def _states_per_token(work: Work) -> float:
     streams = 1 + share
     if work.scaled:
         streams += 2 + (1 if work.regathers else 0) + share  # float, scaled, plain
-    inner = (1 + share) * max(_inner_width(layout) for layout in work.model.layouts)
+    inner = (1 + share) * max(map(inner_width, work.model.layouts))
     return streams * work.model.config.hidden_size + inner
 
 
-def _inner_width(layout: BlockLayout) -> int:
+def passing_bytes(layout: BlockLayout, chunk_rows: int) -> int:
+    """Return what moving states past a block takes beside them: weights, and a stage's work on a chunk."""
+    weights = _size(layout.linears.values())
+    if layout.experts:
+        weights = max(_size(_shapes(layout, stage)) for stage in layout.stages)
+    widest = max(max(shape) for shape in layout.linears.values())
+    return 4 * (weights + INNER_COPIES * chunk_rows * widest)
+
+
+def inner_width(layout: BlockLayout) -> int:
     """Return the widest that the stages of a block leave for the next one."""
     left = [
         layout.linears[stage.linears[0]][1]
@@ -277,10 +264,7 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
     chunk = work.rope.chunk_rows
     summands = current().most_summands(math.ceil(work.tokens / chunk))
     if work.scaled:
-        in_float = block
-        if layout.experts:
-            in_float = max(_size(_shapes(layout, stage)) for stage in layout.stages)
-        peaks.append(4 * (in_float + summands * sum(grams.values())))
+        peaks.append(passing_bytes(layout, chunk) + 4 * summands * sum(grams.values()))
         largest = max(out * channels for out, channels in layout.linears.values())
         kept = sum(grams.values())
         if work.regathers:
@@ -484,11 +468,3 @@ def _free_disk(out: Path) -> int | None:
             # What is no disk, such as /proc, says that it has no room at all.
             return usage.free + sum(kept) if usage.total else None
     return None
-
-
-def _gigabytes(count: float) -> str:
-    return f"{max(count, 0) / 1e9:.2f} GB"
-
-
-def _up(count: float) -> str:
-    return f"{math.ceil(count / 1e7) / 100:g}"

@@ -1,0 +1,92 @@
+"""How much memory a run may take, and the refusal of one that needs more."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitwright import _kernels
+from bitwright.distributed import current
+from bitwright.errors import MemoryBudgetError
+from bitwright.memory import group_memory, machine_memory, process_memory, resident_bytes
+
+FREE_SHARE = 0.75  # of the memory that is free, which a run takes at most unless told otherwise
+THREAD_BYTES = 10_000_000  # of OpenBLAS' buffers and ours
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a process may take.
+
+    Parameters
+    ----------
+    bytes
+        That at most.
+    base
+        Of these, what it has taken already, with what its threads will.
+    limit
+        What would get it killed.
+    given
+        What `bytes` is, in words.
+    group
+        Whether `limit` is that of a control group.
+    """
+
+    bytes: float
+    base: int
+    limit: float
+    given: str
+    group: bool
+
+    @classmethod
+    def of(cls, memory: float | None) -> "Budget":
+        """Return the budget that is asked for.
+
+        Parameters
+        ----------
+        memory
+            Gigabytes (10⁹ bytes) for each process; by default three quarters of what is free, shared by the
+            MPI ranks of this machine, beside what it has.
+
+        Raises
+        ------
+        ValueError
+            If the budget is not a positive number.
+        """
+        if memory is not None and not memory > 0:
+            raise ValueError(f"memory: expected gigabytes, more than 0, got {memory}")
+        ranks = current()
+        taken, threads = resident_bytes(), _kernels.num_threads()
+        group = group_memory() / ranks.local_size
+        own = process_memory(threads + 1)  # with that of the progress bar
+        limit = taken + min(group, own)
+        free = min(machine_memory() / ranks.local_size, group, own)
+        return cls(
+            min(limit, taken + FREE_SHARE * free if memory is None else memory * 1e9),
+            taken + THREAD_BYTES * threads,
+            limit,
+            "what it has and three quarters of what is free" if memory is None else "the budget",
+            group < own,
+        )
+
+    def require(self, least: int, folder: Path, instead: str = "") -> None:
+        """Raise MemoryBudgetError, with the smallest budget that would work, where `least` is more."""
+        if least <= self.bytes:
+            return
+        given, remedy = self.given, f"Give it more (memory, --memory {_up(least)})"
+        if least > self.limit:
+            whose = "of its control group" if self.group else "of the process (ulimit -v, -d)"
+            given = f"what the limit {whose} leaves"
+            remedy = f"Raise that by {_up(least - self.limit)} GB"
+        raise MemoryBudgetError(
+            f"{folder}: this run needs at least {gigabytes(least)}, but {given} is "
+            f"{gigabytes(self.bytes)}. {remedy}{instead}"
+        )
+
+
+def gigabytes(count: float) -> str:
+    """Say a number of bytes."""
+    return f"{max(count, 0) / 1e9:.2f} GB"
+
+
+def _up(count: float) -> str:
+    return f"{math.ceil(count / 1e7) / 100:g}"
