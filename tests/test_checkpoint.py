@@ -421,6 +421,32 @@ def test_round_trip(arrays: dict[str, Any], shard_bytes: int) -> None:
                     assert read.tobytes() == array.tobytes()
 
 
+@settings(deadline=None, max_examples=30)
+@given(count=st.integers(1, 5), data=st.data(), shard_bytes=st.integers(1, 400))
+def test_stacks_come_part_by_part(count: int, data: st.DataObject, shard_bytes: int) -> None:
+    """Several at a time, in any order, and end up as if they had been added whole."""
+    stacks = {
+        name: np.random.default_rng(0).integers(0, 99, (count, *shape)).astype(dtype)
+        for name, shape, dtype in (("a", (2, 3), "f4"), ("b", (4,), "u1"), ("c", (0, 2), "i4"))
+    }
+    parts = data.draw(st.permutations([(name, i) for name in stacks for i in range(count)]))
+    last = {name: place for place, (name, _) in enumerate(parts)}
+    with tempfile.TemporaryDirectory() as folder:
+        one, other = Path(folder) / "1", Path(folder) / "2"
+        with WorkFolder(one) as work:
+            (work.path / writer_module.STACK_NAME.format(0)).write_bytes(b"left by a killed run")
+            with CheckpointWriter(one, shard_bytes=shard_bytes, work=work) as writer:
+                for name, index in parts:
+                    writer.add_part(name, stacks[name][index], index, count)
+                assert not list(work.path.glob("stack.*"))
+        with CheckpointWriter(other, shard_bytes=shard_bytes) as writer:
+            for name in sorted(last, key=lambda name: last[name]):
+                writer.add(name, stacks[name])
+        assert {path.name: path.read_bytes() for path in one.iterdir()} == {
+            path.name: path.read_bytes() for path in other.iterdir()
+        }
+
+
 def write(out: Path, value: float = 1, **options: Any) -> None:
     with CheckpointWriter(out, **options) as writer:
         writer.add("a", np.full(3, value, np.float32))
@@ -624,6 +650,16 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         (lambda writer: writer.add("\ud800", ONE), "cannot be the name"),
         (lambda writer: writer.add("b", ONE.astype(complex)), "'b' has dtype complex128"),
         (lambda writer: writer.add("b", np.array(["x"])), "supported are"),
+        (lambda writer: writer.add_part("a", ONE, 0, 2), "added before"),
+        (lambda writer: writer.add_part("b", ONE, 0, 2), r"'b' lacks parts \[1\]"),
+        (lambda writer: writer.add_part("b", ONE, 2, 2), "part 2 of tensor 'b'"),
+        (lambda writer: [writer.add_part("b", ONE, 0, 3) for _ in "12"], "added before, or is not"),
+        (
+            lambda writer: [
+                writer.add_part("b", each, i, 2) for i, each in enumerate([ONE, ONE[0]])
+            ],
+            "is not like the others",
+        ),
         (lambda writer: writer.add("b", np.array([None])), "supported are"),
         (lambda writer: writer.write_text("../x", ""), "plain file name"),
         (lambda writer: writer.write_text("x.json", "") or writer.write_text("x.json", ""), "befo"),

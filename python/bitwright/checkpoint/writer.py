@@ -394,7 +394,8 @@ class CheckpointWriter:
         with self._appended(name, tensor) as waiting, open(stack.path, "rb") as parts:
             tensor.copy(parts, waiting)
         del self._stacks[name]
-        stack.path.unlink()
+        with output_errors(self._out):
+            stack.path.unlink()
 
     def _stored(self, name: str, array: NDArray[Any]) -> tuple["StoredTensor", memoryview] | None:
         """Return a tensor as it is stored, with its bytes; None if it is not."""
