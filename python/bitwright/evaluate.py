@@ -15,6 +15,7 @@ from bitwright.calibration import TokenSource, load_tokens
 from bitwright.errors import CalibrationError, NonFiniteError
 from bitwright.memory import peak_memory_bytes
 from bitwright.models.model import Model, load_model
+from bitwright.models.network import HEAD_ROWS
 from bitwright.models.operations import Float32
 from bitwright.planner import inner_width, passing_bytes
 
@@ -184,14 +185,18 @@ def _samples_at_once(models: list[Model], samples: int, length: int, memory: flo
     chunk_rows = models[0].rotation(length).chunk_rows
     heads = 4 * sum(each.config.vocab_size * each.config.hidden_size for each in models)
     blocks = max(passing_bytes(layout, chunk_rows) for each in models for layout in each.layouts)
-    of_sample = 4 * length * models[0].config.vocab_size
-    logits = min(max(LOGIT_BYTES, of_sample), samples * of_sample)
-    fixed = budget.base + max(blocks, heads + 2 * len(models) * logits)
+    logits = 4 * min(_logit_rows(models[0]), samples * length) * models[0].config.vocab_size
+    fixed = budget.base + max(blocks, heads + len(models) * logits)
     per_row = sum(each.config.hidden_size for each in models)
     per_row += max(each.config.hidden_size + _inner(each) for each in models)  # normed at last
     per_chunk = 4 * min(chunk_rows, samples * length) * per_row
     budget.require(fixed + per_chunk, models[0].checkpoint.folder)
     return int((budget.bytes - fixed) / per_chunk) * (chunk_rows // length)
+
+
+def _logit_rows(model: Model) -> int:
+    """Return how many positions' logits are in memory at one time."""
+    return max(HEAD_ROWS, LOGIT_BYTES // (4 * model.config.vocab_size))
 
 
 def _inner(model: Model) -> int:
@@ -215,22 +220,21 @@ def _compare(
 ) -> tuple[float, float, int]:
     """Return the sums of losses and divergences, and how often first choices agree."""
     heads = [model.head() for model in models]
-    samples, length = tokens.shape
-    vocabulary = models[0].config.vocab_size
-    chunk = max(1, LOGIT_BYTES // (4 * vocabulary * length))
+    # The last position of a sample has no next token: its loss is left out.
+    targets = np.roll(tokens, -1, axis=1).reshape(-1)
+    followed = np.ones(tokens.shape, bool)
+    followed[:, -1] = False
     loss = divergence = 0.0
     agreed = 0
-    for first in range(0, samples, chunk):
-        ids = tokens[first : first + chunk]
-        rows = slice(first * length, first * length + ids.size)
+    step = _logit_rows(models[0])
+    for first in range(0, tokens.size, step):
+        rows = slice(first, first + step)
         logits = [
             each.head_logits(states[rows], head)
             for each, states, head in zip(models, hidden, heads, strict=True)
         ]
-        # The last position of a sample has no next token: its loss is left out of the mean.
-        targets = np.roll(ids, -1, axis=1).reshape(-1)
-        losses = _kernels.cross_entropy(logits[0], targets).reshape(ids.shape)
-        loss += float(losses[:, :-1].sum())
+        losses = _kernels.cross_entropy(logits[0], targets[rows])
+        loss += float(losses[followed.reshape(-1)[rows]].sum())
         if len(models) == 2:
             divergence += float(_kernels.kl_divergence(logits[1], logits[0]).sum())
             agreed += int((logits[0].argmax(1) == logits[1].argmax(1)).sum())
