@@ -219,15 +219,16 @@ def run_planned(
 @pytest.mark.memory
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "preset", "resident"),
+    ("method", "preset", "resident", "fixed_order"),
     [
-        ("gptq", "fast", "all"),
-        ("gptq", "default", "all"),
-        ("awq", "fast", "all"),
-        ("rtn", "fast", "least"),
+        ("gptq", "fast", "all", False),
+        ("gptq", "default", "all", False),
+        ("gptq", "default", "all", True),
+        ("awq", "fast", "all", False),
+        ("awq", "fast", "all", True),
+        ("rtn", "fast", "least", False),
     ],
 )
-@pytest.mark.parametrize("fixed_order", [False, True])
 def test_forecasts_of_memory(
     tmp_path: Path, wide: Path, method: str, preset: str, resident: str, fixed_order: bool
 ) -> None:
