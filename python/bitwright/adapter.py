@@ -421,7 +421,7 @@ class _Run:
             each.restore()
         searches, changed = self._scale(block, stream, inputs)
         scaled: list[QuantizedLayer] = []
-        self._solve(inputs, scaled.append, clips=self.options.method == "awq")
+        self._solve(inputs, scaled.append, clips=self.options.clips)
         loss_after = _loss(block, stream, originals)
         better = loss_after < loss_before
         if better:

@@ -57,7 +57,8 @@ class Ranks:
         """Return this rank's part of what is added up over `count` things, leaf by leaf."""
         if not self.fixed_order:
             return [self.share(count)]
-        return [share(count, leaf, LEAVES) for leaf in self.share(LEAVES)]
+        starts = [-(-leaf * count // LEAVES) for leaf in range(LEAVES + 1)]
+        return [range(starts[leaf], starts[leaf + 1]) for leaf in self.share(LEAVES)]
 
     def most_summands(self, chunks: int) -> int:
         """Return how many arrays a `Sum` over so many chunks of all ranks holds at most."""
@@ -70,14 +71,9 @@ class Ranks:
         A matrix product of fewer rows may round otherwise, so in a fixed order the pieces are the same for
         any number of ranks.
         """
-        if not self.fixed_order:
-            mine = self.share(count, ROWS)
-            return [slice(mine.start, mine.stop)] if mine else []
-        mine = self.share(count, FIXED_ROWS)
-        return [
-            slice(first, min(first + FIXED_ROWS, mine.stop))
-            for first in range(mine.start, mine.stop, FIXED_ROWS)
-        ]
+        mine = self.share(count, FIXED_ROWS if self.fixed_order else ROWS)
+        step = FIXED_ROWS if self.fixed_order else max(1, len(mine))
+        return [slice(first, min(first + step, mine.stop)) for first in mine[::step]]
 
     def sum(self, array: NDArray[Any]) -> None:
         """Replace a C-contiguous array, of the same shape on all ranks, by the sum of theirs."""
@@ -206,9 +202,13 @@ class Sum:
             self._grow(_Node(0, leaf, leaf, np.zeros(self.shape, self.dtype)))
         return self._nodes[-1].array
 
-    def end(self) -> None:
-        """Add up what belongs together: this rank adds no more."""
-        self._join_twins()
+    def join(self) -> None:
+        """Add up what belongs together, now that nothing more comes to the last leaf."""
+        while len(self._nodes) > 1 and self._nodes[-2].is_twin(self._nodes[-1]):
+            right = self._nodes.pop()
+            left = self._nodes[-1]
+            left.array += right.array
+            self._nodes[-1] = _Node(left.level + 1, left.index // 2, -1, left.array)
 
     def total(self) -> NDArray[Any]:
         """Return the sum, the same on all ranks, and forget it; all ranks call this together."""
@@ -218,7 +218,7 @@ class Sum:
             ranks.sum(total)
             self._nodes = []
             return total
-        self.end()
+        self.join()
         counts = ranks.gather([(node.level, node.index) for node in self._nodes])
         if ranks.is_first:
             for source, nodes in enumerate(counts):
@@ -226,7 +226,7 @@ class Sum:
                     array = np.empty(self.shape, self.dtype)
                     ranks.receive(array, source)
                     self._grow(_Node(level, index, -1, array))
-            self._join_twins()
+            self.join()
             total = np.zeros(self.shape, self.dtype) if not self._nodes else self._nodes[0].array
             for node in self._nodes[1:]:
                 total += node.array
@@ -240,15 +240,8 @@ class Sum:
 
     def _grow(self, node: "_Node") -> None:
         """Add a node on the right, after all twins before it have been added up."""
-        self._join_twins()
+        self.join()
         self._nodes.append(node)
-
-    def _join_twins(self) -> None:
-        while len(self._nodes) > 1 and self._nodes[-2].is_twin(self._nodes[-1]):
-            right = self._nodes.pop()
-            left = self._nodes[-1]
-            left.array += right.array
-            self._nodes[-1] = _Node(left.level + 1, left.index // 2, -1, left.array)
 
 
 @dataclass(eq=False)
@@ -322,6 +315,11 @@ def world() -> Any:
         If mpi4py is not installed.
     """
     return _mpi().COMM_WORLD
+
+
+def leaf_of(number: int, count: int) -> int:
+    """Return the leaf of one of `count` things, see `Ranks.leaves`."""
+    return number * LEAVES // count
 
 
 def share(count: int, rank: int, size: int, unit: int = 1) -> range:

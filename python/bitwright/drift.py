@@ -143,7 +143,7 @@ class Drift:
                 target = block.stage_input(self._stage, chunk)
             _kernels.linear_backward_weight(target, states, self._sum.place(leaf))
         if place + 1 == self._stream.chunks:
-            self._sum.end()
+            self._sum.join()
 
     def gather(self, moments: Moments, tokens: int) -> None:
         """Add up what all ranks have of so many tokens; all ranks call this together."""

@@ -14,8 +14,9 @@ from bitwright.budget import Budget
 from bitwright.calibration import TokenSource, load_tokens
 from bitwright.errors import CalibrationError, NonFiniteError
 from bitwright.memory import peak_memory_bytes
+from bitwright.models.block import Rotation
 from bitwright.models.model import Model, load_model
-from bitwright.models.network import HEAD_ROWS
+from bitwright.models.network import logit_rows
 from bitwright.models.operations import Float32
 from bitwright.planner import inner_width, passing_bytes
 
@@ -182,21 +183,17 @@ def parameter_count(model: Model) -> int:
 def _samples_at_once(models: list[Model], samples: int, length: int, memory: float | None) -> int:
     """Return how many samples' states fit, in the chunks that they are computed in."""
     budget = Budget.of(memory)
-    chunk_rows = models[0].rotation(length).chunk_rows
+    chunk_rows = Rotation(length, {}).chunk_rows
     heads = 4 * sum(each.config.vocab_size * each.config.hidden_size for each in models)
     blocks = max(passing_bytes(layout, chunk_rows) for each in models for layout in each.layouts)
-    logits = 4 * min(_logit_rows(models[0]), samples * length) * models[0].config.vocab_size
+    row = 4 * models[0].config.vocab_size
+    logits = row * min(logit_rows(row, LOGIT_BYTES), samples * length)
     fixed = budget.base + max(blocks, heads + len(models) * logits)
     per_row = sum(each.config.hidden_size for each in models)
     per_row += max(each.config.hidden_size + _inner(each) for each in models)  # normed at last
     per_chunk = 4 * min(chunk_rows, samples * length) * per_row
     budget.require(fixed + per_chunk, models[0].checkpoint.folder)
     return int((budget.bytes - fixed) / per_chunk) * (chunk_rows // length)
-
-
-def _logit_rows(model: Model) -> int:
-    """Return how many positions' logits are in memory at one time."""
-    return max(HEAD_ROWS, LOGIT_BYTES // (4 * model.config.vocab_size))
 
 
 def _inner(model: Model) -> int:
@@ -226,7 +223,7 @@ def _compare(
     followed[:, -1] = False
     loss = divergence = 0.0
     agreed = 0
-    step = _logit_rows(models[0])
+    step = logit_rows(4 * models[0].config.vocab_size, LOGIT_BYTES)
     for first in range(0, tokens.size, step):
         rows = slice(first, first + step)
         logits = [

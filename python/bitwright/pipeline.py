@@ -437,23 +437,22 @@ Piece = tuple[slice, Float32]  # rows of a layer, and their weights
 
 @dataclass(frozen=True, eq=False)
 class OwnSolver:
-    """How to quantize a layer, and the gram that its error is reported by; what is `known` is taken."""
+    """How to quantize a layer, or what is taken for it, and the gram that its error is reported by."""
 
-    solve: Solver
+    method: Solver | QuantizedTensor
     gram: Float32 | None
-    known: QuantizedTensor | None = None
 
     def of(self, rows: slice) -> Solver:
         """Return how to quantize some of the layer's rows."""
-        return self.solve if self.known is None else _taking(self.known.rows(rows.start, rows.stop))
+        if not isinstance(self.method, QuantizedTensor):
+            return self.method
+        known = self.method.rows(rows.start, rows.stop)
 
+        def solve(_: Any, bits: int, size: int | None, grid: Grid, dtype: Any) -> QuantizedTensor:
+            # Symmetric by chance, among layers that are not.
+            return replace(known, grid=grid) if grid == "zero_point" else known
 
-def _taking(tensor: QuantizedTensor) -> Solver:
-    def solve(_: Any, bits: int, size: int | None, grid: Grid, dtype: Any) -> QuantizedTensor:
-        # Symmetric by chance, among layers that are not.
-        return replace(tensor, grid=grid) if grid == "zero_point" else tensor
-
-    return solve
+        return solve
 
 
 class Run:
@@ -748,12 +747,11 @@ class Run:
             rope,
             self.awq,
         )
-        # GPTQ searches for ranges itself.
-        clips = scaled if self.options.method == "awq" else None
+        clips = scaled if self.options.clips else None
         known = None
         if regather:
             scaled.scale()
-            scaled.forget_grams(clips is not None)
+            scaled.forget_grams(self.options.clips)
         else:
             known = {stage: fact.gram for stage, fact in facts.items() if fact.gram is not None}
         plain, plain_layers = states.copy(judged), list[QuantizedLayer]()
@@ -927,7 +925,7 @@ class Run:
         )
         block.weights.clear()
         scaled.scale()
-        scaled.forget_grams(self.options.method == "awq")
+        scaled.forget_grams(self.options.clips)
         layers, after = self._judged(scaled.block, prefix, inputs, scaled)
         kept = after < before
         if kept:
@@ -967,7 +965,7 @@ class Run:
         scaled: ScaledBlock | None = None,
     ) -> None:
         """Quantize a block stage by stage, and hand on each layer with its gram."""
-        clips = scaled if self.options.method == "awq" else None  # GPTQ searches for ranges itself
+        clips = scaled if self.options.clips else None
         for stage in block.stages:
             if any(self.plan[prefix + name] for name in stage.linears):
                 gram, few = inputs.gram(stage, None if scaled is None else scaled.scales)
@@ -989,12 +987,12 @@ class Run:
 
     def _output_error(self, layer: QuantizedLayer, weight: Float32, gram: Float32) -> float:
         """Return tr(Δ G Δᵀ), each rank adding up its share of the rows."""
-        change = layer.tensor.dequantize()
-        change -= weight
-        return self.ranks.total(
-            float(_kernels.row_quadratic_forms(change[rows], gram).sum())
-            for rows in self.ranks.rows(len(weight))
-        )
+        errors = []
+        for rows in self.ranks.rows(len(weight)):
+            change = layer.tensor.rows(rows.start, rows.stop).dequantize()
+            change -= weight[rows]
+            errors.append(float(_kernels.row_quadratic_forms(change, gram).sum()))
+        return self.ranks.total(errors)
 
     def _grid_choices(self, block: DecoderBlock, prefix: str) -> dict[str, GridChoice]:
         """Return the grid of each linear as AWQ's search rounds to it: with a search for ranges where one
@@ -1083,7 +1081,7 @@ class Run:
         if name == self.model.names.embedding:
             name = self.quantized.embedding_name
         tensor = self.quantized.quantized(name)
-        return None if tensor is None else OwnSolver(_taking(tensor), gram, tensor)
+        return None if tensor is None else OwnSolver(tensor, gram)
 
     def _solvers_from_file(
         self, block: DecoderBlock, prefix: str, stage: Stage

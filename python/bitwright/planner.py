@@ -268,9 +268,8 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
         largest = max(out * channels for out, channels in layout.linears.values())
         kept = sum(grams.values())
         if work.regathers:
-            widths = map(layout.channels, grams)
-            clips = work.options.method == "awq"
-            kept = sum(width * min(width, CLIPPED_CHANNELS) for width in widths) if clips else 0
+            widths = map(layout.channels, grams if work.options.clips else ())
+            kept = sum(width * min(width, CLIPPED_CHANNELS) for width in widths)
         held = 2 * block + 4 * kept
         peaks.append(4 * sum(grams.values()) + 14 * largest)
     floats = 4 * _size(layout.floats.values())

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint.replacing import output_errors, synchronize
-from bitwright.distributed import LEAVES, current
+from bitwright.distributed import LEAVES, current, leaf_of
 from bitwright.models.block import ChunkStates
 from bitwright.models.operations import Float32
 from bitwright.models.routing import Routes
@@ -60,12 +60,8 @@ class ChunkPlan:
         whole = cls(rows, chunk_rows, first_part, tuple(range(-(-rows // chunk_rows))))
         numbers: tuple[int, ...] = ()
         for part in (whole.numbers[:first_part], whole.numbers[first_part:]):
-            if ranks.fixed_order:
-                leaves = ranks.share(LEAVES)
-                numbers += tuple(each for each in part if whole.leaf(each) % LEAVES in leaves)
-            else:
-                share = ranks.share(len(part))
-                numbers += part[share.start : share.stop]
+            for leaf in ranks.leaves(len(part)):
+                numbers += part[leaf.start : leaf.stop]
         return replace(whole, numbers=numbers, resident=resident, folder=folder)
 
     def place(self, number: int) -> slice:
@@ -76,9 +72,9 @@ class ChunkPlan:
     def leaf(self, number: int) -> int:
         """Return the leaf that a chunk is added up in, see `bitwright.distributed.Sum`."""
         if number < self.first_part:
-            return number * LEAVES // self.first_part
+            return leaf_of(number, self.first_part)
         rest = -(-self.rows // self.chunk_rows) - self.first_part
-        return LEAVES + (number - self.first_part) * LEAVES // rest
+        return LEAVES + leaf_of(number - self.first_part, rest)
 
     def below(self, limit: int) -> "ChunkPlan":
         """Return the plan of the chunks whose number is below a limit."""

@@ -83,7 +83,7 @@ class LayerStatistics:
 
     def end_first_part(self) -> None:
         """Let `gather` return the gram of what was added until now, too."""
-        self._rest.end()
+        self._rest.join()
         self._first, self._rest = self._rest, Sum((self.channels, self.channels))
         self.first_tokens = self.tokens
 

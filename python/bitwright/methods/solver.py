@@ -37,6 +37,11 @@ class MethodOptions:
     refine: bool = False
     drift: bool = False
 
+    @property
+    def clips(self) -> bool:
+        """Whether ranges are clipped after AWQ's scales; GPTQ searches for them itself."""
+        return self.method == "awq"
+
 
 Solver = Callable[[NDArray[Any], int, int | None, Grid, np.dtype[Any]], QuantizedTensor]
 

@@ -25,6 +25,11 @@ class Loss(Protocol):
         ...
 
 
+def logit_rows(row_bytes: int, most_bytes: int) -> int:
+    """Return of how many positions, with so many bytes of logits each, there are logits at one time."""
+    return max(HEAD_ROWS, most_bytes // row_bytes)
+
+
 class Network:
     """A `Model` whose matrices come from elsewhere, and its gradients.
 
@@ -125,7 +130,7 @@ class Network:
 
     def logits(self, states: Float, head: Float) -> Iterator[tuple[int, Float]]:
         """Yield the logits of some rows of the final states at a time, and which row is their first."""
-        step = max(HEAD_ROWS, HEAD_BYTES // (states.itemsize * len(head)))
+        step = logit_rows(states.itemsize * len(head), HEAD_BYTES)
         for first in range(0, len(states), step):
             yield first, self.model.head_logits(states[first : first + step], head)
 
