@@ -48,6 +48,7 @@ def test_quantize_and_evaluate(tmp_path: Path) -> None:
         "tokens",
         "seconds",
         "peak_memory_bytes",
+        "warnings",
     }
     assert figures["tokens"] == 8 * 128
     table = bitwright_command("evaluate", out, "--text", TEXT, "--length", "64", "--samples", "4")

@@ -78,12 +78,14 @@ from bitwright.statistics import LayerStatistics, Moments, gram
 from bitwright.statistics_files import Statistics
 from bitwright.targets import DwqTargets, compute_dwq_targets
 from bitwright.tensor import QuantizedTensor, dequantize, pack, unpack
+from bitwright.warned import BitwrightWarning
 
 __version__ = _version("bitwright")
 
 __all__ = [
     "AWQResult",
     "BitwrightError",
+    "BitwrightWarning",
     "BlockReport",
     "BuildInfo",
     "CalibrationError",

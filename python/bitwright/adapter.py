@@ -3,7 +3,6 @@
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +42,7 @@ from bitwright.recipe import check_plan, plan_shapes
 from bitwright.report import BlockReport, QuantizationReport
 from bitwright.tensor import Grid
 from bitwright.torch_model import Input, Linear, Norm, Stream, TorchBlock, TorchModel
+from bitwright.warned import reports_warnings, warn
 
 Float32 = NDArray[np.float32]
 
@@ -55,6 +55,7 @@ JUDGED_TOKENS = 512  # that decide between a block with scales and one without
 NEVER_CLIPPED = ("q_proj", "k_proj", "query", "key", "qkv")
 
 
+@reports_warnings
 def quantize_with_transformers(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -347,10 +348,9 @@ class _Run:
                 bar.update(task, advance=1, figures=block_error(self.output.layers[reported:]))
         self._carry()
         if self.unread:
-            warnings.warn(
+            warn(
                 f"{model.folder}: no token of the calibration data reached {len(self.unread)} layers, "
-                f"such as {self.unread[0]}; they were rounded to nearest",
-                stacklevel=3,
+                f"such as {self.unread[0]}; they were rounded to nearest"
             )
 
     def _observe(

@@ -23,11 +23,13 @@ from bitwright.recipe import Recipe
 from bitwright.report import QuantizationReport
 from bitwright.sensitivity import estimate_sensitivities
 from bitwright.tensor import K_GRIDS, Grid, stored_bits
+from bitwright.warned import reports_warnings
 
 TRAINED_TOKENS = 100_000
 LEARNING_RATE = 3e-4  # what is known to suit students that are good already
 
 
+@reports_warnings
 def quantize_best(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

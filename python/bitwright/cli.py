@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -49,6 +50,7 @@ from bitwright.sensitivity import DEFAULT_SAMPLES as SENSITIVITY_SAMPLES
 from bitwright.sensitivity import parse_precision, precision_name
 from bitwright.student import ZEROS
 from bitwright.tensor import BITS, GRIDS
+from bitwright.warned import BitwrightWarning
 
 FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
 # Over MPI ranks:
@@ -889,6 +891,7 @@ def main() -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    _show_warnings_as_lines()
     try:
         with made_by(command_line(sys.argv[1:])):
             status = cli.main(standalone_mode=False)
@@ -907,6 +910,19 @@ def main() -> None:
             _end("", FAILED)
         raise
     sys.exit(status)
+
+
+def _show_warnings_as_lines() -> None:
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, BitwrightWarning):
+            click.echo(f"bitwright: warning: {message}", err=True)
+        else:
+            shown(message, category, *where, **more)
+
+    warnings.showwarning = show
+    warnings.simplefilter("always", BitwrightWarning)
 
 
 def _interrupted(error: BaseException | None) -> NoReturn:

@@ -23,12 +23,14 @@ from bitwright.progress import progress_bar
 from bitwright.report import ConversionReport, ConvertedLayer
 from bitwright.statistics import require_finite
 from bitwright.tensor import QuantizedTensor, stored_bits
+from bitwright.warned import reports_warnings
 
 WIDE = 4096  # channels of a row, to compare what precisions take
 Target = FormatName | Literal["float"]
 Group = tuple[str, ...]  # layers that must have one precision
 
 
+@reports_warnings
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -63,6 +63,7 @@ from bitwright.targets import (
     read_manifest,
     tokens_fingerprint,
 )
+from bitwright.warned import reports_warnings
 
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
@@ -131,6 +132,7 @@ class _Progress:
         return min(value for _, value in self.validations)
 
 
+@reports_warnings
 def dwq_quantize(
     teacher: str | os.PathLike[str],
     student: str | os.PathLike[str] | Callable[[Path], object],

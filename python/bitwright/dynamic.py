@@ -33,6 +33,7 @@ from bitwright.sensitivity import (
     estimate_sensitivities,
 )
 from bitwright.tensor import Grid, stored_bits
+from bitwright.warned import reports_warnings
 
 Candidate = tuple[int, int | None]
 DEFAULT_CANDIDATES: tuple[Candidate, ...] = ((3, 64), (4, 64), (5, 64))
@@ -54,6 +55,8 @@ class DynamicReport:
         The run that used it.
     before, after
         Evaluations of the original and of the result, None unless asked for.
+    warnings
+        What was warned of, one line each.
     """
 
     recipe: Recipe
@@ -61,6 +64,7 @@ class DynamicReport:
     quantization: QuantizationReport
     before: Evaluation | None
     after: Evaluation | None
+    warnings: tuple[str, ...] = ()
 
 
 def choose_precisions(
@@ -170,6 +174,7 @@ def choose_precisions(
     return Recipe(layers, target_bpw, reached)
 
 
+@reports_warnings
 def dynamic_quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

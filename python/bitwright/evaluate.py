@@ -19,6 +19,7 @@ from bitwright.models.model import Model, load_model
 from bitwright.models.network import logit_rows
 from bitwright.models.operations import Float32
 from bitwright.planner import inner_width, passing_bytes
+from bitwright.warned import reports_warnings
 
 LOGIT_BYTES = 64 << 20  # logits that exist at one time, per model
 
@@ -44,6 +45,8 @@ class Evaluation:
         Wall time, loading included.
     peak_memory_bytes
         Largest resident memory of the process so far.
+    warnings
+        What was warned of, one line each.
     """
 
     perplexity: float
@@ -53,6 +56,7 @@ class Evaluation:
     tokens: int
     seconds: float
     peak_memory_bytes: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -60,6 +64,7 @@ class Evaluation:
         return self.tokens / self.seconds
 
 
+@reports_warnings
 def evaluate(
     model: str | os.PathLike[str] | Model,
     text: TokenSource,

@@ -14,6 +14,7 @@ from bitwright.formats import Precision
 from bitwright.methods.solver import CORRECTED_METHODS, METHODS, MethodOptions
 from bitwright.models.model import load_model
 from bitwright.planner import Work, plan_run
+from bitwright.warned import reports_warnings
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Inspection:
         The run that memory and time are estimated for.
     memory_bytes, seconds
         Estimates of its peak memory, with all states in it, and of its time on this machine.
+    warnings
+        What was warned of, one line each.
     """
 
     folder: Path
@@ -77,8 +80,10 @@ class Inspection:
     tokens: int
     memory_bytes: int
     seconds: float
+    warnings: tuple[str, ...] = ()
 
 
+@reports_warnings
 def inspect_model(
     model: str | os.PathLike[str],
     *,

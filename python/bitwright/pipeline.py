@@ -67,11 +67,13 @@ from bitwright.statistics import gram as gram_of
 from bitwright.statistics_files import Statistics
 from bitwright.targets import tokens_fingerprint
 from bitwright.tensor import Grid, QuantizedTensor
+from bitwright.warned import reports_warnings
 
 DEFAULT_SAMPLES = 128
 JUDGED_CHUNKS = 1  # that decide between a block with AWQ's scales and one without
 
 
+@reports_warnings
 def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -21,8 +21,10 @@ from bitwright.models.model import load_model
 from bitwright.pipeline import DEFAULT_SAMPLES, Run
 from bitwright.report import QuantizationReport
 from bitwright.scaling import AwqOptions
+from bitwright.warned import reports_warnings
 
 
+@reports_warnings
 def refine_model(
     original: str | os.PathLike[str],
     quantized: str | os.PathLike[str],

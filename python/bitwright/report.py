@@ -122,6 +122,8 @@ class QuantizationReport:
         Wall time.
     peak_memory_bytes
         Largest resident memory of the process so far.
+    warnings
+        What was warned of, one line each.
     """
 
     out: Path
@@ -136,6 +138,7 @@ class QuantizationReport:
     calibration_tokens: int
     seconds: float
     peak_memory_bytes: int
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON, exactly."""
@@ -150,6 +153,7 @@ class QuantizationReport:
             **{
                 **content,
                 "out": Path(content["out"]),
+                "warnings": tuple(content.get("warnings", ())),
                 "layers": tuple(LayerReport(**layer) for layer in content["layers"]),
                 "blocks": tuple(BlockReport.from_dict(block) for block in content["blocks"]),
             }
@@ -196,6 +200,8 @@ class DwqReport:
         Largest resident memory of the process so far.
     student
         The report of the run that made the student, if one did.
+    warnings
+        What was warned of, one line each.
     """
 
     out: Path
@@ -210,6 +216,7 @@ class DwqReport:
     tokens_per_second: float
     peak_memory_bytes: int
     student: QuantizationReport | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def kl_before(self) -> float:
@@ -224,7 +231,14 @@ class DwqReport:
     def as_dict(self) -> dict[str, Any]:
         """Return what a JSON file can hold of the training; times, which differ from run to run, are left
         out."""
-        left_out = ("out", "seconds", "tokens_per_second", "peak_memory_bytes", "student")
+        left_out = (
+            "out",
+            "seconds",
+            "tokens_per_second",
+            "peak_memory_bytes",
+            "student",
+            "warnings",
+        )
         known = {name: value for name, value in vars(self).items() if name not in left_out}
         return known | {"kl_before": self.kl_before, "kl_after": self.kl_after}
 
@@ -289,6 +303,8 @@ class ConversionReport:
         All that were quantized.
     size_bytes, original_bytes
         Bytes of all tensors, written and read.
+    warnings
+        What was warned of, one line each.
     """
 
     out: Path
@@ -297,6 +313,7 @@ class ConversionReport:
     layers: tuple[ConvertedLayer, ...]
     size_bytes: int
     original_bytes: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def lossy(self) -> list[ConvertedLayer]:

@@ -6,8 +6,10 @@ from bitwright.formats import FormatName
 from bitwright.methods.salient import ActivationMethod
 from bitwright.pipeline import quantize
 from bitwright.report import QuantizationReport
+from bitwright.warned import reports_warnings
 
 
+@reports_warnings
 def awq_quantize_model(
     model_path: str | os.PathLike[str],
     output_path: str | os.PathLike[str],

@@ -7,7 +7,6 @@ import importlib
 import inspect
 import os
 import re
-import warnings
 from collections.abc import Container
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from bitwright.errors import BitwrightError, MissingExtraError, UnsupportedModel
 from bitwright.formats import detect_format
 from bitwright.models.fold import FoldKind
 from bitwright.statistics import LayerStatistics, require_finite
+from bitwright.warned import warn
 
 Float32 = NDArray[np.float32]
 
@@ -169,10 +169,9 @@ class TorchModel:
             raise self._unsupported("has no nn.Linear in its decoder blocks; nothing to quantize")
         if others:
             more = f" and {len(others) - SHOWN_NAMES} more" if len(others) > SHOWN_NAMES else ""
-            warnings.warn(
+            warn(
                 f"{self.folder}: {', '.join(others[:SHOWN_NAMES])}{more} stay in float: only nn.Linear "
-                f"and experts are quantized",
-                stacklevel=4,
+                f"and experts are quantized"
             )
 
     @property

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from bitwright.errors import (
     OutputExistsError,
     shown,
 )
+from bitwright.warned import warn
 
 SIDE_FILES = (
     "tokenizer*.json",
@@ -614,7 +614,7 @@ class CheckpointWriter:
             elif aside.exists() and not out.exists():
                 aside.rename(out)
         if aside.exists():
-            warnings.warn(f"{aside}: the replaced checkpoint could not be removed", stacklevel=4)
+            warn(f"{aside}: the replaced checkpoint could not be removed")
 
 
 def copy_side_files(checkpoint: Checkpoint, writer: CheckpointWriter) -> list[str]:

@@ -1,0 +1,71 @@
+"""Warnings: one line each, once, on standard error and in every report that is being made."""
+
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+
+import pytest
+
+import bitwright
+from bitwright.warned import collected, reports_warnings, warn, warnings_so_far
+
+
+@dataclass(frozen=True)
+class _Report:
+    name: str
+    warnings: tuple[str, ...] = ()
+
+
+@reports_warnings
+def _inner(*messages: str) -> _Report:
+    for message in messages:
+        warn(message)
+    return _Report("inner")
+
+
+@reports_warnings
+def _outer() -> _Report:
+    first, second = _inner("one"), _inner("two\n  lines", "one")
+    assert first.warnings == ("one",)
+    assert second.warnings == ("two lines", "one")
+    return _Report("outer")
+
+
+def test_reports_hold_their_own_warnings_and_those_of_what_they_call() -> None:
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        assert _outer().warnings == ("one", "two lines")
+    assert [str(each.message) for each in given] == ["one", "two lines"]
+    assert {each.category for each in given} == {bitwright.BitwrightWarning}
+    assert {each.filename for each in given} == {__file__}
+
+
+def test_without_a_report_every_warning_is_given() -> None:
+    for _ in range(2):
+        with pytest.warns(bitwright.BitwrightWarning, match="alone"):
+            warn("alone")
+    assert warnings_so_far() == ()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_collected_ends_with_its_block() -> None:
+    with collected() as messages:
+        warn("inside")
+        assert warnings_so_far() == ("inside",)
+    warn("outside")
+    assert messages == ["inside"]
+
+
+def test_on_the_command_line_a_warning_is_one_line() -> None:
+    program = """
+import sys, bitwright.cli
+from bitwright.warned import warn
+bitwright.cli.cli.add_command(bitwright.cli.click.Command("w", callback=lambda: warn("a\\nb")))
+sys.argv[1:] = ["w"]
+bitwright.cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "bitwright: warning: a b\n"
