@@ -343,7 +343,7 @@ def _check_computable(names: GgufNames) -> None:
             names.architecture, (False, False)
         ),
         f'"rope_type" is {rope.rope_type}': rope.rope_type
-        not in ("default", "linear", "yarn", *_rope_types(names.architecture)),
+        not in ("default", "dynamic", "linear", "yarn", *_rope_types(names.architecture)),
         '"rope_parameters" has a "beta_fast", "beta_slow" or "truncate" of its own': (
             rope.rope_type == "yarn"
             and (rope.beta_fast, rope.beta_slow, rope.truncate) != (32, 1, True)
