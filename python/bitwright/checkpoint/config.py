@@ -563,7 +563,7 @@ def _layer_types(
         if types != list(computed):
             raise UnsupportedModelError(
                 f"{top.source}: {top.named('layer_types')} asks for other windows than the rest of the "
-                f"file; transformers overlooks the key for this model_type, other engines do not. If the "
+                f"file; for this model_type transformers overlooks the key, other engines do not. If the "
                 f"model was made without it, delete the key from config.json"
             )
         return computed

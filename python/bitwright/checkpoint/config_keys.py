@@ -1,8 +1,8 @@
 """Keys of config.json that nothing is computed with: what they may say, and what is refused.
 
 Three lists hold for every family, and a family has more of its own (`ConfigRules`): harmless keys never
-enter a forward pass, refused ones are computed by transformers, disputed ones by other families or
-engines while transformers overlooks them here. A key of the last two passes with a value that changes
+enter a forward pass, refused ones are computed by transformers, disputed ones by other families or by
+some engines. A key of the last two passes with a value that changes
 nothing, or with null. Any other key is declared by no class of transformers, and overlooked by it, too.
 """
 
@@ -31,7 +31,8 @@ _HARMLESS = """
     use_cache cache_implementation return_dict return_dict_in_generate output_attentions
     output_hidden_states output_scores tie_last_hidden_states chunk_size_feed_forward is_decoder
     tie_encoder_decoder cross_attention_hidden_size pruned_heads remove_invalid_values
-    keys_to_ignore_at_inference quantization quantization_config compression_config
+    keys_to_ignore_at_inference ignore_keys_at_rope_validation
+    quantization quantization_config compression_config
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
     top_k top_p typical_p min_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences suppress_tokens begin_suppress_tokens
@@ -110,7 +111,9 @@ def check_keys(top: "Keys", understood: Collection[str], model_type: str) -> Non
         if value is None or key in understood or key in rules.harmless:
             continue
         said = f"{top.source}: {top.named(key)} is {shown(value)}, which"
-        if key in refused:
+        if key in rules.overlooked or (key == "sliding_window" and _slides(top)):
+            warn(f"{said} transformers overlooks for {model_type}; so does bitwright")
+        elif key in refused:
             if value not in refused[key]:
                 raise UnsupportedModelError(
                     f"{said} is not computed for {model_type}. transformers does: quantize by "
@@ -119,11 +122,9 @@ def check_keys(top: "Keys", understood: Collection[str], model_type: str) -> Non
         elif key in disputed:
             if value not in disputed[key]:
                 raise UnsupportedModelError(
-                    f"{said} is not computed for {model_type}; transformers overlooks the key, other "
-                    f"engines may not. If the model was made without it, delete the key from config.json"
+                    f"{said} is not computed for {model_type}, and not by every engine. If the model "
+                    f"was made without it, delete the key from config.json"
                 )
-        elif key in rules.overlooked or (key == "sliding_window" and _slides(top)):
-            warn(f"{said} transformers overlooks for {model_type}; so does bitwright")
         elif key not in (*HARMLESS, "sliding_window", "use_sliding_window", "layer_types"):
             unknown.append(key)
     if unknown and _version(top.values.get("transformers_version")) > COMPARED_WITH:
@@ -138,9 +139,8 @@ def check_rope_keys(rope: "Keys") -> None:
     for key, value in rope.values.items():
         if key not in ROPE_KEYS and value is not None:
             raise UnsupportedModelError(
-                f"{rope.source}: {rope.named(key)} is {shown(value)}, which is not computed; "
-                f"transformers overlooks the key, other engines may not. If the model was made "
-                f"without it, delete the key from config.json"
+                f"{rope.source}: {rope.named(key)} is {shown(value)}, which is not computed, and not by "
+                f"every engine. If the model was made without it, delete the key from config.json"
             )
 
 

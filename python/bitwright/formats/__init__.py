@@ -4,7 +4,7 @@ from bitwright.checkpoint import Checkpoint
 from bitwright.errors import UnsupportedModelError, shown
 from bitwright.formats.awq import AwqFormat
 from bitwright.formats.compressed_tensors import CompressedTensorsFormat
-from bitwright.formats.declared import declared
+from bitwright.formats.declared import declaration
 from bitwright.formats.format import Format, FormatName, GroupSize, Precision
 from bitwright.formats.gguf import GgufFormat
 from bitwright.formats.gptq import GptqFormat
@@ -34,7 +34,7 @@ def detect_format(checkpoint: Checkpoint) -> Format | None:
     for kind in FORMATS.values():
         if found := kind.detect(checkpoint):
             return found
-    said = declared(checkpoint)
+    said = declaration(checkpoint)
     other = checkpoint.config.get("quantization_config") or checkpoint.config.get("quantization")
     if said or other:
         method = said.method if said else other

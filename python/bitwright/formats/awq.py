@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError
-from bitwright.formats.declared import Settings, declared
+from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.format import INT32, Format, Precision, read_shaped
 from bitwright.tensor import QuantizedTensor, pack, unpack
 
@@ -53,7 +53,7 @@ class AwqFormat(Format):
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
-        found = declared(checkpoint)
+        found = declaration(checkpoint)
         if found is None or found.method != "awq":
             return None
         for key in ("checkpoint_format", "version", "format"):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
-from bitwright.formats.declared import Settings, declared
+from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
 from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
 from bitwright.warned import warn
@@ -66,7 +66,7 @@ class CompressedTensorsFormat(Format):
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
-        found = declared(checkpoint)
+        found = declaration(checkpoint)
         if found is None or found.method != METHOD:
             return None
         where, settings = found.where, found.settings

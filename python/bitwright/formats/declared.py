@@ -84,7 +84,7 @@ class Settings:
             warn(f'{where}" has keys of which it is not known what they change: {shown(unknown)}')
 
 
-def declared(checkpoint: Checkpoint) -> Declared | None:
+def declaration(checkpoint: Checkpoint) -> Declared | None:
     """Return what config.json declares, None where there is nothing of the kind.
 
     Looked for are ``quantization_config``, as well as ``compression_config``, which compressed-tensors

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError
-from bitwright.formats.declared import Settings, declared
+from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
 from bitwright.tensor import QuantizedTensor, pack, unpack
 
@@ -56,7 +56,7 @@ class GptqFormat(Format):
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
-        found = declared(checkpoint)
+        found = declaration(checkpoint)
         if found is None or found.method != "gptq":
             return None
         key, layout = found.layout("checkpoint_format", "format")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError
-from bitwright.formats.declared import declared
+from bitwright.formats.declared import declaration
 from bitwright.formats.format import INT32, Format, Precision, read_shaped
 from bitwright.formats.gptq import SETTINGS as GPTQ
 from bitwright.tensor import QuantizedTensor
@@ -60,7 +60,7 @@ class MarlinFormat(Format):
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
-        found = declared(checkpoint)
+        found = declaration(checkpoint)
         if found is None:
             return None
         version = found.layout("checkpoint_format", "format")[1]

@@ -29,7 +29,7 @@ FAMILIES = (
             mlp_bias="mlp_bias",
             interleaved=True,
             is_sparse=lambda keys, layer: layer >= keys.integer("first_k_dense_replace", zero=True),
-            harmless=("head_dim", "qk_head_dim"),
+            harmless=("qk_head_dim",),
             disputed={"norm_topk_prob": (False,), "rope_interleave": (True,)},
             topk_methods=("greedy", "group_limited_greedy"),
             latent_attention=True,

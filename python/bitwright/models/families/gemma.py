@@ -22,7 +22,6 @@ FAMILIES = (
                 "scaled_embedding": True,
             },
             # The first releases say gelu and mean its approximation by tanh.
-            refused={"use_bidirectional_attention": (False,)},
             disputed={"hidden_activation": ("gelu", "gelu_pytorch_tanh")},
             meanings={"hidden_act": {"gelu": "gelu_pytorch_tanh"}},
         ),

@@ -28,7 +28,6 @@ FAMILIES = (
             },
             spellings={"hidden_act": "hidden_activation"},
             harmless=("hidden_act",),
-            refused={"use_bidirectional_attention": (False,)},
             slides=lambda _keys, layer: layer % 2 == 0,
         ),
         mlp_norm="pre_feedforward_layernorm",
