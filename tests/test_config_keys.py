@@ -218,7 +218,7 @@ def test_what_is_written_is_spelled_for_engines(tmp_path: Path) -> None:
     )
     np.testing.assert_array_equal(logits(folder), logits(TINY / "llama-biases"))
     bitwright.quantize(folder, tmp_path / "out", bits=4, group_size=32, format="awq", method="rtn")
-    bitwright.convert(tmp_path / "out", tmp_path / "mlx", to="mlx")
+    bitwright.convert(tmp_path / "out", tmp_path / "mlx", "mlx")
     for out in ("out", "mlx"):
         config = json.loads((tmp_path / out / "config.json").read_text())
         assert config["hidden_act"] == "silu"
