@@ -497,7 +497,7 @@ class Keys:
         return self.named(self.spelling(key))
 
     def named(self, spelling: str) -> str:
-        return f'"{self.name}{spelling}"'
+        return f'"{self.name}{shown(spelling)[1:-1]}"'
 
     def wrong(self, key: str, rule: str) -> CheckpointError:
         spelling = self.spelling(key)

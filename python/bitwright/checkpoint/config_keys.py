@@ -129,8 +129,8 @@ def check_keys(top: "Keys", understood: Collection[str], model_type: str) -> Non
             unknown.append(key)
     if unknown and _version(top.values.get("transformers_version")) > COMPARED_WITH:
         warn(
-            f"{top.source}: was written by transformers {top.values['transformers_version']}; whether "
-            f"these keys change what {model_type} computes is not known: {shown(sorted(unknown))}"
+            f"{top.source}: was written by transformers {shown(top.values['transformers_version'])[1:-1]}"
+            f"; whether these keys change what {model_type} computes is not known: {shown(sorted(unknown))}"
         )
 
 

@@ -74,16 +74,17 @@ class CompressedTensorsFormat(Format):
         if not isinstance(groups, dict):
             raise CheckpointError(f'{where}.config_groups" is {shown(groups)}')
         for name, group in groups.items():
+            place = f"{where}.config_groups.{shown(name)[1:-1]}"
             if isinstance(group, list) and name.upper() in PRESETS:
                 group = {}
             if not isinstance(group, dict):
-                raise CheckpointError(f'{where}.config_groups.{name}" is {shown(group)}')
+                raise CheckpointError(f'{place}" is {shown(group)}')
             layout = group.get("format") or settings.get("format")
             if layout != LAYOUT:
                 raise UnsupportedModelError(
                     f'{where}.format" is {shown(layout)}; only {LAYOUT} is supported'
                 )
-            _check_scheme(group, f"{where}.config_groups.{name}")
+            _check_scheme(group, place)
         sparse, rotations = settings.get("sparsity_config"), settings.get("transform_config")
         if isinstance(sparse, dict) and sparse.get("format", "dense") != "dense":
             raise UnsupportedModelError(

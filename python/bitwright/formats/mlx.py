@@ -52,7 +52,7 @@ class MlxFormat(Format):
         ]
         SETTINGS.check(settings, where, named)
         for name, layer in layers.items():
-            SETTINGS.check(layer, f"{where}.{name}")
+            SETTINGS.check(layer, f"{where}.{shown(name)[1:-1]}")
         if checkpoint.config.get("quantize_activations"):
             raise UnsupportedModelError(
                 f'{checkpoint.folder / "config.json"}: "quantize_activations" is true, which mlx-lm does '
