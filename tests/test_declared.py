@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+from shared_data import TESTS
 
 import bitwright
 from bitwright import BitwrightWarning, CheckpointError
+from bitwright.formats import FORMATS
 
 DEMO = bitwright.demo_folder()
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -145,7 +148,6 @@ ROTATED = {"config_groups": {"u": {"type": "hadamard", "apply": [{"location": "i
         ("compressed-tensors", weights(observer="mse", observer_kwargs={}, actorder="static")),
         ("mlx", layer(MLX_LAYER, {"bits": 4})),
         ("mlx", layer(MLX_LAYER, {"bits": 4, "group_size": 32, "mode": "affine"})),
-        ("mlx", lambda config: config["quantization"].pop("group_size")),
     ],
 )  # fmt: skip
 def test_spellings_of_the_same(quantized: Path, name: str, change: Change, tmp_path: Path) -> None:
@@ -234,6 +236,24 @@ def test_spellings_are_converted_away(quantized: Path, tmp_path: Path) -> None:
         config = json.loads((tmp_path / f"{name}-mlx" / "config.json").read_text())
         assert "compression_config" not in config
         assert config["quantization"] == config["quantization_config"]
+
+
+def test_a_quantized_head_is_read(tmp_path: Path) -> None:
+    """GPTQModel quantizes the head where ``lm_head`` is true."""
+    source, folder = TESTS / "data" / "tiny" / "llama-yarn", tmp_path / "a"
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors.pop("lm_head.weight").astype(np.float32)
+    head = bitwright.quantize_rtn(
+        weight, bits=4, group_size=32, grid="symmetric", scale_dtype="float16"
+    )
+    save_file(tensors | FORMATS["gptq"].pack("lm_head", head), folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "lm_head": True}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    model = bitwright.load_model(folder)
+    assert model.quantized_layers() == {"lm_head": weight.shape}
+    np.testing.assert_array_equal(model.weight("lm_head", weight.shape), head.dequantize())
 
 
 def test_inspecting_names_the_layer_and_its_mode(quantized: Path, tmp_path: Path) -> None:
