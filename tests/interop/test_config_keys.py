@@ -144,12 +144,18 @@ REFUSED: dict[str, Variant] = {
         {"use_bidirectional_attention": True},
     ),
 }
+OVERLOOKED: dict[str, Variant] = {  # by transformers, not by every engine
+    "llama-layers": ("llama", {}, {"layer_types": [SLIDING, FULL], "sliding_window": 5}),
+    "mistral-biases": ("mistral", {}, {"attention_bias": True}),
+    "gemma2-bidirectional": ("gemma2", {"head_dim": 16}, {"use_bidirectional_attention": True}),
+    "deepseek_v2-normalized": ("deepseek_v2", LATENT, {"norm_topk_prob": True}),
+}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("made")
-    (out / "variants.json").write_text(json.dumps(COMPUTED | REFUSED))
+    (out / "variants.json").write_text(json.dumps(COMPUTED | REFUSED | OVERLOOKED))
     print(run_client("gptqmodel", "make_with_transformers.py", out / "variants.json", out))
     return out
 
@@ -173,4 +179,13 @@ def test_what_transformers_computes_otherwise_is_refused(made: Path, name: str) 
     expected = np.load(made / name / "expected.npz")
     assert np.abs(expected["after"] - expected["before"]).max() > expected["before"].std()
     with pytest.raises(UnsupportedModelError, match=r"is (True|False), .*--backend transformers"):
+        bitwright.load_model(made / name)
+
+
+@pytest.mark.filterwarnings("ignore::bitwright.BitwrightWarning")
+@pytest.mark.parametrize("name", OVERLOOKED)
+def test_what_transformers_overlooks_is_refused(made: Path, name: str) -> None:
+    expected = np.load(made / name / "expected.npz")
+    np.testing.assert_array_equal(expected["after"], expected["before"])
+    with pytest.raises(UnsupportedModelError, match=r"delete the key from config\.json"):
         bitwright.load_model(made / name)
