@@ -68,6 +68,7 @@ def test_every_family_refuses(model_type: str, key: str) -> None:
         ("mistral", "attention_bias", True, False),
         ("phi3", "attention_bias", True, False),
         ("gemma2", "mlp_bias", True, False),
+        ("phi3", "lm_head_bias", True, False),
         ("llama", "logit_scale", 0.0625, 1.0),
         ("llama", "embedding_multiplier", 12.0, 1),
         ("llama", "use_parallel_residual", True, False),

@@ -541,6 +541,7 @@ def with_keys(name: str, path: Path, **keys: Any) -> Path:
         ("llama-biases", "expert_weights_norm", False, True),
         ("llama-biases", "leading_dense_block_count", 1, 0),
         ("gemma2", "rope__freq_base_swa", 1e6, 0.0),
+        ("llama-biases", "attention__key_length_swa", 4, 8),
         ("qwen2", "a_key_of_tomorrow", 7, 0),
     ],
 )

@@ -51,6 +51,7 @@ DISPUTED: Mapping[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "qkv_bias": (False,),
     "use_bias": (False,),
+    "lm_head_bias": (False,),
     "bias": (False,),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),

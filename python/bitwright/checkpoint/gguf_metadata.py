@@ -252,6 +252,8 @@ def _check_keys(keys: Keys, family: GgufFamily) -> None:
     """Raise unless every key that nothing is computed with leaves the mathematics alone."""
     known = f"{_READ} {_HARMLESS} {_READ_BY.get(family.architecture, '')}".split()
     neutral = _NEUTRAL | {"expert_weights_norm": (family.normalized,)}
+    for each in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        neutral[f"{each}_swa"] = (0, keys.values.get(each))
     for key, value in keys.values.items():
         if key in known or key.startswith(("vision.", "audio.", "mm.")):
             continue
