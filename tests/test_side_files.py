@@ -177,8 +177,9 @@ WRITERS = [quantized, converted, refined, trained, mixed, best, salient]
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_all_writers_take_everything_along(
-    tmp_path: Path, write: Callable[[Path, Path], None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, Path], None]
 ) -> None:
+    monkeypatch.setattr("bitwright.best.TRAINED_TOKENS", 256)
     everything = sorted(name for names in KINDS.values() for name in names)
     folder = source(tmp_path / "source", [*everything, *LEFT])
     write(folder, tmp_path / "out")
