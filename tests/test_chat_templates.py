@@ -16,10 +16,13 @@ from chat_samples import (
     parts,
     said,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bitwright.calibration import load_tokens
 from bitwright.chat import ChatTemplate
 from bitwright.errors import CalibrationError
+from bitwright.message_forms import kinds_without_text
 from bitwright.warned import BitwrightWarning
 
 # What transformers 5.23.0 makes of the samples; tests/interop compares it with what is installed there.
@@ -226,7 +229,7 @@ def test_what_is_not_allowed_is_an_error_at_once(tmp_path: Path, what: str) -> N
     [
         ([{"type": "image_url", "image_url": {"url": "a"}}], "1 'image_url'"),
         ([{"type": "image"}, {"type": "image"}, {"type": "input_audio"}], "2 'image', 1 'input_a"),
-        ([{"type": "video", "video": "a"}, {}], "1 'video', 1 'None'"),
+        ([{"type": "video", "video": "a"}, {}], "1 'video', 1 'of no type'"),
     ],
 )
 @pytest.mark.parametrize("source", [SOURCES["plain"], SOURCES["turns"]])
@@ -238,3 +241,79 @@ def test_parts_that_are_no_text_are_named(
         text = tokens_of(tmp_path, source, [said([*extra, *parts("Wind?")], "Rain?")])
     assert "Wind?" in text
     assert "Rain?" in text
+
+
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+PART = st.fixed_dictionaries(
+    {}, optional={"type": VALUE | st.just("text"), "text": VALUE | st.text()}
+)
+CALLED = st.fixed_dictionaries(
+    {}, optional={"name": VALUE, "arguments": VALUE | st.just('{"a": 1}')}
+)
+CALL = CALLED | st.fixed_dictionaries({"function": CALLED | VALUE})
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"])},
+    optional={
+        "content": VALUE | st.text() | st.lists(PART, max_size=3),
+        "tool_calls": VALUE | st.lists(CALL, max_size=2),
+        "reasoning": VALUE,
+        "thinking": VALUE,
+        "tools": VALUE,
+    },
+)
+CHAT = st.fixed_dictionaries(
+    {"messages": st.lists(MESSAGE, min_size=1, max_size=4)},
+    optional={"tools": VALUE | st.just(json.dumps(TOOLS)), "documents": VALUE},
+)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[ChatTemplate]:
+    folders = []
+    for name in ("headers", "thinking", "brackets", "turns", "adding", "keyed", "iterating"):
+        folders.append(tmp_path_factory.mktemp(name))
+        SAMPLES["plain"].write(folders[-1])
+        (folders[-1] / "chat_template.jinja").write_text(SOURCES[name])
+    return [ChatTemplate(folder, "chats") for folder in folders]
+
+
+def refusal(known: ChatTemplate, chat: Any) -> str | None:
+    try:
+        known.render(chat, "chats, line 7")
+    except CalibrationError as error:
+        return str(error)
+    return None
+
+
+@settings(deadline=None, max_examples=60)
+@given(chat=CHAT)
+def test_any_chat_is_written_or_refused_in_words(compiled: list[ChatTemplate], chat: Any) -> None:
+    for known in compiled:
+        refused = refusal(known, chat)
+        assert refused is None or refused.startswith("chats, line 7: ")
+        assert refused is None or refused.isprintable()
+
+
+@pytest.mark.parametrize("place", ["arguments", "type", "content", "tools", "thinking"])
+def test_deep_values(compiled: list[ChatTemplate], place: str) -> None:
+    deep: Any = "end"
+    for _ in range(900):
+        deep = [deep]
+    chat = called({"a": deep} if place == "arguments" else {})
+    if place == "tools":
+        chat["tools"] = deep
+    elif place == "type":
+        chat["messages"][0]["content"] = [{"type": deep}]
+    elif place == "content":
+        chat["messages"][0]["content"] = [{"type": "text", "text": "a", "more": deep}]
+    elif place == "thinking":
+        chat["messages"][1]["thinking"] = deep
+    for known in compiled:
+        assert len(refusal(known, chat) or "") < 1000
+    kinds_without_text(chat["messages"])

@@ -122,7 +122,8 @@ def kinds_without_text(messages: Sequence[Message]) -> Counter[str]:
     """
     contents = (message.get("content") for message in messages)
     parts = (part for each in contents if isinstance(each, list) for part in each)
-    return Counter(str(part.get("type")) for part in parts if not isinstance(part.get("text"), str))
+    kinds = (part.get("type") for part in parts if not isinstance(part.get("text"), str))
+    return Counter(kind if isinstance(kind, str) else "of no type" for kind in kinds)
 
 
 def _formed(
@@ -183,7 +184,10 @@ def _otherwise(arguments: Any) -> Any:
     if isinstance(arguments, str):
         parsed = _parsed(arguments)
         return Fields(parsed) if isinstance(parsed, dict) else arguments
-    return json.dumps(arguments, ensure_ascii=False)
+    try:
+        return json.dumps(arguments, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return arguments
 
 
 def _parsed(text: str) -> Any:
