@@ -125,6 +125,14 @@ def test_a_template_for_tools_only(tmp_path: Path) -> None:
         known.render(said("x"), "chats, line 3")
 
 
+def test_a_broken_template_that_nobody_needs(tmp_path: Path) -> None:
+    files = {"chat_template.jinja": "d", "additional_chat_templates/tool_use.jinja": "{% for %}"}
+    known = template(tmp_path, **files)
+    assert known.render(said("x"), "") == "d"
+    with pytest.raises(CalibrationError, match="tool_use.jinja: is not a sound chat template"):
+        known.render(WITH_TOOLS, "")
+
+
 @pytest.mark.parametrize("count", [65, 1000])
 def test_too_many_templates(tmp_path: Path, count: int) -> None:
     files = {f"additional_chat_templates/{number}.jinja": "" for number in range(count)}

@@ -142,9 +142,10 @@ class ChatTemplate:
                 f'as one "text"'
             )
         self._tokens = special_tokens(folder)
-        self._templates = {
-            name: _Compiled(found[name]) for name in (DEFAULT, TOOL_USE) if name in found
-        }
+        self._found = found
+        self._compiled: dict[str, _Compiled] = {}
+        if DEFAULT in found:
+            self._template(DEFAULT)
 
     def render(self, line: dict[str, Any], where: str) -> str:
         """Write a chat as the model is used to read it.
@@ -172,13 +173,13 @@ class ChatTemplate:
         tools = _objects(line, "tools", where)
         if tools is None:
             tools = _objects({"tools": next(within, None)}, "tools", where)
-        template = self._templates.get(TOOL_USE if tools is not None else DEFAULT)
-        template = template or self._templates.get(DEFAULT)
-        if template is None:
+        name = TOOL_USE if tools is not None and TOOL_USE in self._found else DEFAULT
+        if name not in self._found:
             raise CalibrationError(
-                f"{where}: has no tools, and the only chat template in {self._templates[TOOL_USE].path} "
-                f'is "{TOOL_USE}". Add one that is "{DEFAULT}"'
+                f"{where}: has no tools, and the only chat template in {self._found[TOOL_USE].path} is "
+                f'"{TOOL_USE}". Add one that is "{DEFAULT}"'
             )
+        template = self._template(name)
         others = {"documents": _objects(line, "documents", where), "add_generation_prompt": False}
         messages = _with_reasoning(messages, template.names)
         worth, best, refused = Worth(messages), None, None
@@ -200,6 +201,12 @@ class ChatTemplate:
             assert refused is not None
             raise RefusedChatError(template.failed(where, refused)) from refused
         return best[1]
+
+    def _template(self, name: str) -> "_Compiled":
+        """Return a template, which is compiled when it is first needed."""
+        if name not in self._compiled:
+            self._compiled[name] = _Compiled(self._found[name])
+        return self._compiled[name]
 
 
 class _Compiled:
