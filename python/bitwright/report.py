@@ -281,12 +281,16 @@ class ConvertedLayer:
         How it was and is stored; `after` None in float.
     error
         ``‖Ŵ − W‖² / ‖W‖²``, W as it was stored: 0 where nothing is lost.
+    requantized
+        Whether it has new codes; otherwise what is lost is that scales, or the weights in float, are
+        rounded.
     """
 
     name: str
     before: Precision
     after: Precision | None
     error: float
+    requantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -317,20 +321,41 @@ class ConversionReport:
 
     @property
     def lossy(self) -> list[ConvertedLayer]:
-        """The layers that were rounded again."""
+        """The layers whose weights are not quite what they were."""
         return [layer for layer in self.layers if layer.error > 0]
+
+    def changes(self) -> str:
+        """Say in a line what has become of the layers that lost something; nothing if none did."""
+        parts = []
+        for anew, how in (
+            (False, "keep their codes, with rounded scales"),
+            (True, "were rounded again"),
+        ):
+            layers = [layer for layer in self.lossy if layer.requantized == anew]
+            if not layers:
+                continue
+            if layers[0].after is None:
+                how = "are rounded to the dtype of the weights"
+            worst = max(layers, key=lambda layer: layer.error)
+            mean = sum(layer.error for layer in layers) / len(layers)
+            parts.append(
+                f"{len(layers)} of {len(self.layers)} layers {how}: {mean:.2g} of the energy of their "
+                f"weights on average, {worst.error:.2g} at most ({worst.name})"
+            )
+        return "; ".join(parts)
 
 
 def print_conversion(report: ConversionReport, console: Console) -> None:
     """Print what became of the layers, alike ones together."""
-    kinds: Counter[tuple[Precision, Precision | None, bool]] = Counter()
+    kinds: Counter[tuple[Precision, Precision | None, str]] = Counter()
     for layer in report.layers:
-        kinds[layer.before, layer.after, layer.error > 0] += 1
+        how = "rounded" if layer.after is None else "the same codes, scales rounded"
+        how = "rounded again" if layer.requantized else how
+        kinds[layer.before, layer.after, how if layer.error > 0 else "the same"] += 1
     table = Table(box=box.SIMPLE)
     for heading in ("layers", report.source_format, report.format, "weights"):
         table.add_column(heading, justify="right" if heading == "layers" else "left")
-    for (before, after, lossy), count in kinds.items():
-        kept = "rounded again" if lossy else "the same"
+    for (before, after, kept), count in kinds.items():
         table.add_row(str(count), before.words(), after.words() if after else "float", kept)
     console.print(table)
     console.print(
@@ -338,11 +363,7 @@ def print_conversion(report: ConversionReport, console: Console) -> None:
         f"{megabytes(report.original_bytes)}"
     )
     if report.lossy:
-        worst = max(report.lossy, key=lambda layer: layer.error)
-        console.print(
-            f"{len(report.lossy)} layers lost something, {worst.name} most: {worst.error:.2g} of the "
-            f"energy of its weights"
-        )
+        console.print(report.changes(), soft_wrap=True, highlight=False)
 
 
 def print_sensitivities(found: Sensitivities, console: Console, count: int = 10) -> None:
