@@ -47,9 +47,9 @@ def convert(
     Nothing is lost where the new format can hold the grid: more bits hold fewer, small groups large ones,
     an integer zero is a bias and often the other way round. Where only the dtype of the scales does not
     fit, codes and zeros stay and the scales are rounded, if that is all that float16's rounding can cost:
-    no weight moves by more than 2⁻¹¹ of its group's reach, and a layer by no more than 2⁻²⁰ (10⁻⁶) of its
-    energy. The report tells how much it is. Layers are read twice, and written as they are made; no more
-    than one is in memory.
+    no weight s·c + b moves by more than 2⁻¹⁰ of its two terms, and a layer loses no more than 2⁻¹⁸ (4·10⁻⁶)
+    of its energy. The report tells how much it is. Layers are read twice, and written as they are made; no
+    more than one is in memory.
 
     Parameters
     ----------
@@ -205,6 +205,12 @@ class _Conversion:
             raise ValueError(f"{name}: fits none of the precisions of the {kind.name} format")
         for group, choices in min(possible, key=self._cost).items():
             choice = choices[0] if choices[0].fits else self._least(group, choices)
+            if choice.error == np.inf:
+                raise ValueError(
+                    f"{self.model.checkpoint.folder}: the scales of layer {group[0]} are more than "
+                    f"{choice.scale_dtype} can hold, which the {kind.name} format stores; convert to "
+                    f"mlx or compressed-tensors, which store float32, or to float"
+                )
             plan |= {self._target(name): choice for name in group}
             if not choice.fits:
                 self.lost |= dict.fromkeys(group, choice)
@@ -212,10 +218,10 @@ class _Conversion:
 
     def _cost(self, option: Mapping[Group, list[_Choice]]) -> tuple[float, ...]:
         """Return what precisions that may be together cost: layers that do not fit, what the first of these
-        loses, what the others lose, and room."""
+        loses, layers that are not the same, and room."""
         unfit = {group: each for group, each in option.items() if not each[0].fits}
         first = next((self._least(*each).error for each in unfit.items()), 0.0)
-        rounded = sum(each[0].error or 0.0 for group, each in option.items() if group not in unfit)
+        rounded = sum(len(group) for group, each in option.items() if each[0].error != 0)
         room = sum(len(group) * _stored(each[0].precision) for group, each in option.items())
         return sum(map(len, unfit)), first or 0.0, rounded, room
 
@@ -224,10 +230,16 @@ class _Conversion:
         judged = []
         for choice in choices:
             if choice.error is None:
-                losses = (self._stored(self._tensor(name), choice)[1] for name in group)
-                choice = replace(choice, error=max(losses))
+                choice = replace(choice, error=max(self._loss(name, choice) for name in group))
             judged.append(choice)
         return min(judged, key=lambda each: each.error or 0.0)
+
+    def _loss(self, name: str, choice: _Choice) -> float:
+        """Return what a layer loses by a choice; infinity if its dtype has no such scales."""
+        try:
+            return self._stored(self._tensor(name), choice)[1]
+        except ValueError:  # of a group that spans too much
+            return np.inf
 
     def write(
         self, writer: CheckpointWriter, plan: Mapping[str, _Choice | None], step: Any
@@ -357,8 +369,8 @@ class _Conversion:
         precisions: Sequence[Precision],
         known: dict[Any, _Choice],
     ) -> _Choice | None:
-        """Return the precision that holds the codes of all of some layers and loses least, the smallest of
-        these; None if none holds them.
+        """Return the smallest precision that holds all of some layers exactly, otherwise their codes but for
+        the rounding of scales, otherwise with the least loss; None if none holds their codes.
 
         What is lost is a matter of the kind of grid and the dtype of scales alone; `known` remembers it.
         """
@@ -366,7 +378,7 @@ class _Conversion:
             return None
         own = next(iter(tensors.values())).scales.dtype
         usual = (own, kind.scale_dtype(self.model.dtype), *kind.scale_dtypes)
-        best: _Choice | None = None
+        found: list[_Choice] = []
         for precision in sorted(precisions, key=_stored):
             for dtype in dict.fromkeys(each for each in usual if each in kind.scale_dtypes):
                 choice = _Choice(precision, dtype, keeps_codes=True)
@@ -379,12 +391,12 @@ class _Conversion:
                 key = precision.grid, dtype
                 if key not in known:
                     known[key] = self._judged(tensors, choice)
-                found = replace(known[key], precision=precision)
-                if best is None or (not found.fits, found.error) < (not best.fits, best.error):
-                    best = found
-                if found.error == 0:
-                    return found
-        return best
+                if known[key].error == 0:
+                    return replace(known[key], precision=precision)
+                found.append(replace(known[key], precision=precision))
+        fitting = [each for each in found if each.fits]
+        of_one = [each for each in fitting if each.precision == fitting[0].precision]
+        return min(of_one or found, key=lambda each: each.error or 0.0, default=None)
 
     def _judged(self, tensors: Mapping[str, QuantizedTensor], choice: _Choice) -> _Choice:
         """Return a choice that keeps codes with what is lost."""

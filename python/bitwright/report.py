@@ -349,7 +349,7 @@ def print_conversion(report: ConversionReport, console: Console) -> None:
     """Print what became of the layers, alike ones together."""
     kinds: Counter[tuple[Precision, Precision | None, str]] = Counter()
     for layer in report.layers:
-        how = "rounded" if layer.after is None else "the same codes, scales rounded"
+        how = "rounded" if layer.after is None else "scales rounded"
         how = "rounded again" if layer.requantized else how
         kinds[layer.before, layer.after, how if layer.error > 0 else "the same"] += 1
     table = Table(box=box.SIMPLE)

@@ -40,7 +40,9 @@ class MlxFormat(Format):
         settings: Any = config.get("quantization") or config.get("quantization_config") or {}
         if not isinstance(settings, dict) or settings.get("quant_method") is not None:
             return None
-        known = settings is config.get("quantization") and {"bits", "group_size"} <= set(settings)
+        known = settings is config.get("quantization") and {"bits", "group_size"} <= set(
+            settings or ()
+        )
         if not known:
             if not _holds_layers(checkpoint):
                 return None

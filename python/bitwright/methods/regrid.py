@@ -9,11 +9,10 @@ from numpy.typing import NDArray
 from bitwright.tensor import Grid, QuantizedTensor
 
 Float32 = NDArray[np.float32]
-ROUNDOFF = (
-    2.0**-11
-)  # unit roundoff of float16, the coarsest dtype that a format may leave to scales
-# Of a layer's energy: what it costs if scales and biases all move by a unit roundoff.
-ROUNDING = (2 * ROUNDOFF) ** 2
+# Two unit roundoffs of float16, the coarsest dtype that a format leaves no choice but: what is stored in it
+# has been rounded once, and on another grid is rounded again.
+ROUNDOFF = 2 * 2.0**-11
+ROUNDING = (2 * ROUNDOFF) ** 2  # of a layer's energy: a weight s·c + b has two terms
 ROWS = 1024  # that are compared at once
 
 
@@ -101,9 +100,9 @@ def lost(weight: Float32, stored: Float32) -> float:
     change = energy = 0.0
     for start in range(0, len(weight), ROWS):
         rows = weight[start : start + ROWS].astype(np.float64)
-        energy += float(np.vdot(rows, rows))
+        energy += float(np.square(rows).sum())
         rows -= stored[start : start + ROWS]
-        change += float(np.vdot(rows, rows))
+        change += float(np.square(rows).sum())
     share = change / energy if energy > 0 else np.inf
     return share if np.isfinite(share) else np.inf
 
@@ -111,8 +110,9 @@ def lost(weight: Float32, stored: Float32) -> float:
 def is_rounding(tensor: QuantizedTensor, weight: Float32, stored: Float32) -> bool:
     """Tell whether a tensor's weights have moved by no more than what float16's rounding of scales costs.
 
-    In all they may lose `ROUNDING` of their energy, and in no group may a weight move by more than the unit
-    roundoff of the group's reach: a scale that float16 holds badly, or not at all, is no rounding.
+    In all they may lose `ROUNDING` of their energy, and each weight may move by no more than `ROUNDOFF` of
+    the two terms that it is the sum of: a scale that float16 holds badly, or not at all, is no rounding,
+    however little its group counts.
 
     Parameters
     ----------
@@ -121,19 +121,18 @@ def is_rounding(tensor: QuantizedTensor, weight: Float32, stored: Float32) -> bo
     weight, stored
         What it stands for, and what it is to be stored as.
     """
-    scales, offsets = map(np.abs, tensor.grids())
-    reach = scales * np.float32(2**tensor.bits - 1)
-    reach += offsets if tensor.grid == "affine" else scales * offsets
-    reach *= np.float32(ROUNDOFF)
+    steps, offsets = map(np.abs, tensor.grids())
+    if tensor.grid != "affine":
+        offsets *= steps
     index = tensor.group_index
     if index is None:
         index = np.arange(tensor.shape[1], dtype=np.int32) // np.int32(tensor.group_size)
-    with np.errstate(invalid="ignore"):
-        near = all(
-            (np.abs(stored[rows] - weight[rows]) <= reach[rows][:, index]).all()
-            for rows in (slice(at, at + ROWS) for at in range(0, len(weight), ROWS))
-        )
-    return near and lost(weight, stored) <= ROUNDING
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        terms = steps[rows][:, index] * tensor.codes[rows] + offsets[rows][:, index]
+        if not (np.abs(stored[rows] - weight[rows]) <= np.float32(ROUNDOFF) * terms).all():
+            return False
+    return lost(weight, stored) <= ROUNDING
 
 
 def _zeros(scales: Float32, biases: Float32, bits: int) -> Float32:
