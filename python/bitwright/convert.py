@@ -369,8 +369,8 @@ class _Conversion:
         precisions: Sequence[Precision],
         known: dict[Any, _Choice],
     ) -> _Choice | None:
-        """Return the smallest precision that holds all of some layers exactly, otherwise their codes but for
-        the rounding of scales, otherwise with the least loss; None if none holds their codes.
+        """Return the smallest precision that holds all of some layers exactly, otherwise but for the
+        rounding of scales, otherwise with the least loss; None if none holds their codes.
 
         What is lost is a matter of the kind of grid and the dtype of scales alone; `known` remembers it.
         """
