@@ -230,6 +230,45 @@ def test_from_every_format_to_every_other(
             assert error <= ROUNDING
 
 
+ROUND_TRIPS: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("mlx", {"group_size": 32, "scale_dtype": "float16"}, ["gguf"]),
+    ("gptq", {"group_size": 32, "grid": "symmetric"}, ["mlx", "awq", "compressed-tensors", "gguf"]),
+    ("gptq", {"group_size": 128}, ["mlx", "marlin", "awq", "compressed-tensors"]),
+    ("gptq", {"group_size": 32, "grid": "zero_point"}, ["mlx", "awq", "compressed-tensors"]),
+    ("gptq", {"bits": 8, "group_size": None}, ["compressed-tensors"]),
+    ("awq", {"group_size": 64, "grid": "zero_point"}, ["mlx", "gptq", "compressed-tensors"]),
+    ("compressed-tensors", {"scale_dtype": "float16"}, ["mlx", "gptq", "awq"]),
+    ("compressed-tensors", {"scale_dtype": "bfloat16", "bits": 8}, ["mlx"]),
+    ("marlin", {}, ["mlx", "gptq", "awq", "compressed-tensors"]),
+    ("gguf", {"grid": "symmetric"}, ["mlx", "gptq", "awq", "compressed-tensors"]),
+    ("gguf", {"grid": "affine"}, ["mlx"]),
+    ("gguf", {"bits": 8, "grid": "symmetric"}, ["mlx", "gptq", "compressed-tensors"]),
+]
+
+
+@pytest.mark.parametrize(("source", "options", "ways"), ROUND_TRIPS)
+def test_there_and_back_gives_equal_bytes(
+    tmp_path: Path, small: Path, source: Any, options: dict[str, Any], ways: list[Any]
+) -> None:
+    folder = made(small, tmp_path / "source", source, **{"bits": 4, **options})
+    again = tmp_path / "again"  # what comes of its own format
+    bitwright.convert(folder, again, source, progress=False)
+    for way in ways:
+        there, back = tmp_path / way, tmp_path / f"{way}-back"
+        assert not bitwright.convert(folder, there, way, progress=False).lossy
+        middle = there / "model.gguf" if way == "gguf" else there
+        assert not bitwright.convert(middle, back, source, progress=False).lossy
+        if source != "gguf":  # whose files have other metadata where those of the first are lost
+            name = "model.safetensors"
+            assert (back / name).read_bytes() == (again / name).read_bytes()
+            continue
+        one, other = (
+            bitwright.load_model(each / "model.gguf").checkpoint for each in (back, again)
+        )
+        assert one.names() == other.names()
+        assert all(one.read(each).tobytes() == other.read(each).tobytes() for each in one.names())
+
+
 def test_superblocks_become_free_scales_and_not_the_other_way_round(tmp_path: Path) -> None:
     """Their products are float32; and no other format has the groups of 16 of 2, 3 and 6 bits."""
     rng = np.random.default_rng(0)
