@@ -136,7 +136,7 @@ def convert(
             out,
             kind,
             precisions=[(each.bits, each.group_size or 0) for each in stored],
-            facts={"converted from": report.source_format, "changed": report.changes() or None},
+            facts={"converted from": report.source_format, **report.changes()},
         )
         writer.write_text(CARD_NAME, card)
     return report
@@ -300,14 +300,16 @@ class _Conversion:
         """Say what would be lost, and which formats would lose nothing."""
         name, choice = next(iter(self.lost.items()))
         errors = [each.error or 0.0 for each in self.lost.values()]
+        own = None if self.model.format is None else self.model.format.name
         others = [
             other.name
             for other in FORMATS.values()
-            if other.name != format and all(self._holds(other, each) for each in self.lost)
+            if other.name not in (format, own)
+            and all(self._holds(other, each) for each in self.lost)
         ]
         why = ""
         if choice.keeps_codes and max(errors) <= ROUNDING:
-            why = f", though {choice.scale_dtype} has no numbers near some of the scales"
+            why = f", but some groups by more than rounding their scales to {choice.scale_dtype} should"
         hint = f"{', '.join(others)} or float" if others else "float"
         before = precision_of(self._tensor(name), self.kind).words()
         return (

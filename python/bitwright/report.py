@@ -292,6 +292,15 @@ class ConvertedLayer:
     error: float
     requantized: bool = False
 
+    @property
+    def change(self) -> str:
+        """What was done to it, as people say it."""
+        if self.error == 0:
+            return "the same"
+        if self.requantized:
+            return "rounded again"
+        return "weights rounded" if self.after is None else "the same codes, scales rounded"
+
 
 @dataclass(frozen=True)
 class ConversionReport:
@@ -324,46 +333,37 @@ class ConversionReport:
         """The layers whose weights are not quite what they were."""
         return [layer for layer in self.layers if layer.error > 0]
 
-    def changes(self) -> str:
-        """Say in a line what has become of the layers that lost something; nothing if none did."""
-        parts = []
-        for anew, how in (
-            (False, "keep their codes, with rounded scales"),
-            (True, "were rounded again"),
-        ):
-            layers = [layer for layer in self.lossy if layer.requantized == anew]
-            if not layers:
-                continue
-            if layers[0].after is None:
-                how = "are rounded to the dtype of the weights"
+    def changes(self) -> dict[str, str]:
+        """Say what layers have lost, by what was done to them; nothing of those that are the same."""
+        kinds: dict[str, list[ConvertedLayer]] = {}
+        for layer in self.lossy:
+            kinds.setdefault(layer.change, []).append(layer)
+        said = {}
+        for change, layers in kinds.items():
             worst = max(layers, key=lambda layer: layer.error)
             mean = sum(layer.error for layer in layers) / len(layers)
-            parts.append(
-                f"{len(layers)} of {len(self.layers)} layers {how}: {mean:.2g} of the energy of their "
+            said[change] = (
+                f"{len(layers)} of {len(self.layers)} layers lose {mean:.2g} of the energy of their "
                 f"weights on average, {worst.error:.2g} at most ({worst.name})"
             )
-        return "; ".join(parts)
+        return said
 
 
 def print_conversion(report: ConversionReport, console: Console) -> None:
     """Print what became of the layers, alike ones together."""
-    kinds: Counter[tuple[Precision, Precision | None, str]] = Counter()
-    for layer in report.layers:
-        how = "rounded" if layer.after is None else "scales rounded"
-        how = "rounded again" if layer.requantized else how
-        kinds[layer.before, layer.after, how if layer.error > 0 else "the same"] += 1
+    kinds = Counter((layer.before, layer.after, layer.change) for layer in report.layers)
     table = Table(box=box.SIMPLE)
     for heading in ("layers", report.source_format, report.format, "weights"):
         table.add_column(heading, justify="right" if heading == "layers" else "left")
-    for (before, after, kept), count in kinds.items():
-        table.add_row(str(count), before.words(), after.words() if after else "float", kept)
+    for (before, after, change), count in kinds.items():
+        table.add_row(str(count), before.words(), after.words() if after else "float", change)
     console.print(table)
     console.print(
         f"written to {report.out}: {megabytes(report.size_bytes)}, from "
         f"{megabytes(report.original_bytes)}"
     )
-    if report.lossy:
-        console.print(report.changes(), soft_wrap=True, highlight=False)
+    for change, what in report.changes().items():
+        console.print(f"{change}: {what}", soft_wrap=True)
 
 
 def print_sensitivities(found: Sensitivities, console: Console, count: int = 10) -> None:
