@@ -93,6 +93,7 @@ COMPLETE = [
     without("model."),
     settings(TOP),
     settings(TOP, TOP),
+    settings({**TOP, "quant_method": "mlx"}),
     settings({"group_size": 128, "bits": 2}),  # mlx-lm does not look at them
     settings({**TOP, LAYER: {"bits": 3}}),
     settings({**TOP, LAYER: {"group_size": 32}}),

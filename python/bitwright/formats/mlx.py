@@ -37,14 +37,13 @@ class MlxFormat(Format):
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
         config = checkpoint.config
-        settings: Any = config.get("quantization") or config.get("quantization_config") or {}
-        if not isinstance(settings, dict) or settings.get("quant_method") is not None:
-            return None
-        known = settings is config.get("quantization") and {"bits", "group_size"} <= set(
-            settings or ()
-        )
-        if not known:
-            if not _holds_layers(checkpoint):
+        settings: Any = config.get("quantization")
+        if not isinstance(settings, dict) or not {"bits", "group_size"} <= settings.keys():
+            if not settings:
+                settings = config.get("quantization_config") or {}
+                if isinstance(settings, dict) and settings.get("quant_method") is not None:
+                    return None
+            if not isinstance(settings, dict) or not _holds_layers(checkpoint):
                 return None
             warn(
                 f'{checkpoint.folder / "config.json"}: "quantization" lacks bits or group_size, so mlx-lm '
