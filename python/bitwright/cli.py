@@ -714,7 +714,7 @@ def dwq(
 @click.option(
     "--allow-requantize",
     is_flag=True,
-    help="Round what the format cannot hold exactly; without it that is an error that tells the loss.",
+    help="Store what the format can only hold with a loss; without it that is an error, which tells it.",
 )
 @click.option(
     "--dtype",

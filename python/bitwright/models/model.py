@@ -77,6 +77,10 @@ class Model:
             # Before the next: a config.json may ask for any number of layers that are not there.
             self._check_block(index, layouts[-1])
         self.layouts = tuple(layouts)
+        self._channels = dict.fromkeys(
+            (self.embedding_name, self.head_name), self.config.hidden_size
+        )
+        self._channels |= {name: shape[1] for name, shape in self.linear_shapes().items()}
 
     @property
     def tied(self) -> bool:
@@ -129,11 +133,11 @@ class Model:
         """Return layer `name` as it is stored, None if it is in float."""
         if self.format is None:
             return None
-        place = self.experts.get(name)
+        place, channels = self.experts.get(name), self._channels.get(name)
         if place is not None and f"{place.stacked_name}.weight" in self.checkpoint:
             slices = CheckpointSlice(self.checkpoint, place.index)
-            return self.format.read(slices, place.stacked_name)
-        return self.format.read(self.checkpoint, name)
+            return self.format.read(slices, place.stacked_name, channels)
+        return self.format.read(self.checkpoint, name, channels)
 
     def stored(self, name: str, shape: tuple[int, int]) -> QuantizedTensor:
         """Return quantized layer `name` as it is stored, to be stored again.
