@@ -17,7 +17,7 @@ from bitwright.checkpoint import CheckpointWriter
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import write_json
-from bitwright.checkpoint.work_folder import WorkFolder, as_identity
+from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, as_identity
 from bitwright.distributed import current
 from bitwright.errors import MALFORMED, OutputExistsError, SensitivityError, check_choice
 from bitwright.evaluate import Evaluation, evaluate
@@ -322,8 +322,7 @@ def dynamic_quantize(
 @contextmanager
 def sensitivities_kept(out: str | os.PathLike[str]) -> Iterator[WorkFolder]:
     """Hold a work folder for sensitivities until what follows from them is written."""
-    place = WorkFolder(out).out
-    with WorkFolder(place.parent / f"{place.name}.sensitivities") as work:
+    with WorkFolder(out, SENSITIVITIES) as work:
         try:
             yield work
         except OutputExistsError:
@@ -361,16 +360,19 @@ class _Written:
             content = read_json_object(self._path)
             if content["identity"] == self._identity:
                 self._work.keep = True
-                if content["inode"] == self._out.stat().st_ino:
+                if content["inode"] == self._inode():
                     return QuantizationReport.from_dict(content["report"]), False
                 return None, is_made_by_this(self._out)
         return None, False
+
+    def _inode(self) -> int:
+        return (self._out / "config.json").stat().st_ino  # a folder that is a mount point keeps its own
 
     def commit(self, report: QuantizationReport | None) -> None:
         """Remember that the output is about to be written, or is."""
         content = {
             "identity": self._identity,
-            "inode": None if report is None else os.stat(self._out).st_ino,
+            "inode": None if report is None else self._inode(),
             "report": None if report is None else report.as_dict(),
         }
         current().on_first(lambda: write_json(self._path, content))

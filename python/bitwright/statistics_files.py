@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.reader import is_plain_file_name, read_json_object
 from bitwright.checkpoint.replacing import output_errors, synchronize, write_json
-from bitwright.checkpoint.work_folder import WorkFolder, again_message
+from bitwright.checkpoint.work_folder import WorkFolder, again_message, content_of
 from bitwright.checkpoint.writer import SafetensorsFiles, StoredTensor
 from bitwright.errors import (
     BitwrightError,
@@ -280,12 +280,9 @@ class StatisticsWriter:
         }
         write_json(self._folder / MANIFEST, content)
         check_place(self._work)  # hours may have passed since it was looked at
-        out = self._work.out
-        with output_errors(out):
+        with output_errors(self._work.out):
             synchronize(self._folder)
-            self._work.last_step(UNFINISHED)
-            self._folder.rename(out)
-            synchronize(out.parent)
+        self._work.put_into_place(UNFINISHED, last=MANIFEST)
 
 
 def expected_stages(model: Model) -> list[tuple[str, int]]:
@@ -303,7 +300,7 @@ def check_place(work: WorkFolder) -> None:
     """Raise OutputError unless the output can be put into its place."""
     out = work.out
     with output_errors(out):
-        taken = os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))
+        taken = os.path.lexists(out) and not (out.is_dir() and not content_of(out))
     if taken:
         work.forget_finished()
         raise OutputExistsError(f"{out}: exists already. Remove it or write elsewhere")

@@ -16,7 +16,7 @@ from bitwright.calibration import TokenSource, load_tokens
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import output_errors, replaced, write_json
-from bitwright.checkpoint.work_folder import WorkFolder
+from bitwright.checkpoint.work_folder import WorkFolder, content_of
 from bitwright.checkpoint.writer import write_safetensors
 from bitwright.distillation import TopTokens
 from bitwright.distributed import current
@@ -281,7 +281,7 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
         started = f".{MANIFEST}.partial-"
         if folder.exists() and (
             not folder.is_dir()
-            or any(not each.name.startswith(started) for each in folder.iterdir())
+            or any(not each.name.startswith(started) for each in content_of(folder))
         ):
             raise OutputError(f"{folder}: exists and holds no targets; choose another folder")
         return

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from itertools import count
@@ -23,14 +23,13 @@ from bitwright.checkpoint.reader import (
     is_plain_file_name,
 )
 from bitwright.checkpoint.replacing import output_errors, synchronize
-from bitwright.checkpoint.work_folder import REPLACED, WorkFolder, remove_tree
+from bitwright.checkpoint.work_folder import WorkFolder, content_of, remove_tree
 from bitwright.errors import (
     CheckpointError,
     OutputError,
     OutputExistsError,
     shown,
 )
-from bitwright.warned import warn
 
 SIDE_FILES = (
     "tokenizer*.json",
@@ -154,7 +153,7 @@ class SafetensorsFiles:
 class CheckpointWriter:
     """Writes a checkpoint folder that appears, complete, when the ``with`` block ends well.
 
-    Until then everything lies in a work folder beside ``out``. If the block is left by an exception,
+    Until then everything lies in the work folder of ``out``. If the block is left by an exception,
     KeyboardInterrupt included, that is removed; with a work folder of their own, callers decide.
 
     Parameters
@@ -318,7 +317,9 @@ class CheckpointWriter:
                 path.rename(folder / f"{number}{suffix}")
             sizes = {folder / f"{i}{suffix}": size for i, size in enumerate(self._shard_sizes)}
             for path in folder.iterdir():
-                if path not in sizes:
+                if path.is_dir():
+                    remove_tree(path)
+                elif path not in sizes:
                     path.unlink()
             self.committed()
             for path, size in sizes.items():
@@ -518,7 +519,7 @@ class CheckpointWriter:
         if not os.path.lexists(out):
             return
         with output_errors(out):
-            content = list(os.scandir(out)) if out.is_dir() else None
+            content = content_of(out) if out.is_dir() else None
         if content is not None and not content:
             return
         if not self._overwrite:
@@ -581,7 +582,7 @@ class CheckpointWriter:
             synchronize(folder)
         # Hours may have passed since the place was looked at.
         self.check_place()
-        self._move_into_place(folder)
+        self._work.put_into_place(UNFINISHED, last="config.json")
 
     def _name_shards(self, folder: Path) -> None:
         total, suffix = len(self._shard_sizes), self.container.suffix
@@ -596,25 +597,6 @@ class CheckpointWriter:
                 "weight_map": {name: names[i] for name, i in sorted(self._shard_of.items())},
             }
             (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def _move_into_place(self, folder: Path) -> None:
-        out = self._out
-        self._work.last_step(UNFINISHED)
-        aside = self._work.path / REPLACED
-        try:
-            with output_errors(out):
-                if out.exists() and any(out.iterdir()):
-                    out.rename(aside)
-                folder.rename(out)
-                with suppress(OSError):  # some file systems cannot synchronize folders
-                    synchronize(out.parent)
-        finally:
-            if not folder.exists():
-                remove_tree(aside)
-            elif aside.exists() and not out.exists():
-                aside.rename(out)
-        if aside.exists():
-            warn(f"{aside}: the replaced checkpoint could not be removed")
 
 
 def copy_side_files(checkpoint: Checkpoint, writer: CheckpointWriter) -> list[str]:
