@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.checkpoint.fingerprint import file_fingerprint
 from bitwright.errors import CalibrationError, OutputError, OutputExistsError, shown
+from bitwright.home import expands_home
 from bitwright.models.block import ChunkStates
 from bitwright.models.model import load_model
 from bitwright.models.operations import Float32
@@ -141,6 +142,7 @@ class ActivationFile:
         return array
 
 
+@expands_home
 def collect_activations(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

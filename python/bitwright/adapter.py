@@ -17,6 +17,7 @@ from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.formats import FORMATS, FormatName, GroupSize, Precision
+from bitwright.home import expands_home
 from bitwright.methods.awq import (
     DEFAULT_GRID,
     ScaleSearch,
@@ -56,6 +57,7 @@ NEVER_CLIPPED = ("q_proj", "k_proj", "query", "key", "qkv")
 
 
 @reports_warnings
+@expands_home
 def quantize_with_transformers(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -221,6 +223,7 @@ def quantize_with_transformers(
     return report
 
 
+@expands_home
 def collect_grams(
     model: str | os.PathLike[str], tokens: TokenSource
 ) -> dict[str, NDArray[np.float32]]:

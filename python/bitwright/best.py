@@ -17,6 +17,7 @@ from bitwright.distributed import current
 from bitwright.dwq import dwq_quantize
 from bitwright.dynamic import Candidate, choose_precisions, fineness, sensitivities_kept
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
+from bitwright.home import expands_home
 from bitwright.models.model import load_model
 from bitwright.pipeline import quantize
 from bitwright.recipe import Recipe
@@ -30,6 +31,7 @@ LEARNING_RATE = 3e-4  # what is known to suit students that are good already
 
 
 @reports_warnings
+@expands_home
 def quantize_best(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

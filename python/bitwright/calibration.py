@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from bitwright.chat import ChatTemplate, is_chat
 from bitwright.errors import CalibrationError, shown
+from bitwright.home import expands_home
 from bitwright.text_file import TEXT_LIMIT, read_bytes, read_text
 from bitwright.tokenizer_growth import check_growth
 
@@ -23,6 +24,7 @@ TOKENIZER_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40
 _SUFFIXES = (".txt", ".jsonl", ".npy")
 
 
+@expands_home
 def load_tokens(
     source: TokenSource,
     *,

@@ -13,6 +13,7 @@ from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, SafetensorsFiles, copy_side_files, float_config
 from bitwright.errors import check_choice
 from bitwright.formats import FORMATS, Format, FormatName, Precision
+from bitwright.home import expands_home
 from bitwright.methods.grid import FLOAT_DTYPES
 from bitwright.methods.regrid import regrid
 from bitwright.methods.rtn import quantize_rtn
@@ -31,6 +32,7 @@ Group = tuple[str, ...]  # layers that must have one precision
 
 
 @reports_warnings
+@expands_home
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

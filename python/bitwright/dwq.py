@@ -48,6 +48,7 @@ from bitwright.errors import (
     check_choice,
     malformed_as,
 )
+from bitwright.home import expands_home
 from bitwright.memory import peak_memory_bytes
 from bitwright.methods.adam import Adam
 from bitwright.models.model import Model, load_model
@@ -133,6 +134,7 @@ class _Progress:
 
 
 @reports_warnings
+@expands_home
 def dwq_quantize(
     teacher: str | os.PathLike[str],
     student: str | os.PathLike[str] | Callable[[Path], object],

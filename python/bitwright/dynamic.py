@@ -22,6 +22,7 @@ from bitwright.distributed import current
 from bitwright.errors import MALFORMED, OutputExistsError, SensitivityError, check_choice
 from bitwright.evaluate import Evaluation, evaluate
 from bitwright.formats import FORMATS, Format, FormatName, Precision
+from bitwright.home import expands_home
 from bitwright.methods.dynamic import allocate, check_target
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.model import Model, load_model
@@ -67,6 +68,7 @@ class DynamicReport:
     warnings: tuple[str, ...] = ()
 
 
+@expands_home
 def choose_precisions(
     model: str | os.PathLike[str] | Model,
     sensitivities: Sensitivities,
@@ -175,6 +177,7 @@ def choose_precisions(
 
 
 @reports_warnings
+@expands_home
 def dynamic_quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -366,7 +369,9 @@ class _Written:
         return None, False
 
     def _inode(self) -> int:
-        return (self._out / "config.json").stat().st_ino  # a folder that is a mount point keeps its own
+        return (
+            (self._out / "config.json").stat().st_ino
+        )  # a folder that is a mount point keeps its own
 
     def commit(self, report: QuantizationReport | None) -> None:
         """Remember that the output is about to be written, or is."""

@@ -13,6 +13,7 @@ from bitwright import _kernels
 from bitwright.budget import Budget
 from bitwright.calibration import TokenSource, load_tokens
 from bitwright.errors import CalibrationError, NonFiniteError
+from bitwright.home import expands_home
 from bitwright.memory import peak_memory_bytes
 from bitwright.models.block import Rotation
 from bitwright.models.model import Model, load_model
@@ -65,6 +66,7 @@ class Evaluation:
 
 
 @reports_warnings
+@expands_home
 def evaluate(
     model: str | os.PathLike[str] | Model,
     text: TokenSource,

@@ -27,6 +27,7 @@ from bitwright.errors import BitwrightError, check_choice
 from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
 from bitwright.gathering import advance, head_moments, require_finite_inputs
+from bitwright.home import expands_home
 from bitwright.journal import Journal, kept_when_interrupted
 from bitwright.known_inputs import FEW_TOKENS, KnownInputs
 from bitwright.methods.awq import DEFAULT_GRID
@@ -74,6 +75,7 @@ JUDGED_CHUNKS = 1  # that decide between a block with AWQ's scales and one witho
 
 
 @reports_warnings
+@expands_home
 def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

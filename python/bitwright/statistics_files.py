@@ -27,6 +27,7 @@ from bitwright.errors import (
     malformed_as,
     shown,
 )
+from bitwright.home import expands_home
 from bitwright.models.model import Model
 from bitwright.statistics import Moments, require_finite
 
@@ -90,6 +91,7 @@ class Statistics:
     (256, (64, 64))
     """
 
+    @expands_home
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         path = self.folder / MANIFEST

@@ -28,6 +28,7 @@ from bitwright.errors import (
     malformed_as,
     shown,
 )
+from bitwright.home import expands_home
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import Network
 
@@ -62,6 +63,7 @@ class DwqTargets:
         If they are incomplete or damaged; the message names the file.
     """
 
+    @expands_home
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         path = self.folder / MANIFEST
@@ -134,6 +136,7 @@ class DwqTargets:
             raise TargetsError(f"{path}: {problem}; compute the targets again to mend that")
 
 
+@expands_home
 def compute_dwq_targets(
     model: str | os.PathLike[str] | Model,
     data: TokenSource,

@@ -5,7 +5,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +16,12 @@ from typing import Any, Self
 import numpy as np
 
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.replacing import output_errors, synchronize, write_json
+from bitwright.checkpoint.replacing import (
+    is_mount_point,
+    output_errors,
+    synchronize,
+    write_json,
+)
 from bitwright.distributed import current
 from bitwright.errors import CheckpointError, OutputError, ResumeError, malformed_as, shown
 from bitwright.warned import warn
@@ -27,14 +31,13 @@ SENSITIVITIES = "sensitivities"  # the part of a run that has a work folder of i
 # What the operating system says of folders that cannot be moved as a whole.
 UNMOVABLE = (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES)
 _OF_FILE_SYSTEMS = "lost+found"  # what some of them keep at their roots
-_ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 class WorkFolder:
     """The hidden folder ``.NAME.work`` beside an output NAME, held by one run at a time.
 
-    It is in the output where that is a folder which cannot be moved, or beside which nothing can be written:
-    a mount point, say, as containers have them.
+    It is in the output where that is a folder which cannot be moved, or beside which nothing can be
+    written: a mount point, say, as containers have them.
 
     Of several MPI ranks, which enter it and call its methods all together, the first holds and changes
     it. It is removed when the ``with`` block ends, unless that is by an exception and `keep` is set: while
@@ -154,9 +157,10 @@ class WorkFolder:
     def put_into_place(self, name: str, last: str) -> None:
         """Make a folder in here the output, in place of what is there, as the last step of a run.
 
-        A run that is killed after that has finished, and leaves nothing to go on from; one that is killed in
-        it, or meets an error, leaves what was there before. Where a folder cannot be moved as a whole, its
-        entries are moved one by one. This is called by the rank that writes.
+        A run that is killed after that has finished, and leaves nothing to go on from; one that meets an
+        error in it leaves what was there before, and so does the next one after one that is killed in it.
+        Where a folder cannot be moved as a whole, its entries are moved one by one. This is called by the
+        rank that writes.
 
         Parameters
         ----------
@@ -364,25 +368,9 @@ def content_of(out: Path) -> list[os.DirEntry[str]]:
         return [entry for entry in entries if entry.name not in own]
 
 
-def is_mount_point(place: Path) -> bool:
-    """Tell whether another file system, or part of one, begins at a file or folder."""
-    if os.path.ismount(place):
-        return True
-    try:
-        # Of parts of the same file system nothing else tells.
-        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return False
-    points = (line.split(" ")[4] for line in lines)
-    real = os.path.realpath(place)
-    return any(real == _ESCAPED.sub(lambda code: chr(int(code[1], 8)), each) for each in points)
-
-
 def _is_fixed(out: Path) -> bool:
     """Tell whether an output is a folder that must stay, and be written into."""
-    return out.is_dir() and (
-        is_mount_point(out) or not os.access(out.parent, os.W_OK | os.X_OK)
-    )
+    return out.is_dir() and (is_mount_point(out) or not os.access(out.parent, os.W_OK | os.X_OK))
 
 
 def again_message(path: Path) -> str:
