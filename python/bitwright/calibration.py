@@ -84,7 +84,7 @@ def load_tokens(
         origin, rows = "the token array", _checked_rows(source, "the token array", length)
     elif isinstance(source, str | os.PathLike):
         origin = os.fspath(source)
-        path = _existing_file(Path(source))
+        path = existing_file(Path(source))
         if path.suffix == ".npy":
             rows = _checked_rows(_mapped(path), origin, length)
         else:
@@ -135,7 +135,8 @@ def _check_integer(name: str, value: object, smallest: int) -> None:
         )
 
 
-def _existing_file(path: Path) -> Path:
+def existing_file(path: Path) -> Path:
+    """Return the path; CalibrationError unless it is that of a file of text or tokens."""
     if path.suffix not in _SUFFIXES:
         raise CalibrationError(f"{path}: must end in one of {', '.join(_SUFFIXES)}")
     if not os.path.isfile(path):

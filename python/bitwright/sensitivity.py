@@ -30,6 +30,7 @@ from bitwright.errors import (
     shown,
 )
 from bitwright.home import expands_home
+from bitwright.methods.grid import GridChoice
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import Network
@@ -292,6 +293,12 @@ class _Estimate:
         self.grid = grid
         self.shapes = original.linear_shapes()
         self.model = model_fingerprint(original.checkpoint)
+        for name, (_, channels) in self.shapes.items():
+            for bits, size in (low, high):
+                try:
+                    GridChoice.check(np.zeros((1, channels), np.float32), bits, size, grid)
+                except ValueError as error:
+                    raise self._of_layer(name, error) from error
 
     def go(self, work: WorkFolder | None, resume: bool, progress: bool) -> Sensitivities:
         """Look at all batches but those that the work folder holds already, and add them up."""
@@ -409,8 +416,10 @@ class _Estimate:
         except BitwrightError:
             raise
         except ValueError as error:
-            folder = self.original.checkpoint.folder
-            raise ValueError(f"{folder}: layer {name}: {error}") from error
+            raise self._of_layer(name, error) from error
+
+    def _of_layer(self, name: str, error: ValueError) -> ValueError:
+        return ValueError(f"{self.original.checkpoint.folder}: layer {name}: {error}")
 
 
 def precision_name(precision: tuple[int, int | None]) -> str:

@@ -211,20 +211,7 @@ def compute_dwq_targets(
         seed=seed,
         vocab_size=vocabulary,
     )
-    id_bytes = _id_dtype(vocabulary).itemsize
-    per_sample = tokens.shape[1] * max(count * (id_bytes + 2), 4 * teacher.config.hidden_size)
-    manifest = {
-        "version": VERSION,
-        "model": model_fingerprint(teacher.checkpoint),
-        "tokenizer": tokenizer_fingerprint(teacher.checkpoint),
-        "vocabulary": vocabulary,
-        "tokens": tokens_fingerprint(tokens),
-        "samples": tokens.shape[0],
-        "length": tokens.shape[1],
-        "k": int(count),
-        "temperature": float(temperature),
-        "shard_samples": max(1, SHARD_BYTES // per_sample),
-    }
+    manifest = _manifest(teacher, tokens, int(count), temperature)
     folder, ranks, step = Path(out), current(), int(manifest["shard_samples"])
     shards = [tokens[first : first + step] for first in range(0, len(tokens), step)]
 
@@ -260,6 +247,33 @@ def compute_dwq_targets(
     if on_progress is not None:
         on_progress(1.0)
     return DwqTargets(folder)
+
+
+def check_targets(
+    teacher: Model, tokens: NDArray[np.int32], out: Path, k: int, temperature: float
+) -> None:
+    """Raise TargetsError or OutputError where a folder holds anything but the targets of these tokens."""
+    _check_folder(out, _manifest(teacher, tokens, k, temperature))
+
+
+def _manifest(
+    teacher: Model, tokens: NDArray[np.int32], k: int, temperature: float
+) -> dict[str, Any]:
+    vocabulary = teacher.config.vocab_size
+    id_bytes = _id_dtype(vocabulary).itemsize
+    per_sample = tokens.shape[1] * max(k * (id_bytes + 2), 4 * teacher.config.hidden_size)
+    return {
+        "version": VERSION,
+        "model": model_fingerprint(teacher.checkpoint),
+        "tokenizer": tokenizer_fingerprint(teacher.checkpoint),
+        "vocabulary": vocabulary,
+        "tokens": tokens_fingerprint(tokens),
+        "samples": tokens.shape[0],
+        "length": tokens.shape[1],
+        "k": k,
+        "temperature": float(temperature),
+        "shard_samples": max(1, SHARD_BYTES // per_sample),
+    }
 
 
 def tokens_fingerprint(tokens: NDArray[np.int32]) -> str:
