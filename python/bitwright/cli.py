@@ -870,7 +870,7 @@ def evaluate(
         TextColumn("evaluating"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True)
     )
     with bar:
-        task = bar.add_task("", total=1.0)
+        task = bar.add_task("", total=1.0, visible=False)  # until there is some
         result = bitwright.evaluate(
             model,
             text,
@@ -878,7 +878,7 @@ def evaluate(
             length=length,
             samples=samples,
             memory=memory,
-            on_progress=lambda share: bar.update(task, completed=share),
+            on_progress=lambda share: bar.update(task, completed=share, visible=True),
         )
     if as_json:
         click.echo(json.dumps(asdict(result)))

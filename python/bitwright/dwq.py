@@ -285,6 +285,8 @@ def dwq_quantize(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected more than 0 and finite, got {temperature}")
     teacher_model = load_model(teacher)
+    if not callable(student):
+        check_pair(teacher_model, load_model(student))
     rows = _load(data, targets, teacher_model, length)
     held = None if validation is None else _load(validation, None, teacher_model, rows.shape[1])
     plan = _plan(rows, held, validation_samples, tokens, batch_size * accumulate, seed)
@@ -332,7 +334,8 @@ def dwq_quantize(
             state = work.resume(identity, resumed) or {}
             student_model, made = _student(student, made_with is not None, work, identity, state)
             learner = Student(student_model, zeros)
-            check_pair(teacher_model, student_model)
+            if callable(student):
+                check_pair(teacher_model, student_model)
             check_apart(work.out, student_model.checkpoint.source, "student that is read")
             with progress_bar("teaching", progress and ranks.is_first) as bar:
                 task = bar.add_task("", total=1.0, figures="")

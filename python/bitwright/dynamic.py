@@ -124,8 +124,8 @@ def choose_precisions(
     (5, 64)
     """
     original = model if isinstance(model, Model) else load_model(model)
-    choices = dynamic_choices(original, target_bpw, candidates, format, grid, scale_dtype)
     _check_model(sensitivities, original)
+    choices = dynamic_choices(original, target_bpw, candidates, format, grid, scale_dtype)
     kind, shapes = FORMATS[format], original.linear_shapes()
     low_grid: Grid = "affine" if choices.grid == "k" else choices.grid  # k has its own group sizes
     sizes = _sizes(shapes, choices)
@@ -201,6 +201,7 @@ def dynamic_choices(
             f"to it with bitwright quantize (preset best trains its scales, too), or choose a format with "
             f"several: {several}"
         )
+    check_choice("grid", grid or kind.grids[0], kind.grids)
     dtype = kind.scale_dtype(model.dtype)
     if scale_dtype is not None:
         dtype = kind.check_scale_dtype(np.dtype(scale_dtype))

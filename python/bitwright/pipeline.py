@@ -578,8 +578,8 @@ class Run:
             work=work,
         )
         self.ranks.on_first(first_writer.check_place)
-        planned = self._planned(Path(out), progress)
         self._check_activations()
+        planned = self._planned(Path(out), progress)
         if _only_checking.get():
             raise _AllIsWell
         self.resident = planned.resident

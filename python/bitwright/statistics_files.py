@@ -306,6 +306,7 @@ def check_place(work: WorkFolder) -> None:
     if taken:
         work.forget_finished()
         raise OutputExistsError(f"{out}: exists already. Remove it or write elsewhere")
+    work.check_place()
 
 
 def _array_names(stage: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
@@ -112,6 +113,14 @@ class WorkFolder:
             goes_on = f"the same call goes on from what is done, in {self.path}"
             done = f"{self.out} is written" if finished else goes_on if kept else str(error)
             raise type(error)(done) from error
+
+    def check_place(self) -> None:
+        """Raise OutputError if the folder cannot be made; nothing is left of trying."""
+        if self.path.is_dir():
+            return
+        with output_errors(self.out):
+            place = next(each for each in self.path.parents if os.path.lexists(each))
+            os.rmdir(tempfile.mkdtemp(prefix=f"{self.path.name}-", dir=place))
 
     def resume(self, identity: Mapping[str, object], resume: bool = True) -> dict[str, Any] | None:
         """Return the state that an interrupted run of the same identity has committed last.

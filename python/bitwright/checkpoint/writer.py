@@ -517,10 +517,12 @@ class CheckpointWriter:
         if self._source is not None:
             check_apart(out, self._source, "checkpoint that is read")
         if not os.path.lexists(out):
+            self._work.check_place()
             return
         with output_errors(out):
             content = content_of(out) if out.is_dir() else None
         if content is not None and not content:
+            self._work.check_place()
             return
         if not self._overwrite:
             self._work.forget_finished()
@@ -541,6 +543,7 @@ class CheckpointWriter:
                     f"{out}: holds a folder, {entry.name}, so it is not overwritten. Remove it "
                     f"yourself or write elsewhere"
                 )
+        self._work.check_place()
 
     def _side_file(self, name: str) -> Path:
         folder = self._open_folder()
