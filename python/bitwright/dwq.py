@@ -336,7 +336,8 @@ def dwq_quantize(
             learner = Student(student_model, zeros)
             if callable(student):
                 check_pair(teacher_model, student_model)
-            check_apart(work.out, student_model.checkpoint.source, "student that is read")
+            else:
+                check_apart(work.out, student_model.checkpoint.source, "student that is read")
             with progress_bar("teaching", progress and ranks.is_first) as bar:
                 task = bar.add_task("", total=1.0, figures="")
                 known = _teach(

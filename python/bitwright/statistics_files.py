@@ -301,6 +301,7 @@ def expected_stages(model: Model) -> list[tuple[str, int]]:
 def check_place(work: WorkFolder) -> None:
     """Raise OutputError unless the output can be put into its place."""
     out = work.out
+    work.take_back()
     with output_errors(out):
         taken = os.path.lexists(out) and not (out.is_dir() and not content_of(out))
     if taken:

@@ -211,7 +211,9 @@ class WorkFolder:
 
     def _move_entries(self, folder: Path, aside: Path, entries: Sequence[str]) -> None:
         aside.mkdir(exist_ok=True)
-        for old in content_of(self.out):
+        # The first of the old files to go is the last of the new ones to come: nobody takes what is there
+        # meanwhile for whole.
+        for old in sorted(content_of(self.out), key=lambda old: [old.name] != entries[-1:]):
             os.rename(old, aside / old.name)
         for entry in entries:
             if entry == entries[-1]:
@@ -226,6 +228,14 @@ class WorkFolder:
         """Remove the folder if it is that of a run that was killed after its last step."""
         with suppress(OSError):  # another run may have come first
             if self._lock is None and (self._is_finished() or not self._holds_anything()):
+                self._enter()
+                self._leave(remove=not self.keep)
+
+    def take_back(self) -> None:
+        """Take back the last step of a run that was killed in it: the output is as it was before."""
+        name = self._last_step()[0]
+        if self._lock is None and name and (self.path / name).exists():
+            with suppress(OSError):  # another run may have come first
                 self._enter()
                 self._leave(remove=not self.keep)
 
@@ -326,7 +336,7 @@ class WorkFolder:
             if not os.path.lexists(folder / entry) and os.path.lexists(self.out / entry):
                 (self.out / entry).rename(folder / entry)
         if aside.is_dir():
-            for old in list(aside.iterdir()):
+            for old in sorted(aside.iterdir(), key=lambda old: [old.name] == entries[-1:]):
                 old.rename(self.out / old.name)
             aside.rmdir()
 

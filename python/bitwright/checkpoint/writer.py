@@ -516,6 +516,7 @@ class CheckpointWriter:
         out = self._out
         if self._source is not None:
             check_apart(out, self._source, "checkpoint that is read")
+        self._work.take_back()
         if not os.path.lexists(out):
             self._work.check_place()
             return
