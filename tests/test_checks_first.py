@@ -27,6 +27,7 @@ COMPUTED = AssertionError("something was computed before the options were checke
 
 QUANTIZE = ("quantize", "DEMO", "--out", "OUT")
 CALIBRATED = (*QUANTIZE, "--calibration", TEXT)
+TRANSFORMERS = (*QUANTIZE, "--backend", "transformers")
 BEST = (*QUANTIZE, "--preset", "best")
 DYNAMIC = ("dynamic", "DEMO", "--out", "OUT", "--data", TEXT, "--target-bpw", "4.5")
 SENSITIVITIES = ("sensitivities", "DEMO", "--out", "DIR/s.json", "--data", TEXT)
@@ -148,6 +149,9 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("quantize", "DIR/bare", "--out", "DIR/bare", "--method", "rtn", "--overwrite"), "overlaps"),
     (("quantize", "DIR/bare", "--out", "DIR/bare/q", "--method", "rtn"), "overlaps"),
     (("quantize", "DEMO", "--out", "/proc/out", "--method", "rtn"), "/proc/out: cannot be written"),
+    ((*TRANSFORMERS, "--calibration", "DIR/absent.txt"), "absent.txt: there is no such file"),
+    ((*TRANSFORMERS, "--method", "rtn", "--format", "gguf"), "with the transformers backend"),
+    ((*TRANSFORMERS, "--method", "rtn", "--out", "DIR/taken"), "exists already"),
     (BEST, "calibration"),
     ((*BEST, "--calibration", "DIR/few.txt", "--length", "64"), "are for validation"),
     ((*BEST, "--calibration", TEXT, "--samples", "99999"), "99999 samples"),
@@ -247,7 +251,9 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
 
 
 @pytest.mark.usefixtures("nothing_is_computed")
-@pytest.mark.parametrize(("arguments", "said"), WRONG, ids=lambda value: " ".join(value)[-70:])
+@pytest.mark.parametrize(
+    ("arguments", "said"), WRONG, ids=[f"{command[0]}: {said}" for command, said in WRONG]
+)
 def test_wrong_options(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

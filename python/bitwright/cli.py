@@ -560,6 +560,7 @@ def sensitivities(
         model, options.pop("data"), *low[0], *high[0], **options
     )
     if plot is not None and current().is_first:
+        check_plot(plot, options["overwrite"])  # hours may have passed
         bitwright.plot_sensitivities(found, plot)
     print_sensitivities(found, Console())
 
@@ -608,6 +609,7 @@ def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None
         check_new_file(recipe, bitwright.Recipe.load, options["overwrite"])
     report = bitwright.dynamic_quantize(model, out, **options)
     if recipe is not None and current().is_first:
+        check_new_file(recipe, bitwright.Recipe.load, options["overwrite"])  # hours may have passed
         report.recipe.save(recipe)
     console = Console()
     print_recipe(report.recipe, report.sensitivities, console)
@@ -736,6 +738,7 @@ def dwq(
         teacher, student or make, out, data, made_with=made_with, **options
     )
     if plot is not None and current().is_first:
+        check_plot(plot, options["overwrite"])  # hours may have passed
         bitwright.plot_dwq(report, plot)
     print_dwq_report(report, Console())
 

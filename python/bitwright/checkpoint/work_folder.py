@@ -115,9 +115,12 @@ class WorkFolder:
             raise type(error)(done) from error
 
     def check_place(self) -> None:
-        """Raise OutputError if the folder cannot be made; nothing is left of trying."""
-        if self.path.is_dir():
+        """Raise OutputError if the folder cannot be held; nothing is left of trying."""
+        if self._lock is not None:
             return
+        if self.path.is_dir():
+            self._enter()
+            return self._leave(remove=not self.keep)
         with output_errors(self.out):
             place = next(each for each in self.path.parents if os.path.lexists(each))
             os.rmdir(tempfile.mkdtemp(prefix=f"{self.path.name}-", dir=place))
