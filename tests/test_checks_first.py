@@ -275,6 +275,25 @@ def test_wrong_options(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("nothing_is_computed")
+@pytest.mark.parametrize("command", [SENSITIVITIES, (*STUDENT, *DATA)])
+def test_plots_without_matplotlib(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    inputs: Path,
+    command: tuple[str, ...],
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    given = (
+        word.replace("DIR", str(inputs)).replace("OUT", str(tmp_path / "out"))
+        for word in (*command, "--plot", "DIR/p.svg")
+    )
+    code, lines = run(monkeypatch, capsys, *(str(DEMO) if w == "DEMO" else w for w in given))
+    assert (code, len(lines)) == (1, 1)
+    assert "pip install bitwright[plot]" in lines[0]
+
+
 MODEL_COMMANDS = [
     ("quantize", "MODEL"),
     ("quantize", "MODEL", "--out", "OUT", "--method", "awq", "--calibration", "absent.txt"),

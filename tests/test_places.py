@@ -96,6 +96,26 @@ def test_outputs_that_are_mount_points(mounted: Path, undisturbed: dict[str, byt
         bitwright.quantize(DEMO, mounted, **SETTINGS)
 
 
+def test_closed_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before anything is computed."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    mount("-t", "tmpfs", "-o", "ro", "tmpfs", str(closed))
+    monkeypatch.setattr("bitwright.models.model.Model.block", None)
+    monkeypatch.setattr("bitwright.sensitivity._Estimate._batch", None)
+    try:
+        for out in (closed, closed / "out", closed / "new" / "out"):
+            with pytest.raises(bitwright.OutputError, match="cannot be written: Read-only"):
+                bitwright.quantize(DEMO, out, **SETTINGS)
+            with pytest.raises(bitwright.OutputError, match="cannot be written: Read-only"):
+                bitwright.collect_statistics(DEMO, out, **SETTINGS)
+        for file in (closed / "s.json", closed / "new" / "s.json"):
+            with pytest.raises(bitwright.OutputError, match="nothing can be made in"):
+                bitwright.estimate_sensitivities(DEMO, TEXT, out=file)
+    finally:
+        subprocess.run(["umount", "--lazy", str(closed)], check=False)
+
+
 def test_files_that_are_mount_points(tmp_path: Path) -> None:
     for name in ("there", "s.json"):
         (tmp_path / name).touch()

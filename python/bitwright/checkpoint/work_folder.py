@@ -236,11 +236,12 @@ class WorkFolder:
 
     def take_back(self) -> None:
         """Take back the last step of a run that was killed in it: the output is as it was before."""
-        name = self._last_step()[0]
-        if self._lock is None and name and (self.path / name).exists():
-            with suppress(OSError):  # another run may have come first
-                self._enter()
-                self._leave(remove=not self.keep)
+        with output_errors(self.out):
+            name = self._last_step()[0]
+            if self._lock is None and name and (self.path / name).exists():
+                with suppress(OSError):  # another run may have come first
+                    self._enter()
+                    self._leave(remove=not self.keep)
 
     def clear(self) -> None:
         """Remove everything but the lock.
