@@ -142,6 +142,8 @@ def fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_all_that_is_written_as_folders(tmp_path: Path, fixed: Path) -> None:
     few: dict[str, Any] = {"length": 64, "progress": False}
     inode = fixed.stat().st_ino
+    short = tmp_path / "short.txt"
+    short.write_text(TEXT.read_text()[:2000])
 
     def emptied(*expected: str) -> None:
         assert set(expected) <= names(fixed)
@@ -154,15 +156,15 @@ def test_all_that_is_written_as_folders(tmp_path: Path, fixed: Path) -> None:
     assert bitwright.Statistics(fixed).tokens == 4 * 64
     emptied("statistics.json", "head.safetensors")
     bitwright.dynamic_quantize(
-        DEMO, fixed, 4.5, data=TEXT, samples=4, sensitivity_samples=4, evaluate_on=TEXT, **few
+        DEMO, fixed, 4.5, None, "rtn", data=TEXT, sensitivity_samples=4, evaluate_on=short, **few
     )
     emptied("config.json", "model.safetensors")
     bitwright.dwq_quantize(
         DEMO,
         lambda folder: bitwright.quantize(DEMO, folder, "rtn", 3, progress=False),
         fixed,
-        TEXT,
-        tokens=512,
+        short,
+        tokens=256,
         **few,
     )
     emptied("config.json", "dwq.json")
@@ -361,14 +363,23 @@ def test_home_in_calls(home: Path) -> None:
     few: dict[str, Any] = {"length": 64, "samples": 4}
     quiet: dict[str, Any] = {"progress": False}
     text = "~/text.txt"
-    report = bitwright.quantize("~/model", "~/q", calibration=Path(text), **few, **quiet)
+    report = bitwright.quantize(
+        "~/model", "~/q", calibration=Path(text), preset="fast", **few, **quiet
+    )
     assert report.out == home / "q"
     found = bitwright.estimate_sensitivities("~/model", text, out="~/s.json", **few, **quiet)
     assert bitwright.Sensitivities.load("~/s.json") == found
     bitwright.choose_precisions("~/model", found, 4.5).save("~/r.json")
     bitwright.quantize("~/model", "~/r", "rtn", recipe="~/r.json", **quiet)
     bitwright.dynamic_quantize(
-        "~/model", "~/d", 4.5, data=text, sensitivities="~/s.json", evaluate_on=text, **few, **quiet
+        "~/model",
+        "~/d",
+        4.5,
+        method="rtn",
+        sensitivities="~/s.json",
+        evaluate_on=text,
+        **few,
+        **quiet,
     )
     bitwright.collect_statistics("~/model", "~/part-1", text, **few, **quiet)
     bitwright.collect_statistics("~/model", "~/part-2", text, seed=1, length=32, samples=4, **quiet)
@@ -379,7 +390,7 @@ def test_home_in_calls(home: Path) -> None:
     bitwright.compute_dwq_targets("~/model", text, "~/targets", k=8, **few)
     bitwright.DwqTargets("~/targets")
     bitwright.dwq_quantize(
-        "~/model", "~/q", "~/dwq", text, length=64, tokens=256, targets="~/t", **quiet
+        "~/model", "~/q", "~/dwq", text, length=64, tokens=256, k=64, targets="~/t", **quiet
     )
     bitwright.refine_model("~/model", "~/q", "~/refined", text, **few, **quiet)
     bitwright.convert("~/q", "~/float", "float", **quiet)
@@ -397,14 +408,14 @@ def test_home_in_commands(home: Path) -> None:
     """Also after "--out=", which the shell leaves alone."""
     few = ["--length", "64", "--samples", "4"]
     for arguments in (
-        ["quantize", "~/model", "--out=~/q", "--calibration=~/text.txt", *few],
+        ["quantize", "~/model", "--out=~/q", "--calibration=~/text.txt", "--preset=fast", *few],
         ["sensitivities", "~/model", "--out=~/s.json", "--data=~/text.txt", *few],
         ["dynamic", "~/model", "--out=~/d", "--target-bpw=4.5", "--data=~/text.txt", *few,
-         "--sensitivities=~/s.json", "--recipe=~/r.json", "--evaluate=~/text.txt"],
+         "--method=rtn", "--sensitivities=~/s.json", "--recipe=~/r.json", "--evaluate=~/text.txt"],
         ["statistics", "collect", "~/model", "--out=~/stats", "--calibration=~/text.txt", *few],
         ["statistics", "merge", "~/stats", "--out=~/merged"],
         ["dwq", "--teacher=~/model", "--out=~/dwq", "--data=~/text.txt", "--tokens=256",
-         "--length=64", "--calibration=~/text.txt"],
+         "--length=64", "--calibration=~/text.txt", "--method=rtn"],
         ["convert", "~/q", "--out=~/float", "--to=float"],
         ["refine", "~/q", "--original=~/model", "--out=~/better", "--calibration=~/text.txt", *few],
         ["salient", "--model-path=~/model", "--output-path=~/w", "--activations-path=~/a.npz",
