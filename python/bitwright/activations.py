@@ -154,6 +154,8 @@ class ActivationFile:
         if version not in _HEADERS:
             raise ValueError(f"version {version}")
         shape, _, dtype = _HEADERS[version](file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
         return shape, dtype
 
     def _read(self, entry: zipfile.ZipInfo) -> NDArray[Any]:

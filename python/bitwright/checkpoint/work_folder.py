@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
@@ -80,6 +79,7 @@ class WorkFolder:
         try:
             with output_errors(self.out):
                 parent = self.out.parent
+                self._made_parents = []
                 missing = [place for place in (parent, *parent.parents) if not place.exists()]
                 for place in reversed(missing):
                     place.mkdir()
@@ -115,15 +115,10 @@ class WorkFolder:
             raise type(error)(done) from error
 
     def check_place(self) -> None:
-        """Raise OutputError if the folder cannot be held; nothing is left of trying."""
-        if self._lock is not None:
-            return
-        if self.path.is_dir():
+        """Raise OutputError if the folder cannot be made or held; nothing is left of trying."""
+        if self._lock is None:
             self._enter()
-            return self._leave(remove=not self.keep)
-        with output_errors(self.out):
-            place = next(each for each in self.path.parents if os.path.lexists(each))
-            os.rmdir(tempfile.mkdtemp(prefix=f"{self.path.name}-", dir=place))
+            self._leave(remove=not self.keep)
 
     def resume(self, identity: Mapping[str, object], resume: bool = True) -> dict[str, Any] | None:
         """Return the state that an interrupted run of the same identity has committed last.
