@@ -20,6 +20,7 @@ from bitwright.checkpoint import (
 )
 from bitwright.errors import check_choice
 from bitwright.formats import FORMATS, Format, FormatName, Precision
+from bitwright.home import expands_home
 from bitwright.methods.grid import FLOAT_DTYPES
 from bitwright.methods.regrid import ROUNDING, is_rounding, lost, regrid
 from bitwright.methods.rtn import quantize_rtn
@@ -38,6 +39,7 @@ Group = tuple[str, ...]  # layers that must have one precision
 
 
 @reports_warnings
+@expands_home
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

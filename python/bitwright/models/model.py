@@ -21,6 +21,7 @@ from bitwright.checkpoint import (
 from bitwright.checkpoint.config import MODEL_DTYPES
 from bitwright.errors import CheckpointError, shown
 from bitwright.formats import detect_format
+from bitwright.home import expands_home
 from bitwright.models import ARCHITECTURES
 from bitwright.models.architecture import Names
 from bitwright.models.block import DecoderBlock, Rotation
@@ -515,6 +516,7 @@ def _part_shape(shape: tuple[int, ...], index: int | None, rows: slice | None) -
     return (len(range(*(rows or slice(None)).indices(shape[1]))), shape[2])
 
 
+@expands_home
 def load_model(path: str | os.PathLike[str]) -> Model:
     """Open a checkpoint folder as a model; weights are read block by block when they are needed.
 
