@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from bitwright import _kernels
+from bitwright.build import build_info, set_num_threads
 from bitwright.calibration import TokenSource, load_at_most, load_tokens
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
@@ -168,8 +168,8 @@ def quantize_with_transformers(
     )
     original = TorchModel(model)
     if threads is not None:
-        _kernels.set_num_threads(threads)
-        original.torch.set_num_threads(threads)
+        set_num_threads(threads)
+        original.torch.set_num_threads(build_info().threads)
     kind = FORMATS[format]
     if format == "gguf":
         raise ValueError(

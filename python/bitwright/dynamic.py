@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-from bitwright import _kernels
+from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource
 from bitwright.card import add_evaluations, is_made_by_this, made_by, python_call
 from bitwright.checkpoint import CheckpointWriter
@@ -249,7 +249,7 @@ def dynamic_quantize(
     """
     arguments = dict(locals())
     if threads is not None:
-        _kernels.set_num_threads(threads)
+        set_num_threads(threads)
     original = load_model(model)
     low, high = min(candidates, key=fineness), max(candidates, key=fineness)
     ranks = current()
