@@ -15,6 +15,7 @@ from reference import DTYPES, Array
 from shared_data import SHARED, needs_shared
 
 import bitwright
+from bitwright import _kernels
 from bitwright.tensor import BITS, GRIDS, Grid
 
 pytestmark = pytest.mark.usefixtures("all_processors")
@@ -286,7 +287,7 @@ def test_the_factor_is_that_of_the_inverse() -> None:
 def test_runs_with_the_same_threads_give_the_same_bits(
     threads: int, restored_threads: None
 ) -> None:
-    bitwright.set_num_threads(threads)
+    _kernels.set_num_threads(threads)
     weight, gram = gaussian(100, 256), correlated_gram(256)
     first, second = (bitwright.quantize_gptq(weight, gram.copy()) for _ in range(2))
     assert_same(first, second)

@@ -78,7 +78,7 @@ def test_build_info_describes_the_build() -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_number_of_threads_is_what_was_set(threads: int) -> None:
-    bitwright.set_num_threads(threads)
+    _kernels.set_num_threads(threads)
     assert bitwright.build_info().threads == threads
 
 
@@ -94,14 +94,14 @@ def test_numbers_of_threads_out_of_range_are_refused(threads: int) -> None:
 def test_results_do_not_depend_on_the_number_of_threads(kernel: Callable[[], Float32]) -> None:
     results = []
     for threads in (1, 2, 5):
-        bitwright.set_num_threads(threads)
+        _kernels.set_num_threads(threads)
         results.append(kernel())
     for result in results[1:]:
         assert_close(result, results[0])
 
 
 def test_python_threads_do_not_disturb_each_other() -> None:
-    bitwright.set_num_threads(2)
+    _kernels.set_num_threads(2)
     wanted = [kernel() for kernel in KERNELS]
     found: list[list[Float32]] = [[] for _ in KERNELS]
     start = threading.Barrier(len(KERNELS))
@@ -156,8 +156,9 @@ FORK = """
 import os, sys
 import numpy as np
 import bitwright
+from bitwright import _kernels
 
-bitwright.set_num_threads(2)
+_kernels.set_num_threads(2)
 activations = np.random.default_rng(0).standard_normal((300, 260), dtype=np.float32)
 before = bitwright.gram(activations)
 child = os.fork()

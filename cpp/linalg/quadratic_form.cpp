@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "linalg/sum.hpp"
 #include "linalg/threads.hpp"
 
 namespace bitwright {
@@ -25,8 +26,7 @@ void row_quadratic_forms(ConstMatrixView<float> change, ConstMatrixView<float> g
                 2.0f * change.rightCols(size - last) * gram.block(last, first, size - last, width);
         parallel_for(rows, 16, [&](Index begin, Index end) {
             for (Index row = begin; row < end; ++row)
-                forms[row] += part.row(row).cast<double>().dot(
-                    change.row(row).segment(first, width).cast<double>());
+                forms[row] += dot(part.row(row), change.row(row).segment(first, width));
         });
     }
 }

@@ -28,13 +28,21 @@ namespace {
 
 constexpr int spins_before_sleep = 4000;  // about 50 µs: longer than the gap between two kernels
 
+int available_processors() {
+#ifdef __linux__
+    cpu_set_t allowed;  // honours taskset and containers, unlike hardware_concurrency
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+    return static_cast<int>(std::thread::hardware_concurrency());
+}
+
 // Waits a moment, the longer it has been the more politely: where other processes want the
 // processor, a spinning thread would keep it from the very thread that it waits for.
-void relax(int spin) {
+void relax(int spin, int spins) {
 #if defined(__x86_64__)
-    if (spin < spins_before_sleep) return __builtin_ia32_pause();
+    if (spin < spins) return __builtin_ia32_pause();
 #endif
-    (void)spin;
+    (void)spin, (void)spins;
     std::this_thread::yield();
 }
 
@@ -42,7 +50,8 @@ void relax(int spin) {
 // which OpenBLAS relies on: its jobs wait for each other.
 class Pool {
   public:
-    explicit Pool(int size) {
+    // Of more threads than processors, one that spins keeps another from its work.
+    explicit Pool(int size) : spins_(size > available_processors() ? 0 : spins_before_sleep) {
         for (int worker = 1; worker < size; ++worker)
             threads_.emplace_back([this, worker] { work(worker); });
     }
@@ -73,15 +82,14 @@ class Pool {
         wake_.notify_all();
         job(0);
         for (int spin = 0; pending_.load(std::memory_order_acquire) != 0; ++spin)
-            relax(std::min(spin, spins_before_sleep));
+            relax(std::min(spin, spins_), spins_);
     }
 
   private:
     void work(int worker) {
         unsigned seen = 0;
         for (;;) {
-            for (int spin = 0; spin < spins_before_sleep && round_.load() == seen; ++spin)
-                relax(spin);
+            for (int spin = 0; spin < spins_ && round_.load() == seen; ++spin) relax(spin, spins_);
             if (round_.load(std::memory_order_acquire) == seen) {
                 std::unique_lock lock(mutex_);
                 wake_.wait(lock, [&] { return round_.load() != seen; });
@@ -93,6 +101,7 @@ class Pool {
         }
     }
 
+    const int spins_;
     std::vector<std::thread> threads_;
     std::mutex mutex_;
     std::condition_variable wake_;
@@ -156,14 +165,6 @@ void run_blas_jobs(int /*wait*/, openblas_job job, int jobs, size_t size, void* 
     for (auto& thread : threads) thread.join();
 }
 #endif
-
-int available_processors() {
-#ifdef __linux__
-    cpu_set_t allowed;  // honours taskset and containers, unlike hardware_concurrency
-    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
-#endif
-    return static_cast<int>(std::thread::hardware_concurrency());
-}
 
 void set_blas_threads(int threads) {
 #ifdef BITWRIGHT_SCIPY_OPENBLAS

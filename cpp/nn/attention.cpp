@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "linalg/sum.hpp"
 #include "linalg/threads.hpp"
 
 namespace bitwright {
@@ -62,7 +63,7 @@ void attention_weights(const Queries& queries, const Keys& keys, const Tile& til
             row *= scale;
         }
         row = (row - row.maxCoeff()).exp();
-        row /= row.sum();
+        row /= sum(row);
         weights.row(i).head(skipped).setZero();
         weights.row(i).tail(tile.seen - past).setZero();
     }
@@ -140,7 +141,7 @@ void attention_backward(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> k
                 for (Index i = 0; i < tile.rows; ++i) {
                     auto row = change.row(i).array();
                     const auto weight = weights.row(i).array();
-                    row = scale * weight * (row - (weight * row).sum());
+                    row = scale * weight * (row - sum(weight * row));
                 }
                 if (rule.softcap > 0)
                     // Where nothing is seen the weight is 0, and the slope was never written.

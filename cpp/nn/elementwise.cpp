@@ -2,17 +2,11 @@
 
 #include <cmath>
 
+#include "linalg/sum.hpp"
 #include "linalg/threads.hpp"
 
 namespace bitwright {
 namespace {
-
-// Eigen computes the elements before the first aligned address one by one, whose exp() and fused
-// multiply-add differ in the last bit from those of whole registers. NumPy aligns to 16 bytes only,
-// so what could differ is computed in buffers of our own: equal inputs give equal bits wherever
-// they lie.
-template <typename Scalar>
-using AlignedRow = Eigen::Array<Scalar, 1, Eigen::Dynamic>;
 
 constexpr double ROOT_TWO_OVER_PI = 0.7978845608028654, CUBIC = 0.044715;
 constexpr double ROOT_HALF = 0.7071067811865476, ROOT_HALF_OVER_PI = 0.3989422804014327;
@@ -78,8 +72,7 @@ void sum_over_rows(Index rows, Index channels, Scalar* total, const Body& body) 
         for (Index row = first; row < last; ++row) body(row, parts.row(row / grain).array());
     });
     if (total)
-        Eigen::Map<Eigen::Matrix<Scalar, 1, Eigen::Dynamic>>(total, channels) +=
-            parts.colwise().sum();
+        Eigen::Map<Eigen::Matrix<Scalar, 1, Eigen::Dynamic>>(total, channels) += column_sums(parts);
 }
 
 // Backwards through weight · (x − mean) · factor, factor = 1 / sqrt(mean((x − mean)²) + epsilon);
@@ -91,14 +84,15 @@ void norm_backward(bool centred, ConstMatrixView<Scalar> input, ConstVectorView<
     const auto channels = static_cast<Scalar>(input.cols());
     const auto body = [&](Index row, auto weight_part) {
         const auto above = gradient.row(row).array(), gain = weight.transpose().array();
-        const Scalar mean = centred ? input.row(row).mean() : Scalar(0);
-        const auto values = input.row(row).array() - mean;
+        const Scalar middle = centred ? mean(input.row(row)) : Scalar(0);
+        const auto values = input.row(row).array() - middle;
         const Scalar factor =
-            1 / std::sqrt(values.square().sum() / channels + static_cast<Scalar>(epsilon));
+            1 / std::sqrt(sum(values.square()) / channels + static_cast<Scalar>(epsilon));
         // d factor / d x = −factor³ (x − mean) / channels
-        const Scalar shared = factor * factor * factor * (above * gain * values).sum() / channels;
-        const Scalar average = centred ? factor * (above * gain).sum() / channels : Scalar(0);
-        input_gradient.row(row).array() = factor * above * gain - average - shared * values;
+        const Scalar shared = factor * factor * factor * sum(above * gain * values) / channels;
+        const Scalar average = centred ? factor * sum(above * gain) / channels : Scalar(0);
+        const AlignedRow<Scalar> result = factor * above * gain - average - shared * values;
+        input_gradient.row(row).array() = result;
         if (weight_gradient) weight_part += factor * above * values;
     };
     sum_over_rows(input.rows(), input.cols(), weight_gradient, body);
@@ -113,8 +107,7 @@ void rms_norm(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight, dou
         for (Index row = first; row < last; ++row) {
             const auto values = input.row(row).array();
             const Scalar factor =
-                1 / std::sqrt(values.square().sum() / static_cast<Scalar>(values.size()) +
-                              static_cast<Scalar>(epsilon));
+                1 / std::sqrt(mean(values.square()) + static_cast<Scalar>(epsilon));
             output.row(row).array() = weight.transpose().array() * (values * factor);
         }
     });
@@ -135,9 +128,9 @@ void layer_norm(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight,
         AlignedRow<Scalar> values(input.cols()), result(input.cols());
         for (Index row = first; row < last; ++row) {
             values = input.row(row).array();
-            result = values - values.mean();
+            result = values - mean(values);
             const Scalar factor =
-                1 / std::sqrt(result.square().mean() + static_cast<Scalar>(epsilon));
+                1 / std::sqrt(mean(result.square()) + static_cast<Scalar>(epsilon));
             values = gain * (result * factor) + offset;
             output.row(row).array() = values;
         }

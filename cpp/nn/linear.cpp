@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "linalg/sum.hpp"
 #include "linalg/threads.hpp"
 
 namespace bitwright {
@@ -61,8 +62,8 @@ void linear_backward_groups(ConstMatrixView<Scalar> gradient, ConstMatrixView<Sc
                     while (stop < channels && group_of[stop] == group) ++stop;
                     const auto change = dense.row(row).segment(start, stop - start).array();
                     scale_gradients(first + row, group) +=
-                        (change * code.segment(start, stop - start)).sum();
-                    bias_gradients(first + row, group) += change.sum();
+                        sum(change * code.segment(start, stop - start));
+                    bias_gradients(first + row, group) += sum(change);
                 }
             }
         });

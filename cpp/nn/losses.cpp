@@ -6,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "linalg/sum.hpp"
 #include "linalg/threads.hpp"
 
 namespace bitwright {
@@ -16,7 +17,7 @@ template <typename Row>
 double log_sum_exp(const Row& row) {
     const auto top = row.maxCoeff();
     return static_cast<double>(top) +
-           std::log((row.array() - top).exp().template cast<double>().sum());
+           std::log(sum((row.array() - top).exp().template cast<double>()));
 }
 
 constexpr double LEAST_REST = 1e-8;  // probability of all other tokens, for its logarithm
@@ -42,10 +43,9 @@ void kl_divergence(ConstMatrixView<float> reference, ConstMatrixView<float> logi
             // Σ p (log p − log q), with p's normalization taken out of the sum. Where p vanishes in
             // float32 the term is 0, though both logits may be −∞ there.
             const auto logit = (p.array() - p.maxCoeff()).eval();
-            const double difference = (logit < -87.0f)
-                                          .select(0.0f, logit.exp() * (p - q).array())
-                                          .template cast<double>()
-                                          .sum() /
+            const double difference = sum((logit < -87.0f)
+                                              .select(0.0f, logit.exp() * (p - q).array())
+                                              .template cast<double>()) /
                                       std::exp(log_p - p.maxCoeff());
             const double divergence = difference - log_p + log_q;
             divergences[row] = divergence < 0.0 ? 0.0 : divergence;  // rounding; NaN stays NaN
@@ -57,9 +57,12 @@ template <typename Scalar>
 void cap_logits(MatrixView<Scalar> logits, double divisor, double cap) {
     const auto factor = static_cast<Scalar>(1 / (cap > 0 ? divisor * cap : divisor));
     parallel_for(logits.rows(), 4, [&](Index first, Index last) {
-        auto rows = logits.middleRows(first, last - first).array();
-        rows *= factor;
-        if (cap > 0) rows = static_cast<Scalar>(cap) * rows.tanh();
+        AlignedRow<Scalar> values(logits.cols());
+        for (Index row = first; row < last; ++row) {
+            values = factor * logits.row(row).array();
+            if (cap > 0) values = static_cast<Scalar>(cap) * values.tanh();
+            logits.row(row).array() = values;
+        }
     });
 }
 
@@ -68,11 +71,13 @@ void cap_logits_backward(ConstMatrixView<Scalar> capped, double divisor, double 
                          MatrixView<Scalar> gradient) {
     const auto factor = static_cast<Scalar>(1 / divisor);
     parallel_for(capped.rows(), 4, [&](Index first, Index last) {
-        auto rows = gradient.middleRows(first, last - first).array();
-        rows *= factor;
-        if (cap > 0)
-            rows *= 1 - (capped.middleRows(first, last - first).array() / static_cast<Scalar>(cap))
-                            .square();
+        AlignedRow<Scalar> values(capped.cols());
+        for (Index row = first; row < last; ++row) {
+            values.setConstant(factor);
+            if (cap > 0)
+                values *= 1 - (capped.row(row).array() / static_cast<Scalar>(cap)).square();
+            gradient.row(row).array() *= values;
+        }
     });
 }
 
@@ -110,16 +115,14 @@ template <typename Scalar>
 void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& teacher,
                        ConstVectorView<std::int32_t> next, Loss loss, double temperature,
                        double factor, VectorView<double> losses, Scalar* gradient) {
-    using Row = Eigen::Array<Scalar, 1, Eigen::Dynamic>;
+    using Row = AlignedRow<Scalar>;
     const Index vocabulary = logits.cols(), count = teacher.ids.cols();
     // d loss / d logits = (d loss / d z) / temperature, z = logits / temperature
     const auto slope = static_cast<Scalar>(factor / temperature);
     parallel_for(logits.rows(), 4, [&](Index first, Index last) {
-        Row q(vocabulary), log_p(count), log_q(count), unwanted(gradient ? 0 : vocabulary);
-        for (Index row = first; row < last; ++row) {
+        Row q(vocabulary), log_p(count), log_q(count), result(vocabulary);
+        const auto one_row = [&](Index row) {
             const auto ids = teacher.ids.row(row);
-            Eigen::Map<Row> result(gradient ? gradient + row * vocabulary : unwanted.data(),
-                                   vocabulary);
             q = logits.row(row).array() / static_cast<Scalar>(temperature);
             const double normalizer = log_sum_exp(q);
             for (Index place = 0; place < count; ++place)
@@ -128,25 +131,25 @@ void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& 
             if (loss == Loss::logits_mse) {
                 log_p = teacher.log_probabilities.row(row).array();
                 log_q -= log_p;
-                log_q -= log_q.mean();
-                losses[row] = log_q.template cast<double>().square().mean();
-                if (!gradient) continue;
+                log_q -= mean(log_q);
+                losses[row] = mean(log_q.template cast<double>().square());
+                if (!gradient) return;
                 result.setZero();
                 for (Index place = 0; place < count; ++place)
                     result[ids[place]] = slope * (2 / static_cast<Scalar>(count)) * log_q[place];
-                continue;
+                return;
             }
             q = (q - static_cast<Scalar>(normalizer)).exp();
             if (loss == Loss::cross_entropy) {
                 const std::int32_t target = next[row];
                 losses[row] = 0.0;
                 if (gradient) result.setZero();
-                if (target < 0) continue;
+                if (target < 0) return;
                 losses[row] = normalizer - static_cast<double>(logits(row, target)) / temperature;
-                if (!gradient) continue;
+                if (!gradient) return;
                 result = slope * q;
                 result[target] -= slope;
-                continue;
+                return;
             }
             // Log-probabilities are stored in few bits: what they add up to is known better.
             const double rest = count < vocabulary ? static_cast<double>(teacher.rest[row]) : 0.0;
@@ -159,17 +162,17 @@ void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& 
             if (count < vocabulary) {
                 result = q;
                 for (Index place = 0; place < count; ++place) result[ids[place]] = 0;
-                other = std::max(static_cast<double>(result.sum()), LEAST_REST);
+                other = std::max(static_cast<double>(sum(result)), LEAST_REST);
             }
             const double log_rest = std::log(std::max(rest, LEAST_REST));
             const double log_other = std::log(std::max(other, LEAST_REST));
             const bool open = count < vocabulary;
             double total = 0.0;
             if (loss == Loss::kl) {
-                total = static_cast<double>((p * (log_p - log_q)).sum());
+                total = static_cast<double>(sum(p * (log_p - log_q)));
                 if (open) total += rest * (log_rest - log_other);
                 losses[row] = total;
-                if (!gradient) continue;
+                if (!gradient) return;
                 // q − p, the rest's p being dealt out in proportion to q.
                 result = slope * q;
                 if (open) result *= static_cast<Scalar>(1 - rest / other);
@@ -188,21 +191,25 @@ void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& 
                     const Row middle =
                         (Scalar(0.5) * (p + listed)).max(std::numeric_limits<Scalar>::min()).log();
                     ratio = Scalar(0.5) * (log_q - middle);
-                    const double mean = std::log(std::max(0.5 * (rest + other), LEAST_REST));
-                    if (open) other_ratio = 0.5 * (log_other - mean);
-                    total = static_cast<double>((Scalar(0.5) * p * (log_p - middle)).sum());
-                    if (open) total += 0.5 * rest * (log_rest - mean);
+                    const double log_mean = std::log(std::max(0.5 * (rest + other), LEAST_REST));
+                    if (open) other_ratio = 0.5 * (log_other - log_mean);
+                    total = static_cast<double>(sum(Scalar(0.5) * p * (log_p - middle)));
+                    if (open) total += 0.5 * rest * (log_rest - log_mean);
                 }
-                double expected = static_cast<double>((listed * ratio).sum());
+                double expected = static_cast<double>(sum(listed * ratio));
                 if (open) expected += other * other_ratio;
                 total += expected;
                 losses[row] = total;
-                if (!gradient) continue;
+                if (!gradient) return;
                 result = slope * q * static_cast<Scalar>(other_ratio - expected);
                 for (Index place = 0; place < count; ++place)
                     result[ids[place]] =
                         slope * listed[place] * (ratio[place] - static_cast<Scalar>(expected));
             }
+        };
+        for (Index row = first; row < last; ++row) {
+            one_row(row);
+            if (gradient) Eigen::Map<Row>(gradient + row * vocabulary, vocabulary) = result;
         }
     });
 }

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "linalg/sum.hpp"
 #include "linalg/threads.hpp"
 #include "quant/quantize.hpp"
 #include "quant/slab.hpp"
@@ -120,7 +121,7 @@ void quantize_gptq(ConstMatrixView<Weight> weight, ConstMatrixView<float> upper,
 
     parallel_for(in, 64, [&](Index first, Index last) {
         for (Index j = first; j < last; ++j)
-            losses[order[j]] = solve.work.col(j).head(out).cast<double>().squaredNorm();
+            losses[order[j]] = dot(solve.work.col(j).head(out), solve.work.col(j).head(out));
     });
 }
 

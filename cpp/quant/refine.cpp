@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "linalg/sum.hpp"
 #include "linalg/threads.hpp"
 #include "quant/slab.hpp"
 
@@ -23,9 +24,10 @@ struct GroupSums {
     GroupSums(ConstMatrixView<float> gram, Index size)
         : rows(gram.rows() / size, gram.cols()), both(rows.rows(), rows.rows()) {
         for (Index group = 0; group < rows.rows(); ++group)
-            rows.row(group) = gram.middleRows(group * size, size).colwise().sum();
+            rows.row(group) = column_sums(gram.middleRows(group * size, size));
         for (Index group = 0; group < rows.rows(); ++group)
-            both.col(group) = rows.middleCols(group * size, size).rowwise().sum();
+            for (Index other = 0; other < rows.rows(); ++other)
+                both(other, group) = sum(rows.row(other).segment(group * size, size));
     }
 };
 
@@ -138,8 +140,8 @@ struct Refinement {
         std::vector<double> parts(static_cast<size_t>(in()));
         parallel_for(in(), 16, [&](Index first, Index last) {
             for (Index j = first; j < last; ++j)
-                parts[static_cast<size_t>(j)] = change.col(j).head(out()).cast<double>().dot(
-                    residual.col(j).head(out()).cast<double>());
+                parts[static_cast<size_t>(j)] =
+                    dot(change.col(j).head(out()), residual.col(j).head(out()));
         });
         double total = 0.0;
         for (const double part : parts) total += part;
@@ -224,11 +226,11 @@ struct Refinement {
                             const auto part = product.row(row).segment(at - from, size);
                             const auto code = codes.row(row).segment(at, size);
                             auto& system = systems[static_cast<size_t>(row)];
-                            system(other, group) = part.dot(code);
+                            system(other, group) = sum(part.array() * code.array());
                             if (!affine()) continue;
-                            system(count + other, group) = part.sum();
+                            system(count + other, group) = sum(part);
                             system(count + group, other) =
-                                sums.rows.row(group).segment(at, size).dot(code);
+                                sum(sums.rows.row(group).segment(at, size).array() * code.array());
                             system(count + other, count + group) = sums.both(other, group);
                         }
                 }
@@ -287,8 +289,7 @@ struct Refinement {
         }
         const auto symmetric = system.template selfadjointView<Eigen::Lower>();
         const Vector<float> curvature = symmetric * step;
-        const double gain = 2.0 * step.cast<double>().dot(slopes.cast<double>()) -
-                            step.cast<double>().dot(curvature.cast<double>());
+        const double gain = 2.0 * dot(step, slopes) - dot(step, curvature);
         if (!(gain > 0.0) || !scales.allFinite() || !offsets.allFinite()) return;
         result.scales.row(row) = scales.transpose();
         result.offsets.row(row) = offsets.transpose();
@@ -324,7 +325,7 @@ void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Gr
             if (!codes_only) state.fit_grids();
             state.take_over_grids(scales, offsets);
             state.sweep(round + 1 == rounds);
-            objectives[round + 1] += before - state.gains.sum();
+            objectives[round + 1] += before - sum(state.gains);
         }
     }
 }

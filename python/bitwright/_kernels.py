@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from bitwright import _processor
+from bitwright.processors import available_processors
 
 try:
     import scipy_openblas32
@@ -28,4 +29,7 @@ if _level == 1:
         "bitwright needs an x86-64 processor with SSE4.2 (x86-64-v2); this one is older"
     )
 _name = f"_kernels_x86_64_v{_level}" if _level else "_kernels_plain"
-sys.modules[__name__] = importlib.import_module(f"bitwright.{_name}")
+_module = importlib.import_module(f"bitwright.{_name}")
+# The extension knows which processors it may run on, not the quotas of control groups.
+_module.set_num_threads(min(_module.num_threads(), available_processors()))
+sys.modules[__name__] = _module

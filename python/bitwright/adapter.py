@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from bitwright import _kernels
 from bitwright.calibration import TokenSource, existing_file, load_at_most, load_tokens
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
@@ -180,8 +179,8 @@ def quantize_with_transformers(
     CheckpointWriter(out, overwrite, source=Path(model)).check_place()
     original = TorchModel(model)  # which reads all weights
     if threads is not None:
-        _kernels.set_num_threads(threads)
-        original.torch.set_num_threads(threads)
+        set_num_threads(threads)
+        original.torch.set_num_threads(build_info().threads)
     kind = FORMATS[format]
     linears = original.linears()
     shapes = {

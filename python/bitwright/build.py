@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from bitwright import _kernels
+from bitwright.processors import available_processors
+from bitwright.warned import warn
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,14 @@ def build_info() -> BuildInfo:
 def set_num_threads(threads: int) -> None:
     """Set the number of threads of all kernels, from 1 to 1024, for the whole process.
 
+    Threads beyond the processors that there are would only keep each other waiting: so many as there are
+    processors are used, with a warning.
+
+    Parameters
+    ----------
+    threads
+        How many.
+
     Raises
     ------
     ValueError
@@ -50,3 +60,9 @@ def set_num_threads(threads: int) -> None:
     >>> bitwright.set_num_threads(bitwright.build_info().threads)
     """
     _kernels.set_num_threads(threads)
+    most = available_processors()
+    if threads > most:
+        warn(
+            f"threads: {threads} were asked for, but there are processors for {most}; {most} are used"
+        )
+        _kernels.set_num_threads(most)

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import numpy as np
 from rich.console import Console
 
-from bitwright import _kernels
+from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.work_folder import WorkFolder
@@ -98,7 +98,7 @@ def collect_statistics(
     """
     start = time.perf_counter()
     if threads is not None:
-        _kernels.set_num_threads(threads)
+        set_num_threads(threads)
     source = load_model(model)
     tokens = load_at_most(
         DEFAULT_SAMPLES,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 
-from bitwright import _kernels
+from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource, load_tokenizer, load_tokens
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files, plainly_spelled
@@ -259,7 +259,7 @@ def dwq_quantize(
     arguments = dict(locals())
     started = time.perf_counter()
     if threads is not None:
-        _kernels.set_num_threads(threads)
+        set_num_threads(threads)
     require_model(teacher)
     if not callable(student):
         require_model(student)

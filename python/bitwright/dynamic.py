@@ -10,7 +10,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from bitwright import _kernels
+from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource
 from bitwright.card import add_evaluations, is_made_by_this, made_by, python_call
 from bitwright.checkpoint.fingerprint import model_fingerprint
@@ -382,7 +382,7 @@ def dynamic_quantize(
     """
     arguments = dict(locals())
     if threads is not None:
-        _kernels.set_num_threads(threads)
+        set_num_threads(threads)
     original = load_model(model)
     check_choice("method", method, get_args(DynamicMethod))
     choices = dynamic_choices(

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from bitwright.control_groups import control_groups
+
 # Of a thread's stack and of what malloc sets aside for it: addresses, which hold nothing yet.
 THREAD_ADDRESSES = 80_000_000
 
@@ -74,23 +76,14 @@ def resident_bytes() -> int:
 
 
 def _left_to_groups(root: Path) -> Iterator[float]:
-    """Yield what each group leaves, in versions 1 and 2 of their interface, with the groups above it."""
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, name = line.split(":", 2)
-            top, most, now, prefix = "", "memory.max", "memory.current", ""
-            if "memory" in controllers.split(","):
-                top, most, now = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-                prefix = "total_"
-            place = root / "sys/fs/cgroup" / top
-            folder = place / name.lstrip("/")
-            # In a container the path may be that of the machine, and only the top be there.
-            for group in (folder, *folder.parents):
-                with suppress(OSError, ValueError):
-                    limit, used = (int((group / file).read_text()) for file in (most, now))
-                    yield limit - used + _file_pages(group, prefix)
-                if group == place:
-                    break
+    """Yield what each group leaves."""
+    for group, first_version in control_groups("memory", root):
+        most, now, prefix = "memory.max", "memory.current", ""
+        if first_version:
+            most, now, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        with suppress(OSError, ValueError):
+            limit, used = (int((group / file).read_text()) for file in (most, now))
+            yield limit - used + _file_pages(group, prefix)
 
 
 def _file_pages(group: Path, prefix: str) -> int:

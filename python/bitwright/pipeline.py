@@ -17,6 +17,7 @@ from rich.console import Console
 
 from bitwright import _kernels
 from bitwright.activations import ActivationFile
+from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files, float_config, plainly_spelled
@@ -282,7 +283,7 @@ def quantize(
             del arguments["preset"]
             return quantize_best(**arguments)
     if threads is not None:
-        _kernels.set_num_threads(threads)
+        set_num_threads(threads)
     awq = AwqOptions(n_grid, coarse_to_fine, clip, metric, objective)
     corrected = drift
     if drift is None:

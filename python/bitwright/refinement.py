@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitwright import _kernels
+from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.card import made_by, python_call
 from bitwright.checkpoint.writer import check_apart
@@ -89,7 +89,7 @@ def refine_model(
     arguments = dict(locals())
     start = time.perf_counter()
     if threads is not None:
-        _kernels.set_num_threads(threads)
+        set_num_threads(threads)
     model, student = load_model(original), load_model(quantized)
     check_apart(Path(os.path.realpath(out)), student.checkpoint.source, "model that is refined")
     check_pair(model, student)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
+from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
@@ -236,7 +237,7 @@ def estimate_sensitivities(
     True
     """
     if threads is not None:
-        _kernels.set_num_threads(threads)
+        set_num_threads(threads)
     original = model if isinstance(model, Model) else load_model(model)
     if original.format is not None:
         raise ValueError(f"{original.checkpoint.folder}: is quantized already; give the original")
