@@ -13,6 +13,7 @@ from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, SafetensorsFiles, copy_side_files, float_config
 from bitwright.errors import check_choice
 from bitwright.formats import FORMATS, Format, FormatName, Precision
+from bitwright.formats.stored import is_float
 from bitwright.methods.grid import FLOAT_DTYPES
 from bitwright.methods.regrid import regrid
 from bitwright.methods.rtn import quantize_rtn
@@ -90,6 +91,7 @@ def convert(
     arguments = dict(locals())
     check_choice("format", format, (*FORMATS, "float"))
     model = load_model(source)
+    model.warn_of_unused()
     float_dtype = None if dtype is None else np.dtype(dtype)
     if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
@@ -158,6 +160,7 @@ class _Conversion:
         self.lost: dict[str, tuple[Precision, Precision, float]] = {}
         self.report: list[ConvertedLayer] = []
         self.reordered = False
+        self.left_out = set() if kind is None else model.left_out(kind)
 
     def plan(self, step: Any) -> dict[str, Precision | None]:
         """Return what each layer becomes, and remember what that loses."""
@@ -258,7 +261,7 @@ class _Conversion:
                 key = "torch_dtype" if "torch_dtype" in config else "dtype"
                 config = {**config, key: wanted}
             return config
-        config = self.kind.spell(config)
+        config = model.config_for(self.kind)
         if not plan:
             return config
         everything: dict[str, Precision | None] = dict.fromkeys(model.linear_shapes())
@@ -369,9 +372,9 @@ class _Conversion:
     def _carry(self, output: Output, name: str) -> None:
         """Write a float tensor; a tied matrix once."""
         model, target = self.model, self.model.written_name(name)
-        if target is None:
+        if target is None or name in self.left_out:
             return
-        if self.dtype is not None and model.checkpoint.dtype(name) in FLOAT_DTYPES:
+        if self.dtype is not None and is_float(model.checkpoint.dtype(name)):
             output.add(target, self._cast(model.checkpoint.read(name), name))
             return
         output.carry(model.checkpoint, name, {}, target)

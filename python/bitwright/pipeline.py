@@ -286,6 +286,7 @@ def quantize(
         raise ValueError("drift: needs calibration data, which the model is run on")
 
     original = load_model(model)
+    original.warn_of_unused()
     declared = original.checkpoint.config != float_config(original.checkpoint.config)
     if original.format and (declared or original.quantized_layers()) and not allow_requantize:
         raise ValueError(
@@ -520,6 +521,7 @@ class Run:
         self.original: States | None = None
         self.packed = model.packed_tensors()
         self.stacked = model.stacked_tensors()
+        self.left_out = model.left_out(format)
         self.shapes = model.linear_shapes()
 
     def write(
@@ -537,7 +539,7 @@ class Run:
         `default` is the precision that config.json takes for granted, `facts` are for the model card, and
         `identity` is what decides the result beside what the run knows itself."""
         model, kind = self.model, self.format
-        config = kind.spell(float_config(model.checkpoint.config))
+        config = model.config_for(kind)
         _check_experts(model, kind, self.plan)
         written = as_written(model, kind, self.plan)
         config.update(kind.config(default, written, model.names.block.format("")))
@@ -566,7 +568,7 @@ class Run:
                     Path(out),
                     self.options.method,
                     model.checkpoint,
-                    parameter_count(model),
+                    parameter_count(model, self.left_out),
                     self._calibration_tokens(),
                     journal.seconds(),
                 )
@@ -1176,7 +1178,7 @@ class Run:
         model = self.model
         for name in names:
             target = model.written_name(name)
-            if name in self.packed or target is None:
+            if name in self.packed or name in self.left_out or target is None:
                 continue
             layers = self.stacked.get(name, [target.removesuffix(".weight")])
             if all(self.plan.get(layer) is not None for layer in layers):
@@ -1187,7 +1189,7 @@ class Run:
             ):
                 for layer in layers:
                     if self.plan.get(layer) is None:
-                        self._carry_expert(layer, model.checkpoint.dtype(name))
+                        self._carry_expert(layer, model.stored_dtype(name))
                 continue
             self.output.carry(model.checkpoint, name, self.changed, target)
 

@@ -128,7 +128,9 @@ class GgufCheckpoint(Checkpoint):
             )
             self._shards = {self.path: shard}
             self._tensors = {
-                name: _Tensor(self.path, TYPE_NAMES[info.dtype], names.shape(info.name, info.shape))
+                name: _Tensor(
+                    self.path, TYPE_NAMES[info.dtype], names.shape(info.name, info.shape), name
+                )
                 for name, (info, _) in shard.tensors.items()
             }
             self._names = sorted(self._tensors)

@@ -12,6 +12,9 @@ from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.format import Format, Precision, read_shaped
 from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
 
+# Families that mlx-lm never builds with a head of their own, and always.
+ALWAYS_TIED = ("gemma", "gemma2")
+NEVER_TIED = ("deepseek_v2", "deepseek_v3", "glm4", "qwen2_moe")
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 
@@ -26,6 +29,7 @@ class MlxFormat(Format):
     scale_dtypes = FLOATS
     embeddings = True
     stacks_experts = True
+    refuses_unknown = True
     parts = ("weight", "scales", "biases")
     engines = "mlx-lm"
     metadata = "mlx"
@@ -72,6 +76,17 @@ class MlxFormat(Format):
                 settings[name] = {"group_size": precision.group_size, "bits": precision.bits}
         # mlx-lm reads the first key; the second is the one that model hubs look at.
         return {"quantization": settings, "quantization_config": settings}
+
+    @classmethod
+    def check_head(cls, model_type: str, tied: bool) -> None:
+        if model_type in (NEVER_TIED if tied else ALWAYS_TIED):
+            known, here = "with", "the embedding is the head"
+            if not tied:
+                known, here = "without", "the head differs from the embedding"
+            raise ValueError(
+                f"format: mlx-lm knows {model_type} only {known} a head of its own, but {here} here. "
+                f"Choose another format"
+            )
 
     @classmethod
     def spell(cls, config: Mapping[str, Any]) -> dict[str, Any]:
