@@ -22,6 +22,7 @@ MODEL_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+OTHER_FLOATS = ("float64", "float8_e4m3fn", "float8_e5m2")  # that are read, and not written
 LayerType = Literal["full_attention", "sliding_attention"]
 _LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 _LARGEST_INTEGER = 2**31 - 1
@@ -478,7 +479,7 @@ class Keys:
 
 
 def _dtype(top: Keys) -> np.dtype[Any] | None:
-    if top.get("dtype") is None:
+    if top.get("dtype") is None or str(top.get("dtype")) in OTHER_FLOATS:
         return None
     return MODEL_DTYPES[top.choice("dtype", list(MODEL_DTYPES))]
 

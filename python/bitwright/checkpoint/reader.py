@@ -38,11 +38,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 """The tensor types that are read and written, by their safetensors names."""
+_BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)  # holds every number of 8 bits
 _WRITTEN_AS: dict[np.dtype[Any], np.dtype[Any]] = {
     np.dtype(np.float64): np.dtype(np.float32),
-    **dict.fromkeys(
-        FLOATS_OF_8_BITS, np.dtype(ml_dtypes.bfloat16)
-    ),  # which holds all their numbers
+    **dict.fromkeys(FLOATS_OF_8_BITS.values(), _BFLOAT16),
 }
 
 INDEX_NAME = "model.safetensors.index.json"

@@ -131,12 +131,12 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def warn_of_head(checkpoint: Checkpoint, names: Names) -> None:
+def warn_of_head(checkpoint: Checkpoint, head: str) -> None:
     """Say that the stored head is taken, not the embedding."""
     warn(
         f"{checkpoint.folder}: config.json says that embedding and head are one matrix "
-        f"(tie_word_embeddings), but {names.head} differs from {names.embedding}; the head is used, as "
-        f"transformers does, and what is written says false"
+        f"(tie_word_embeddings), but {head}.weight is stored and differs; it is used, as transformers "
+        f"does, and what is written says false"
     )
 
 

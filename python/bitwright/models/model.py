@@ -19,7 +19,7 @@ from bitwright.checkpoint import (
     float_config,
     open_checkpoint,
 )
-from bitwright.checkpoint.config import MODEL_DTYPES
+from bitwright.checkpoint.config import MODEL_DTYPES, OTHER_FLOATS
 from bitwright.checkpoint.reader import written_dtype
 from bitwright.errors import CheckpointError, shown
 from bitwright.formats import Format, detect_format
@@ -79,7 +79,7 @@ class Model:
         settle_names(checkpoint, self.names)
         self.format = detect_format(checkpoint)
         if self.config.tie_word_embeddings and has_own_head(checkpoint, self.names):
-            warn_of_head(checkpoint, self.names)
+            warn_of_head(checkpoint, self.names.head)
             checkpoint.config = untied(checkpoint.config)
         self.config = ModelConfig.from_dict(checkpoint.config, source, rules)
         self.embedding_name, self.head_name = self._embedding_and_head()
@@ -223,6 +223,9 @@ class Model:
         if format.refuses_unknown and self.architecture.rules.section is None:
             # Engines take other defaults than transformers, or none.
             config.setdefault("tie_word_embeddings", self.tied)
+        for key in ("dtype", "torch_dtype"):
+            if config.get(key) in OTHER_FLOATS:
+                config[key] = str(self.dtype)
         return format.spell(config)
 
     def left_out(self, format: type[Format]) -> set[str]:
