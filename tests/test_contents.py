@@ -20,6 +20,7 @@ from bitwright.checkpoint import Checkpoint
 from bitwright.checkpoint.reader import INDEX_NAME
 from bitwright.checkpoint.shard import FLOATS_OF_8_BITS
 from bitwright.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError
+from bitwright.formats.mlx import MlxFormat
 
 TINY = TESTS / "data" / "tiny"
 IDS = [[1, 5, 9, 20, 31, 7]]
@@ -477,6 +478,61 @@ def test_mlx_settings_are_found_where_model_hubs_look(tmp_path: Path) -> None:
     )
     only = changed(folder, tmp_path / "in", lambda config: config.pop("quantization"))
     assert np.array_equal(logits(only), logits(folder))
+
+
+def absorbed(name: str, bits: int | None) -> Change:
+    """Split the matrix of keys and values as mlx-lm does, and quantize both stacks in groups of 16."""
+    config = config_of(TINY / name)
+    plain, heads = config["qk_nope_head_dim"], config["num_attention_heads"]
+
+    def split(arrays: Arrays) -> None:
+        for tensor in [each for each in arrays if each.endswith("kv_b_proj.weight")]:
+            matrix = arrays.pop(tensor)
+            parts = matrix.reshape(heads, -1, matrix.shape[1])
+            stacks = {"embed_q": parts[:, :plain].swapaxes(1, 2), "unembed_out": parts[:, plain:]}
+            for stack, each in stacks.items():
+                layer = tensor.replace("kv_b_proj.weight", stack)
+                if bits is None:
+                    arrays[f"{layer}.weight"] = np.ascontiguousarray(each)
+                    continue
+                rounded = [
+                    bitwright.quantize_rtn(np.ascontiguousarray(head, np.float32), bits, 16)
+                    for head in each
+                ]
+                for end in ("weight", "scales", "biases"):
+                    packed = [MlxFormat.pack("x", head)[f"x.{end}"] for head in rounded]
+                    arrays[f"{layer}.{end}"] = np.stack(packed)
+                stacks[stack] = np.stack([head.dequantize() for head in rounded])
+            if bits is not None:
+                joined = (stacks["embed_q"].swapaxes(1, 2), stacks["unembed_out"])
+                EXPECTED[tensor] = np.concatenate(joined, axis=1).reshape(matrix.shape)
+
+    return split
+
+
+EXPECTED: Arrays = {}
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v3-qlora"])
+def test_absorbed_keys_and_values_are_one_matrix(
+    name: str, bits: int | None, tmp_path: Path
+) -> None:
+    EXPECTED.clear()
+
+    def declare(config: dict[str, Any]) -> None:
+        if bits:
+            own = {"model.layers.0.self_attn.embed_q": {"bits": bits, "group_size": 16}}
+            config["quantization"] = {"bits": bits, "group_size": 16, **own}
+
+    folder = changed(TINY / name, tmp_path / "in", declare, absorbed(name, bits))
+    twin = changed(TINY / name, tmp_path / "twin", None, lambda arrays: {**arrays, **EXPECTED})
+    assert np.array_equal(silent(lambda: logits(folder)), logits(twin))
+    assert silent(lambda: bitwright.load_model(folder)).unused() == []
+    options: dict[str, Any] = {"exclude": ["*self_attn*"], "allow_requantize": True}
+    out = quantized(folder, tmp_path / "out", **options)
+    assert names_of(out) == names_of(quantized(TINY / name, tmp_path / "b", **options))
+    assert "model.layers.0.self_attn.embed_q" not in config_of(out)["quantization"]
 
 
 # Files and their index.

@@ -126,6 +126,7 @@ class GgufCheckpoint(Checkpoint):
                     if name not in ROTATION_TENSORS
                 },
             )
+            self._made = {}
             self._shards = {self.path: shard}
             self._tensors = {
                 name: _Tensor(

@@ -1,12 +1,13 @@
 """Checkpoint folders, read lazily: opening one reads headers, reading a tensor only that one."""
 
+import copy
 import difflib
 import json
 import math
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,7 @@ class Checkpoint:
             files = [self.folder / name for name in sorted(set(weight_map.values()))]
         self._shards: dict[Path, Any] = {}  # the library's handles have no types
         self._tensors: dict[str, _Tensor] = {}
+        self._made: dict[str, Callable[[], NDArray[Any]]] = {}
         with ExitStack() as stack:
             for file in files:
                 self._shards[file] = stack.enter_context(_open_shard(file))
@@ -234,6 +236,32 @@ class Checkpoint:
             )
         self._tensors, self._names = renamed, sorted(renamed)
 
+    def replace(
+        self,
+        parts: Collection[str],
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        make: "Callable[[Checkpoint], NDArray[Any]]",
+    ) -> None:
+        """Know some tensors as one from now on, which is made of them when it is read.
+
+        Parameters
+        ----------
+        parts : collection of str
+            Names, which are not known any longer.
+        name, dtype, shape : str, str, tuple of int
+            Of the one; the dtype by its safetensors name.
+        make : callable
+            Given a checkpoint with the parts, returns the one.
+        """
+        whole = copy.copy(self)
+        first = whole._tensors[next(iter(parts))]
+        self._tensors = {each: place for each, place in whole._tensors.items() if each not in parts}
+        self._tensors[name] = _Tensor(first.file, dtype, shape, name)
+        self._names = sorted(self._tensors)
+        self._made = {**self._made, name: lambda: make(whole)}
+
     def file(self, name: str) -> Path:
         """Tell which file holds a tensor.
 
@@ -273,6 +301,8 @@ class Checkpoint:
             If there is no such tensor, its dtype is not supported, the checkpoint is closed, or
             the file changed underneath.
         """
+        if name in self._made:
+            return self._made[name]()
         stored = self._tensor(name).stored
         return self._read(name, lambda shard: shard.get_tensor(stored))
 

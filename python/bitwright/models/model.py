@@ -25,6 +25,8 @@ from bitwright.errors import CheckpointError, shown
 from bitwright.formats import Format, detect_format
 from bitwright.formats.stored import is_float
 from bitwright.models import ARCHITECTURES
+from bitwright.models.absorbed import join_absorbed
+from bitwright.models.architecture import LatentAttention
 from bitwright.models.block import DecoderBlock, Rotation
 from bitwright.models.contents import (
     has_own_head,
@@ -78,6 +80,9 @@ class Model:
         self.names = self.architecture.names[0]
         settle_names(checkpoint, self.names)
         self.format = detect_format(checkpoint)
+        if isinstance(self.architecture.attention, LatentAttention):
+            blocks = map(self.block_prefix, range(self.config.num_hidden_layers))
+            join_absorbed(checkpoint, self.architecture.attention, blocks, self.format)
         if self.config.tie_word_embeddings and has_own_head(checkpoint, self.names):
             warn_of_head(checkpoint, self.names.head)
             checkpoint.config = untied(checkpoint.config)
