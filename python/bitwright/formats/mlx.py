@@ -106,6 +106,8 @@ class MlxFormat(Format):
         spelled = {key: value for key, value in old.items() if value is not None} | dict(config)
         if isinstance(config.get("text_config"), dict):
             spelled["text_config"] = cls.spell(config["text_config"])
+            if "vocab_size" in config["text_config"]:  # the outer one wins, and has a default
+                spelled.setdefault("vocab_size", config["text_config"]["vocab_size"])
         return spelled
 
     def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
