@@ -334,6 +334,28 @@ def test_a_settings_file_beside_floats_is_not_believed(tmp_path: Path) -> None:
         assert np.array_equal(logits(folder), logits(bitwright.demo_folder()))
 
 
+def test_quantization_of_a_text_part_is_not_believed_either(tmp_path: Path) -> None:
+    folder = changed(
+        TINY / "gemma3",
+        tmp_path / "in",
+        lambda config: config["text_config"].update(quantization_config=LEFTOVERS["fp8"]),
+    )
+    with pytest.warns(bitwright.BitwrightWarning, match="all of them are floats"):
+        out = quantized(folder, tmp_path / "out", exclude=["*self_attn*"])
+    assert config_of(out) == config_of(
+        quantized(TINY / "gemma3", tmp_path / "b", exclude=["*self_attn*"])
+    )
+
+
+def test_settings_of_a_text_part_are_read(tmp_path: Path) -> None:
+    out = quantized(TINY / "gemma3", tmp_path / "out", "gptq", exclude=["*self_attn*"])
+
+    def inward(config: dict[str, Any]) -> None:
+        config["text_config"]["quantization_config"] = config.pop("quantization_config")
+
+    assert np.array_equal(logits(changed(out, tmp_path / "in", inward)), logits(out))
+
+
 def as_fp8(arrays: Arrays) -> None:
     for name in [each for each in arrays if each.endswith("_proj.weight")]:
         arrays[name] = arrays[name].astype(ml_dtypes.float8_e4m3fn)

@@ -117,7 +117,7 @@ def test_mlx_lm_loads_what_is_made_of_them(tmp_path: Path) -> None:
 
 
 def test_what_mlx_lm_saves_is_read(tmp_path: Path) -> None:
-    """Families under the names that they have there, in float and quantized; of samples that are shorter than
+    """Families under the names that they have there, in float and quantized; with samples shorter than
     windows, which mlx-lm does not know in all of them."""
     names = (
         "deepseek_v3",

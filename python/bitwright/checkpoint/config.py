@@ -653,7 +653,7 @@ def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) 
 
 
 def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json without what it says of quantization.
+    """Return config.json without what it says of quantization, as a whole or in its part for text.
 
     Parameters
     ----------
@@ -666,7 +666,7 @@ def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
         The rest, in the same order.
     """
     return {
-        key: value
+        key: float_config(value) if key == "text_config" and isinstance(value, dict) else value
         for key, value in config.items()
         if key not in ("quantization", "quantization_config")
     }

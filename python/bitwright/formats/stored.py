@@ -48,6 +48,11 @@ def settle_quantization(checkpoint: Checkpoint) -> str | None:
         return "gguf"
     found = packing(checkpoint)
     config = checkpoint.config
+    text = config.get("text_config")
+    if isinstance(text, dict) and text.get("quantization_config"):
+        # Some multimodal models say it of their text part, which is all that we look at.
+        inner = {"quantization_config": text["quantization_config"]}
+        config = checkpoint.config = {**float_config(config), **inner, **_quantization(config)}
     declared = config.get("quantization") or config.get("quantization_config")
     if not declared:
         name, settings = _separate_settings(checkpoint)
@@ -74,6 +79,11 @@ def settle_quantization(checkpoint: Checkpoint) -> str | None:
         if isinstance(settings, dict) and "group_size" in settings:
             checkpoint.config = {**config, "quantization": settings}
     return found
+
+
+def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("quantization", "quantization_config")
+    return {key: config[key] for key in keys if config.get(key)}
 
 
 def packing(checkpoint: Checkpoint) -> str | None:

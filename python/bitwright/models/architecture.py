@@ -107,7 +107,8 @@ class Architecture:
     rules
         How to read its config.json.
     names
-        Where its tensors may be: the first whose embedding or head is stored.
+        Of its tensors; the first are those that engines know and that are written. They are found under
+        other prefixes, too.
     attention, mlp, experts
         The parts of its blocks; which layers have experts, ``rules`` says.
     attention_norm, mlp_norm
