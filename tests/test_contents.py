@@ -557,6 +557,19 @@ def test_absorbed_keys_and_values_are_one_matrix(
     assert "model.layers.0.self_attn.embed_q" not in config_of(out)["quantization"]
 
 
+def test_mlx_keeps_the_matrix_of_latent_keys_and_values_in_float(tmp_path: Path) -> None:
+    """mlx-lm would round it a second time."""
+    name = "model.layers.0.self_attn.kv_b_proj"
+    skip = ["*self_attn.o_proj", "*self_attn.q*"]
+    for model in ("deepseek_v3", "deepseek_v3-qlora"):
+        out = quantized(TINY / model, tmp_path / model, exclude=skip)
+        assert bitwright.load_model(out).quantized(name) is None
+    other = quantized(TINY / "deepseek_v3", tmp_path / "ct", "compressed-tensors", exclude=skip)
+    assert bitwright.load_model(other).quantized(name) is not None
+    bitwright.convert(other, tmp_path / "mlx", "mlx", progress=False, allow_requantize=True)
+    assert bitwright.load_model(tmp_path / "mlx").quantized(name) is None
+
+
 # Files and their index.
 
 

@@ -175,7 +175,10 @@ class _Conversion:
         for group in self._groups():
             for _ in group:
                 step()
-            if not kind.embeddings and self.matrices.issuperset(group):
+            model_type = self.model.config.model_type
+            if (not kind.embeddings and self.matrices.issuperset(group)) or kind.keeps_in_float(
+                model_type, group[0]
+            ):
                 plan |= {self._target(name): None for name in group}
                 continue
             tensors = {name: self._tensor(name) for name in group}

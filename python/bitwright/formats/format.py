@@ -127,6 +127,11 @@ class Format:
         return dict(config)
 
     @classmethod
+    def keeps_in_float(cls, model_type: str, layer: str) -> bool:
+        """Tell whether engines have no use for a layer of this name that is quantized."""
+        return False
+
+    @classmethod
     def check_head(cls, model_type: str, tied: bool) -> None:
         """Raise ValueError if engines cannot load a model of this type whose head is the embedding, or is
         not."""

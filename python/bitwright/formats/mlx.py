@@ -78,6 +78,11 @@ class MlxFormat(Format):
         return {"quantization": settings, "quantization_config": settings}
 
     @classmethod
+    def keeps_in_float(cls, model_type: str, layer: str) -> bool:
+        # mlx-lm splits it into stacks when it is loaded, and rounds these again, in other groups.
+        return model_type == "deepseek_v3" and layer.endswith("self_attn.kv_b_proj")
+
+    @classmethod
     def check_head(cls, model_type: str, tied: bool) -> None:
         if model_type in (NEVER_TIED if tied else ALWAYS_TIED):
             known, here = "with", "the embedding is the head"

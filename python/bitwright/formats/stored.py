@@ -16,7 +16,7 @@ SEPARATE_FILES = ("quantize_config.json", "quant_config.json")
 """Where AutoGPTQ and AutoAWQ said what is said in config.json today."""
 _SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size"}
 _SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scales")
-_PACKED_PARTS = (*(f".{part}" for part in _SCALES), ".qweight", ".qzeros", ".weight_packed")
+_PACKED_PARTS = (*(f".{part}" for part in _SCALES), ".qweight", ".qzeros", ".weight_packed", ".B")
 _OTHERS = {  # endings of names that only one tool writes
     "weight.absmax": "bitsandbytes",
     "weight.quant_map": "bitsandbytes",
