@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.checkpoint import Checkpoint, GgufCheckpoint, float_config
-from bitwright.checkpoint.config import MODEL_DTYPES
+from bitwright.checkpoint.config import MODEL_DTYPES, QUANTIZATION_KEYS
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.shard import FLOATS_OF_8_BITS
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
@@ -48,12 +48,7 @@ def settle_quantization(checkpoint: Checkpoint) -> str | None:
         return "gguf"
     found = packing(checkpoint)
     config = checkpoint.config
-    text = config.get("text_config")
-    if isinstance(text, dict) and text.get("quantization_config"):
-        # Some multimodal models say it of their text part, which is all that we look at.
-        inner = {"quantization_config": text["quantization_config"]}
-        config = checkpoint.config = {**float_config(config), **inner, **_quantization(config)}
-    declared = config.get("quantization") or config.get("quantization_config")
+    declared = _declarations(config)
     if not declared:
         name, settings = _separate_settings(checkpoint)
         if name is not None and found is None and _all_floats(checkpoint):
@@ -71,19 +66,20 @@ def settle_quantization(checkpoint: Checkpoint) -> str | None:
                 f"what the tool that made it has written, or start from the original"
             )
     elif found is None and _all_floats(checkpoint):
-        key = "quantization" if config.get("quantization") else "quantization_config"
-        _warn_of_leftover(checkpoint, f'config.json ("{key}")')
+        _warn_of_leftover(checkpoint, f'config.json ("{declared[0]}")')
         checkpoint.config = float_config(config)
     elif found == "mlx" and not config.get("quantization"):
-        settings = config["quantization_config"]
-        if isinstance(settings, dict) and "group_size" in settings:
-            checkpoint.config = {**config, "quantization": settings}
+        known = config.get("quantization_config")
+        if isinstance(known, dict) and "group_size" in known:
+            checkpoint.config = {**config, "quantization": known}
     return found
 
 
-def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("quantization", "quantization_config")
-    return {key: config[key] for key in keys if config.get(key)}
+def _declarations(config: Mapping[str, Any]) -> list[str]:
+    """Return the keys under which config.json, or its part for text, speaks of quantization."""
+    text = config.get("text_config")
+    parts = (("", config), ("text_config.", text if isinstance(text, dict) else {}))
+    return [f"{name}{key}" for name, part in parts for key in QUANTIZATION_KEYS if part.get(key)]
 
 
 def packing(checkpoint: Checkpoint) -> str | None:

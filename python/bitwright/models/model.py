@@ -18,6 +18,7 @@ from bitwright.checkpoint import (
     RopeConfig,
     float_config,
     open_checkpoint,
+    plainly_spelled,
 )
 from bitwright.checkpoint.config import MODEL_DTYPES, OTHER_FLOATS
 from bitwright.checkpoint.reader import written_dtype
@@ -224,7 +225,7 @@ class Model:
             If the format's engine cannot load a model with such a head.
         """
         format.check_head(self.config.model_type, self.tied)
-        config = float_config(self.checkpoint.config)
+        config = plainly_spelled(float_config(self.checkpoint.config))
         if format.refuses_unknown and self.architecture.rules.section is None:
             # Engines take other defaults than transformers, or none.
             config.setdefault("tie_word_embeddings", self.tied)
