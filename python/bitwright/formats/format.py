@@ -136,8 +136,11 @@ class Format:
         """Raise ValueError if engines cannot load a model of this type whose head is the embedding, or is
         not."""
 
-    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
-        """Return layer `name`, None if it is not quantized."""
+    def read(
+        self, checkpoint: Checkpoint | CheckpointSlice, name: str, channels: int | None = None
+    ) -> QuantizedTensor | None:
+        """Return layer `name`, None if it is not quantized. The model has so many input `channels` there:
+        not all formats' tensors tell."""
         raise NotImplementedError
 
     @classmethod
