@@ -634,3 +634,55 @@ def test_the_command(tmp_path: Path, folders: Callable[[str], Path]) -> None:
     assert done.returncode == 0, done.stderr
     assert "bits per weight" in done.stdout
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def contradicted(
+    model: Path, to: Path, config: dict[str, Any], tensors: Callable[..., Any]
+) -> Path:
+    """Copy a model with some keys of config.json replaced and its tensors changed."""
+    shutil.copytree(model, to)
+    settings = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**settings, **config}))
+    arrays = load_file(to / "model.safetensors")
+    save_file(tensors(arrays) or arrays, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "stablelm", "qwen2"])
+def test_tensors_decide_here_too(folders: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """Saved without prefixes, called tied and FP8, with a layer too many and a classifier."""
+
+    def change(arrays: dict[str, Any]) -> dict[str, Any]:
+        embedding = arrays["model.embed_tokens.weight"]
+        arrays["lm_head.weight"] = embedding[::-1].copy()
+        layers = [each for each in arrays if each.startswith("model.layers.1.")]
+        arrays |= {each.replace("layers.1", "layers.9"): arrays[each] for each in layers}
+        arrays["score.weight"] = embedding[:2].copy()
+        return {each.removeprefix("model."): array for each, array in arrays.items()}
+
+    said = {"tie_word_embeddings": True, "quantization_config": {"quant_method": "fp8"}}
+    model = contradicted(folders(name), tmp_path / "model", said, change)
+    messages = [
+        "all of them are floats",
+        "lm_head.weight is stored and differs",
+        "nothing computes",
+    ]
+    options: dict[str, Any] = {"method": "rtn", "calibration": None, "bits": 4}
+    options["exclude"] = ["*self_attn*"]
+    for format in ("mlx", "gptq"):
+        with pytest.warns(bitwright.BitwrightWarning, match="nothing computes"):
+            report = run(model, tmp_path / format, format=format, **options)
+        for message, warning in zip(messages, report.warnings, strict=True):
+            assert message in warning
+        config = json.loads((tmp_path / format / "config.json").read_text())
+        assert config["tie_word_embeddings"] is False
+        assert config["quantization_config"].get("quant_method") != "fp8"
+        names = set(bitwright.Checkpoint(tmp_path / format).names())
+        extra = {each for each in names if "layers.9" in each or each.startswith("score")}
+        assert bool(extra) == (format == "gptq")  # mlx-lm refuses what it does not know
+        assert {each for each in names - extra if each.startswith("model.")} == names - extra - {
+            "lm_head.weight"
+        }
+        head = bitwright.Checkpoint(tmp_path / format).read("lm_head.weight")
+        whole = bitwright.Checkpoint(folders(name)).read("model.embed_tokens.weight")
+        assert np.array_equal(head, whole[::-1])

@@ -181,7 +181,7 @@ def test_wrong_rope_values_are_named(change: dict[str, Any], message: str) -> No
     [
         ({"model_type": "mamba"}, "'mamba', which is not supported; supported are: deepseek_v2"),
         ({"hidden_act": "gelu_new"}, "'gelu_new'.*supported are: silu"),
-        ({"dtype": "float8_e4m3fn"}, "'float8_e4m3fn'.*float32, float16, bfloat16"),
+        ({"dtype": "float8_e8m0fnu"}, "'float8_e8m0fnu'.*float32, float16, bfloat16"),
         ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "'mrope'.*default, linear, dynamic"),
         ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "layer to layer"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -214,7 +214,6 @@ NORM = "model.layers.1.post_attention_layernorm.weight"
         ),
         ({"model_type": "gpt2"}, {}, ["model_type", "gpt2", "llama"]),
         ({"hidden_size": 128}, {}, ["128"]),
-        ({"quantization_config": {"quant_method": "awq"}}, {}, ["awq"]),
         ({}, {"group_size": 48}, ["group", "48"]),
         ({}, {"group_size": 128}, ["group", "128"]),
         ({}, {"bits": 7}, ["bits", "7"]),

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -209,14 +209,17 @@ def quantize_with_transformers(
     in_float: dict[str, Precision | None] = dict.fromkeys(original.routers())
     config.update(kind.config(default, {**in_float, **plan}, ""))
     checkpoint = original.checkpoint
-    weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    left_out = set(original.unused) if kind.refuses_unknown else set()
+    weights = sum(
+        math.prod(checkpoint.shape(name)) for name in checkpoint.names() if name not in left_out
+    )
     with (
         made_by(python_call(quantize_with_transformers, arguments)),
         CheckpointWriter(
             out, overwrite, metadata={"format": kind.metadata}, source=original.folder
         ) as writer,
     ):
-        run = _Run(original, Output(writer, kind), plan, options, n_grid, dtype, tokens)
+        run = _Run(original, Output(writer, kind), plan, options, n_grid, dtype, tokens, left_out)
         run.go(progress)
         writer.write_json("config.json", config)
         copy_side_files(checkpoint, writer)
@@ -312,8 +315,10 @@ class _Run:
         n_grid: int,
         scale_dtype: np.dtype[Any],
         tokens: NDArray[np.int32] | None,
+        left_out: Collection[str],
     ) -> None:
         self.model = model
+        self.left_out = left_out
         self.output = output
         self.plan = plan
         self.wanted = {name for name, precision in plan.items() if precision is not None}
@@ -534,7 +539,7 @@ class _Run:
         """Write the tensors that stay as they are, and the norms that are changed."""
         checkpoint = self.model.checkpoint
         for name in checkpoint.names():
-            if name.removesuffix(".weight") in self.wanted:
+            if name.removesuffix(".weight") in self.wanted or name in self.left_out:
                 continue
             self.output.carry(checkpoint, name, self.changed)
 

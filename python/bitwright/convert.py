@@ -20,6 +20,7 @@ from bitwright.checkpoint import (
 )
 from bitwright.errors import check_choice
 from bitwright.formats import FORMATS, Format, FormatName, Precision
+from bitwright.formats.stored import is_float
 from bitwright.home import expands_home
 from bitwright.methods.grid import FLOAT_DTYPES
 from bitwright.methods.regrid import ROUNDING, is_rounding, lost, regrid
@@ -102,6 +103,7 @@ def convert(
     arguments = dict(locals())
     check_choice("format", format, (*FORMATS, "float"))
     model = load_model(source)
+    model.warn_of_unused()
     float_dtype = None if dtype is None else np.dtype(dtype)
     if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
@@ -187,6 +189,7 @@ class _Conversion:
         self.lost: dict[str, _Choice] = {}
         self.report: list[ConvertedLayer] = []
         self.reordered = False
+        self.left_out = set() if kind is None else model.left_out(kind)
 
     def plan(self, step: Any) -> dict[str, _Choice | None]:
         """Return what each layer becomes, and remember what that loses."""
@@ -200,7 +203,10 @@ class _Conversion:
         for group in self._groups():
             for _ in group:
                 step()
-            if not kind.embeddings and self.matrices.issuperset(group):
+            model_type = self.model.config.model_type
+            if (not kind.embeddings and self.matrices.issuperset(group)) or kind.keeps_in_float(
+                model_type, group[0]
+            ):
                 plan |= {self._target(name): None for name in group}
                 continue
             tensors, known = self._tensors(group), dict[Any, _Choice]()
@@ -291,7 +297,7 @@ class _Conversion:
                 key = "torch_dtype" if "torch_dtype" in config else "dtype"
                 config = {**config, key: wanted}
             return config
-        config = self.kind.spell(config)
+        config = model.config_for(self.kind)
         if not plan:
             return config
         everything: dict[str, Precision | None] = dict.fromkeys(model.linear_shapes())
@@ -456,9 +462,9 @@ class _Conversion:
     def _carry(self, output: Output, name: str) -> None:
         """Write a float tensor; a tied matrix once."""
         model, target = self.model, self.model.written_name(name)
-        if target is None:
+        if target is None or name in self.left_out:
             return
-        if self.dtype is not None and model.checkpoint.dtype(name) in FLOAT_DTYPES:
+        if self.dtype is not None and is_float(model.checkpoint.dtype(name)):
             output.add(target, self._cast(model.checkpoint.read(name), name))
             return
         output.carry(model.checkpoint, name, {}, target)

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,10 +120,10 @@ def evaluate(
     (0.0, 1.0)
     """
     start = time.perf_counter()
-    judged = model if isinstance(model, Model) else load_model(model)
+    judged = _opened(model)
     models = [judged]
     if reference is not None:
-        models.append(reference if isinstance(reference, Model) else load_model(reference))
+        models.append(_opened(reference))
     if len({each.config.vocab_size for each in models}) > 1:
         raise CalibrationError(
             f"{models[1].checkpoint.folder}: the reference's vocabulary has "
@@ -159,6 +159,14 @@ def evaluate(
     )
 
 
+def _opened(model: Model | str | os.PathLike[str]) -> Model:
+    if isinstance(model, Model):
+        return model
+    opened = load_model(model)
+    opened.warn_of_unused()
+    return opened
+
+
 def check_text(
     model: Model, text: TokenSource, length: int | None, samples: int | None = None
 ) -> NDArray[np.int32]:
@@ -180,9 +188,9 @@ def bits_per_weight(model: Model) -> float:
     return 8 * model.checkpoint.nbytes() / parameter_count(model)
 
 
-def parameter_count(model: Model) -> int:
+def parameter_count(model: Model, left_out: Collection[str] = ()) -> int:
     """Return the number of weights of the model in float, a tied matrix counted once; parts that are not
-    the decoder's, such as a vision tower, as they are stored."""
+    the decoder's, such as a vision tower, as they are stored, and without those that are left out."""
     config, checkpoint = model.config, model.checkpoint
     parameters = config.vocab_size * config.hidden_size * (1 if model.tied else 2)
     known: tuple[str, ...] = (model.names.embedding, model.names.head, model.names.final_norm)
@@ -190,7 +198,9 @@ def parameter_count(model: Model) -> int:
         known += (model.block_prefix(index),)
         for shapes in (layout.linears, layout.floats, layout.vectors):
             parameters += sum(math.prod(shape) for shape in shapes.values())
-    others = (name for name in checkpoint.names() if not name.startswith(known))
+    others = (
+        name for name in checkpoint.names() if not name.startswith(known) and name not in left_out
+    )
     final_norm = config.hidden_size * (2 if model.architecture.norm_kind == "layer_norm" else 1)
     return parameters + final_norm + sum(math.prod(checkpoint.shape(n)) for n in others)
 

@@ -125,6 +125,7 @@ def inspect_model(
     check_choice("method", method, METHODS)
     check_choice("preset", preset, ("fast", "default"))
     opened = load_model(model)
+    opened.warn_of_unused()
     counts: Counter[tuple[str, tuple[int, int], bool]] = Counter()
     for layout in opened.layouts:
         for shapes, quantized in ((layout.linears, True), (layout.floats, False)):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.checkpoint import Checkpoint, CheckpointWriter
 from bitwright.checkpoint.fingerprint import digest
+from bitwright.checkpoint.reader import written_dtype
 from bitwright.distributed import current
 from bitwright.errors import OutputError
 from bitwright.formats import Format
@@ -101,11 +102,13 @@ class Output:
         changed: dict[str, Float32],
         target: str | None = None,
     ) -> None:
-        """Write a tensor as it is, or as it was `changed`, rounded to the dtype that it is stored in."""
+        """Write a tensor as it is, or as it was `changed`, rounded to the dtype that it is stored in;
+        floats that engines do not load become such as they do."""
         if self._writer is None:
             changed.pop(name, None)
             return
         array = checkpoint.read(name)
+        array = array.astype(written_dtype(array.dtype), copy=False)
         if name in changed:
             array = changed.pop(name).astype(array.dtype)
         if array.dtype in FLOAT_DTYPES:

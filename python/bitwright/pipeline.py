@@ -20,7 +20,7 @@ from bitwright.activations import ActivationFile
 from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
-from bitwright.checkpoint import CheckpointWriter, copy_side_files, float_config, plainly_spelled
+from bitwright.checkpoint import CheckpointWriter, copy_side_files, float_config
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.work_folder import WorkFolder
@@ -312,6 +312,7 @@ def quantize(
         raise ValueError("drift: needs calibration data, which the model is run on")
 
     original = load_model(model)
+    original.warn_of_unused()
     declared = original.checkpoint.config != float_config(original.checkpoint.config)
     if original.format and (declared or original.quantized_layers()) and not allow_requantize:
         raise ValueError(
@@ -546,6 +547,7 @@ class Run:
         self.original: States | None = None
         self.packed = model.packed_tensors()
         self.stacked = model.stacked_tensors()
+        self.left_out = model.left_out(format)
         self.shapes = model.linear_shapes()
 
     def write(
@@ -563,7 +565,7 @@ class Run:
         `default` is the precision that config.json takes for granted, `facts` are for the model card, and
         `identity` is what decides the result beside what the run knows itself."""
         model, kind = self.model, self.format
-        config = kind.spell(plainly_spelled(float_config(model.checkpoint.config)))
+        config = model.config_for(kind)
         _check_experts(model, kind, self.plan)
         written = as_written(model, kind, self.plan)
         config.update(kind.config(default, written, model.names.block.format("")))
@@ -595,7 +597,7 @@ class Run:
                     Path(out),
                     self.options.method,
                     model.checkpoint,
-                    parameter_count(model),
+                    parameter_count(model, self.left_out),
                     self._calibration_tokens(),
                     journal.seconds(),
                 )
@@ -1220,7 +1222,7 @@ class Run:
         model = self.model
         for name in names:
             target = model.written_name(name)
-            if name in self.packed or target is None:
+            if name in self.packed or name in self.left_out or target is None:
                 continue
             layers = self.stacked.get(name, [target.removesuffix(".weight")])
             if all(self.plan.get(layer) is not None for layer in layers):
@@ -1231,7 +1233,7 @@ class Run:
             ):
                 for layer in layers:
                     if self.plan.get(layer) is None:
-                        self._carry_expert(layer, model.checkpoint.dtype(name))
+                        self._carry_expert(layer, model.stored_dtype(name))
                 continue
             self.output.carry(model.checkpoint, name, self.changed, target)
 

@@ -125,6 +125,8 @@ def plan_layers(
     plan = plan_shapes(
         shapes, default, format, include=include, exclude=exclude, overrides=overrides
     )
+    model_type = model.config.model_type
+    plan.update(dict.fromkeys(n for n in shapes if format.keeps_in_float(model_type, n)))
     plan.update(dict.fromkeys(model.never_quantized()))
     matrix = (model.config.vocab_size, model.config.hidden_size)
     for name, bits, option in (

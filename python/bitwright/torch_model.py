@@ -20,6 +20,13 @@ from bitwright.checkpoint import Checkpoint
 from bitwright.checkpoint.config import MODEL_DTYPES
 from bitwright.errors import BitwrightError, MissingExtraError, UnsupportedModelError, shown
 from bitwright.formats import detect_format
+from bitwright.models.contents import (
+    kinds_of,
+    untied,
+    warn_of_head,
+    warn_of_unused,
+    without_harmless,
+)
 from bitwright.models.fold import FoldKind
 from bitwright.statistics import LayerStatistics, require_finite
 from bitwright.warned import warn
@@ -155,10 +162,14 @@ class TorchModel:
             raise ValueError(
                 f"{self.folder}: is quantized already ({declared.name}); start from the original"
             )
-        self.module = self._load()
+        self.module, unexpected = self._load()
         self.prefix = f"{self.module.base_model_prefix}."
+        self._settle_names()
+        self._settle_head()
+        self.unused = self._unused(unexpected)
         self.vocab_size: int = self.module.get_input_embeddings().weight.shape[0]
         name, modules = self._find_blocks()
+        self._warn_of_unused(f"{name}.{{}}", len(modules))
         self.blocks = [
             TorchBlock(index, f"{name}.{index}", module) for index, module in enumerate(modules)
         ]
@@ -204,13 +215,20 @@ class TorchModel:
     def _unsupported(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.folder}: {what}")
 
-    def _load(self) -> Any:
+    def _load(self) -> tuple[Any, list[str]]:
+        """Return the model, and what transformers has found no use for."""
         logging = self.transformers.utils.logging
         shows_bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
+            config = self.transformers.AutoConfig.from_pretrained(
+                str(self.folder), local_files_only=True, trust_remote_code=False
+            )
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config  # of what is in float all the same
             model, report = self.transformers.AutoModelForCausalLM.from_pretrained(
                 str(self.folder),
+                config=config,
                 dtype=self.torch.float32,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -232,7 +250,50 @@ class TorchModel:
                 f"transformers finds no weights for {shown(absent[0])} and would make them up; is this "
                 f"a complete language model?"
             )
-        return model.eval().requires_grad_(False)
+        return model.eval().requires_grad_(False), sorted(map(str, report["unexpected_keys"]))
+
+    def _settle_names(self) -> None:
+        """Know tensors that were saved from the base model alone by their names in the whole."""
+        known = self.module.state_dict().keys()
+        bare = [
+            name
+            for name in self.checkpoint.names()
+            if name not in known and self.prefix + name in known
+        ]
+        roots = tuple({f"{name.partition('.')[0]}." for name in bare})
+        self.checkpoint.rename(
+            {name: self.prefix + name for name in self.checkpoint.names() if name.startswith(roots)}
+        )
+
+    def _settle_head(self) -> None:
+        """Say in config.json that embedding and head are two matrices where transformers has kept both."""
+        head, embedding = self.module.get_output_embeddings(), self.module.get_input_embeddings()
+        text = self.module.config.get_text_config()
+        if (
+            head is not None
+            and getattr(text, "tie_word_embeddings", False)
+            and head.weight.data_ptr() != embedding.weight.data_ptr()
+        ):
+            names = {module: name for name, module in self.module.named_modules()}
+            warn_of_head(self.checkpoint, names[head])
+            self.checkpoint.config = untied(self.checkpoint.config)
+
+    def _unused(self, unexpected: list[str]) -> list[str]:
+        """Return the tensors that transformers has no use for, those that it is told to pass over
+        included."""
+        ignored = getattr(self.module, "_keys_to_ignore_on_load_unexpected", None) or ()
+        known = self.module.state_dict().keys()
+        return [
+            name
+            for name in self.checkpoint.names()
+            if name in unexpected
+            or name.removeprefix(self.prefix) in unexpected
+            or (name not in known and any(re.search(each, name) for each in ignored))
+        ]
+
+    def _warn_of_unused(self, block: str, count: int) -> None:
+        names = without_harmless(self.checkpoint, self.unused)
+        warn_of_unused(self.checkpoint, names, kinds_of(names, block, count))
 
     def _find_blocks(self) -> tuple[str, list[Any]]:
         """Return the longest outermost list of modules that all have linears, and its name."""

@@ -24,6 +24,7 @@ MODEL_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+OTHER_FLOATS = ("float64", "float8_e4m3fn", "float8_e5m2")  # that are read, and not written
 _MEANINGS: dict[str, dict[str, str]] = {
     "hidden_act": {"swish": "silu"},
     "dtype": {"half": "float16", "float": "float32"},
@@ -516,6 +517,8 @@ def _dtype(top: Keys) -> np.dtype[Any] | None:
         return None
     if isinstance(said, str) and said.startswith("torch."):
         top = Keys({"dtype": said.removeprefix("torch.")}, top.source, top.name)
+    if top.get("dtype") in OTHER_FLOATS:
+        return None
     return MODEL_DTYPES[top.choice("dtype", list(MODEL_DTYPES))]
 
 
@@ -713,7 +716,7 @@ def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) 
 
 
 def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json without what it says of quantization.
+    """Return config.json without what it says of quantization, as a whole or in its part for text.
 
     Parameters
     ----------

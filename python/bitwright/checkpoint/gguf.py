@@ -130,9 +130,12 @@ class GgufCheckpoint(Checkpoint):
                     if name not in ROTATION_TENSORS
                 },
             )
+            self._made = {}
             self._shards = {self.path: shard}
             self._tensors = {
-                name: _Tensor(self.path, TYPE_NAMES[info.dtype], names.shape(info.name, info.shape))
+                name: _Tensor(
+                    self.path, TYPE_NAMES[info.dtype], names.shape(info.name, info.shape), name
+                )
                 for name, (info, _) in shard.tensors.items()
             }
             self._names = sorted(self._tensors)

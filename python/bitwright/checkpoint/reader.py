@@ -1,12 +1,13 @@
 """Checkpoint folders, read lazily: opening one reads headers, reading a tensor only that one."""
 
+import copy
 import difflib
 import json
 import math
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from bitwright.checkpoint.shard import FLOATS_OF_8_BITS, Shard
 from bitwright.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError, shown
 from bitwright.home import expands_home
 
@@ -27,6 +29,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    **FLOATS_OF_8_BITS,
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -38,6 +41,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 """The tensor types that are read and written, by their safetensors names."""
+_BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)  # holds every number of 8 bits
+_WRITTEN_AS: dict[np.dtype[Any], np.dtype[Any]] = {
+    np.dtype(np.float64): np.dtype(np.float32),
+    **dict.fromkeys(FLOATS_OF_8_BITS.values(), _BFLOAT16),
+}
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -54,6 +62,7 @@ class _Tensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    stored: str  # its name in the file
 
 
 class Checkpoint:
@@ -70,7 +79,7 @@ class Checkpoint:
     folder : pathlib.Path
         The folder as given.
     config : dict
-        config.json.
+        config.json; what contradicts the tensors is corrected when the folder is opened as a model.
 
     Raises
     ------
@@ -95,13 +104,15 @@ class Checkpoint:
         if weight_map is None:
             files = _files_without_index(self.folder)
         else:
+            _check_files(self.folder, weight_map)
             files = [self.folder / name for name in sorted(set(weight_map.values()))]
         self._shards: dict[Path, Any] = {}  # the library's handles have no types
         self._tensors: dict[str, _Tensor] = {}
+        self._made: dict[str, Callable[[], NDArray[Any]]] = {}
         with ExitStack() as stack:
             for file in files:
                 self._shards[file] = stack.enter_context(_open_shard(file))
-                self._add_tensors(file)
+                self._add_tensors(file, weight_map or {})
             for name, file_name in (weight_map or {}).items():
                 self._check_place(name, self.folder / file_name)
             self._names = sorted(self._tensors)
@@ -192,6 +203,75 @@ class Checkpoint:
             )
         return DTYPES[tensor.dtype]
 
+    def stored_dtype(self, name: str) -> str:
+        """Tell a tensor's dtype by its safetensors name, whether it is supported or not.
+
+        Parameters
+        ----------
+        name : str
+            Tensor name.
+
+        Returns
+        -------
+        str
+            Such as ``"BF16"``.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no such tensor.
+        """
+        return self._tensor(name).dtype
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Know tensors by other names from now on.
+
+        Parameters
+        ----------
+        names : mapping of str to str
+            The new name of each tensor that gets one.
+
+        Raises
+        ------
+        CheckpointError
+            If two tensors would have one name.
+        """
+        renamed = {names.get(name, name): tensor for name, tensor in self._tensors.items()}
+        if len(renamed) < len(self._tensors):
+            twice = next(new for old, new in names.items() if new in self._tensors and old != new)
+            raise CheckpointError(
+                f"{self.folder}: tensor {shown(twice)} is stored under that name and under another, "
+                f"{shown(next(old for old, new in names.items() if new == twice))}. Remove the one that "
+                f"does not belong to the model"
+            )
+        self._tensors, self._names = renamed, sorted(renamed)
+
+    def replace(
+        self,
+        parts: Collection[str],
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        make: "Callable[[Checkpoint], NDArray[Any]]",
+    ) -> None:
+        """Know some tensors as one from now on, which is made of them when it is read.
+
+        Parameters
+        ----------
+        parts : collection of str
+            Names, which are not known any longer.
+        name, dtype, shape : str, str, tuple of int
+            Of the one; the dtype by its safetensors name.
+        make : callable
+            Given a checkpoint with the parts, returns the one.
+        """
+        whole = copy.copy(self)
+        first = whole._tensors[next(iter(parts))]
+        self._tensors = {each: place for each, place in whole._tensors.items() if each not in parts}
+        self._tensors[name] = _Tensor(first.file, dtype, shape, name)
+        self._names = sorted(self._tensors)
+        self._made = {**self._made, name: lambda: make(whole)}
+
     def file(self, name: str) -> Path:
         """Tell which file holds a tensor.
 
@@ -231,7 +311,33 @@ class Checkpoint:
             If there is no such tensor, its dtype is not supported, the checkpoint is closed, or
             the file changed underneath.
         """
-        return self._read(name, lambda shard: shard.get_tensor(name))
+        if name in self._made:
+            return self._made[name]()
+        stored = self._tensor(name).stored
+        return self._read(name, lambda shard: shard.get_tensor(stored))
+
+    def read_rows(self, name: str, first: int, last: int) -> NDArray[Any]:
+        """Read some rows of a tensor, and nothing else.
+
+        Parameters
+        ----------
+        name : str
+            Name of a tensor with one axis or more.
+        first, last : int
+            Along its first axis; the last is not read.
+
+        Returns
+        -------
+        numpy.ndarray
+            A private C-contiguous copy in the stored dtype.
+
+        Raises
+        ------
+        CheckpointError
+            As `read`.
+        """
+        stored = self._tensor(name).stored
+        return self._read(name, lambda shard: shard.get_slice(stored)[first:last])
 
     def read_part(self, name: str, index: int, rows: slice | None = None) -> NDArray[Any]:
         """Read one matrix of a stack, or some of its rows, and nothing else.
@@ -261,8 +367,9 @@ class Checkpoint:
                 f"{self.file(name)}: tensor {shown(name)} has shape {list(shape)}; expected three "
                 f"axes, the first longer than {index}"
             )
+        stored = self._tensor(name).stored
         part: NDArray[Any] = self._read(
-            name, lambda shard: shard.get_slice(name)[index : index + 1, rows or slice(None)]
+            name, lambda shard: shard.get_slice(stored)[index : index + 1, rows or slice(None)]
         )[0]
         return part
 
@@ -306,17 +413,20 @@ class Checkpoint:
         hint = f"; the closest are {', '.join(map(shown, closest))}" if closest else ""
         raise CheckpointError(f"{self.folder}: there is no tensor {shown(name)}{hint}")
 
-    def _add_tensors(self, file: Path) -> None:
+    def _add_tensors(self, file: Path, weight_map: Mapping[str, str]) -> None:
         shard = self._shards[file]
         names: list[str] = shard.keys()
         for name in names:
+            if weight_map.get(name, file.name) != file.name:
+                continue  # the index alone decides where a tensor is
             if name in self._tensors:
                 raise CheckpointError(
                     f"tensor {shown(name)} is both in {self._tensors[name].file} and in {file}. "
                     f"Remove the file that does not belong to the checkpoint"
                 )
             header = shard.get_slice(name)
-            self._tensors[name] = _Tensor(file, header.get_dtype(), tuple(header.get_shape()))
+            shape = tuple(header.get_shape())
+            self._tensors[name] = _Tensor(file, header.get_dtype(), shape, name)
 
     def _check_place(self, name: str, file: Path) -> None:
         if name not in self._tensors or self._tensors[name].file != file:
@@ -351,6 +461,28 @@ class CheckpointSlice:
     def read(self, name: str) -> NDArray[Any]:
         """As `Checkpoint.read_part`."""
         return self._checkpoint.read_part(name, self._index)
+
+
+def written_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Tell the dtype that a tensor is written in where it stays as it is: engines load floats of 16 and 32
+    bits, and some take others for integers.
+
+    Parameters
+    ----------
+    dtype : numpy.dtype
+        What it is stored in.
+
+    Returns
+    -------
+    numpy.dtype
+        float32 for float64, bfloat16 for floats of 8 bits, otherwise `dtype`.
+
+    Examples
+    --------
+    >>> written_dtype(np.dtype(np.float64)), written_dtype(np.dtype(np.int32))
+    (dtype('float32'), dtype('int32'))
+    """
+    return _WRITTEN_AS.get(dtype, dtype)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -499,6 +631,22 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     return weight_map
 
 
+def _check_files(folder: Path, weight_map: Mapping[str, str]) -> None:
+    """Raise unless the files that an index names are there, and say so if others may hold the model."""
+    absent = sorted({each for each in weight_map.values() if not os.path.isfile(folder / each)})
+    whole = folder / SINGLE_NAME
+    if not absent or SINGLE_NAME in weight_map.values() or not os.path.isfile(whole):
+        return  # a file that is absent is named when it is opened
+    with _open_shard(whole) as shard:
+        stored = set(shard.keys())
+    held = sum(name in stored for name in weight_map)
+    raise CheckpointNotFoundError(
+        f"{folder / absent[0]}: the weight file is missing, but {INDEX_NAME} names it. {SINGLE_NAME} "
+        f"beside it holds {held} of the {len(weight_map)} tensors: if that is the model, remove the index; "
+        f"otherwise remove {SINGLE_NAME} and fetch the missing files"
+    )
+
+
 def _files_without_index(folder: Path) -> list[Path]:
     if os.path.lexists(folder / SINGLE_NAME):
         return [folder / SINGLE_NAME]
@@ -540,7 +688,7 @@ def _open_shard(file: Path) -> Any:
     try:
         # pread, because mapped pages would count as memory in use and a file cut short while it
         # is mapped would kill the process.
-        return safe_open(file, framework="numpy", backend="pread")
+        return Shard(file, safe_open(file, framework="numpy", backend="pread"))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file}: is not a sound safetensors file: {shown(str(error))}. Download it again"

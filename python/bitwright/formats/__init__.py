@@ -10,6 +10,7 @@ from bitwright.formats.gguf import GgufFormat
 from bitwright.formats.gptq import GptqFormat
 from bitwright.formats.marlin import MarlinFormat
 from bitwright.formats.mlx import MlxFormat
+from bitwright.formats.stored import check_packing, settle_quantization
 
 FORMATS: dict[FormatName, type[Format]] = {
     "mlx": MlxFormat,
@@ -26,13 +27,20 @@ __all__ = ["FORMATS", "Format", "FormatName", "GroupSize", "Precision", "detect_
 def detect_format(checkpoint: Checkpoint) -> Format | None:
     """Return the reader for a checkpoint's quantized tensors, None where all are in float.
 
+    What the tensors are decides: a quantization that config.json claims for floats is not believed, and
+    removed from ``checkpoint.config``.
+
     Raises
     ------
+    CheckpointError
+        If config.json declares another format than the tensors have.
     UnsupportedModelError
-        If config.json declares a quantization that is not read.
+        If the weights are quantized in a way that is not read.
     """
+    stored = settle_quantization(checkpoint)
     for kind in FORMATS.values():
         if found := kind.detect(checkpoint):
+            check_packing(checkpoint, found.name, stored)
             return found
     said = declaration(checkpoint)
     other = checkpoint.config.get("quantization_config") or checkpoint.config.get("quantization")

@@ -53,6 +53,7 @@ class Format:
     one_precision: ClassVar[bool] = False  # whether all layers must have the same
     one_grid: ClassVar[bool] = False  # whether all layers must have grids of one kind
     reorders: ClassVar[bool] = False  # whether groups may be other than consecutive channels
+    refuses_unknown: ClassVar[bool] = False  # whether engines refuse tensors that they do not use
     parts: ClassVar[tuple[str, ...]]  # endings of the names of tensors that hold a layer
     engines: ClassVar[str]  # what loads it
     metadata: ClassVar[str]  # the "format" that loaders look for in the header of weight files
@@ -124,6 +125,16 @@ class Format:
     def spell(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return config.json with what its loaders need to find in another spelling than the source has."""
         return dict(config)
+
+    @classmethod
+    def keeps_in_float(cls, model_type: str, layer: str) -> bool:
+        """Tell whether engines have no use for a layer of this name that is quantized."""
+        return False
+
+    @classmethod
+    def check_head(cls, model_type: str, tied: bool) -> None:
+        """Raise ValueError if engines cannot load a model of this type whose head is the embedding, or is
+        not."""
 
     def read(
         self, checkpoint: Checkpoint | CheckpointSlice, name: str, channels: int | None = None

@@ -40,6 +40,7 @@ class GgufFormat(Format):
     scale_dtypes = (HALF,)
     embeddings = True
     stacks_experts = True
+    refuses_unknown = True
     parts = ("weight",)
     engines = "llama.cpp"
     metadata = "gguf"

@@ -14,6 +14,9 @@ from bitwright.formats.format import Format, Precision, read_shaped
 from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
 from bitwright.warned import warn
 
+# Families that mlx-lm never builds with a head of their own, and always.
+ALWAYS_TIED = ("gemma", "gemma2")
+NEVER_TIED = ("deepseek_v2", "deepseek_v3", "glm4", "qwen2_moe")
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
 SETTINGS = Settings(
@@ -34,6 +37,7 @@ class MlxFormat(Format):
     scale_dtypes = FLOATS
     embeddings = True
     stacks_experts = True
+    refuses_unknown = True
     parts = ("weight", "scales", "biases")
     engines = "mlx-lm"
     metadata = "mlx"
@@ -101,6 +105,22 @@ class MlxFormat(Format):
         return {"quantization": settings, "quantization_config": settings}
 
     @classmethod
+    def keeps_in_float(cls, model_type: str, layer: str) -> bool:
+        # mlx-lm splits it into stacks when it is loaded, and rounds these again, in other groups.
+        return model_type == "deepseek_v3" and layer.endswith("self_attn.kv_b_proj")
+
+    @classmethod
+    def check_head(cls, model_type: str, tied: bool) -> None:
+        if model_type in (NEVER_TIED if tied else ALWAYS_TIED):
+            known, here = "with", "the embedding is the head"
+            if not tied:
+                known, here = "without", "the head differs from the embedding"
+            raise ValueError(
+                f"format: mlx-lm knows {model_type} only {known} a head of its own, but {here} here. "
+                f"Choose another format"
+            )
+
+    @classmethod
     def spell(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """mlx-lm reads the keys of transformers 4, and takes its defaults in silence where version 5 has
         written others."""
@@ -118,6 +138,8 @@ class MlxFormat(Format):
         spelled = {key: value for key, value in old.items() if value is not None} | dict(config)
         if isinstance(config.get("text_config"), dict):
             spelled["text_config"] = cls.spell(config["text_config"])
+            if "vocab_size" in config["text_config"]:  # the outer one wins, and has a default
+                spelled.setdefault("vocab_size", config["text_config"]["vocab_size"])
         return spelled
 
     def read(

@@ -40,7 +40,8 @@ class LatentAttention:
     """Linears of latent attention (DeepSeek-V2, section 2.1); names within the block.
 
     Queries come from ``query`` or, where there is a query rank, from ``query_down``, its norm and
-    ``query_up``.
+    ``query_up``. MLX stores ``key_value_up`` in two stacks with a matrix per head: ``absorbed_key``,
+    transposed, and ``absorbed_value``.
     """
 
     query: str = "self_attn.q_proj"
@@ -50,6 +51,8 @@ class LatentAttention:
     key_value_down: str = "self_attn.kv_a_proj_with_mqa"
     key_value_norm: str = "self_attn.kv_a_layernorm"
     key_value_up: str = "self_attn.kv_b_proj"
+    absorbed_key: str = "self_attn.embed_q"
+    absorbed_value: str = "self_attn.unembed_out"
     output: str = "self_attn.o_proj"
 
 
@@ -104,7 +107,8 @@ class Architecture:
     rules
         How to read its config.json.
     names
-        Where its tensors may be: the first whose embedding or head is stored.
+        Of its tensors; the first are those that engines know and that are written. They are found under
+        other prefixes, too.
     attention, mlp, experts
         The parts of its blocks; which layers have experts, ``rules`` says.
     attention_norm, mlp_norm

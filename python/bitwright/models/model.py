@@ -16,15 +16,30 @@ from bitwright.checkpoint import (
     LayerType,
     ModelConfig,
     RopeConfig,
+    float_config,
     open_checkpoint,
+    plainly_spelled,
 )
-from bitwright.checkpoint.config import MODEL_DTYPES
+from bitwright.checkpoint.config import MODEL_DTYPES, OTHER_FLOATS
+from bitwright.checkpoint.reader import written_dtype
 from bitwright.errors import CheckpointError, shown
-from bitwright.formats import detect_format
+from bitwright.formats import Format, detect_format
+from bitwright.formats.stored import is_float
 from bitwright.home import expands_home
 from bitwright.models import ARCHITECTURES
-from bitwright.models.architecture import Names
+from bitwright.models.absorbed import join_absorbed
+from bitwright.models.architecture import LatentAttention
 from bitwright.models.block import DecoderBlock, Rotation
+from bitwright.models.contents import (
+    has_own_head,
+    is_stored,
+    kinds_of,
+    settle_names,
+    untied,
+    warn_of_head,
+    warn_of_unused,
+    without_harmless,
+)
 from bitwright.models.layout import BlockLayout, ExpertPlace, block_layout
 from bitwright.models.operations import BlockWeights, Float, Float32, Operations
 from bitwright.models.rope import rope_tables
@@ -64,8 +79,16 @@ class Model:
         rules = {name: family.rules for name, family in ARCHITECTURES.items()}
         self.config = ModelConfig.from_dict(checkpoint.config, source, rules)
         self.architecture = ARCHITECTURES[self.config.model_type]
+        self.names = self.architecture.names[0]
+        settle_names(checkpoint, self.names)
         self.format = detect_format(checkpoint)
-        self.names = self._find_names()
+        if isinstance(self.architecture.attention, LatentAttention):
+            blocks = map(self.block_prefix, range(self.config.num_hidden_layers))
+            join_absorbed(checkpoint, self.architecture.attention, blocks, self.format)
+        if self.config.tie_word_embeddings and has_own_head(checkpoint, self.names):
+            warn_of_head(checkpoint, self.names.head)
+            checkpoint.config = untied(checkpoint.config)
+        self.config = ModelConfig.from_dict(checkpoint.config, source, rules)
         self.embedding_name, self.head_name = self._embedding_and_head()
         self.experts: dict[str, ExpertPlace] = {}
         for name in (self.embedding_name, self.head_name):
@@ -94,7 +117,7 @@ class Model:
         last norm."""
         matrix = f"{self.embedding_name}.weight"
         stored = matrix if self._is_float(matrix) else f"{self.names.final_norm}.weight"
-        return self.config.dtype or self.checkpoint.dtype(stored)
+        return self.config.dtype or written_dtype(self.checkpoint.dtype(stored))
 
     def block_prefix(self, index: int) -> str:
         """Return the start of the names of block `index`'s tensors."""
@@ -168,6 +191,58 @@ class Model:
             return f"{self.names.embedding}.weight"
         return None if tensor == f"{self.names.head}.weight" else tensor
 
+    def unused(self) -> list[str]:
+        """Return the tensors that nothing computes with; parts of a multimodal model that are not the
+        decoder's are none of them."""
+        parts = ("weight", *(() if self.format is None else self.format.parts))
+        layers = {self.names.embedding, self.names.head, *self.linear_shapes()}
+        used = set(self._final_vectors())
+        for index, layout in enumerate(self.layouts):
+            prefix = self.block_prefix(index)
+            layers |= {prefix + name for name in layout.floats}
+            used |= {prefix + name for name in layout.vectors}
+        for place in self.experts.values():
+            layers.add(place.stacked_name)
+            used |= {f"{place.prefix}.{name}" for name in ("gate_up_proj", "down_proj")}
+        used |= {f"{layer}.{part}" for layer in layers for part in parts}
+        decoder = tuple(
+            f"{name.partition('.')[0]}." for name in (self.names.embedding, self.names.head)
+        )
+        return [
+            name
+            for name in self.checkpoint.names()
+            if name not in used
+            and (self.architecture.rules.section is None or name.startswith(decoder))
+        ]
+
+    def warn_of_unused(self) -> None:
+        """Name the tensors that nothing computes with in a warning, if there are any to speak of."""
+        names = without_harmless(self.checkpoint, self.unused())
+        kinds = kinds_of(names, self.names.block, self.config.num_hidden_layers)
+        warn_of_unused(self.checkpoint, names, kinds)
+
+    def config_for(self, format: type[Format]) -> dict[str, Any]:
+        """Return config.json for weights in a format, but for what it says of these.
+
+        Raises
+        ------
+        ValueError
+            If the format's engine cannot load a model with such a head.
+        """
+        format.check_head(self.config.model_type, self.tied)
+        config = plainly_spelled(float_config(self.checkpoint.config))
+        if format.refuses_unknown and self.architecture.rules.section is None:
+            # Engines take other defaults than transformers, or none.
+            config.setdefault("tie_word_embeddings", self.tied)
+        for key in ("dtype", "torch_dtype"):
+            if config.get(key) in OTHER_FLOATS:
+                config[key] = str(self.dtype)
+        return format.spell(config)
+
+    def left_out(self, format: type[Format]) -> set[str]:
+        """Return the tensors that are not written, as the format's engine would refuse them."""
+        return set(self.unused()) if format.refuses_unknown else set()
+
     def quantized_layers(self) -> dict[str, tuple[int, int]]:
         """Return ``(out, in)`` of every layer that is quantized, by full name."""
         packed = set(self.packed_tensors().values())
@@ -198,10 +273,10 @@ class Model:
         return found
 
     def stored_dtype(self, tensor: str) -> np.dtype[Any]:
-        """Return the dtype that a float tensor is stored in, by its full name."""
+        """Return the dtype that a float tensor is stored in when it is written, by its full name."""
         if tensor not in self.checkpoint and tensor.endswith(".weight"):
             tensor = self._source(tensor.removesuffix(".weight"))[0]
-        return self.checkpoint.dtype(tensor)
+        return written_dtype(self.checkpoint.dtype(tensor))
 
     def stacked_tensors(self) -> dict[str, list[str]]:
         """Return the tensors that hold several experts, and the layers in each."""
@@ -258,7 +333,11 @@ class Model:
         """Read the embedding matrix as it is stored, if that is in float, for `embed`."""
         name = f"{self.embedding_name}.weight"
         shape = (self.config.vocab_size, self.config.hidden_size)
-        if not self._is_float(name) or self.checkpoint.shape(name) != shape:
+        if (
+            not self._is_float(name)
+            or self.checkpoint.shape(name) != shape
+            or self.checkpoint.dtype(name) not in MODEL_DTYPES.values()
+        ):
             return self.embedding()
         return self.checkpoint.read(name)
 
@@ -391,29 +470,23 @@ class Model:
         require_finite(logits, f"{self.checkpoint.folder}: logits of these tokens")
         return logits.reshape(*hidden.shape[:2], -1)
 
-    def _find_names(self) -> Names:
-        known = self.architecture.names
-        stored = [
-            names
-            for names in known
-            if self._is_stored(names.embedding) or self._is_stored(names.head)
-        ]
-        return (stored or known)[0]
-
     def _embedding_and_head(self) -> tuple[str, str]:
         embedding, head = self.names.embedding, self.names.head
         if not self.config.tie_word_embeddings:
+            if is_stored(self.checkpoint, embedding) and not is_stored(self.checkpoint, head):
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: there is no {head}.weight, and config.json does not say "
+                    f"that the embedding is the head, too; transformers would make one up. If it is, "
+                    f'write "tie_word_embeddings": true there; otherwise fetch the file with the head'
+                )
             return embedding, head
         # A tied matrix may be stored under either name; transformers takes the embedding's first.
-        stored = [name for name in (embedding, head) if self._is_stored(name)]
+        stored = [name for name in (embedding, head) if is_stored(self.checkpoint, name)]
         if not stored:
             raise CheckpointError(
                 f"{self.checkpoint.folder}: neither {embedding}.weight nor {head}.weight is stored"
             )
         return stored[0], stored[0]
-
-    def _is_stored(self, name: str) -> bool:
-        return any(f"{name}.{part}" in self.checkpoint for part in ("weight", "qweight"))
 
     def _source(self, name: str) -> tuple[str, int | None, slice | None]:
         """Return the tensor that holds the weight of a layer and, of a stack of experts, which part."""
@@ -496,8 +569,7 @@ class Model:
     def _is_float(self, tensor: str) -> bool:
         if tensor not in self.checkpoint:
             return False
-        dtype = self.checkpoint.dtype(tensor)
-        return dtype.kind == "f" or dtype in MODEL_DTYPES.values()
+        return is_float(self.checkpoint.dtype(tensor))
 
     def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if tuple(found) != tuple(expected):

@@ -1,0 +1,102 @@
+"""One safetensors file, floats of 8 bits included, which NumPy and so the library does not have."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+FLOATS_OF_8_BITS: dict[str, np.dtype[Any]] = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+}
+"""Those that weights are stored in, by their safetensors names."""
+
+
+class Shard:
+    """An open file, with the methods of the library's handle.
+
+    Parameters
+    ----------
+    file : pathlib.Path
+        Its path.
+    opened : safetensors.safe_open
+        The library's handle, which has looked whether the file is sound.
+    """
+
+    def __init__(self, file: Path, opened: Any) -> None:
+        self._file = file
+        self._opened = opened
+        self._offsets: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        self._opened.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+    def keys(self) -> list[str]:
+        """Return the names of the tensors."""
+        names: list[str] = self._opened.keys()
+        return names
+
+    def get_slice(self, name: str) -> Any:
+        """Return a tensor of which parts can be read."""
+        found = self._opened.get_slice(name)
+        return _Slice(self, name, found) if found.get_dtype() in FLOATS_OF_8_BITS else found
+
+    def get_tensor(self, name: str) -> NDArray[Any]:
+        """Read a tensor."""
+        found = self.get_slice(name)
+        array: NDArray[Any] = (
+            found[()] if isinstance(found, _Slice) else self._opened.get_tensor(name)
+        )
+        return array
+
+    def read(
+        self, name: str, first: int, dtype: np.dtype[Any], shape: tuple[int, ...]
+    ) -> NDArray[Any]:
+        """Read elements of a tensor, from the first one on, as an array of a shape."""
+        if not self._offsets:
+            with open(self._file, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            self._offsets = {
+                each: 8 + length + entry["data_offsets"][0] for each, entry in header.items()
+            }
+        count = math.prod(shape)
+        start = self._offsets[name] + first * dtype.itemsize
+        array = np.fromfile(self._file, dtype, count, offset=start)
+        if len(array) != count:
+            raise ValueError("the file ends early")
+        return array.reshape(shape)
+
+
+class _Slice:
+    def __init__(self, shard: Shard, name: str, found: Any) -> None:
+        self._shard = shard
+        self._name = name
+        self._dtype: str = found.get_dtype()
+        self._shape = tuple(found.get_shape())
+
+    def get_dtype(self) -> str:
+        return self._dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self._shape)
+
+    def __getitem__(self, part: Any) -> NDArray[Any]:
+        """Return all, rows of the tensor, or rows of one matrix of a stack."""
+        shape, first = list(self._shape), 0
+        for axis, each in enumerate(part if isinstance(part, tuple) else (part,)):
+            begin, end, _ = each.indices(shape[axis])
+            first += begin * math.prod(shape[axis + 1 :])
+            shape[axis] = max(end - begin, 0)
+        return self._shard.read(self._name, first, FLOATS_OF_8_BITS[self._dtype], tuple(shape))
