@@ -79,6 +79,7 @@ def quantize_with_transformers(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, int]] | None = None,
+    allow_unfused: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
     progress: bool = True,
@@ -103,6 +104,8 @@ def quantize_with_transformers(
         As for `quantize`; there is no drift correction here.
     include, exclude, overrides
         As for `quantize`; layers have the names that the checkpoint gives them.
+    allow_unfused
+        As for `quantize`.
     overwrite, threads, progress
         As for `quantize`.
 
@@ -182,7 +185,7 @@ def quantize_with_transformers(
     }
     default = kind.precision(bits, group_size, grid, {shape[1] for shape in shapes.values()})
     plan = plan_shapes(shapes, default, include=include, exclude=exclude, overrides=overrides)
-    check_plan(plan, shapes, kind)
+    check_plan(plan, shapes, kind, allow_unfused)
     dtype = kind.scale_dtype(original.dtype)
     if scale_dtype is not None:
         dtype = kind.check_scale_dtype(np.dtype(scale_dtype))

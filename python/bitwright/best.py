@@ -128,6 +128,7 @@ def quantize_best(
                 format=format,
                 grid=asked.grid,
                 scale_dtype=dtype,
+                allow_unfused=options.get("allow_unfused", False),
             )
         making = {
             "method": method,

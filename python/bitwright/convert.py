@@ -13,6 +13,7 @@ from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, SafetensorsFiles, copy_side_files, float_config
 from bitwright.errors import check_choice
 from bitwright.formats import FORMATS, Format, FormatName, Precision
+from bitwright.formats.engine_names import check_fused, fused_groups
 from bitwright.methods.grid import FLOAT_DTYPES
 from bitwright.methods.regrid import regrid
 from bitwright.methods.rtn import quantize_rtn
@@ -37,6 +38,7 @@ def convert(
     format: Target,
     *,
     allow_requantize: bool = False,
+    allow_unfused: bool = False,
     dtype: DTypeLike | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -59,6 +61,9 @@ def convert(
     allow_requantize
         Round the layers that the format cannot hold exactly to the nearest that it has. Without it that
         is an error, which tells what would be lost.
+    allow_unfused
+        Let layers differ that vLLM computes as one module, see `bitwright.quantize`. Without it they get
+        the smallest precision that holds all of them, and one of them in float is an error.
     dtype
         Of the weights in float: float32, float16 or bfloat16. By default they stay as they are, and what
         was quantized becomes the model's dtype if that holds it, otherwise float32.
@@ -99,7 +104,7 @@ def convert(
             f"{model.checkpoint.folder}: is not quantized, so there is nothing to store in the {format} "
             f"format; quantize it (bitwright quantize)"
         )
-    conversion = _Conversion(model, kind, float_dtype)
+    conversion = _Conversion(model, kind, float_dtype, allow_unfused)
     files = SafetensorsFiles() if kind is None else kind.files(model.checkpoint)
     metadata = {"format": "pt" if kind is None else kind.metadata}
     shown = progress_bar("converting", progress, "layers")
@@ -148,11 +153,16 @@ class _Conversion:
     """A model, and what becomes of its layers in a format; in float for None."""
 
     def __init__(
-        self, model: Model, kind: type[Format] | None, dtype: np.dtype[Any] | None
+        self,
+        model: Model,
+        kind: type[Format] | None,
+        dtype: np.dtype[Any] | None,
+        allow_unfused: bool = False,
     ) -> None:
         self.model = model
         self.kind = kind
         self.dtype = dtype
+        self.allow_unfused = allow_unfused
         self.layers = model.quantized_layers()
         self.matrices = {model.embedding_name, model.head_name}
         self.lost: dict[str, tuple[Precision, Precision, float]] = {}
@@ -175,14 +185,11 @@ class _Conversion:
             if not kind.embeddings and self.matrices.issuperset(group):
                 plan |= {self._target(name): None for name in group}
                 continue
-            tensors = {name: self._tensor(name) for name in group}
+            tensors = _Tensors(self, group)
             for place, family in enumerate(families):
                 choice = self._held(kind, tensors, family)
                 held[place] |= dict.fromkeys(group, choice)
-                options[place] |= {
-                    name: choice or _nearest(kind, name, tensor, family)
-                    for name, tensor in tensors.items()
-                }
+                options[place] |= dict.fromkeys(group, choice or _nearest(kind, tensors, family))
         possible = [place for place, option in enumerate(options) if all(option.values())]
         if not possible:
             name = next(name for name, choice in options[0].items() if choice is None)
@@ -197,6 +204,9 @@ class _Conversion:
             ),
         )
         plan |= {self._target(name): precision for name, precision in options[best].items()}
+        if not self.allow_unfused:
+            in_float = dict.fromkeys(self.model.linear_shapes())
+            check_fused(kind, {**in_float, **plan}, "Quantize the original anew")
         for name, precision in options[best].items():
             if held[best][name] is None and precision is not None:
                 tensor = self._tensor(name)
@@ -293,7 +303,10 @@ class _Conversion:
         )
 
     def _groups(self) -> Iterator[Group]:
-        """Yield the layers that are stored as one tensor together."""
+        """Yield the layers that must have one precision: in one tensor, or one module of an engine."""
+        if self.kind is not None and self.kind.fuses_shared_inputs and not self.allow_unfused:
+            yield from fused_groups(self.layers).values()
+            return
         stacks: dict[str, list[str]] = {}
         for name in self.layers:
             place = self.model.experts.get(name)
@@ -377,6 +390,22 @@ class _Conversion:
         output.carry(model.checkpoint, name, {}, target)
 
 
+class _Tensors(Mapping[str, QuantizedTensor]):
+    """Layers that are read whenever they are asked for, so that no two are in memory."""
+
+    def __init__(self, conversion: _Conversion, names: Group) -> None:
+        self._conversion, self._names = conversion, names
+
+    def __getitem__(self, name: str) -> QuantizedTensor:
+        return self._conversion._tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def _families(kind: type[Format]) -> list[list[Precision]]:
     """Return the precisions that may be together in one folder."""
     known = kind.precisions()
@@ -396,16 +425,27 @@ def _stores(kind: type[Format], name: str, shape: tuple[int, int], precision: Pr
 
 
 def _nearest(
-    kind: type[Format], name: str, tensor: QuantizedTensor, precisions: Sequence[Precision]
+    kind: type[Format], tensors: Mapping[str, QuantizedTensor], precisions: Sequence[Precision]
 ) -> Precision | None:
-    """Return what a layer that no precision holds is rounded to, None if its shape fits none."""
+    """Return what layers that no precision holds are rounded to, None if a shape fits none."""
+    facts = [(name, t.shape, t.bits, t.group_size) for name, t in tensors.items()]
 
     def distance(precision: Precision) -> tuple[bool, int, bool, int]:
-        size = precision.group_for(tensor.shape[1])
-        fewer, coarser = precision.bits < tensor.bits, size > tensor.group_size
-        return fewer, abs(precision.bits - tensor.bits), coarser, abs(size - tensor.group_size)
+        return max(
+            (
+                precision.bits < bits,
+                abs(precision.bits - bits),
+                precision.group_for(shape[1]) > group_size,
+                abs(precision.group_for(shape[1]) - group_size),
+            )
+            for _, shape, bits, group_size in facts
+        )
 
-    known = [each for each in precisions if _stores(kind, name, tensor.shape, each)]
+    known = [
+        each
+        for each in precisions
+        if all(_stores(kind, name, shape, each) for name, shape, _, _ in facts)
+    ]
     return min(known, key=distance, default=None)
 
 

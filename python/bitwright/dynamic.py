@@ -22,6 +22,7 @@ from bitwright.distributed import current
 from bitwright.errors import MALFORMED, OutputExistsError, SensitivityError, check_choice
 from bitwright.evaluate import Evaluation, evaluate
 from bitwright.formats import FORMATS, Format, FormatName, Precision
+from bitwright.formats.engine_names import fused_groups
 from bitwright.methods.dynamic import allocate, check_target
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.model import Model, load_model
@@ -76,12 +77,14 @@ def choose_precisions(
     format: FormatName = "mlx",
     grid: Grid | None = None,
     scale_dtype: DTypeLike | None = None,
+    allow_unfused: bool = False,
 ) -> Recipe:
     """Choose a precision for every layer so that they take no more than a target together.
 
     What a layer adds to the divergence in low precision is half its alignment; in another precision it is
     taken to shrink as the rounding error of its weights does. Layers that a format or its engines must
-    store alike get one precision: experts in one tensor (mlx), and what vLLM fuses (gptq).
+    store alike get one precision: experts in one tensor (mlx), and what vLLM fuses (gptq,
+    compressed-tensors).
 
     Parameters
     ----------
@@ -95,6 +98,8 @@ def choose_precisions(
         ``(bits, group_size)`` to choose from.
     format, grid, scale_dtype
         How it will be stored; they decide what scales take.
+    allow_unfused
+        Choose for each layer by itself what vLLM fuses; it then refuses the result.
 
     Returns
     -------
@@ -158,7 +163,7 @@ def choose_precisions(
     positive = alignments[alignments > 0]
     least = LEAST_SHARE * float(np.median(positive)) if positive.size else 1.0
     costs = 0.5 * np.maximum(alignments, least)[:, None] * errors
-    groups = _moving_together(original, kind)
+    groups = _moving_together(original, kind, allow_unfused)
     places = {name: row for row, name in enumerate(shapes)}
     rows = [[places[name] for name in group] for group in groups]
     picked = allocate(
@@ -287,6 +292,7 @@ def dynamic_quantize(
             format=format,
             grid=grid,
             scale_dtype=options.get("scale_dtype"),
+            allow_unfused=options.get("allow_unfused", False),
         )
         text = data if calibration is None else calibration
         if report is None:
@@ -396,19 +402,13 @@ def _rounding_error(weight: np.ndarray[Any, Any], candidate: Candidate, grid: Gr
     return float(np.vdot(change, change))
 
 
-def _moving_together(model: Model, kind: type[Format]) -> list[list[str]]:
+def _moving_together(model: Model, kind: type[Format], allow_unfused: bool) -> list[list[str]]:
     """Return all layers in groups of those that must have one precision."""
+    names = model.linear_shapes()
+    if kind.fuses_shared_inputs and not allow_unfused:
+        return [list(parts) for parts in fused_groups(names).values()]
     groups: dict[str, list[str]] = {}
-    for index, layout in enumerate(model.layouts):
-        prefix = model.block_prefix(index)
-        for stage in layout.stages:
-            for name in stage.linears:
-                place, key = model.experts.get(prefix + name), prefix + name
-                if place is not None and kind.fuses_shared_inputs:
-                    key = place.prefix
-                elif place is not None and kind.stacks_experts:
-                    key = place.stacked_name
-                elif kind.fuses_shared_inputs:
-                    key = prefix + stage.linears[0]
-                groups.setdefault(key, []).append(prefix + name)
+    for name in names:
+        place = model.experts.get(name) if kind.stacks_experts else None
+        groups.setdefault(name if place is None else place.stacked_name, []).append(name)
     return list(groups.values())

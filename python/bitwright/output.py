@@ -83,7 +83,8 @@ class Output:
                 self.add(part, array)
         else:
             for part, array in self.format.pack(place.stacked_name, tensor).items():
-                self._writer.add_part(part, array, place.index, self._stack_size)
+                name = self.format.name_written(part)
+                self._writer.add_part(name, array, place.index, self._stack_size)
                 self.size_bytes += array.nbytes
         self._layer_bytes += tensor.nbytes
         self._layer_weights += tensor.codes.size
@@ -115,7 +116,7 @@ class Output:
     def add(self, name: str, array: NDArray[Any]) -> None:
         """Write a tensor."""
         if self._writer is not None:
-            self._writer.add(name, array)
+            self._writer.add(self.format.name_written(name), array)
             self.size_bytes += array.nbytes
 
     def state(self) -> dict[str, Any]:
@@ -149,8 +150,9 @@ class Output:
         self._ranks.barrier()
         written = load_model(out)
         for name, known in self._digests.items():
-            tensor = written.quantized(name)
-            if name == written.names.embedding:
+            target = self.format.name_written(name)
+            tensor = written.quantized(target)
+            if target == written.names.embedding:
                 tensor = written.quantized(written.embedding_name)
             if tensor is None or digest(tensor.dequantize().data) != known:
                 raise OutputError(

@@ -112,6 +112,7 @@ def quantize(
     overrides: Mapping[str, Mapping[str, int]] | None = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
     allow_requantize: bool = False,
+    allow_unfused: bool = False,
     memory: float | None = None,
     resume: bool = True,
     overwrite: bool = False,
@@ -199,6 +200,9 @@ def quantize(
     allow_requantize
         Take a model that is quantized already, in any format that is read, as if its weights were the
         original's. What its first rounding lost stays lost: use the original where there is one.
+    allow_unfused
+        Let layers differ that vLLM computes as one module (query, key and value; gate and up; all experts
+        of a layer), in the formats that it loads. It refuses such a folder; other engines may not.
     memory
         Gigabytes (10⁹ bytes) that the process may take: hidden states that do not fit go to files beside
         `out`. By default three quarters of what is free.
@@ -311,6 +315,7 @@ def quantize(
         overrides=overrides,
         embedding_bits=embedding_bits,
         head_bits=head_bits,
+        allow_unfused=allow_unfused,
     )
     if method == "salient":
         for name, planned in plan.items():
@@ -367,7 +372,7 @@ def as_written(
     """Return the plan by the names that are written: of experts that are stacked, those of the stacks."""
     places = model.experts if format.stacks_experts else {}
     return {
-        places[name].stacked_name if name in places else name: precision
+        format.name_written(places[name].stacked_name if name in places else name): precision
         for name, precision in plan.items()
     }
 

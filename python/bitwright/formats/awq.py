@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.formats.engine_names import EngineNames
 from bitwright.formats.format import INT32, Format, Precision, read_shaped
 from bitwright.tensor import QuantizedTensor, pack, unpack
 
@@ -25,6 +26,7 @@ class AwqFormat(Format):
     grids = ("zero_point", "symmetric")
     scale_dtypes = (np.dtype(np.float16),)
     embeddings = False
+    fuses_shared_inputs = True  # vLLM
     one_precision = True
     parts = ("qweight", "qzeros", "scales")
     engines = "transformers with GPTQModel, vLLM"
@@ -80,7 +82,7 @@ class AwqFormat(Format):
                     f"{name}: the awq format has one precision for all layers; an override can only "
                     "be had in the mlx and gptq formats"
                 )
-        left = [name for name, precision in layers.items() if precision is None]
+        in_float = [name for name, precision in layers.items() if precision is None]
         return {
             "quantization_config": {
                 "quant_method": "awq",
@@ -88,7 +90,7 @@ class AwqFormat(Format):
                 "group_size": default.group_size,
                 "zero_point": True,  # symmetric grids are stored with their zeros, too
                 "version": "gemm",
-                "modules_to_not_convert": left or None,
+                "modules_to_not_convert": EngineNames(layers).beginnings(in_float) or None,
             }
         }
 

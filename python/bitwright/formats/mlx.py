@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.formats.engine_names import mlx_name
 from bitwright.formats.format import Format, Precision, read_shaped
 from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
 
@@ -69,9 +70,16 @@ class MlxFormat(Format):
         }
         for name, precision in layers.items():
             if precision is not None and precision != default:
-                settings[name] = {"group_size": precision.group_size, "bits": precision.bits}
+                settings[cls.name_written(name)] = {
+                    "group_size": precision.group_size,
+                    "bits": precision.bits,
+                }
         # mlx-lm reads the first key; the second is the one that model hubs look at.
         return {"quantization": settings, "quantization_config": settings}
+
+    @classmethod
+    def name_written(cls, name: str) -> str:
+        return mlx_name(name)
 
     @classmethod
     def spell(cls, config: Mapping[str, Any]) -> dict[str, Any]:
