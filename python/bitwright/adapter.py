@@ -17,6 +17,7 @@ from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.formats import FORMATS, FormatName, GroupSize, Precision
+from bitwright.formats.engine_names import unfused
 from bitwright.methods.awq import (
     DEFAULT_GRID,
     ScaleSearch,
@@ -220,7 +221,9 @@ def quantize_with_transformers(
         count = 0 if tokens is None else tokens.size
         report = run.output.report(Path(out), method, checkpoint, weights, count, seconds)
         facts = {"grid": default.grid, "scales": dtype.name}
-        writer.write_text(CARD_NAME, model_card(checkpoint, out, kind, [report], facts=facts))
+        differ = bool(unfused(kind, plan))
+        card = model_card(checkpoint, out, kind, [report], facts=facts, unfused=differ)
+        writer.write_text(CARD_NAME, card)
     return report
 
 

@@ -13,7 +13,7 @@ from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, SafetensorsFiles, copy_side_files, float_config
 from bitwright.errors import check_choice
 from bitwright.formats import FORMATS, Format, FormatName, Precision
-from bitwright.formats.engine_names import check_fused, fused_groups
+from bitwright.formats.engine_names import check_fused, fused_groups, unfused
 from bitwright.methods.grid import FLOAT_DTYPES
 from bitwright.methods.regrid import regrid
 from bitwright.methods.rtn import quantize_rtn
@@ -130,6 +130,7 @@ def convert(
             kind,
             precisions=[(each.bits, each.group_size or 0) for each in stored],
             facts={"converted from": "float" if model.format is None else model.format.name},
+            unfused=kind is not None and bool(unfused(kind, conversion.everything(plan))),
         )
         writer.write_text(CARD_NAME, card)
     return ConversionReport(
@@ -205,8 +206,7 @@ class _Conversion:
         )
         plan |= {self._target(name): precision for name, precision in options[best].items()}
         if not self.allow_unfused:
-            in_float = dict.fromkeys(self.model.linear_shapes())
-            check_fused(kind, {**in_float, **plan}, "Quantize the original anew")
+            check_fused(kind, self.everything(plan), "Quantize the original anew")
         for name, precision in options[best].items():
             if held[best][name] is None and precision is not None:
                 tensor = self._tensor(name)
@@ -271,14 +271,17 @@ class _Conversion:
         config = self.kind.spell(config)
         if not plan:
             return config
-        everything: dict[str, Precision | None] = dict.fromkeys(model.linear_shapes())
-        everything |= dict(plan) | dict.fromkeys(model.never_quantized())
         default = Counter(each for each in plan.values() if each).most_common(1)[0][0]
-        written = as_written(model, self.kind, everything)
+        written = as_written(model, self.kind, self.everything(plan))
         said = self.kind.config(default, written, model.names.block.format(""))
         if self.reordered:
             said["quantization_config"]["desc_act"] = True
         return {**config, **said}
+
+    def everything(self, plan: Mapping[str, Precision | None]) -> dict[str, Precision | None]:
+        """Return the plan with what stays in float."""
+        in_float = dict.fromkeys(self.model.linear_shapes())
+        return {**in_float, **plan, **dict.fromkeys(self.model.never_quantized())}
 
     def refusal(self, format: str) -> str:
         """Say what would be lost, and which formats would lose nothing."""

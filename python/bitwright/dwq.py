@@ -48,6 +48,7 @@ from bitwright.errors import (
     check_choice,
     malformed_as,
 )
+from bitwright.formats.engine_names import unfused
 from bitwright.memory import peak_memory_bytes
 from bitwright.methods.adam import Adam
 from bitwright.models.model import Model, load_model
@@ -342,6 +343,11 @@ def dwq_quantize(
                 stopped = run.go(bar, checkpoint_every or settings.validate_every)
             report = run.report(Path(out), stopped, time.perf_counter() - started, made)
             tensors = [each.start for each in learner.tensors.values()]
+            kind = None if student_model.format is None else type(student_model.format)
+            stored = dict.fromkeys(student_model.linear_shapes()) | {
+                name: (each.start.bits, each.start.group_size)
+                for name, each in learner.tensors.items()
+            }
 
             def write() -> None:
                 remove_tree(work.path / UNFINISHED)  # of a run that was interrupted here
@@ -350,9 +356,10 @@ def dwq_quantize(
                     card = model_card(
                         teacher_model.checkpoint,
                         out,
-                        None if student_model.format is None else type(student_model.format),
+                        kind,
                         [report] if made is None else [made, report],
                         precisions=[(each.bits, each.group_size) for each in tensors],
+                        unfused=kind is not None and bool(unfused(kind, stored)),
                     )
                     writer.write_text(CARD_NAME, card)
 

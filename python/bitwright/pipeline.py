@@ -26,6 +26,7 @@ from bitwright.drift import Drift, OriginalStream, drift_rows
 from bitwright.errors import BitwrightError, check_choice
 from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
+from bitwright.formats.engine_names import unfused
 from bitwright.gathering import advance, head_moments, require_finite_inputs
 from bitwright.journal import Journal, kept_when_interrupted
 from bitwright.known_inputs import FEW_TOKENS, KnownInputs
@@ -578,7 +579,10 @@ class Run:
                 if writer is not None:
                     writer.write_json("config.json", config)
                     copy_side_files(model.checkpoint, writer)
-                    card = model_card(model.checkpoint, out, kind, [report], facts=facts)
+                    differ = bool(unfused(kind, self.plan))
+                    card = model_card(
+                        model.checkpoint, out, kind, [report], facts=facts, unfused=differ
+                    )
                     writer.write_text(CARD_NAME, card)
         self.output.verify(out)
         return replace(self.ranks.broadcast(report), seconds=journal.seconds())

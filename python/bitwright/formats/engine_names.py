@@ -8,7 +8,7 @@ of Qwen's. See docs/engines.md.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 
 from bitwright.formats.format import Format, Precision
 
@@ -53,6 +53,22 @@ def fused_groups(layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
     }
 
 
+def unfused(
+    format: type[Format], layers: Mapping[str, Hashable | None]
+) -> dict[str, tuple[str, ...]]:
+    """Return the modules of vLLM whose parts differ in what they are stored as, None for float, with these
+    parts; nothing for a format that vLLM does not load."""
+    if not format.fuses_shared_inputs:
+        return {}
+    # With one precision for all, another one is refused by itself.
+    kinds = {name: kind and (format.one_precision or kind) for name, kind in layers.items()}
+    return {
+        whole: parts
+        for whole, parts in fused_groups(layers).items()
+        if any(kinds[part] != kinds[parts[0]] for part in parts)
+    }
+
+
 def check_fused(
     format: type[Format],
     layers: Mapping[str, Precision | None],
@@ -69,26 +85,19 @@ def check_fused(
     advice
         What leads to the patterns that would do.
     """
-    if not format.fuses_shared_inputs:
-        return
-    groups = fused_groups(layers)
-    broken = {
-        whole: parts
-        for whole, parts in groups.items()
-        if any(layers[part] != layers[parts[0]] for part in parts)
-    }
+    broken = unfused(format, layers)
     if not broken:
         return
     whole, parts = next(iter(broken.items()))
-    kinds: dict[Precision | None, list[str]] = {}
+    alike: dict[Precision | None, list[str]] = {}
     for part in parts:
-        kinds.setdefault(layers[part], []).append(part)
-    said = [_said(names, kind, whole) for kind, names in kinds.items()]
+        alike.setdefault(layers[part], []).append(part)
+    said = [_said(names, kind, whole) for kind, names in alike.items()]
     others = len(broken) - 1
     more = f" (and {others} more modules like it)" if others else ""
     raise ValueError(
         f"{whole}: vLLM computes {_listed(_short(whole, parts))} as one module, and refuses it where its "
-        f"parts differ, but {'; '.join(said)}{more}. {advice}, {' '.join(_patterns(broken, layers))}, or "
+        f"parts differ, but {'; '.join(said)}{more}. {advice}: {' '.join(_patterns(broken, layers))}, or "
         f"allow it for engines that fuse nothing: allow_unfused (--allow-unfused)"
     )
 
@@ -112,25 +121,25 @@ def _said(names: list[str], kind: Precision | None, whole: str) -> str:
 def _patterns(
     broken: Mapping[str, tuple[str, ...]], layers: Mapping[str, Precision | None]
 ) -> list[str]:
-    """Return the options that give all parts of a module the finest of their precisions."""
-    alike: dict[str, list[str]] = {}
+    """Return the options that give all parts of these modules the finest of their precisions."""
+    alike: dict[tuple[str, str], list[str]] = {}
     for whole in broken:
-        alike.setdefault(whole.rpartition(".")[2], []).append(whole)
-    options: dict[str, None] = {}
-    for last, wholes in alike.items():
-        parts = broken[wholes[0]]
-        parent = wholes[0].rpartition(".")[0] if len(wholes) == 1 else "*"
-        ends = [f"{last}.*"] if last == EXPERTS else [part.rpartition(".")[2] for part in parts]
-        kinds = [layers[part] for part in parts]
+        parent, _, last = whole.rpartition(".")
+        alike.setdefault((parent.rpartition(".")[2], last), []).append(whole)
+    options: list[str] = []
+    for (holder, last), wholes in alike.items():
+        parent = wholes[0].rpartition(".")[0] if len(wholes) == 1 else f"*.{holder}"
+        parts = dict.fromkeys(p.rpartition(".")[2] for whole in wholes for p in broken[whole])
+        kinds = {layers[part] for whole in wholes for part in broken[whole]}
         planned = [kind for kind in kinds if kind is not None]
-        for end in ends:
-            if len(planned) < len(kinds):
-                options[f"--exclude '{parent}.{end}'"] = None
+        finest = max(planned, key=lambda kind: (kind.bits, 1 / (kind.group_size or 1e9)))
+        for end in (f"{last}.*",) if last == EXPERTS else parts:
+            if None in kinds:
+                options.append(f"--exclude '{parent}.{end}'")
             else:
-                finest = max(planned, key=lambda kind: (kind.bits, 1 / (kind.group_size or 1e9)))
                 size = finest.group_size or -1
-                options[f"--override '{parent}.{end}=bits:{finest.bits},group_size:{size}'"] = None
-    return list(options)
+                options.append(f"--override '{parent}.{end}=bits:{finest.bits},group_size:{size}'")
+    return options
 
 
 def mlx_name(name: str) -> str:
@@ -180,13 +189,13 @@ class EngineNames:
         """
         numbers: dict[tuple[str, str], list[str]] = {}
         patterns: dict[str, None] = {}
-        for module, parts in self._modules(chosen):
+        for module, _ in self._modules(chosen):
             place, end = module, ""
             if _is_experts(module):
                 end = r"(\..+)?"
-            elif len(parts) > 1:
-                place, _, last = module.rpartition(".")
-                names = [*(part.rpartition(".")[2] for part in parts), last]
+            elif shards := _fused_shards(module):
+                place = module.rpartition(".")[0]
+                names = [each.rpartition(".")[2] for each in (*shards, module)]
                 end = rf"\.({'|'.join(map(re.escape, names))})"
             lead = ""
             if self.nested:
@@ -222,17 +231,26 @@ class EngineNames:
         found: dict[str, None] = {}
         for module, parts in self._modules(chosen):
             for name in (module,) if _is_experts(module) else parts:
-                inner = _inner(name)
-                if not self.nested:
-                    found[name] = None
-                elif _is_language(inner):
-                    found |= {
-                        self.in_transformers(name): None,
-                        f"language_model.model.{inner}": None,
-                    }
-                else:
-                    found |= {f"model.{_root(inner)}": None, _root(inner): None}
+                if self.nested and not _is_language(_inner(name)):
+                    root = _root(_inner(name))
+                    found |= {f"model.{root}": None, root: None}
+                    continue
+                for each in (name, *_fused_shards(name)):
+                    found[self.in_transformers(each)] = None
+                    if self.nested:
+                        found[f"language_model.model.{_inner(each)}"] = None
         return list(found)
+
+    @property
+    def has_fused_layers(self) -> bool:
+        """Whether the files hold a layer that vLLM takes for several, such as GLM 4's gate_up_proj."""
+        return any(_fused_shards(parts[0]) for parts in self.groups.values())
+
+    def listed(self, chosen: Iterable[str]) -> list[str]:
+        """Return what transformers calls some layers and, after one that vLLM takes for several, what these
+        would be called."""
+        names = (each for name in chosen for each in (name, *_fused_shards(name)))
+        return list(map(self.in_transformers, names))
 
     def in_transformers(self, layer: str) -> str:
         """Return what transformers calls a layer since 4.52."""
@@ -251,6 +269,12 @@ class EngineNames:
                 yield module, parts
             else:
                 yield from ((part, (part,)) for part in parts if part in picked)
+
+
+def _fused_shards(module: str) -> tuple[str, ...]:
+    """Return the layers that vLLM takes a module for, by its name; of most, none."""
+    parent, _, last = module.rpartition(".")
+    return tuple(f"{parent}.{part}" for part in FUSED.get(last, ()))
 
 
 def _is_experts(module: str) -> bool:

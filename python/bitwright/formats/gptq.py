@@ -97,15 +97,11 @@ class GptqFormat(Format):
         }
         names = EngineNames(layers)
         in_blocks = {name: kind for name, kind in layers.items() if name.startswith(block_prefix)}
-        if None in in_blocks.values():
-            # transformers reads the list of what is quantized, GPTQModel and vLLM the rules.
-            settings["modules_in_block_to_quantize"] = [
-                [
-                    names.in_transformers(name)
-                    for name, kind in in_blocks.items()
-                    if kind is not None
-                ]
-            ]
+        if None in in_blocks.values() or names.has_fused_layers:
+            # transformers reads the list of what is quantized, GPTQModel and vLLM the rules; but what vLLM
+            # takes for several layers it looks for in a list, under their names.
+            quantized = [name for name, kind in in_blocks.items() if kind is not None]
+            settings["modules_in_block_to_quantize"] = [names.listed(quantized)]
         others: dict[Precision | None, list[str]] = {}
         for name, kind in layers.items():
             if kind != default:
