@@ -362,7 +362,9 @@ def _loading(
     if name in ("gptq", "awq"):
         needs = "transformers gptqmodel"
     elif name == "compressed-tensors":
-        imported, needs = f"{imported}, CompressedTensorsConfig", "transformers compressed-tensors"
+        needs = "transformers compressed-tensors"
+    if name == "compressed-tensors" and not mixed:  # with several precisions only as they are
+        imported = f"{imported}, CompressedTensorsConfig"
         more = "    quantization_config=CompressedTensorsConfig(dequantize=True),\n"
     loaded = f"AutoModelForCausalLM.from_pretrained({_literal(out)})"
     if more:

@@ -27,7 +27,7 @@ from bitwright.methods.dynamic import allocate, check_target
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.model import Model, load_model
 from bitwright.pipeline import quantize
-from bitwright.recipe import Recipe
+from bitwright.recipe import Recipe, plan_layers
 from bitwright.report import QuantizationReport
 from bitwright.sensitivity import (
     Sensitivities,
@@ -258,6 +258,7 @@ def dynamic_quantize(
     original = load_model(model)
     low, high = min(candidates, key=fineness), max(candidates, key=fineness)
     ranks = current()
+    _check_plan(original, format, high, grid, options)
     known = ranks.on_first(lambda: _known(sensitivities))
     with sensitivities_kept(out) as work, made_by(python_call(dynamic_quantize, arguments)):
         written = _Written(work, Path(out), arguments, model_fingerprint(original.checkpoint))
@@ -381,6 +382,17 @@ class _Written:
         }
         current().on_first(lambda: write_json(self._path, content))
         self._work.keep = self._work.keep or report is not None
+
+
+def _check_plan(
+    model: Model, format: FormatName, finest: Candidate, grid: Grid | None, options: dict[str, Any]
+) -> None:
+    """Raise ValueError if layers that are left out or overridden cannot be so."""
+    check_choice("format", format, FORMATS)
+    kind = FORMATS[format]
+    asked = ("include", "exclude", "overrides", "embedding_bits", "head_bits", "allow_unfused")
+    given = {name: options[name] for name in asked if name in options}
+    plan_layers(model, kind, kind.precision(*finest, grid, model.input_channels()), **given)
 
 
 def _known(
