@@ -273,7 +273,8 @@ class _Conversion:
             return config
         default = Counter(each for each in plan.values() if each).most_common(1)[0][0]
         written = as_written(model, self.kind, self.everything(plan))
-        said = self.kind.config(default, written, model.names.block.format(""))
+        blocks = self.kind.name_written(model.names.block.format(""))
+        said = self.kind.config(default, written, blocks)
         if self.reordered:
             said["quantization_config"]["desc_act"] = True
         return {**config, **said}

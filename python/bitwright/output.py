@@ -151,8 +151,8 @@ class Output:
         written = load_model(out)
         for name, known in self._digests.items():
             target = self.format.name_written(name)
-            tensor = written.quantized(target)
-            if target == written.names.embedding:
+            tensor = written.quantized(name) or written.quantized(target)
+            if written.names.embedding in (name, target):
                 tensor = written.quantized(written.embedding_name)
             if tensor is None or digest(tensor.dequantize().data) != known:
                 raise OutputError(

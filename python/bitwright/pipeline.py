@@ -546,7 +546,8 @@ class Run:
         config = kind.spell(float_config(model.checkpoint.config))
         _check_experts(model, kind, self.plan)
         written = as_written(model, kind, self.plan)
-        config.update(kind.config(default, written, model.names.block.format("")))
+        blocks = kind.name_written(model.names.block.format(""))
+        config.update(kind.config(default, written, blocks))
         experts = model.experts if kind.stacks_experts else None
         stack_size = model.config.experts.count if model.config.experts else 0
         work = WorkFolder(out)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
-from bitwright.formats.engine_names import EngineNames
+from bitwright.formats.engine_names import EngineNames, transformers_name
 from bitwright.formats.format import INT32, Format, Precision, read_shaped
 from bitwright.tensor import QuantizedTensor, pack, unpack
 
@@ -52,6 +52,10 @@ class AwqFormat(Format):
             raise ValueError(
                 f"{name}: the awq format stores multiples of 8 output channels, not {shape[0]}"
             )
+
+    @classmethod
+    def name_written(cls, name: str) -> str:
+        return transformers_name(name)
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:

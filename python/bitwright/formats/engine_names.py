@@ -157,6 +157,27 @@ def mlx_name(name: str) -> str:
     return tower if tower.startswith(tuple(f"{each}." for each in TOWERS)) else name
 
 
+def transformers_name(name: str) -> str:
+    """Return what transformers calls a layer or tensor of a multimodal model since 4.52, as GPTQModel wants
+    it in files, too.
+
+    Examples
+    --------
+    >>> transformers_name("language_model.model.layers.0.mlp.up_proj")
+    'model.language_model.layers.0.mlp.up_proj'
+    >>> transformers_name("vision_tower.encoder.layers.0.mlp.fc1"), transformers_name("lm_head")
+    ('model.vision_tower.encoder.layers.0.mlp.fc1', 'lm_head')
+    """
+    if name.startswith("language_model."):
+        inner = name.removeprefix("language_model.")
+        return (
+            f"model.language_model.{inner.removeprefix('model.')}"
+            if inner.startswith("model.")
+            else inner
+        )
+    return f"model.{name}" if _root(name) in TOWERS else name
+
+
 class EngineNames:
     """The names that engines have for the layers of one model.
 

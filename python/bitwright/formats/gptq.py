@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
-from bitwright.formats.engine_names import EngineNames
+from bitwright.formats.engine_names import EngineNames, transformers_name
 from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
 from bitwright.tensor import QuantizedTensor, pack, unpack
 
@@ -59,6 +59,10 @@ class GptqFormat(Format):
             raise ValueError(
                 f"{name}: the gptq format stores multiples of 32 channels, not {list(shape)}"
             )
+
+    @classmethod
+    def name_written(cls, name: str) -> str:
+        return transformers_name(name)
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:

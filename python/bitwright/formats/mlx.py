@@ -98,7 +98,9 @@ class MlxFormat(Format):
         old["num_experts"] = config.get("num_local_experts")
         spelled = {key: value for key, value in old.items() if value is not None} | dict(config)
         if isinstance(config.get("text_config"), dict):
-            spelled["text_config"] = cls.spell(config["text_config"])
+            spelled["text_config"] = text = cls.spell(config["text_config"])
+            if "vocab_size" in text:  # which mlx-lm takes from here, and otherwise that of Gemma 3
+                spelled.setdefault("vocab_size", text["vocab_size"])
         return spelled
 
     def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
