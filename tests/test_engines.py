@@ -298,6 +298,20 @@ def test_both_spellings_of_a_multimodal_model_are_one(tmp_path: Path, format: An
         assert set(load_file(tmp_path / "again" / "model.safetensors")) == names[0]
 
 
+@pytest.mark.parametrize("format", ["compressed-tensors", "awq", "gptq"])
+def test_all_of_a_vision_tower_stays_in_float(tmp_path: Path, format: Any) -> None:
+    """As transformers calls it, in its versions, and vLLM, which fuses there as well."""
+    bitwright.quantize(GEMMA, tmp_path / "out", "rtn", 4, 32, format, progress=False)
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    rule = {"compressed-tensors": compressed_tensors, "awq": transformers_awq, "gptq": gptqmodel}
+    for tower in ("model.vision_tower.encoder", "model.vision_tower.vision_model.encoder"):
+        for name in ("mlp.fc1", "self_attn.q_proj", "self_attn.out_proj"):
+            assert rule[format](found, f"{tower}.layers.0.{name}") is None
+    assert rule[format](found, "model.language_model.layers.2.mlp.gate_proj") == (4, 32)
+    if format == "compressed-tensors":
+        assert compressed_tensors(found, "lm_head") is None
+
+
 # what engines refuse, in the commands
 
 
