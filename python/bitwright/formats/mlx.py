@@ -47,6 +47,10 @@ class MlxFormat(Format):
         return cls(settings)
 
     @classmethod
+    def name_written(cls, name: str) -> str:
+        return mlx_name(name)
+
+    @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
         if tensor.biases is None or tensor.group_index is not None:
             raise ValueError(f"{name}: the mlx format stores affine grids with consecutive groups")
@@ -78,10 +82,6 @@ class MlxFormat(Format):
         return {"quantization": settings, "quantization_config": settings}
 
     @classmethod
-    def name_written(cls, name: str) -> str:
-        return mlx_name(name)
-
-    @classmethod
     def spell(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """mlx-lm reads the keys of transformers 4, and takes its defaults in silence where version 5 has
         written others."""
@@ -98,9 +98,9 @@ class MlxFormat(Format):
         old["num_experts"] = config.get("num_local_experts")
         spelled = {key: value for key, value in old.items() if value is not None} | dict(config)
         if isinstance(config.get("text_config"), dict):
-            spelled["text_config"] = text = cls.spell(config["text_config"])
-            if "vocab_size" in text:  # which mlx-lm takes from here, and otherwise that of Gemma 3
-                spelled.setdefault("vocab_size", text["vocab_size"])
+            spelled["text_config"] = cls.spell(config["text_config"])
+            if "vocab_size" in config["text_config"]:  # the outer one wins, and has a default
+                spelled.setdefault("vocab_size", config["text_config"]["vocab_size"])
         return spelled
 
     def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
