@@ -312,6 +312,26 @@ def test_all_of_a_vision_tower_stays_in_float(tmp_path: Path, format: Any) -> No
         assert compressed_tensors(found, "lm_head") is None
 
 
+@pytest.mark.parametrize("format", ["mlx", "gptq", "awq", "compressed-tensors"])
+def test_what_is_made_of_a_folder_has_its_names(tmp_path: Path, format: Any) -> None:
+    """Of tensors, and in config.json."""
+    ids = np.random.default_rng(0).integers(0, 96, (6, 24))
+    exclude = ["*.1.self_attn.[qkv]_proj", "*.0.mlp.down_proj"]
+    first = tmp_path / "first"
+    bitwright.quantize(GEMMA, first, "rtn", 4, 32, format, exclude=exclude, progress=False)
+    bitwright.dwq_quantize(GEMMA, first, tmp_path / "trained", ids, progress=False)
+    bitwright.refine_model(GEMMA, first, tmp_path / "refined", ids, progress=False)
+    bitwright.convert(first, tmp_path / "converted", format, progress=False)
+    wanted = json.loads((first / "config.json").read_text())
+    for name in ("trained", "refined", "converted"):
+        out = tmp_path / name
+        assert set(load_file(out / "model.safetensors")) == set(
+            load_file(first / "model.safetensors")
+        )
+        found = json.loads((out / "config.json").read_text())
+        assert found["quantization_config"] == wanted["quantization_config"], name
+
+
 # what engines refuse, in the commands
 
 

@@ -48,6 +48,7 @@ from bitwright.errors import (
     check_choice,
     malformed_as,
 )
+from bitwright.formats import Format
 from bitwright.formats.engine_names import unfused
 from bitwright.memory import peak_memory_bytes
 from bitwright.methods.adam import Adam
@@ -784,11 +785,13 @@ def _teach(
 def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> None:
     """Write the student's checkpoint with the scales, and biases or zeros, that it has now."""
     checkpoint, changed = student.model.checkpoint, student.stored()
+    kind = Format if student.model.format is None else type(student.model.format)
     if student.model.format is not None:
-        writer.metadata["format"] = student.model.format.metadata
-        writer.container = student.model.format.files(checkpoint)
+        writer.metadata["format"] = kind.metadata
+        writer.container = kind.files(checkpoint)
     for name in checkpoint.names():
-        writer.add(name, changed[name] if name in changed else checkpoint.read(name))
+        array = changed[name] if name in changed else checkpoint.read(name)
+        writer.add(kind.name_written(name), array)
     config, settings = checkpoint.config, checkpoint.config.get("quantization_config")
     moved = any(each.tensor().grid == "zero_point" for each in student.tensors.values())
     if isinstance(settings, dict) and settings.get("sym") and moved:
