@@ -230,7 +230,7 @@ class _Conversion:
         model, kind = self.model, self.kind
         stacks = model.experts if kind is not None and kind.stacks_experts else {}
         stack_size = model.config.experts.count if model.config.experts else 0
-        output = Output(writer, kind or Format, stacks, stack_size)
+        output = Output(writer, kind or Format, stacks, stack_size, model.nested)
         for name in self.layers:
             step()
             target = self._target(name)
@@ -273,7 +273,7 @@ class _Conversion:
             return config
         default = Counter(each for each in plan.values() if each).most_common(1)[0][0]
         written = as_written(model, self.kind, self.everything(plan))
-        blocks = self.kind.name_written(model.names.block.format(""))
+        blocks = self.kind.name_written(model.names.block.format(""), model.nested)
         said = self.kind.config(default, written, blocks)
         if self.reordered:
             said["quantization_config"]["desc_act"] = True

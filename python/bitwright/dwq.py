@@ -791,7 +791,7 @@ def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> Non
         writer.container = kind.files(checkpoint)
     for name in checkpoint.names():
         array = changed[name] if name in changed else checkpoint.read(name)
-        writer.add(kind.name_written(name), array)
+        writer.add(kind.name_written(name, student.model.nested), array)
     config, settings = checkpoint.config, checkpoint.config.get("quantization_config")
     moved = any(each.tensor().grid == "zero_point" for each in student.tensors.values())
     if isinstance(settings, dict) and settings.get("sym") and moved:

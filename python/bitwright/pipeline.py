@@ -373,7 +373,9 @@ def as_written(
     """Return the plan by the names that are written: of experts that are stacked, those of the stacks."""
     places = model.experts if format.stacks_experts else {}
     return {
-        format.name_written(places[name].stacked_name if name in places else name): precision
+        format.name_written(
+            places[name].stacked_name if name in places else name, model.nested
+        ): precision
         for name, precision in plan.items()
     }
 
@@ -546,7 +548,7 @@ class Run:
         config = kind.spell(float_config(model.checkpoint.config))
         _check_experts(model, kind, self.plan)
         written = as_written(model, kind, self.plan)
-        blocks = kind.name_written(model.names.block.format(""))
+        blocks = kind.name_written(model.names.block.format(""), model.nested)
         config.update(kind.config(default, written, blocks))
         experts = model.experts if kind.stacks_experts else None
         stack_size = model.config.experts.count if model.config.experts else 0
@@ -567,7 +569,7 @@ class Run:
             journal = Journal(work, self._identity(identity), start)
             state = journal.begin(self.resume)
             with nullcontext() if writer is None else writer:
-                self.output = Output(writer, kind, experts, stack_size)
+                self.output = Output(writer, kind, experts, stack_size, model.nested)
                 self._go(journal, state, writer, progress)
                 report = self.output.report(
                     Path(out),

@@ -54,8 +54,8 @@ class AwqFormat(Format):
             )
 
     @classmethod
-    def name_written(cls, name: str) -> str:
-        return transformers_name(name)
+    def name_written(cls, name: str, nested: bool) -> str:
+        return transformers_name(name) if nested else name
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:

@@ -122,8 +122,9 @@ class Format:
         raise NotImplementedError
 
     @classmethod
-    def name_written(cls, name: str) -> str:
-        """Return the name that a layer or tensor is written under."""
+    def name_written(cls, name: str, nested: bool) -> str:
+        """Return the name that a layer or tensor is written under, of a model in which the language model
+        is `nested` or not."""
         return name
 
     @classmethod

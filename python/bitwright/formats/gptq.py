@@ -61,8 +61,8 @@ class GptqFormat(Format):
             )
 
     @classmethod
-    def name_written(cls, name: str) -> str:
-        return transformers_name(name)
+    def name_written(cls, name: str, nested: bool) -> str:
+        return transformers_name(name) if nested else name
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:

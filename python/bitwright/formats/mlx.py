@@ -47,8 +47,8 @@ class MlxFormat(Format):
         return cls(settings)
 
     @classmethod
-    def name_written(cls, name: str) -> str:
-        return mlx_name(name)
+    def name_written(cls, name: str, nested: bool) -> str:
+        return mlx_name(name) if nested else name
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
@@ -74,7 +74,7 @@ class MlxFormat(Format):
         }
         for name, precision in layers.items():
             if precision is not None and precision != default:
-                settings[cls.name_written(name)] = {
+                settings[name] = {
                     "group_size": precision.group_size,
                     "bits": precision.bits,
                 }
