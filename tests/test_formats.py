@@ -270,8 +270,9 @@ def test_damaged_tensors_are_named(
         {"bits": 3},
         {"group_size": 0},
         {"group_size": 100},
-        {"group_size": None},
+        {"bits": 1 << 40},
         {"group_size": 1 << 40},
+        {"bits": None, "group_size": None},
     ],
 )
 def test_mlx_settings_that_do_not_fit_the_tensors(tmp_path: Path, settings: dict[str, Any]) -> None:

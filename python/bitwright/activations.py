@@ -4,7 +4,7 @@ import math
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.checkpoint.fingerprint import file_fingerprint
+from bitwright.checkpoint.replacing import check_new_file
 from bitwright.errors import CalibrationError, OutputError, OutputExistsError, shown
+from bitwright.home import expands_home
 from bitwright.models.block import ChunkStates
 from bitwright.models.model import load_model
 from bitwright.models.operations import Float32
@@ -94,6 +96,32 @@ class ActivationFile:
             If a value is NaN or infinite.
         """
         layers = tuple(layers)
+        name = self._name(layers)
+        try:
+            array = self._read(self._entries[name])
+        except Exception as error:  # as in `load_tokens`: headers are parsed as Python
+            raise self._damaged(name, error) from error
+        self._check(name, array.dtype, array.shape, layers[0], channels)
+        with np.errstate(all="ignore"):  # of NaN and what overflows, which are refused below
+            tokens = np.ascontiguousarray(array.reshape(-1, channels), np.float32)
+            some = tokens.any()
+        if not some:
+            raise CalibrationError(f"{self.path}: array {name} is empty or all zero")
+        require_finite(tokens, f"{self.path}: array {name}")
+        return tokens
+
+    def require(self, layers: Sequence[str], channels: int) -> None:
+        """Raise CalibrationError unless the file has the inputs of one of `layers`, as its header tells."""
+        name = self._name(layers)
+        try:
+            with self._archive.open(self._entries[name]) as file:
+                shape, dtype = self._header(file)
+        except Exception as error:
+            raise self._damaged(name, error) from error
+        self._check(name, dtype, shape, layers[0], channels)
+
+    def _name(self, layers: Sequence[str]) -> str:
+        """Return the array that has the inputs of the first of `layers` that the file has."""
         known = self._entries
         name = next(
             (f"{n}{end}" for n in layers for end in ("", ".weight") if f"{n}{end}" in known), ""
@@ -104,33 +132,36 @@ class ActivationFile:
             raise CalibrationError(
                 f"{self.path}: has no activations of layer {layers[0]}; it has {present or 'none'}{more}"
             )
-        try:
-            array = self._read(known[name])
-        except Exception as error:  # as in `load_tokens`: headers are parsed as Python
+        return name
+
+    def _damaged(self, name: str, error: Exception) -> CalibrationError:
+        return CalibrationError(
+            f"{self.path}: array {name} is pickled or damaged, and is not read ({shown(str(error))})"
+        )
+
+    def _check(
+        self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], layer: str, channels: int
+    ) -> None:
+        if dtype.kind != "f" or len(shape) not in (2, 3) or shape[-1] != channels:
             raise CalibrationError(
-                f"{self.path}: array {name} is pickled or damaged, and is not read "
-                f"({shown(str(error))})"
-            ) from error
-        if array.dtype.kind != "f" or array.ndim not in (2, 3) or array.shape[-1] != channels:
-            raise CalibrationError(
-                f"{self.path}: array {name} is {array.dtype} of shape {list(array.shape)}; layer "
-                f"{layers[0]} needs floats [batch, length, {channels}]"
+                f"{self.path}: array {name} is {dtype} of shape {list(shape)}; layer {layer} needs "
+                f"floats [batch, length, {channels}]"
             )
-        with np.errstate(all="ignore"):  # of NaN and what overflows, which are refused below
-            tokens = np.ascontiguousarray(array.reshape(-1, channels), np.float32)
-            some = tokens.any()
-        if not some:
-            raise CalibrationError(f"{self.path}: array {name} is empty or all zero")
-        require_finite(tokens, f"{self.path}: array {name}")
-        return tokens
+
+    @staticmethod
+    def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        version = read_magic(file)
+        if version not in _HEADERS:
+            raise ValueError(f"version {version}")
+        shape, _, dtype = _HEADERS[version](file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        return shape, dtype
 
     def _read(self, entry: zipfile.ZipInfo) -> NDArray[Any]:
         most = MOST_EXPANSION * min(entry.compress_size, self.path.stat().st_size)
         with self._archive.open(entry) as file:
-            version = read_magic(file)
-            if version not in _HEADERS:
-                raise ValueError(f"version {version}")
-            shape, _, dtype = _HEADERS[version](file)
+            shape, dtype = self._header(file)
             size = math.prod(shape) * dtype.itemsize
             if min(shape, default=0) < 0 or size != entry.file_size - file.tell():
                 raise ValueError(f"{size} bytes of {entry.file_size}")
@@ -141,6 +172,7 @@ class ActivationFile:
         return array
 
 
+@expands_home
 def collect_activations(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -185,9 +217,13 @@ def collect_activations(
     12
     """
     target = Path(out)
-    if target.exists() and not overwrite:
-        raise OutputExistsError(f"{target}: exists already; pass overwrite to replace it")
     source = load_model(model)
+    if os.path.lexists(target) and not overwrite:
+        raise OutputExistsError(
+            f"{target}: exists already. Remove it, write elsewhere, or ask for overwriting "
+            f"(overwrite, --overwrite)"
+        )
+    check_new_file(target, lambda _: None)
     tokens = load_at_most(
         DEFAULT_SAMPLES,
         calibration,

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
-from bitwright.calibration import TokenSource, load_at_most, load_tokens
+from bitwright.calibration import TokenSource, existing_file, load_at_most, load_tokens
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
+from bitwright.checkpoint.reader import require_model
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.formats import FORMATS, FormatName, GroupSize, Precision
 from bitwright.formats.engine_names import unfused
+from bitwright.home import expands_home
 from bitwright.methods.awq import (
     DEFAULT_GRID,
     ScaleSearch,
@@ -57,6 +59,7 @@ NEVER_CLIPPED = ("q_proj", "k_proj", "query", "key", "qkv")
 
 
 @reports_warnings
+@expands_home
 def quantize_with_transformers(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -151,6 +154,7 @@ def quantize_with_transformers(
     """
     arguments = dict(locals())
     start = time.perf_counter()
+    require_model(model)
     for name, value, known in (
         ("method", method, ADAPTER_METHODS),
         ("format", format, tuple(FORMATS)),
@@ -170,16 +174,19 @@ def quantize_with_transformers(
         grid_search,
         refine=method in CORRECTED_METHODS if refine is None else refine,
     )
-    original = TorchModel(model)
-    if threads is not None:
-        _kernels.set_num_threads(threads)
-        original.torch.set_num_threads(threads)
-    kind = FORMATS[format]
     if format == "gguf":
         raise ValueError(
             "format: gguf needs an architecture that bitwright and llama.cpp both know; with the "
             "transformers backend choose another"
         )
+    if isinstance(calibration, str | os.PathLike):
+        existing_file(Path(calibration))
+    CheckpointWriter(out, overwrite, source=Path(model)).check_place()
+    original = TorchModel(model)  # which reads all weights
+    if threads is not None:
+        _kernels.set_num_threads(threads)
+        original.torch.set_num_threads(threads)
+    kind = FORMATS[format]
     linears = original.linears()
     shapes = {
         name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in linears.items()
@@ -227,6 +234,7 @@ def quantize_with_transformers(
     return report
 
 
+@expands_home
 def collect_grams(
     model: str | os.PathLike[str], tokens: TokenSource
 ) -> dict[str, NDArray[np.float32]]:

@@ -13,12 +13,14 @@ import numpy as np
 from bitwright.calibration import TokenSource
 from bitwright.card import made_by, python_call
 from bitwright.checkpoint import CheckpointWriter
+from bitwright.checkpoint.reader import require_model
 from bitwright.distributed import current
-from bitwright.dwq import dwq_quantize
+from bitwright.dwq import check_training, dwq_quantize
 from bitwright.dynamic import Candidate, choose_precisions, fineness, sensitivities_kept
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
+from bitwright.home import expands_home
 from bitwright.models.model import load_model
-from bitwright.pipeline import quantize
+from bitwright.pipeline import check_quantization, quantize
 from bitwright.recipe import Recipe
 from bitwright.report import QuantizationReport
 from bitwright.sensitivity import estimate_sensitivities
@@ -30,6 +32,7 @@ LEARNING_RATE = 3e-4  # what is known to suit students that are good already
 
 
 @reports_warnings
+@expands_home
 def quantize_best(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -87,6 +90,7 @@ def quantize_best(
     """
     arguments = dict(locals())
     started = time.perf_counter()
+    require_model(model)
     if calibration is None:
         raise ValueError("calibration: preset best needs text or token ids")
     original = load_model(model)
@@ -96,9 +100,23 @@ def quantize_best(
     writer = CheckpointWriter(out, overwrite, source=original.checkpoint.source)
     with made_by(python_call(quantize_best, arguments)), sensitivities_kept(out) as work:
         current().on_first(writer.check_place)
+        making = {
+            "method": method,
+            "bits": bits,
+            "group_size": group_size,
+            "format": format,
+            "samples": samples,
+            "length": length,
+            "seed": seed,
+            "grid": grid,
+            **options,
+        }
         if recipe is not None and not isinstance(recipe, Recipe):
             recipe = Recipe.load(recipe)
-        elif recipe is None and not kind.one_precision and not options.get("overrides"):
+        limits = {"calibration": calibration, "memory": memory, "overwrite": overwrite}
+        check_quantization(model, out, recipe=recipe, **limits, **making)
+        check_training(original, calibration, length, seed)
+        if recipe is None and not kind.one_precision and not options.get("overrides"):
             shapes = list(original.linear_shapes().values())
             candidates = _candidates(kind, asked, original.input_channels())
             found = estimate_sensitivities(
@@ -130,17 +148,6 @@ def quantize_best(
                 scale_dtype=dtype,
                 allow_unfused=options.get("allow_unfused", False),
             )
-        making = {
-            "method": method,
-            "bits": bits,
-            "group_size": group_size,
-            "format": format,
-            "samples": samples,
-            "length": length,
-            "seed": seed,
-            "grid": grid,
-            **options,
-        }
 
         def make(folder: Path) -> QuantizationReport:
             return quantize(

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from bitwright.chat import Chats, is_chat
 from bitwright.errors import CalibrationError, shown
+from bitwright.home import expands_home
 from bitwright.text_file import TEXT_LIMIT, read_bytes, read_text
 from bitwright.tokenizer_growth import check_growth
 
@@ -23,6 +24,7 @@ TOKENIZER_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40
 _SUFFIXES = (".txt", ".jsonl", ".npy")
 
 
+@expands_home
 def load_tokens(
     source: TokenSource,
     *,
@@ -83,7 +85,7 @@ def load_tokens(
         origin, rows = "the token array", _checked_rows(source, "the token array", length)
     elif isinstance(source, str | os.PathLike):
         origin = os.fspath(source)
-        path = _existing_file(Path(source))
+        path = existing_file(Path(source))
         if path.suffix == ".npy":
             rows = _checked_rows(_mapped(path), origin, length)
         else:
@@ -134,7 +136,8 @@ def _check_integer(name: str, value: object, smallest: int) -> None:
         )
 
 
-def _existing_file(path: Path) -> Path:
+def existing_file(path: Path) -> Path:
+    """Return the path; CalibrationError unless it is that of a file of text or tokens."""
     if path.suffix not in _SUFFIXES:
         raise CalibrationError(f"{path}: must end in one of {', '.join(_SUFFIXES)}")
     if not os.path.isfile(path):

@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import os
 import signal
 import sys
 import time
@@ -17,25 +18,30 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import click
+import numpy as np
 from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import bitwright
 from bitwright.activations import DEFAULT_SAMPLES
+from bitwright.calibration import existing_file
 from bitwright.card import command_line, made_by
+from bitwright.checkpoint.reader import require_model
+from bitwright.checkpoint.replacing import check_new_file
 from bitwright.demo import run_demo
 from bitwright.distillation import LOSSES
 from bitwright.distributed import current, launched, spread_over, world
 from bitwright.dwq import SCHEDULES
-from bitwright.dynamic import DEFAULT_CANDIDATES
 from bitwright.errors import MissingExtraError
 from bitwright.formats import FORMATS
+from bitwright.home import expanded
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.metrics import METRICS
 from bitwright.methods.salient import ACTIVATION_METHODS
 from bitwright.methods.solver import CORRECTED_DAMPING, METHODS, PRESETS
-from bitwright.plots import require_matplotlib
+from bitwright.pipeline import check_quantization
+from bitwright.plots import check_plot
 from bitwright.report import (
     print_conversion,
     print_dwq_report,
@@ -47,7 +53,7 @@ from bitwright.report import (
 )
 from bitwright.scaling import CLIPS, OBJECTIVES
 from bitwright.sensitivity import DEFAULT_SAMPLES as SENSITIVITY_SAMPLES
-from bitwright.sensitivity import parse_precision, precision_name
+from bitwright.sensitivity import parse_precision
 from bitwright.student import ZEROS
 from bitwright.tensor import BITS, GRIDS
 from bitwright.warned import BitwrightWarning
@@ -68,9 +74,20 @@ class _NewFile(click.ParamType[Path]):
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(value)
+        path = Path(expanded(value))
         if not path.parent.is_dir():
             self.fail(f"the folder {path.parent} does not exist", param, ctx)
+        return path
+
+
+class _Model(click.ParamType[Path]):
+    """A model, which is missed before anything else is."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(expanded(value))
+        require_model(path)
         return path
 
 
@@ -136,8 +153,18 @@ class _Precisions(click.ParamType[tuple[tuple[int, int | None], ...]]):
         return found
 
 
+def _check_apart(**files: Path | None) -> None:
+    """Refuse options that name one file, of which one would write over the other."""
+    places: dict[str, str] = {}
+    for name, path in files.items():
+        if path is not None:
+            other = places.setdefault(os.path.realpath(expanded(path)), name)
+            if other != name:
+                raise click.UsageError(f"--{other} and --{name} are the same file, {path}")
+
+
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open(existing_file(Path(expanded(path))), "rb") as file:
         return file_digest(file, "sha256").hexdigest()[:16]
 
 
@@ -158,8 +185,8 @@ def _method_and_format(function: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--candidates",
             type=_Precisions(),
-            default=",".join(map(precision_name, DEFAULT_CANDIDATES)),
-            help="BITS:GROUP_SIZE,… to choose from for each layer; group size -1 is the whole row.",
+            help="BITS:GROUP_SIZE,… to choose from for each layer; group size -1 is the whole row. By "
+            "default what the format has near the target.",
         ),
     ):
         function = option(function)
@@ -267,7 +294,7 @@ def cli(context: click.Context, fixed_order: bool) -> None:
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=_Model())
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--method", type=click.Choice(list(METHODS)), default="gptq")
 @click.option("--bits", type=_Bits(), default=4, help="Bits per code: 2, 3, 4, 5, 6 or 8.")
@@ -424,9 +451,7 @@ def quantize(
 
 
 @cli.command()
-@click.option(
-    "--model-path", required=True, type=click.Path(path_type=Path), help="Checkpoint folder."
-)
+@click.option("--model-path", required=True, type=_Model(), help="Checkpoint folder.")
 @click.option("--output-path", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
     "--activations-path",
@@ -481,6 +506,17 @@ def salient(
         raise click.UsageError("--dry-run writes the activations, so it needs --calibration")
     if not dry_run and output_path is None:
         raise click.UsageError("--output-path is missing; only --dry-run does without")
+    if calibration is not None and output_path is not None and not dry_run:
+        # Whether the format takes such a model is known before the model is run.
+        tokens = np.zeros((1, 2), np.int32)
+        check_quantization(
+            model_path,
+            output_path,
+            method="salient",
+            calibration=tokens,
+            overwrite=overwrite,
+            **{**options, "activation_method": "rms"},
+        )
     if calibration is not None:
         count = bitwright.collect_activations(
             model_path,
@@ -500,7 +536,7 @@ def salient(
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=_Model())
 @click.option("--out", required=True, type=_NewFile(), help="JSON file to write.")
 @_data(required=True)
 @click.option(
@@ -514,6 +550,7 @@ def salient(
 )
 @click.option("--batch-size", type=click.IntRange(1), default=4, help="Samples at a time.")
 @click.option("--loss", type=click.Choice(LOSSES), default="kl", help="Whose gradient is taken.")
+@click.option("--overwrite", is_flag=True, help="Replace files that hold something else.")
 @_resume
 @click.option("--plot", type=_NewFile(), help="Plot them to this file (.png, .svg, .pdf).")
 @_threads
@@ -525,18 +562,20 @@ def sensitivities(
     **options: Any,
 ) -> None:
     """Estimate how much the precision of each layer of MODEL matters."""
+    _check_apart(out=options["out"], plot=plot)
     if plot is not None:
-        require_matplotlib()
+        check_plot(plot, options["overwrite"])
     found = bitwright.estimate_sensitivities(
         model, options.pop("data"), *low[0], *high[0], **options
     )
     if plot is not None and current().is_first:
+        check_plot(plot, options["overwrite"])  # hours may have passed
         bitwright.plot_sensitivities(found, plot)
     print_sensitivities(found, Console())
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=_Model())
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
     "--target-bpw",
@@ -575,8 +614,12 @@ def sensitivities(
 @_threads
 def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None:
     """Quantize MODEL to a target size, with more bits where they matter."""
+    _check_apart(recipe=recipe, sensitivities=options["sensitivities"])
+    if recipe is not None:
+        check_new_file(recipe, bitwright.Recipe.load, options["overwrite"])
     report = bitwright.dynamic_quantize(model, out, **options)
     if recipe is not None and current().is_first:
+        check_new_file(recipe, bitwright.Recipe.load, options["overwrite"])  # hours may have passed
         report.recipe.save(recipe)
     console = Console()
     print_recipe(report.recipe, report.sensitivities, console)
@@ -586,12 +629,10 @@ def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None
 
 
 @cli.command()
-@click.option(
-    "--teacher", required=True, type=click.Path(path_type=Path), help="Folder of the original."
-)
+@click.option("--teacher", required=True, type=_Model(), help="Folder of the original.")
 @click.option(
     "--student",
-    type=click.Path(path_type=Path),
+    type=_Model(),
     help="Folder of a quantized model. Without it one is made first, by --method.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
@@ -649,7 +690,7 @@ def dwq(
     plot: Path | None,
     method: Any,
     format: Any,
-    candidates: tuple[tuple[int, int | None], ...],
+    candidates: tuple[tuple[int, int | None], ...] | None,
     calibration: Path | None,
     samples: int | None,
     bits: int,
@@ -671,7 +712,7 @@ def dwq(
                 option = name.replace("_", "-")
                 raise click.UsageError(f"--{option} says how to make a student, but one is given")
     if plot is not None:
-        require_matplotlib()
+        check_plot(plot, options["overwrite"])
     shared: dict[str, Any] = {
         "samples": samples,
         "length": options["length"],
@@ -707,12 +748,13 @@ def dwq(
         teacher, student or make, out, data, made_with=made_with, **options
     )
     if plot is not None and current().is_first:
+        check_plot(plot, options["overwrite"])  # hours may have passed
         bitwright.plot_dwq(report, plot)
     print_dwq_report(report, Console())
 
 
 @cli.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=_Model())
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
     "--to",
@@ -724,7 +766,7 @@ def dwq(
 @click.option(
     "--allow-requantize",
     is_flag=True,
-    help="Round what the format cannot hold exactly; without it that is an error that tells the loss.",
+    help="Store what the format can only hold with a loss; without it that is an error, which tells it.",
 )
 @_allow_unfused
 @click.option(
@@ -739,11 +781,11 @@ def convert(source: Path, out: Path, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("quantized", type=click.Path(path_type=Path))
+@click.argument("quantized", type=_Model())
 @click.option(
     "--original",
     required=True,
-    type=click.Path(path_type=Path),
+    type=_Model(),
     help="What it was made from, in float.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
@@ -775,7 +817,7 @@ def statistics() -> None:
 
 
 @statistics.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=_Model())
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option(
     "--calibration",
@@ -808,10 +850,8 @@ def _described(found: bitwright.Statistics) -> str:
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--reference", type=click.Path(path_type=Path), help="The original, for KL and agreement."
-)
+@click.argument("model", type=_Model())
+@click.option("--reference", type=_Model(), help="The original, for KL and agreement.")
 @click.option(
     "--text",
     required=True,
@@ -844,7 +884,7 @@ def evaluate(
         TextColumn("evaluating"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True)
     )
     with bar:
-        task = bar.add_task("", total=1.0)
+        task = bar.add_task("", total=1.0, visible=False)  # until there is some
         result = bitwright.evaluate(
             model,
             text,
@@ -852,7 +892,7 @@ def evaluate(
             length=length,
             samples=samples,
             memory=memory,
-            on_progress=lambda share: bar.update(task, completed=share),
+            on_progress=lambda share: bar.update(task, completed=share, visible=True),
         )
     if as_json:
         click.echo(json.dumps(asdict(result)))
@@ -861,7 +901,7 @@ def evaluate(
 
 
 @cli.command("inspect")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=_Model())
 @click.option("--method", type=click.Choice(list(METHODS)), default="gptq")
 @click.option("--preset", type=click.Choice(["fast", "default"]), default="default")
 @click.option("--samples", type=click.IntRange(1), default=128, help="Calibration samples.")

@@ -15,6 +15,7 @@ from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.checkpoint.writer import check_apart
 from bitwright.distributed import current
 from bitwright.gathering import advance, head_moments, require_finite_inputs
+from bitwright.home import expands_home
 from bitwright.journal import Journal, kept_when_interrupted
 from bitwright.methods.solver import MethodOptions
 from bitwright.models.block import Rotation
@@ -35,6 +36,7 @@ from bitwright.statistics_files import (
 from bitwright.targets import tokens_fingerprint
 
 
+@expands_home
 def collect_statistics(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

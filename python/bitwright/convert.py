@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +21,12 @@ from bitwright.checkpoint import (
 from bitwright.errors import check_choice
 from bitwright.formats import FORMATS, Format, FormatName, Precision
 from bitwright.formats.engine_names import check_fused, fused_groups, unfused
+from bitwright.home import expands_home
 from bitwright.methods.grid import FLOAT_DTYPES
-from bitwright.methods.regrid import regrid
+from bitwright.methods.regrid import ROUNDING, is_rounding, lost, regrid
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.model import Model, load_model
-from bitwright.output import Output, QuantizedLayer, relative_error
+from bitwright.output import Output, QuantizedLayer
 from bitwright.pipeline import as_written
 from bitwright.progress import progress_bar
 from bitwright.report import ConversionReport, ConvertedLayer
@@ -32,12 +34,14 @@ from bitwright.statistics import require_finite
 from bitwright.tensor import QuantizedTensor, stored_bits
 from bitwright.warned import reports_warnings
 
+FEW = 3  # layers that are in memory together
 WIDE = 4096  # channels of a row, to compare what precisions take
 Target = FormatName | Literal["float"]
 Group = tuple[str, ...]  # layers that must have one precision
 
 
 @reports_warnings
+@expands_home
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -52,8 +56,11 @@ def convert(
     """Store a model in another format.
 
     Nothing is lost where the new format can hold the grid: more bits hold fewer, small groups large ones,
-    an integer zero is a bias and often the other way round. Layers are read twice, and written as they are
-    made; no more than one is in memory.
+    an integer zero is a bias and often the other way round. Where only the dtype of the scales does not
+    fit, codes and zeros stay and the scales are rounded, if that is all that float16's rounding can cost:
+    no weight s·c + b moves by more than 2⁻¹⁰ of its two terms, and a layer loses no more than 2⁻¹⁸ (4·10⁻⁶)
+    of its energy. The report tells how much it is. Layers are read twice, and written as they are made; no
+    more than one is in memory.
 
     Parameters
     ----------
@@ -65,8 +72,8 @@ def convert(
         One of the formats, or ``"float"`` for plain safetensors of the dequantized weights. A model in
         float can become ``"gguf"`` or ``"float"`` without being quantized.
     allow_requantize
-        Round the layers that the format cannot hold exactly to the nearest that it has. Without it that
-        is an error, which tells what would be lost.
+        Also store what the format cannot hold so, as near as it can: with scales that are rounded by more,
+        or with new codes. Without it that is an error, which tells what would be lost.
     allow_unfused
         Let layers differ that vLLM computes as one module, see `bitwright.quantize`. Without it they get
         the smallest precision that holds all of them, and one of them in float is an error.
@@ -129,24 +136,25 @@ def convert(
         output = conversion.write(writer, plan, lambda: bar.update(task, advance=1))
         writer.write_json("config.json", conversion.config(plan))
         copy_side_files(model.checkpoint, writer)
-        stored = [each.after for each in conversion.report if each.after]
+        report = ConversionReport(
+            Path(out),
+            "float" if model.format is None else model.format.name,
+            format,
+            tuple(conversion.report),
+            output.size_bytes,
+            model.checkpoint.nbytes(),
+        )
+        stored = [each.after for each in report.layers if each.after]
         card = model_card(
             model.checkpoint,
             out,
             kind,
             precisions=[(each.bits, each.group_size or 0) for each in stored],
-            facts={"converted from": "float" if model.format is None else model.format.name},
+            facts={"converted from": report.source_format, **report.changes()},
             unfused=kind is not None and bool(unfused(kind, conversion.everything(plan))),
         )
         writer.write_text(CARD_NAME, card)
-    return ConversionReport(
-        Path(out),
-        "float" if model.format is None else model.format.name,
-        format,
-        tuple(conversion.report),
-        output.size_bytes,
-        model.checkpoint.nbytes(),
-    )
+    return report
 
 
 def precision_of(tensor: QuantizedTensor, kind: type[Format] | None) -> Precision:
@@ -154,6 +162,22 @@ def precision_of(tensor: QuantizedTensor, kind: type[Format] | None) -> Precisio
     whole = kind is not None and kind.whole_row and tensor.group_size not in kind.group_sizes
     size = None if whole and tensor.group_size == tensor.shape[1] else tensor.group_size
     return Precision(tensor.bits, size, "k" if tensor.superblocks is not None else tensor.grid)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How layers may be stored: their codes with scales in a dtype, or new codes."""
+
+    precision: Precision
+    scale_dtype: np.dtype[Any]
+    keeps_codes: bool
+    fits: bool = False  # whether no more is lost than rounding scales may cost
+    error: float | None = None  # of the layer that loses most; None where nobody has looked yet
+
+    def words(self) -> str:
+        """Return it as people write it."""
+        kept = f"the same codes, with scales in {self.scale_dtype}, in "
+        return (kept if self.keeps_codes else "") + self.precision.words()
 
 
 class _Conversion:
@@ -172,65 +196,75 @@ class _Conversion:
         self.allow_unfused = allow_unfused
         self.layers = model.quantized_layers()
         self.matrices = {model.embedding_name, model.head_name}
-        self.lost: dict[str, tuple[Precision, Precision, float]] = {}
+        self.lost: dict[str, _Choice] = {}
         self.report: list[ConvertedLayer] = []
         self.reordered = False
 
-    def plan(self, step: Any) -> dict[str, Precision | None]:
+    def plan(self, step: Any) -> dict[str, _Choice | None]:
         """Return what each layer becomes, and remember what that loses."""
         if self.kind is None:
             for _ in self.layers:
                 step()
             return dict.fromkeys(self.layers)
-        kind, plan = self.kind, dict[str, Precision | None]()
+        kind, plan = self.kind, dict[str, _Choice | None]()
         families = _families(kind)
-        held: list[dict[str, Precision | None]] = [{} for _ in families]
-        options: list[dict[str, Precision | None]] = [{} for _ in families]
+        options: list[dict[Group, list[_Choice]]] = [{} for _ in families]
         for group in self._groups():
             for _ in group:
                 step()
             if not kind.embeddings and self.matrices.issuperset(group):
                 plan |= {self._target(name): None for name in group}
                 continue
-            tensors = _Tensors(self, group)
-            for place, family in enumerate(families):
-                choice = self._held(kind, tensors, family)
-                held[place] |= dict.fromkeys(group, choice)
-                options[place] |= dict.fromkeys(group, choice or _nearest(kind, tensors, family))
-        possible = [place for place, option in enumerate(options) if all(option.values())]
+            tensors, known = self._tensors(group), dict[Any, _Choice]()
+            for family, option in zip(families, options, strict=True):
+                option[group] = self._choices(kind, tensors, family, known)
+        possible = [option for option in options if all(option.values())]
         if not possible:
-            name = next(name for name, choice in options[0].items() if choice is None)
+            name = next(group[0] for group, choices in options[0].items() if not choices)
             kind.check(name, self.layers[name], families[0][0])  # which says why
             raise ValueError(f"{name}: fits none of the precisions of the {kind.name} format")
-        best = min(
-            possible,
-            key=lambda place: (
-                sum(choice is None for choice in held[place].values()),
-                self._lost(held[place], options[place]),
-                sum(_stored(each) for each in options[place].values() if each),
-            ),
-        )
-        plan |= {self._target(name): precision for name, precision in options[best].items()}
+        for group, choices in min(possible, key=self._cost).items():
+            choice = choices[0] if choices[0].fits else self._least(group, choices)
+            if choice.error == np.inf:
+                raise ValueError(
+                    f"{self.model.checkpoint.folder}: the scales of layer {group[0]} are more than "
+                    f"{choice.scale_dtype} can hold, which the {kind.name} format stores; convert to "
+                    f"mlx or compressed-tensors, which store float32, or to float"
+                )
+            plan |= {self._target(name): choice for name in group}
+            if not choice.fits:
+                self.lost |= dict.fromkeys(group, choice)
         if not self.allow_unfused:
             check_fused(kind, self.everything(plan), "Quantize the original anew")
-        for name, precision in options[best].items():
-            if held[best][name] is None and precision is not None:
-                tensor = self._tensor(name)
-                loss = self._rounded(tensor, precision)[1]
-                self.lost[name] = precision_of(tensor, kind), precision, loss
         return plan
 
-    def _lost(
-        self, held: Mapping[str, Precision | None], option: Mapping[str, Precision | None]
-    ) -> float:
-        """Estimate the loss of a choice by the first layer that is rounded."""
-        for name, precision in option.items():
-            if held[name] is None and precision is not None:
-                return self._rounded(self._tensor(name), precision)[1]
-        return 0.0
+    def _cost(self, option: Mapping[Group, list[_Choice]]) -> tuple[float, ...]:
+        """Return what precisions that may be together cost: layers that do not fit, what the first of these
+        loses, layers that are not the same, and room."""
+        unfit = {group: each for group, each in option.items() if not each[0].fits}
+        first = next((self._least(*each).error for each in unfit.items()), 0.0)
+        rounded = sum(len(group) for group, each in option.items() if each[0].error != 0)
+        room = sum(len(group) * _stored(each[0].precision) for group, each in option.items())
+        return sum(map(len, unfit)), first or 0.0, rounded, room
+
+    def _least(self, group: Group, choices: Sequence[_Choice]) -> _Choice:
+        """Return the choice that loses least."""
+        judged = []
+        for choice in choices:
+            if choice.error is None:
+                choice = replace(choice, error=max(self._loss(name, choice) for name in group))
+            judged.append(choice)
+        return min(judged, key=lambda each: each.error or 0.0)
+
+    def _loss(self, name: str, choice: _Choice) -> float:
+        """Return what a layer loses by a choice; infinity if its dtype has no such scales."""
+        try:
+            return self._stored(self._tensor(name), choice)[1]
+        except ValueError:  # of a group that spans too much
+            return np.inf
 
     def write(
-        self, writer: CheckpointWriter, plan: Mapping[str, Precision | None], step: Any
+        self, writer: CheckpointWriter, plan: Mapping[str, _Choice | None], step: Any
     ) -> Output:
         """Write all tensors."""
         model, kind = self.model, self.kind
@@ -240,31 +274,28 @@ class _Conversion:
         for name in self.layers:
             step()
             target = self._target(name)
-            tensor, precision = self._tensor(name), plan[target]
+            tensor, choice = self._tensor(name), plan[target]
             before = precision_of(tensor, None if model.format is None else type(model.format))
-            if precision is None or kind is None:
+            if choice is None or kind is None:
                 weight = tensor.dequantize()
                 require_finite(weight, f"{model.checkpoint.folder}: quantized layer {name}")
                 stored = self._in_float(weight, target)
                 output.add(f"{target}.weight", stored)
-                error = 0.0
-                if not np.array_equal(stored.astype(np.float32), weight):
-                    error = relative_error(weight, stored.astype(np.float32), None)
+                error = lost(weight, stored.astype(np.float32))
                 self.report.append(ConvertedLayer(name, before, None, error))
                 continue
-            found, error = self._fitted(kind, tensor, precision), 0.0
-            if found is None:
-                found, error = self._rounded(tensor, precision)
+            found, error = self._stored(tensor, choice)
             self.reordered |= found.group_index is not None
             output.finish(QuantizedLayer(target, found, error))
-            self.report.append(ConvertedLayer(name, before, precision, error))
+            anew = not choice.keeps_codes
+            self.report.append(ConvertedLayer(name, before, choice.precision, error, anew))
         packed = model.packed_tensors()
         for name in model.checkpoint.names():
             if name not in packed:
                 self._carry(output, name)
         return output
 
-    def config(self, plan: Mapping[str, Precision | None]) -> dict[str, Any]:
+    def config(self, plan: Mapping[str, _Choice | None]) -> dict[str, Any]:
         """Return config.json."""
         model = self.model
         config = plainly_spelled(float_config(model.checkpoint.config))
@@ -277,7 +308,7 @@ class _Conversion:
         config = self.kind.spell(config)
         if not plan:
             return config
-        default = Counter(each for each in plan.values() if each).most_common(1)[0][0]
+        default = Counter(each.precision for each in plan.values() if each).most_common(1)[0][0]
         written = as_written(model, self.kind, self.everything(plan))
         blocks = self.kind.name_written(model.names.block.format(""), model.nested)
         said = self.kind.config(default, written, blocks)
@@ -285,31 +316,35 @@ class _Conversion:
             said["quantization_config"]["desc_act"] = True
         return {**config, **said}
 
-    def everything(self, plan: Mapping[str, Precision | None]) -> dict[str, Precision | None]:
-        """Return the plan with what stays in float."""
+    def everything(self, plan: Mapping[str, _Choice | None]) -> dict[str, Precision | None]:
+        """Return the precision of all layers, with those that stay in float."""
+        planned = {name: None if each is None else each.precision for name, each in plan.items()}
         in_float = dict.fromkeys(self.model.linear_shapes())
-        return {**in_float, **plan, **dict.fromkeys(self.model.never_quantized())}
+        return {**in_float, **planned, **dict.fromkeys(self.model.never_quantized())}
 
     def refusal(self, format: str) -> str:
         """Say what would be lost, and which formats would lose nothing."""
-        name, (before, after, _) = next(iter(self.lost.items()))
-        errors = [error for _, _, error in self.lost.values()]
+        name, choice = next(iter(self.lost.items()))
+        errors = [each.error or 0.0 for each in self.lost.values()]
+        own = None if self.model.format is None else self.model.format.name
         others = [
             other.name
             for other in FORMATS.values()
-            if other.name != format
-            and all(
-                any(self._held(other, {each: self._tensor(each)}, f) for f in _families(other))
-                for each in self.lost
-            )
+            if other.name not in (format, own)
+            and all(self._holds(other, each) for each in self.lost)
         ]
+        why = ""
+        if choice.keeps_codes and max(errors) <= ROUNDING:
+            why = f", but some groups by more than rounding their scales to {choice.scale_dtype} should"
         hint = f"{', '.join(others)} or float" if others else "float"
+        before = precision_of(self._tensor(name), self.kind).words()
         return (
             f"{self.model.checkpoint.folder}: {len(self.lost)} of {len(self.layers)} layers cannot be "
-            f"stored in the {format} format as they are: {name}, {before.words()}, would be rounded to "
-            f"{after.words()}. That changes the weights by {np.mean(errors):.2g} of their energy on "
-            f"average, {max(errors):.2g} at most. Allow it (allow_requantize, --allow-requantize), or "
-            f"convert to {hint}, which loses nothing"
+            f"stored in the {format} format as they are: {name}, {before}, would be rounded to "
+            f"{choice.words()}. That changes the weights by {np.mean(errors):.2g} of their energy on "
+            f"average, {max(errors):.2g} at most{why}; up to {ROUNDING:.2g} is done without asking. "
+            f"Allow it (allow_requantize, --allow-requantize), or convert to {hint}, which loses no more "
+            f"than that"
         )
 
     def _groups(self) -> Iterator[Group]:
@@ -333,48 +368,99 @@ class _Conversion:
     def _tensor(self, name: str) -> QuantizedTensor:
         return self.model.stored(name, self.layers[name])
 
-    def _held(
+    def _tensors(self, group: Group) -> Mapping[str, QuantizedTensor]:
+        """Return some layers: a few are in memory, the experts of a layer are read one by one."""
+        return _Tensors(self, group) if len(group) > FEW else {n: self._tensor(n) for n in group}
+
+    def _holds(self, kind: type[Format], name: str) -> bool:
+        """Tell whether a format holds a layer's codes, and its scales but for their rounding."""
+        tensors, known = self._tensors((name,)), dict[Any, _Choice]()
+        choices = (self._kept(kind, tensors, family, known) for family in _families(kind))
+        return any(choice is not None and choice.fits for choice in choices)
+
+    def _choices(
         self,
         kind: type[Format],
         tensors: Mapping[str, QuantizedTensor],
         precisions: Sequence[Precision],
-    ) -> Precision | None:
-        """Return the smallest precision that holds all of some layers exactly."""
-        for precision in sorted(precisions, key=_stored):
-            if all(
-                _stores(kind, name, tensor.shape, precision)
-                and self._fitted(kind, tensor, precision) is not None
-                for name, tensor in tensors.items()
-            ):
-                return precision
-        return None
+        known: dict[Any, _Choice],
+    ) -> list[_Choice]:
+        """Return how a group of layers may be stored: in one way if one fits, none if no shape does."""
+        kept = self._kept(kind, tensors, precisions, known)
+        if kept is not None and kept.fits:
+            return [kept]
+        nearest = _nearest(kind, tensors, precisions)
+        dtype = kind.scale_dtype(self.model.dtype)
+        anew = None if nearest is None else _Choice(nearest, dtype, keeps_codes=False)
+        return [each for each in (kept, anew) if each is not None]
 
-    def _fitted(
-        self, kind: type[Format], tensor: QuantizedTensor, precision: Precision
-    ) -> QuantizedTensor | None:
-        if tensor.group_index is not None and not kind.reorders:
+    def _kept(
+        self,
+        kind: type[Format],
+        tensors: Mapping[str, QuantizedTensor],
+        precisions: Sequence[Precision],
+        known: dict[Any, _Choice],
+    ) -> _Choice | None:
+        """Return the smallest precision that holds all of some layers exactly, otherwise but for the
+        rounding of scales, otherwise with the least loss; None if none holds their codes.
+
+        What is lost is a matter of the kind of grid and the dtype of scales alone; `known` remembers it.
+        """
+        if not kind.reorders and any(t.group_index is not None for t in tensors.values()):
             return None
-        usual = kind.scale_dtype(self.model.dtype)
-        dtypes = [
-            d for d in (tensor.scales.dtype, usual, *kind.scale_dtypes) if d in kind.scale_dtypes
-        ]
-        size = precision.group_for(tensor.shape[1])
-        return regrid(tensor, precision.bits, size, precision.grid, dtypes)
+        own = next(iter(tensors.values())).scales.dtype
+        usual = (own, kind.scale_dtype(self.model.dtype), *kind.scale_dtypes)
+        found: list[_Choice] = []
+        for precision in sorted(precisions, key=_stored):
+            for dtype in dict.fromkeys(each for each in usual if each in kind.scale_dtypes):
+                choice = _Choice(precision, dtype, keeps_codes=True)
+                if not all(
+                    _stores(kind, name, tensor.shape, precision)
+                    and self._regridded(tensor, choice) is not None
+                    for name, tensor in tensors.items()
+                ):
+                    break
+                key = precision.grid, dtype
+                if key not in known:
+                    known[key] = self._judged(tensors, choice)
+                if known[key].error == 0:
+                    return replace(known[key], precision=precision)
+                found.append(replace(known[key], precision=precision))
+        fitting = [each for each in found if each.fits]
+        of_one = [each for each in fitting if each.precision == fitting[0].precision]
+        return min(of_one or found, key=lambda each: each.error or 0.0, default=None)
 
-    def _rounded(
-        self, tensor: QuantizedTensor, precision: Precision
-    ) -> tuple[QuantizedTensor, float]:
-        assert self.kind is not None
-        weight = tensor.dequantize()
-        rounded = quantize_rtn(
-            weight,
-            precision.bits,
-            precision.group_size,
-            grid=precision.grid,
-            scale_dtype=self.kind.scale_dtype(self.model.dtype),
-            grid_search=True,
-        )
-        return rounded, relative_error(weight, rounded.dequantize(), None)
+    def _judged(self, tensors: Mapping[str, QuantizedTensor], choice: _Choice) -> _Choice:
+        """Return a choice that keeps codes with what is lost."""
+        fits, error = True, 0.0
+        for tensor in tensors.values():
+            found, weight = self._regridded(tensor, choice), tensor.dequantize()
+            assert found is not None
+            stored = found.dequantize()
+            change = lost(weight, stored)
+            fits = fits and (change == 0 or is_rounding(tensor, weight, stored))
+            error = max(error, change)
+        return replace(choice, fits=fits, error=error)
+
+    def _regridded(self, tensor: QuantizedTensor, choice: _Choice) -> QuantizedTensor | None:
+        bits, grid = choice.precision.bits, choice.precision.grid
+        size = choice.precision.group_for(tensor.shape[1])
+        return regrid(tensor, bits, size, grid, choice.scale_dtype)
+
+    def _stored(self, tensor: QuantizedTensor, choice: _Choice) -> tuple[QuantizedTensor, float]:
+        """Return a layer as it is stored, and what that loses."""
+        weight, precision = tensor.dequantize(), choice.precision
+        found = self._regridded(tensor, choice) if choice.keeps_codes else None
+        if found is None:
+            found = quantize_rtn(
+                weight,
+                precision.bits,
+                precision.group_size,
+                grid=precision.grid,
+                scale_dtype=choice.scale_dtype,
+                grid_search=True,
+            )
+        return found, lost(weight, found.dequantize())
 
     def _in_float(self, weight: NDArray[np.float32], name: str) -> NDArray[Any]:
         if self.dtype is not None:
@@ -401,7 +487,7 @@ class _Conversion:
 
 
 class _Tensors(Mapping[str, QuantizedTensor]):
-    """Layers that are read whenever they are asked for, so that no two are in memory."""
+    """Layers that are read whenever they are asked for."""
 
     def __init__(self, conversion: _Conversion, names: Group) -> None:
         self._conversion, self._names = conversion, names
@@ -437,24 +523,19 @@ def _stores(kind: type[Format], name: str, shape: tuple[int, int], precision: Pr
 def _nearest(
     kind: type[Format], tensors: Mapping[str, QuantizedTensor], precisions: Sequence[Precision]
 ) -> Precision | None:
-    """Return what layers that no precision holds are rounded to, None if a shape fits none."""
-    facts = [(name, t.shape, t.bits, t.group_size) for name, t in tensors.items()]
+    """Return what layers that no precision holds are rounded to, None if their shapes fit none."""
+    facts = {name: (t.shape, t.bits, t.group_size) for name, t in tensors.items()}
+    shape, bits, group_size = max(facts.values(), key=lambda fact: fact[1])
 
     def distance(precision: Precision) -> tuple[bool, int, bool, int]:
-        return max(
-            (
-                precision.bits < bits,
-                abs(precision.bits - bits),
-                precision.group_for(shape[1]) > group_size,
-                abs(precision.group_for(shape[1]) - group_size),
-            )
-            for _, shape, bits, group_size in facts
-        )
+        size = precision.group_for(shape[1])
+        fewer, coarser = precision.bits < bits, size > group_size
+        return fewer, abs(precision.bits - bits), coarser, abs(size - group_size)
 
     known = [
-        each
-        for each in precisions
-        if all(_stores(kind, name, shape, each) for name, shape, _, _ in facts)
+        precision
+        for precision in precisions
+        if all(_stores(kind, name, fact[0], precision) for name, fact in facts.items())
     ]
     return min(known, key=distance, default=None)
 

@@ -22,6 +22,7 @@ from bitwright.calibration import TokenSource, load_tokenizer, load_tokens
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files, plainly_spelled
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
+from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.replacing import replaced
 from bitwright.checkpoint.work_folder import (
     WorkFolder,
@@ -50,6 +51,7 @@ from bitwright.errors import (
 )
 from bitwright.formats import Format
 from bitwright.formats.engine_names import unfused
+from bitwright.home import expands_home
 from bitwright.memory import peak_memory_bytes
 from bitwright.methods.adam import Adam
 from bitwright.models.model import Model, load_model
@@ -61,6 +63,7 @@ from bitwright.student import ZEROS, Student, Zeros
 from bitwright.targets import (
     DEFAULT_K,
     DwqTargets,
+    check_targets,
     compute_dwq_targets,
     read_manifest,
     tokens_fingerprint,
@@ -135,6 +138,7 @@ class _Progress:
 
 
 @reports_warnings
+@expands_home
 def dwq_quantize(
     teacher: str | os.PathLike[str],
     student: str | os.PathLike[str] | Callable[[Path], object],
@@ -258,6 +262,9 @@ def dwq_quantize(
     started = time.perf_counter()
     if threads is not None:
         _kernels.set_num_threads(threads)
+    require_model(teacher)
+    if not callable(student):
+        require_model(student)
     check_choice("schedule", schedule, SCHEDULES)
     check_choice("zeros", zeros, ZEROS)
     if isinstance(loss, str):
@@ -280,6 +287,8 @@ def dwq_quantize(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected more than 0 and finite, got {temperature}")
     teacher_model = load_model(teacher)
+    if not callable(student):
+        check_pair(teacher_model, load_model(student))
     rows = _load(data, targets, teacher_model, length)
     held = None if validation is None else _load(validation, None, teacher_model, rows.shape[1])
     plan = _plan(rows, held, validation_samples, tokens, batch_size * accumulate, seed)
@@ -305,6 +314,8 @@ def dwq_quantize(
     if given is not None:
         for taken in (work.out, work.path):
             check_apart(taken, given, "targets")
+        samples, _ = _taught(plan, given)
+        ranks.on_first(lambda: check_targets(teacher_model, samples, given, k, temperature))
     identity: dict[str, object] = {
         "teacher": model_fingerprint(teacher_model.checkpoint),
         "tokenizer": tokenizer_fingerprint(teacher_model.checkpoint),
@@ -325,8 +336,10 @@ def dwq_quantize(
             state = work.resume(identity, resumed) or {}
             student_model, made = _student(student, made_with is not None, work, identity, state)
             learner = Student(student_model, zeros)
-            check_pair(teacher_model, student_model)
-            check_apart(work.out, student_model.checkpoint.source, "student that is read")
+            if callable(student):
+                check_pair(teacher_model, student_model)
+            else:
+                check_apart(work.out, student_model.checkpoint.source, "student that is read")
             with progress_bar("teaching", progress and ranks.is_first) as bar:
                 task = bar.add_task("", total=1.0, figures="")
                 known = _teach(
@@ -710,6 +723,11 @@ def _load(
     )
 
 
+def check_training(teacher: Model, data: TokenSource, length: int | None, seed: int) -> None:
+    """Raise CalibrationError unless there are samples to train on, and to validate on."""
+    _plan(_load(data, None, teacher, length), None, None, None, 1, seed)
+
+
 def _plan(
     rows: NDArray[np.int32],
     held: NDArray[np.int32] | None,
@@ -747,6 +765,15 @@ def _plan(
     )
 
 
+def _taught(plan: _Plan, given: Path | None) -> tuple[NDArray[np.int32], NDArray[np.intp]]:
+    """Return the samples that targets are made of, or are there of, and where those of the plan are."""
+    if given is not None:
+        manifest = read_manifest(given) or {}
+        if manifest.get("tokens") == tokens_fingerprint(plan.rows):
+            return plan.rows, plan.used
+    return plan.rows[plan.used], np.arange(len(plan.used))
+
+
 def _teach(
     teacher: Model,
     plan: _Plan,
@@ -770,11 +797,7 @@ def _teach(
             on_progress=lambda share: on_progress((begin + (end - begin) * share) / total),
         )
 
-    samples, places = plan.rows[plan.used], np.arange(len(plan.used))
-    if given is not None:
-        manifest = read_manifest(given) or {}
-        if manifest.get("tokens") == tokens_fingerprint(plan.rows):
-            samples, places = plan.rows, plan.used
+    samples, places = _taught(plan, given)
     held = None
     if len(plan.held):
         held = compute(plan.held, work / "validation", 0, len(plan.held))

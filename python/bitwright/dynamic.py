@@ -5,28 +5,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.calibration import TokenSource
 from bitwright.card import add_evaluations, is_made_by_this, made_by, python_call
-from bitwright.checkpoint import CheckpointWriter
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import write_json
-from bitwright.checkpoint.work_folder import WorkFolder, as_identity
+from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, as_identity
 from bitwright.distributed import current
 from bitwright.errors import MALFORMED, OutputExistsError, SensitivityError, check_choice
-from bitwright.evaluate import Evaluation, evaluate
+from bitwright.evaluate import Evaluation, check_text, evaluate
 from bitwright.formats import FORMATS, Format, FormatName, Precision
 from bitwright.formats.engine_names import fused_groups
+from bitwright.home import expands_home
 from bitwright.methods.dynamic import allocate, check_target
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.model import Model, load_model
-from bitwright.pipeline import quantize
+from bitwright.pipeline import check_quantization, quantize
 from bitwright.recipe import Recipe, plan_layers
 from bitwright.report import QuantizationReport
 from bitwright.sensitivity import (
@@ -37,7 +37,9 @@ from bitwright.tensor import Grid, stored_bits
 from bitwright.warned import reports_warnings
 
 Candidate = tuple[int, int | None]
-DEFAULT_CANDIDATES: tuple[Candidate, ...] = ((3, 64), (4, 64), (5, 64))
+USUAL_BITS = (3, 4, 5)  # of the candidates, where a format has them and the target lies among them
+WINDOW = 3  # default candidates
+DynamicMethod = Literal["gptq", "rtn", "awq", "awq+gptq"]
 ERROR_ROWS = 64  # of each weight, on which candidates are compared
 LEAST_SHARE = 1e-3  # of the median alignment, for layers whose own is not positive
 
@@ -68,11 +70,12 @@ class DynamicReport:
     warnings: tuple[str, ...] = ()
 
 
+@expands_home
 def choose_precisions(
     model: str | os.PathLike[str] | Model,
     sensitivities: Sensitivities,
     target_bpw: float,
-    candidates: Sequence[Candidate] = DEFAULT_CANDIDATES,
+    candidates: Sequence[Candidate] | None = None,
     *,
     format: FormatName = "mlx",
     grid: Grid | None = None,
@@ -95,7 +98,9 @@ def choose_precisions(
     target_bpw
         Bits per weight over the layers in the blocks, scales and biases or zeros included.
     candidates
-        ``(bits, group_size)`` to choose from.
+        ``(bits, group_size)`` to choose from; group size None or -1 is the whole row. By default three
+        precisions that the format stores and that have the target among them: 3, 4 and 5 bits where they
+        do, otherwise those nearest to it.
     format, grid, scale_dtype
         How it will be stored; they decide what scales take.
     allow_unfused
@@ -124,41 +129,20 @@ def choose_precisions(
     (5, 64)
     """
     original = model if isinstance(model, Model) else load_model(model)
-    check_choice("format", format, FORMATS)
-    kind = FORMATS[format]
-    shapes = original.linear_shapes()
-    if sensitivities.model != model_fingerprint(original.checkpoint) or set(shapes) != set(
-        sensitivities.alignments
-    ):
-        raise SensitivityError(
-            f"sensitivities: are not those of {original.checkpoint.folder}; estimate them again"
-        )
-    choices = list(dict.fromkeys(candidates))
-    if not choices:
-        raise ValueError("candidates: none given")
-    if kind.one_precision and len(choices) > 1:
-        raise ValueError(
-            f"candidates: the {format} format has one precision for all layers; mixed ones can be had in "
-            f"the mlx and gptq formats"
-        )
-    channels = original.input_channels()
-    chosen_grid = grid or kind.default_grid(max(bits for bits, _ in choices), channels)
-    dtype = kind.scale_dtype(original.dtype) if scale_dtype is None else np.dtype(scale_dtype)
-    weights = np.array([float(np.prod(shape)) for shape in shapes.values()])
-    per_weight = np.empty((len(shapes), len(choices)))
-    errors = np.empty_like(per_weight)
+    _check_model(sensitivities, original)
+    choices = dynamic_choices(original, target_bpw, candidates, format, grid, scale_dtype)
+    kind, shapes = FORMATS[format], original.linear_shapes()
+    low_grid: Grid = "affine" if choices.grid == "k" else choices.grid  # k has its own group sizes
+    sizes = _sizes(shapes, choices)
+    errors = np.empty_like(sizes)
     for row, (name, shape) in enumerate(shapes.items()):
         matrix = original.weight(name, shape)
         some = np.ascontiguousarray(matrix[:: -(-len(matrix) // ERROR_ROWS)])
-        low_error = _rounding_error(some, sensitivities.low, chosen_grid)
-        for column, (bits, size) in enumerate(choices):
-            kind.check(name, shape, Precision(bits, size, chosen_grid))
-            per_weight[row, column] = stored_bits(bits, size or shape[1], chosen_grid, dtype)
-            error = _rounding_error(some, (bits, size), chosen_grid)
+        low_error = _rounding_error(some, sensitivities.low, low_grid)
+        for column, candidate in enumerate(choices.candidates):
+            error = _rounding_error(some, candidate, choices.grid)
             errors[row, column] = error / low_error if low_error > 0 else 0.0
-    sizes = per_weight * weights[:, None]
-    total = weights.sum()
-    check_target(target_bpw, sizes.min(axis=1).sum() / total, sizes.max(axis=1).sum() / total)
+    total = _weights(shapes).sum()
     alignments = np.array([sensitivities.alignments[name] for name in shapes])
     positive = alignments[alignments > 0]
     least = LEAST_SHARE * float(np.median(positive)) if positive.size else 1.0
@@ -175,17 +159,166 @@ def choose_precisions(
     for group, column in zip(rows, picked, strict=True):
         columns[group] = column
     reached = float(sizes[np.arange(len(shapes)), columns].sum() / total)
-    layers = {name: choices[column] for name, column in zip(shapes, columns, strict=True)}
+    picks = zip(shapes, columns, strict=True)
+    layers = {name: choices.candidates[column] for name, column in picks}
     return Recipe(layers, target_bpw, reached)
 
 
+@dataclass(frozen=True)
+class Choices:
+    """Precisions to choose from for each layer: all on one grid, with scales of one dtype."""
+
+    candidates: tuple[Candidate, ...]
+    grid: Grid
+    scale_dtype: np.dtype[Any]
+
+    @property
+    def ends(self) -> tuple[Candidate, Candidate]:
+        """The coarsest and the finest."""
+        return min(self.candidates, key=fineness), max(self.candidates, key=fineness)
+
+
+def dynamic_choices(
+    model: Model,
+    target_bpw: float,
+    candidates: Sequence[Candidate] | None,
+    format: FormatName,
+    grid: Grid | None = None,
+    scale_dtype: DTypeLike | None = None,
+) -> Choices:
+    """Return the precisions to choose from, from shapes alone; see `choose_precisions`.
+
+    Raises
+    ------
+    ValueError
+        If the format cannot store one of them, or the target is out of their reach.
+    """
+    check_choice("format", format, FORMATS)
+    kind, shapes = FORMATS[format], model.linear_shapes()
+    given = [(bits, None if size == -1 else size) for bits, size in candidates or ()]
+    chosen = tuple(dict.fromkeys(given))
+    if candidates is not None and not chosen:
+        raise ValueError("candidates: none given")
+    if kind.one_precision and len(chosen) != 1:
+        several = ", ".join(each.name for each in FORMATS.values() if not each.one_precision)
+        raise ValueError(
+            f"format: {format} has one precision for all layers, so there is nothing to choose. Quantize "
+            f"to it with bitwright quantize (preset best trains its scales, too), or choose a format with "
+            f"several: {several}"
+        )
+    check_choice("grid", grid or kind.grids[0], kind.grids)
+    dtype = kind.scale_dtype(model.dtype)
+    if scale_dtype is not None:
+        dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
+    if not chosen:
+        return _default_choices(kind, shapes, target_bpw, grid, dtype)
+    first = grid or kind.default_grid(max(bits for bits, _ in chosen), model.input_channels())
+    possible = [
+        each
+        for each in ([first] if grid else [first, *kind.grids])
+        if all(_is_stored(kind, shapes, Precision(*one, each)) for one in chosen)
+    ]
+    if not possible:
+        for candidate in chosen:
+            for name, shape in shapes.items():
+                kind.check(name, shape, Precision(*candidate, first))  # which says why
+    choices = Choices(chosen, possible[0], dtype)
+    check_target(target_bpw, *_reach(shapes, choices))
+    return choices
+
+
+def _default_choices(
+    kind: type[Format],
+    shapes: Mapping[str, tuple[int, int]],
+    target_bpw: float,
+    grid: Grid | None,
+    dtype: np.dtype[Any],
+) -> Choices:
+    reaches = []
+    for each in [grid] if grid else kind.grids:
+        ladder: list[Candidate] = []
+        for bits in sorted(kind.bits):
+            usual = kind.default_group_size(bits, each)
+            sizes = [usual, *sorted((s for s in kind.group_sizes if s < usual), reverse=True)]
+            stored = (s for s in sizes if _is_stored(kind, shapes, Precision(bits, s, each)))
+            size = next(stored, None)
+            if size is not None:
+                ladder.append((bits, size))
+        usual_ones = [candidate for candidate in ladder if candidate[0] in USUAL_BITS]
+        windows = [ladder[i : i + WINDOW] for i in range(max(1, len(ladder) - WINDOW + 1))]
+        if len(usual_ones) == len(USUAL_BITS):
+            windows.insert(0, usual_ones)
+        found = []
+        for window in filter(None, windows):
+            choices = Choices(tuple(window), each, dtype)
+            least, most = _reach(shapes, choices)
+            reaches += [least, most]
+            with suppress(ValueError):
+                check_target(target_bpw, least, most)
+                if window is usual_ones:
+                    return choices
+                found.append((abs(target_bpw - (least + most) / 2), choices))
+        if found:
+            return min(found, key=lambda pair: pair[0])[1]
+    if not reaches:
+        raise ValueError(
+            f"candidates: the {kind.name} format has no precision that fits all layers; leave those that "
+            f"it does not fit in float, with bitwright quantize --exclude"
+        )
+    raise ValueError(
+        f"target_bpw: {target_bpw:g} bits per weight is out of reach; the {kind.name} format reaches from "
+        f"{min(reaches):.4g} to {max(reaches):.4g} over the quantized layers by default, scales included"
+    )
+
+
+def _is_stored(
+    kind: type[Format], shapes: Mapping[str, tuple[int, int]], precision: Precision
+) -> bool:
+    with suppress(ValueError):
+        for shape in set(shapes.values()):
+            kind.check("", shape, precision)
+        return True
+    return False
+
+
+def _weights(shapes: Mapping[str, tuple[int, int]]) -> NDArray[np.float64]:
+    return np.array([float(np.prod(shape)) for shape in shapes.values()])
+
+
+def _sizes(shapes: Mapping[str, tuple[int, int]], choices: Choices) -> NDArray[np.float64]:
+    """Return the bits ``[layers, candidates]`` that they take."""
+    per_weight = [
+        [
+            stored_bits(bits, size or channels, choices.grid, choices.scale_dtype)
+            for bits, size in choices.candidates
+        ]
+        for _, channels in shapes.values()
+    ]
+    return np.array(per_weight) * _weights(shapes)[:, None]
+
+
+def _reach(shapes: Mapping[str, tuple[int, int]], choices: Choices) -> tuple[float, float]:
+    """Return the fewest and the most bits per weight that all layers together can have."""
+    sizes, total = _sizes(shapes, choices), _weights(shapes).sum()
+    return float(sizes.min(axis=1).sum() / total), float(sizes.max(axis=1).sum() / total)
+
+
+def _check_model(sensitivities: Sensitivities, model: Model) -> None:
+    known = sensitivities.model == model_fingerprint(model.checkpoint)
+    if not known or set(model.linear_shapes()) != set(sensitivities.alignments):
+        raise SensitivityError(
+            f"sensitivities: are not those of {model.checkpoint.folder}; estimate them again"
+        )
+
+
 @reports_warnings
+@expands_home
 def dynamic_quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     target_bpw: float,
-    candidates: Sequence[Candidate] = DEFAULT_CANDIDATES,
-    method: Literal["gptq", "rtn", "awq", "awq+gptq"] = "gptq",
+    candidates: Sequence[Candidate] | None = None,
+    method: DynamicMethod = "gptq",
     format: FormatName = "mlx",
     data: TokenSource | None = None,
     *,
@@ -256,10 +389,33 @@ def dynamic_quantize(
     if threads is not None:
         _kernels.set_num_threads(threads)
     original = load_model(model)
-    low, high = min(candidates, key=fineness), max(candidates, key=fineness)
+    check_choice("method", method, get_args(DynamicMethod))
+    choices = dynamic_choices(
+        original, target_bpw, candidates, format, grid, options.get("scale_dtype")
+    )
+    low, high = choices.ends
     ranks = current()
-    _check_plan(original, format, high, grid, options)
+    _check_plan(original, format, high, choices.grid, options)
     known = ranks.on_first(lambda: _known(sensitivities))
+    if known is not None:
+        _check_model(known, original)
+    elif data is None:
+        raise ValueError("data: give text or token ids, or sensitivities that are known")
+    text = data if calibration is None else calibration
+    if evaluate_on is not None:
+        check_text(original, evaluate_on, length)
+    making: dict[str, Any] = {
+        "method": method,
+        "format": format,
+        "calibration": None if method == "rtn" and not options.get("grid_search") else text,
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "grid": choices.grid,
+        "memory": memory,
+        "resume": resume,
+        **options,
+    }
     with sensitivities_kept(out) as work, made_by(python_call(dynamic_quantize, arguments)):
         written = _Written(work, Path(out), arguments, model_fingerprint(original.checkpoint))
         report = None
@@ -267,15 +423,14 @@ def dynamic_quantize(
             report, again = ranks.on_first(written.found)
             overwrite = overwrite or again
         if report is None:
-            writer = CheckpointWriter(out, overwrite, source=original.checkpoint.source)
-            ranks.on_first(writer.check_place)
+            # All that does not depend on which layer gets what.
+            same = Recipe(dict.fromkeys(original.linear_shapes(), low), target_bpw, target_bpw)
+            check_quantization(model, out, recipe=same, overwrite=overwrite, **making)
         if known is None:
-            if data is None:
-                raise ValueError("data: give text or token ids, or sensitivities that are known")
             file = None if isinstance(sensitivities, Sensitivities) else sensitivities
             known = estimate_sensitivities(
                 original,
-                data,
+                cast(TokenSource, data),
                 *low,
                 *high,
                 samples=sensitivity_samples,
@@ -289,32 +444,17 @@ def dynamic_quantize(
             original,
             known,
             target_bpw,
-            candidates,
+            choices.candidates,
             format=format,
-            grid=grid,
-            scale_dtype=options.get("scale_dtype"),
+            grid=choices.grid,
+            scale_dtype=choices.scale_dtype,
             allow_unfused=options.get("allow_unfused", False),
         )
-        text = data if calibration is None else calibration
         if report is None:
             if evaluate_on is not None:
                 written.commit(None)
             report = quantize(
-                model,
-                out,
-                method,
-                format=format,
-                calibration=None if method == "rtn" and not options.get("grid_search") else text,
-                samples=samples,
-                length=length,
-                seed=seed,
-                grid=grid,
-                recipe=recipe,
-                memory=memory,
-                overwrite=overwrite,
-                resume=resume,
-                progress=progress,
-                **options,
+                model, out, recipe=recipe, overwrite=overwrite, progress=progress, **making
             )
         before = after = None
         if evaluate_on is not None:
@@ -329,8 +469,7 @@ def dynamic_quantize(
 @contextmanager
 def sensitivities_kept(out: str | os.PathLike[str]) -> Iterator[WorkFolder]:
     """Hold a work folder for sensitivities until what follows from them is written."""
-    place = WorkFolder(out).out
-    with WorkFolder(place.parent / f"{place.name}.sensitivities") as work:
+    with WorkFolder(out, SENSITIVITIES) as work:
         try:
             yield work
         except OutputExistsError:
@@ -368,16 +507,21 @@ class _Written:
             content = read_json_object(self._path)
             if content["identity"] == self._identity:
                 self._work.keep = True
-                if content["inode"] == self._out.stat().st_ino:
+                if content["inode"] == self._inode():
                     return QuantizationReport.from_dict(content["report"]), False
                 return None, is_made_by_this(self._out)
         return None, False
+
+    def _inode(self) -> int:
+        return (
+            (self._out / "config.json").stat().st_ino
+        )  # a folder that is a mount point keeps its own
 
     def commit(self, report: QuantizationReport | None) -> None:
         """Remember that the output is about to be written, or is."""
         content = {
             "identity": self._identity,
-            "inode": None if report is None else os.stat(self._out).st_ino,
+            "inode": None if report is None else self._inode(),
             "report": None if report is None else report.as_dict(),
         }
         current().on_first(lambda: write_json(self._path, content))

@@ -13,6 +13,7 @@ from bitwright import _kernels
 from bitwright.budget import Budget
 from bitwright.calibration import TokenSource, load_tokens
 from bitwright.errors import CalibrationError, NonFiniteError
+from bitwright.home import expands_home
 from bitwright.memory import peak_memory_bytes
 from bitwright.models.block import Rotation
 from bitwright.models.model import Model, load_model
@@ -65,6 +66,7 @@ class Evaluation:
 
 
 @reports_warnings
+@expands_home
 def evaluate(
     model: str | os.PathLike[str] | Model,
     text: TokenSource,
@@ -127,15 +129,7 @@ def evaluate(
             f"{models[1].checkpoint.folder}: the reference's vocabulary has "
             f"{models[1].config.vocab_size} entries, the model's {judged.config.vocab_size}"
         )
-    tokens = load_tokens(
-        text,
-        tokenizer=judged.checkpoint.folder,
-        length=length,
-        samples=samples,
-        vocab_size=judged.config.vocab_size,
-    )
-    if tokens.shape[1] < 2:
-        raise CalibrationError("text: samples of one token have no next token to predict")
+    tokens = check_text(judged, text, length, samples)
     batch = _samples_at_once(models, len(tokens), tokens.shape[1], memory)
     parts = [tokens[first : first + batch] for first in range(0, len(tokens), batch)]
     steps = len(parts) * (sum(each.config.num_hidden_layers + 1 for each in models) + 1)
@@ -163,6 +157,22 @@ def evaluate(
         seconds=time.perf_counter() - start,
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def check_text(
+    model: Model, text: TokenSource, length: int | None, samples: int | None = None
+) -> NDArray[np.int32]:
+    """Return the samples that a model can be evaluated on; CalibrationError if it cannot."""
+    tokens = load_tokens(
+        text,
+        tokenizer=model.checkpoint.folder,
+        length=length,
+        samples=samples,
+        vocab_size=model.config.vocab_size,
+    )
+    if tokens.shape[1] < 2:
+        raise CalibrationError("text: samples of one token have no next token to predict")
+    return tokens
 
 
 def bits_per_weight(model: Model) -> float:

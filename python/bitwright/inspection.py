@@ -11,6 +11,7 @@ from typing import Literal
 from bitwright.errors import check_choice
 from bitwright.evaluate import bits_per_weight, parameter_count
 from bitwright.formats import Precision
+from bitwright.home import expands_home
 from bitwright.methods.solver import CORRECTED_METHODS, METHODS, MethodOptions
 from bitwright.models.model import load_model
 from bitwright.planner import Work, plan_run
@@ -84,6 +85,7 @@ class Inspection:
 
 
 @reports_warnings
+@expands_home
 def inspect_model(
     model: str | os.PathLike[str],
     *,

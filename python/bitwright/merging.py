@@ -11,10 +11,12 @@ from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.checkpoint.writer import check_apart
 from bitwright.distributed import current
 from bitwright.errors import StatisticsError
+from bitwright.home import expands_home
 from bitwright.statistics import Moments
 from bitwright.statistics_files import Statistics, StatisticsWriter, check_place
 
 
+@expands_home
 def merge_statistics(
     parts: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
 ) -> Statistics:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from bitwright.calibration import TokenSource, load_at_most
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files, float_config, plainly_spelled
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
+from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.distributed import current
 from bitwright.drift import Drift, OriginalStream, drift_rows
@@ -28,6 +30,7 @@ from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
 from bitwright.formats.engine_names import unfused
 from bitwright.gathering import advance, head_moments, require_finite_inputs
+from bitwright.home import expands_home
 from bitwright.journal import Journal, kept_when_interrupted
 from bitwright.known_inputs import FEW_TOKENS, KnownInputs
 from bitwright.methods.awq import DEFAULT_GRID
@@ -72,9 +75,30 @@ from bitwright.warned import reports_warnings
 
 DEFAULT_SAMPLES = 128
 JUDGED_CHUNKS = 1  # that decide between a block with AWQ's scales and one without
+_only_checking: ContextVar[bool] = ContextVar("only_checking", default=False)
+
+
+class _AllIsWell(Exception):  # noqa: N818 - it is no error
+    """Ends a call of `quantize` that was only to be checked."""
+
+
+def check_quantization(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any
+) -> None:
+    """Raise what `quantize` would before its first block; nothing is written.
+
+    For those who call it after work of their own, which would be lost."""
+    token = _only_checking.set(True)
+    try:
+        quantize(model, out, **{**options, "progress": False})
+    except _AllIsWell:
+        pass
+    finally:
+        _only_checking.reset(token)
 
 
 @reports_warnings
+@expands_home
 def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -246,6 +270,7 @@ def quantize(
     """
     arguments = dict(locals())
     start = time.perf_counter()
+    require_model(model)
     for name, value, known in (
         ("method", method, tuple(METHODS)),
         ("format", format, tuple(FORMATS)),
@@ -562,7 +587,10 @@ class Run:
             work=work,
         )
         self.ranks.on_first(first_writer.check_place)
+        self._check_activations()
         planned = self._planned(Path(out), progress)
+        if _only_checking.get():
+            raise _AllIsWell
         self.resident = planned.resident
         writer = first_writer if self.ranks.is_first else None
         with work, kept_when_interrupted(work):
@@ -589,6 +617,21 @@ class Run:
                     writer.write_text(CARD_NAME, card)
         self.output.verify(out)
         return replace(self.ranks.broadcast(report), seconds=journal.seconds())
+
+    def _check_activations(self) -> None:
+        """Raise CalibrationError unless the activations file has the inputs of all layers."""
+        if self.activations is None:
+            return
+        for index, layout in enumerate(self.model.layouts):
+            prefix = self.model.block_prefix(index)
+            for stage in layout.stages:
+                for name in stage.linears:
+                    if self.plan[prefix + name]:
+                        names = (prefix + name, *(prefix + other for other in stage.linears))
+                        self.activations.require(names, layout.linears[name][1])
+        head = self.model.names.head
+        if self.plan.get(head) is not None:
+            self.activations.require((head,), self.model.config.hidden_size)
 
     def _planned(self, out: Path, progress: bool) -> RunPlan:
         """Plan memory, disk and, if it is shown, time."""

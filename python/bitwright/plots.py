@@ -5,12 +5,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitwright.checkpoint.replacing import output_errors
-from bitwright.errors import MissingExtraError
+from bitwright.checkpoint.replacing import check_new_file, output_errors
+from bitwright.errors import MissingExtraError, OutputError
+from bitwright.home import expands_home
 from bitwright.report import DwqReport
 from bitwright.sensitivity import Sensitivities, precision_name
 
+MARK = "bitwright.plots"  # by which a plot is known again, in the kinds of files that have a place for it
+_MARKED = {
+    ".png": "Software",
+    ".svg": "Creator",
+    ".pdf": "Creator",
+    ".eps": "Creator",
+    ".ps": "Creator",
+}
 
+
+@expands_home
 def plot_dwq(report: DwqReport, path: str | os.PathLike[str]) -> None:
     """Plot the loss of every step and the KL of every validation, the first and the best marked.
 
@@ -56,6 +67,7 @@ def plot_dwq(report: DwqReport, path: str | os.PathLike[str]) -> None:
     _save(figure, path)
 
 
+@expands_home
 def plot_sensitivities(sensitivities: Sensitivities, path: str | os.PathLike[str]) -> None:
     """Plot the sensitivity of every layer per million parameters, as bars in the order of the model.
 
@@ -104,6 +116,39 @@ def require_matplotlib() -> None:
         ) from error
 
 
+def check_plot(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Raise an error unless a plot can be made and written there, in place of nothing or of another plot.
+
+    Parameters
+    ----------
+    path
+        The file.
+    overwrite
+        Whether it may take the place of any file.
+
+    Raises
+    ------
+    MissingExtraError
+        If matplotlib is not installed.
+    OutputExistsError, OutputError, ValueError
+        If the file cannot be written, or its ending is unknown.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    place, known = Path(path), Figure().canvas.get_supported_filetypes()
+    if place.suffix[1:].lower() not in known:
+        raise ValueError(
+            f"{place}: plots are written as {', '.join(sorted(known))}; choose an ending"
+        )
+    check_new_file(place, _read_mark, overwrite)
+
+
+def _read_mark(path: Path) -> None:
+    if not path.is_file() or MARK.encode() not in path.read_bytes():
+        raise OutputError(f"{path}: is not a plot of bitwright's")
+
+
 def _figure(height: float = 4.0) -> tuple[Any, Any]:
     require_matplotlib()
     from matplotlib.figure import Figure  # not pyplot, which looks for a screen
@@ -114,4 +159,5 @@ def _figure(height: float = 4.0) -> tuple[Any, Any]:
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     with output_errors(Path(path)):
-        figure.savefig(path)
+        key = _MARKED.get(Path(path).suffix.lower())
+        figure.savefig(path, metadata=None if key is None else {key: MARK})

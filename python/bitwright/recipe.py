@@ -13,6 +13,7 @@ from bitwright.checkpoint.replacing import write_json
 from bitwright.errors import RecipeError, malformed_as, shown
 from bitwright.formats import Format, Precision
 from bitwright.formats.engine_names import check_fused
+from bitwright.home import expands_home
 from bitwright.models.model import Model
 from bitwright.tensor import BITS
 
@@ -55,6 +56,7 @@ class Recipe:
             for name, (bits, size) in self.layers.items()
         }
 
+    @expands_home
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON; OutputError if that fails."""
         write_json(Path(path), self.as_dict())
@@ -69,6 +71,7 @@ class Recipe:
         }
 
     @classmethod
+    @expands_home
     def load(cls, path: str | os.PathLike[str]) -> "Recipe":
         """Read what `save` wrote.
 

@@ -16,6 +16,7 @@ from bitwright.convert import precision_of
 from bitwright.dwq import check_pair
 from bitwright.errors import UnsupportedModelError
 from bitwright.formats import Precision
+from bitwright.home import expands_home
 from bitwright.methods.solver import CORRECTED_DAMPING, DAMPING, MethodOptions
 from bitwright.models.model import load_model
 from bitwright.pipeline import DEFAULT_SAMPLES, Run
@@ -25,6 +26,7 @@ from bitwright.warned import reports_warnings
 
 
 @reports_warnings
+@expands_home
 def refine_model(
     original: str | os.PathLike[str],
     quantized: str | os.PathLike[str],

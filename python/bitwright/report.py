@@ -281,12 +281,25 @@ class ConvertedLayer:
         How it was and is stored; `after` None in float.
     error
         ``‖Ŵ − W‖² / ‖W‖²``, W as it was stored: 0 where nothing is lost.
+    requantized
+        Whether it has new codes; otherwise what is lost is that scales, or the weights in float, are
+        rounded.
     """
 
     name: str
     before: Precision
     after: Precision | None
     error: float
+    requantized: bool = False
+
+    @property
+    def change(self) -> str:
+        """What was done to it, as people say it."""
+        if self.error == 0:
+            return "the same"
+        if self.requantized:
+            return "rounded again"
+        return "weights rounded" if self.after is None else "the same codes, scales rounded"
 
 
 @dataclass(frozen=True)
@@ -317,32 +330,40 @@ class ConversionReport:
 
     @property
     def lossy(self) -> list[ConvertedLayer]:
-        """The layers that were rounded again."""
+        """The layers whose weights are not quite what they were."""
         return [layer for layer in self.layers if layer.error > 0]
+
+    def changes(self) -> dict[str, str]:
+        """Say what layers have lost, by what was done to them; nothing of those that are the same."""
+        kinds: dict[str, list[ConvertedLayer]] = {}
+        for layer in self.lossy:
+            kinds.setdefault(layer.change, []).append(layer)
+        said = {}
+        for change, layers in kinds.items():
+            worst = max(layers, key=lambda layer: layer.error)
+            mean = sum(layer.error for layer in layers) / len(layers)
+            said[change] = (
+                f"{len(layers)} of {len(self.layers)} layers lose {mean:.2g} of the energy of their "
+                f"weights on average, {worst.error:.2g} at most ({worst.name})"
+            )
+        return said
 
 
 def print_conversion(report: ConversionReport, console: Console) -> None:
     """Print what became of the layers, alike ones together."""
-    kinds: Counter[tuple[Precision, Precision | None, bool]] = Counter()
-    for layer in report.layers:
-        kinds[layer.before, layer.after, layer.error > 0] += 1
+    kinds = Counter((layer.before, layer.after, layer.change) for layer in report.layers)
     table = Table(box=box.SIMPLE)
     for heading in ("layers", report.source_format, report.format, "weights"):
         table.add_column(heading, justify="right" if heading == "layers" else "left")
-    for (before, after, lossy), count in kinds.items():
-        kept = "rounded again" if lossy else "the same"
-        table.add_row(str(count), before.words(), after.words() if after else "float", kept)
+    for (before, after, change), count in kinds.items():
+        table.add_row(str(count), before.words(), after.words() if after else "float", change)
     console.print(table)
     console.print(
         f"written to {report.out}: {megabytes(report.size_bytes)}, from "
         f"{megabytes(report.original_bytes)}"
     )
-    if report.lossy:
-        worst = max(report.lossy, key=lambda layer: layer.error)
-        console.print(
-            f"{len(report.lossy)} layers lost something, {worst.name} most: {worst.error:.2g} of the "
-            f"energy of its weights"
-        )
+    for change, what in report.changes().items():
+        console.print(f"{change}: {what}", soft_wrap=True)
 
 
 def print_sensitivities(found: Sensitivities, console: Console, count: int = 10) -> None:

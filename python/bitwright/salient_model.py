@@ -3,6 +3,7 @@
 import os
 
 from bitwright.formats import FormatName
+from bitwright.home import expands_home
 from bitwright.methods.salient import ActivationMethod
 from bitwright.pipeline import quantize
 from bitwright.report import QuantizationReport
@@ -10,6 +11,7 @@ from bitwright.warned import reports_warnings
 
 
 @reports_warnings
+@expands_home
 def awq_quantize_model(
     model_path: str | os.PathLike[str],
     output_path: str | os.PathLike[str],

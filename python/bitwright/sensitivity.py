@@ -16,7 +16,7 @@ from bitwright import _kernels
 from bitwright.calibration import TokenSource, load_at_most
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.replacing import write_json
+from bitwright.checkpoint.replacing import check_new_file, write_json
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.distillation import LOSSES, DistillationLoss, TopTokens, next_tokens
 from bitwright.distributed import current
@@ -24,12 +24,13 @@ from bitwright.errors import (
     MALFORMED,
     BitwrightError,
     NonFiniteError,
-    OutputError,
     SensitivityError,
     check_choice,
     malformed_as,
     shown,
 )
+from bitwright.home import expands_home
+from bitwright.methods.grid import GridChoice
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import Network
@@ -87,6 +88,7 @@ class Sensitivities:
             name: 1e6 * value / self.parameters[name] for name, value in self.alignments.items()
         }
 
+    @expands_home
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them as JSON.
 
@@ -115,6 +117,7 @@ class Sensitivities:
         write_json(Path(path), content)
 
     @classmethod
+    @expands_home
     def load(cls, path: str | os.PathLike[str]) -> "Sensitivities":
         """Read what `save` wrote.
 
@@ -151,6 +154,7 @@ class Sensitivities:
         return known
 
 
+@expands_home
 def estimate_sensitivities(
     model: str | os.PathLike[str] | Model,
     data: TokenSource,
@@ -166,6 +170,7 @@ def estimate_sensitivities(
     loss: str = "kl",
     grid: Grid = "affine",
     out: str | os.PathLike[str] | WorkFolder | None = None,
+    overwrite: bool = False,
     resume: bool = True,
     threads: int | None = None,
     progress: bool = True,
@@ -198,6 +203,8 @@ def estimate_sensitivities(
     out
         JSON file to write. Until it is there the batches that are done lie beside it, in ``.NAME.work``. Or
         such a folder by itself, entered, in which they stay.
+    overwrite
+        Replace whatever file `out` is; otherwise only one that holds sensitivities is replaced.
     resume
         Go on where an interrupted call with the same `out` and arguments stopped.
     threads
@@ -213,6 +220,8 @@ def estimate_sensitivities(
     ------
     ResumeError
         If the interrupted call had other arguments; the message says which.
+    OutputExistsError
+        If `out` is a file that holds something else.
     CheckpointError, CalibrationError, NonFiniteError, OutputError, ValueError
         If the model or the data cannot be used, or the file not be written; the message says which and why.
 
@@ -249,10 +258,15 @@ def estimate_sensitivities(
         return estimate.go(out, resume, progress)
     if out is None:
         return estimate.go(None, resume, progress)
-    if Path(out).is_dir():
-        raise OutputError(f"{out}: cannot be written: it is a folder")
+    place = Path(out)
+
+    def check() -> None:
+        check_new_file(place, Sensitivities.load, overwrite)
+
+    current().on_first(check)
     with WorkFolder(out) as work:
         found = estimate.go(work, resume, progress)
+        current().on_first(check)  # hours may have passed
         current().on_first(lambda: found.save(work.out))
     return found
 
@@ -279,6 +293,12 @@ class _Estimate:
         self.grid = grid
         self.shapes = original.linear_shapes()
         self.model = model_fingerprint(original.checkpoint)
+        for name, (_, channels) in self.shapes.items():
+            for bits, size in (low, high):
+                try:
+                    GridChoice.check(np.zeros((1, channels), np.float32), bits, size, grid)
+                except ValueError as error:
+                    raise self._of_layer(name, error) from error
 
     def go(self, work: WorkFolder | None, resume: bool, progress: bool) -> Sensitivities:
         """Look at all batches but those that the work folder holds already, and add them up."""
@@ -396,8 +416,10 @@ class _Estimate:
         except BitwrightError:
             raise
         except ValueError as error:
-            folder = self.original.checkpoint.folder
-            raise ValueError(f"{folder}: layer {name}: {error}") from error
+            raise self._of_layer(name, error) from error
+
+    def _of_layer(self, name: str, error: ValueError) -> ValueError:
+        return ValueError(f"{self.original.checkpoint.folder}: layer {name}: {error}")
 
 
 def precision_name(precision: tuple[int, int | None]) -> str:

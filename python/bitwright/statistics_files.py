@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.reader import is_plain_file_name, read_json_object
 from bitwright.checkpoint.replacing import output_errors, synchronize, write_json
-from bitwright.checkpoint.work_folder import WorkFolder, again_message
+from bitwright.checkpoint.work_folder import WorkFolder, again_message, content_of
 from bitwright.checkpoint.writer import SafetensorsFiles, StoredTensor
 from bitwright.errors import (
     BitwrightError,
@@ -27,6 +27,7 @@ from bitwright.errors import (
     malformed_as,
     shown,
 )
+from bitwright.home import expands_home
 from bitwright.models.model import Model
 from bitwright.statistics import Moments, require_finite
 
@@ -90,6 +91,7 @@ class Statistics:
     (256, (64, 64))
     """
 
+    @expands_home
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         path = self.folder / MANIFEST
@@ -280,12 +282,9 @@ class StatisticsWriter:
         }
         write_json(self._folder / MANIFEST, content)
         check_place(self._work)  # hours may have passed since it was looked at
-        out = self._work.out
-        with output_errors(out):
+        with output_errors(self._work.out):
             synchronize(self._folder)
-            self._work.last_step(UNFINISHED)
-            self._folder.rename(out)
-            synchronize(out.parent)
+        self._work.put_into_place(UNFINISHED, last=MANIFEST)
 
 
 def expected_stages(model: Model) -> list[tuple[str, int]]:
@@ -302,11 +301,13 @@ def expected_stages(model: Model) -> list[tuple[str, int]]:
 def check_place(work: WorkFolder) -> None:
     """Raise OutputError unless the output can be put into its place."""
     out = work.out
+    work.take_back()
     with output_errors(out):
-        taken = os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir()))
+        taken = os.path.lexists(out) and not (out.is_dir() and not content_of(out))
     if taken:
         work.forget_finished()
         raise OutputExistsError(f"{out}: exists already. Remove it or write elsewhere")
+    work.check_place()
 
 
 def _array_names(stage: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from bitwright.calibration import TokenSource, load_tokens
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import output_errors, replaced, write_json
-from bitwright.checkpoint.work_folder import WorkFolder
+from bitwright.checkpoint.work_folder import WorkFolder, content_of
 from bitwright.checkpoint.writer import write_safetensors
 from bitwright.distillation import TopTokens
 from bitwright.distributed import current
@@ -28,6 +28,7 @@ from bitwright.errors import (
     malformed_as,
     shown,
 )
+from bitwright.home import expands_home
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import Network
 
@@ -62,6 +63,7 @@ class DwqTargets:
         If they are incomplete or damaged; the message names the file.
     """
 
+    @expands_home
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         path = self.folder / MANIFEST
@@ -134,6 +136,7 @@ class DwqTargets:
             raise TargetsError(f"{path}: {problem}; compute the targets again to mend that")
 
 
+@expands_home
 def compute_dwq_targets(
     model: str | os.PathLike[str] | Model,
     data: TokenSource,
@@ -208,20 +211,7 @@ def compute_dwq_targets(
         seed=seed,
         vocab_size=vocabulary,
     )
-    id_bytes = _id_dtype(vocabulary).itemsize
-    per_sample = tokens.shape[1] * max(count * (id_bytes + 2), 4 * teacher.config.hidden_size)
-    manifest = {
-        "version": VERSION,
-        "model": model_fingerprint(teacher.checkpoint),
-        "tokenizer": tokenizer_fingerprint(teacher.checkpoint),
-        "vocabulary": vocabulary,
-        "tokens": tokens_fingerprint(tokens),
-        "samples": tokens.shape[0],
-        "length": tokens.shape[1],
-        "k": int(count),
-        "temperature": float(temperature),
-        "shard_samples": max(1, SHARD_BYTES // per_sample),
-    }
+    manifest = _manifest(teacher, tokens, int(count), temperature)
     folder, ranks, step = Path(out), current(), int(manifest["shard_samples"])
     shards = [tokens[first : first + step] for first in range(0, len(tokens), step)]
 
@@ -259,6 +249,33 @@ def compute_dwq_targets(
     return DwqTargets(folder)
 
 
+def check_targets(
+    teacher: Model, tokens: NDArray[np.int32], out: Path, k: int, temperature: float
+) -> None:
+    """Raise TargetsError or OutputError where a folder holds anything but the targets of these tokens."""
+    _check_folder(out, _manifest(teacher, tokens, k, temperature))
+
+
+def _manifest(
+    teacher: Model, tokens: NDArray[np.int32], k: int, temperature: float
+) -> dict[str, Any]:
+    vocabulary = teacher.config.vocab_size
+    id_bytes = _id_dtype(vocabulary).itemsize
+    per_sample = tokens.shape[1] * max(k * (id_bytes + 2), 4 * teacher.config.hidden_size)
+    return {
+        "version": VERSION,
+        "model": model_fingerprint(teacher.checkpoint),
+        "tokenizer": tokenizer_fingerprint(teacher.checkpoint),
+        "vocabulary": vocabulary,
+        "tokens": tokens_fingerprint(tokens),
+        "samples": tokens.shape[0],
+        "length": tokens.shape[1],
+        "k": k,
+        "temperature": float(temperature),
+        "shard_samples": max(1, SHARD_BYTES // per_sample),
+    }
+
+
 def tokens_fingerprint(tokens: NDArray[np.int32]) -> str:
     """Return a digest of some samples."""
     return hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()[:16]
@@ -281,7 +298,7 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
         started = f".{MANIFEST}.partial-"
         if folder.exists() and (
             not folder.is_dir()
-            or any(not each.name.startswith(started) for each in folder.iterdir())
+            or any(not each.name.startswith(started) for each in content_of(folder))
         ):
             raise OutputError(f"{folder}: exists and holds no targets; choose another folder")
         return

@@ -1,5 +1,6 @@
 """Files that other tools made are read with the weights that their own loaders give, bit by bit."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from clients import run_client
 from safetensors.numpy import load_file, save_file
 from shared_data import SHARED, needs_shared
+from test_interop import check_loads
 
 import bitwright
 
@@ -39,6 +41,28 @@ def check(
 )
 def test_mlx_lm(tmp_path: Path, options: tuple[str, ...]) -> None:
     check(tmp_path, "mlx", "make_with_mlx.py", DEMO, "out", *options)
+
+
+@pytest.mark.parametrize("recipe", ["mixed_2_6", "mixed_3_4", "mixed_4_6"])
+def test_mlx_lm_without_its_map_of_layers(tmp_path: Path, recipe: str) -> None:
+    """mlx-lm takes bits and group size from the shapes then, and so do we."""
+    found = check(tmp_path, "mlx", "make_with_mlx.py", DEMO, "out", "--recipe", recipe)
+    said = found.checkpoint.config["quantization"]
+    layers = [key for key, each in said.items() if isinstance(each, dict)]
+    assert len({said[layer]["bits"] for layer in layers}) == 2
+    top = {key: each for key, each in said.items() if key not in layers}
+    half = {key: said[key] for key in layers[::2]}
+    folders = []
+    for number, kept in enumerate([top, {**top, **half}, {**top, "bits": 8, "group_size": 32}]):
+        folders.append(tmp_path / str(number))
+        shutil.copytree(tmp_path / "out", folders[-1])
+        config = {**found.checkpoint.config, "quantization": kept, "quantization_config": kept}
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+        other = bitwright.load_model(folders[-1])
+        for name, shape in found.quantized_layers().items():
+            np.testing.assert_array_equal(other.weight(name, shape), found.weight(name, shape))
+    tokens = bitwright.load_tokens(DEMO / "evaluation.txt", tokenizer=DEMO, length=64, samples=4)
+    check_loads("mlx", folders, tokens)
 
 
 def one_sided(folder: Path) -> Path:

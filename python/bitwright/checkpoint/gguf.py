@@ -18,6 +18,7 @@ from bitwright.checkpoint.gguf_metadata import config_from_gguf
 from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames, nested
 from bitwright.checkpoint.reader import Checkpoint, _Tensor, read_json_object
 from bitwright.errors import CheckpointError, CheckpointNotFoundError, malformed_as, shown
+from bitwright.home import expands_home
 
 
 class _GgufShard:
@@ -97,6 +98,7 @@ class GgufCheckpoint(Checkpoint):
         If it is of a kind that is not read.
     """
 
+    @expands_home
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.folder = self.path.parent

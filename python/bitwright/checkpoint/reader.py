@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from bitwright.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError, shown
+from bitwright.home import expands_home
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -42,6 +44,8 @@ SINGLE_NAME = "model.safetensors"
 # Bytes, of which Python's objects may take 24 times as many; the largest public tokenizers and indexes are
 # below 40 MB.
 JSON_LIMIT = 128 << 20
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_MOST_NAMES = 4096  # of a folder, that are compared with one
 _NUMBERED_SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -83,6 +87,7 @@ class Checkpoint:
     ...     weight = checkpoint.read("model.norm.weight")
     """
 
+    @expands_home
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = _existing_folder(Path(folder))
         self.config: dict[str, Any] = read_json_object(self.folder / "config.json")
@@ -417,6 +422,46 @@ def is_plain_file_name(name: str) -> bool:
     return 0 < len(encoded) <= 255 and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
+def require_model(place: str | os.PathLike[str]) -> None:
+    """Make sure that there is something where a model should be.
+
+    Parameters
+    ----------
+    place : str or os.PathLike
+        A folder or file.
+
+    Raises
+    ------
+    CheckpointNotFoundError
+        If nothing is there; the message names what may be meant.
+    """
+    path = Path(place)
+    if os.path.exists(path):
+        return
+    if _HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
+        raise CheckpointNotFoundError(
+            f"{path}: there is no such folder. It looks like a model's name on a hub, but models are not "
+            f"downloaded: get it first (hf download {path} --local-dir {path.name}), then give the folder "
+            f"that it lies in"
+        )
+    near = difflib.get_close_matches(path.name[:200], _models_in(path.parent), n=3)
+    hint = f" Is {' or '.join(str(path.parent / each) for each in near)} meant?" if near else ""
+    raise CheckpointNotFoundError(
+        f"{path}: there is no such folder.{hint} Models are not downloaded from a hub: download the "
+        f"model first and give the folder it lies in"
+    )
+
+
+def _models_in(folder: Path) -> list[str]:
+    """Return the names in a folder that may be models', of the first thousands that are there."""
+    try:
+        with os.scandir(folder) as entries:
+            some = list(islice(entries, _MOST_NAMES))
+    except (OSError, ValueError):
+        return []
+    return [each.name for each in some if each.is_dir() or each.name.endswith(".gguf")]
+
+
 def _existing_folder(folder: Path) -> Path:
     if os.path.isdir(folder):
         return folder
@@ -426,10 +471,8 @@ def _existing_folder(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder}: this is a file; give the folder that holds config.json and the safetensors files"
         )
-    raise CheckpointNotFoundError(
-        f"{folder}: there is no such folder. Models are not downloaded from a hub: download the "
-        f"model first and give the folder it lies in"
-    )
+    require_model(folder)
+    raise CheckpointError(f"{folder}: is neither a folder nor a file")
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:

@@ -2,12 +2,15 @@
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from bitwright.errors import BitwrightError, OutputError
+from bitwright.errors import BitwrightError, OutputError, OutputExistsError
+
+_ESCAPED = re.compile(r"\\([0-7]{3})")  # in lists of mount points
 
 
 @contextmanager
@@ -50,6 +53,59 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, indented, whole or not at all; OutputError if that fails."""
     with replaced(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def check_new_file(path: Path, read: Callable[[Path], object], overwrite: bool = False) -> None:
+    """Make sure that a file can be written, before hours are spent on what shall be in it.
+
+    Parameters
+    ----------
+    path
+        The file.
+    read
+        Raises a BitwrightError unless a file is one that bitwright has made, which may be replaced.
+    overwrite
+        Whether any other file may be, too.
+
+    Raises
+    ------
+    OutputExistsError
+        If there is a file that may not be replaced.
+    OutputError
+        If none can be written there.
+    """
+    with output_errors(path):
+        if path.is_dir():
+            raise OutputError(f"{path}: cannot be written: it is a folder")
+        if os.path.lexists(path) and not overwrite:
+            try:
+                read(path)
+            except BitwrightError as error:
+                raise OutputExistsError(
+                    f"{path}: exists already, and is not what this command would write there. Write "
+                    f"elsewhere, or replace it with --overwrite (overwrite=True)"
+                ) from error
+        if path.exists() and is_mount_point(path):
+            raise OutputError(
+                f"{path}: cannot be replaced: it is a mount point. Mount the folder that it lies in"
+            )
+        folder = next(each for each in path.absolute().parents if each.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"{path}: cannot be written: nothing can be made in {folder}")
+
+
+def is_mount_point(place: Path) -> bool:
+    """Tell whether another file system, or part of one, begins at a file or folder."""
+    if os.path.ismount(place):
+        return True
+    try:
+        # Of parts of the same file system nothing else tells.
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return False
+    points = (line.split(" ")[4] for line in lines)
+    real = os.path.realpath(place)
+    return any(real == _ESCAPED.sub(lambda code: chr(int(code[1], 8)), each) for each in points)
 
 
 def synchronize(path: Path) -> None:

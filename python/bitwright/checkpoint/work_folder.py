@@ -1,10 +1,12 @@
-"""Where a run works until its output is whole: a hidden folder beside it, from which another can go on."""
+"""Where a run works until its output is whole: a hidden folder beside it, or in it where nothing can be
+moved beside it, from which another can go on."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -14,15 +16,28 @@ from typing import Any, Self
 import numpy as np
 
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.replacing import output_errors, write_json
+from bitwright.checkpoint.replacing import (
+    is_mount_point,
+    output_errors,
+    synchronize,
+    write_json,
+)
 from bitwright.distributed import current
 from bitwright.errors import CheckpointError, OutputError, ResumeError, malformed_as, shown
+from bitwright.warned import warn
 
 LOCK, STATE, REPLACED, LAST = "lock", "state.json", "replaced", "last"
+SENSITIVITIES = "sensitivities"  # the part of a run that has a work folder of its own
+# What the operating system says of folders that cannot be moved as a whole.
+UNMOVABLE = (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES)
+_OF_FILE_SYSTEMS = "lost+found"  # what some of them keep at their roots
 
 
 class WorkFolder:
     """The hidden folder ``.NAME.work`` beside an output NAME, held by one run at a time.
+
+    It is in the output where that is a folder which cannot be moved, or beside which nothing can be
+    written: a mount point, say, as containers have them.
 
     Of several MPI ranks, which enter it and call its methods all together, the first holds and changes
     it. It is removed when the ``with`` block ends, unless that is by an exception and `keep` is set: while
@@ -33,6 +48,8 @@ class WorkFolder:
     ----------
     out
         What will be written. Its parents are made, and removed again if nothing comes of it.
+    part
+        Of the run, where several parts of it keep something each.
 
     Raises
     ------
@@ -40,13 +57,14 @@ class WorkFolder:
         On entering, if another process holds the folder, or it cannot be made.
     """
 
-    def __init__(self, out: str | os.PathLike[str]) -> None:
+    def __init__(self, out: str | os.PathLike[str], part: str = "") -> None:
         try:
             # A link is followed: what it points to is written and replaced, not the link.
             self.out = Path(os.path.realpath(out))
         except ValueError as error:
             raise OutputError(f"{shown(os.fspath(out))}: is not the name of a folder") from error
-        self.path = work_path(self.out)
+        self.path = work_path(self.out, part)
+        self.is_inside = self.path.parent == self.out
         self.keep = False
         self._ranks = current()
         self._lock: FileIO | None = None
@@ -61,6 +79,7 @@ class WorkFolder:
         try:
             with output_errors(self.out):
                 parent = self.out.parent
+                self._made_parents = []
                 missing = [place for place in (parent, *parent.parents) if not place.exists()]
                 for place in reversed(missing):
                     place.mkdir()
@@ -94,6 +113,12 @@ class WorkFolder:
             goes_on = f"the same call goes on from what is done, in {self.path}"
             done = f"{self.out} is written" if finished else goes_on if kept else str(error)
             raise type(error)(done) from error
+
+    def check_place(self) -> None:
+        """Raise OutputError if the folder cannot be made or held; nothing is left of trying."""
+        if self._lock is None:
+            self._enter()
+            self._leave(remove=not self.keep)
 
     def resume(self, identity: Mapping[str, object], resume: bool = True) -> dict[str, Any] | None:
         """Return the state that an interrupted run of the same identity has committed last.
@@ -136,14 +161,66 @@ class WorkFolder:
             matter = "is no longer there" if found is None else f"has {found} bytes, not {size}"
             raise ResumeError(f"{path}: {matter}; {again_message(self.path)}")
 
-    def last_step(self, name: str) -> None:
-        """Say that nothing is left to do but to move this part of it into the place of the output.
+    def put_into_place(self, name: str, last: str) -> None:
+        """Make a folder in here the output, in place of what is there, as the last step of a run.
 
-        A run that is killed after that has moved it has finished, and leaves nothing to go on from. This is
-        called by the rank that moves it.
+        A run that is killed after that has finished, and leaves nothing to go on from; one that meets an
+        error in it leaves what was there before, and so does the next one after one that is killed in it.
+        Where a folder cannot be moved as a whole, its entries are moved one by one. This is called by the
+        rank that writes.
+
+        Parameters
+        ----------
+        name
+            Of the folder.
+        last
+            The file that readers look for first, which comes after all others.
         """
+        folder, aside = self.path / name, self.path / REPLACED
+        entries = sorted(os.listdir(folder), key=lambda entry: (entry == last, entry))
         with output_errors(self.path):
-            (self.path / LAST).write_text(name)
+            (self.path / LAST).write_text("\0".join([name, *entries]))
+        try:
+            with output_errors(self.out):
+                if self.is_inside or not self._move_whole(folder, aside):
+                    self._move_entries(folder, aside, entries)
+                with suppress(OSError):  # some file systems cannot synchronize folders
+                    synchronize(self.out.parent)
+        except BaseException:
+            self._put_back()
+            raise
+        remove_tree(aside)
+        if aside.exists():
+            warn(f"{aside}: what was replaced could not be removed")
+
+    def _move_whole(self, folder: Path, aside: Path) -> bool:
+        """Move a folder into the place of the output; False, and nothing has changed, if what is there
+        cannot be moved away as a whole."""
+        try:
+            if self.out.exists() and any(self.out.iterdir()):
+                self.out.rename(aside)
+            folder.rename(self.out)
+        except OSError as error:
+            self._put_back()
+            if not self.out.is_dir() or error.errno not in UNMOVABLE:
+                raise
+            return False
+        return True
+
+    def _move_entries(self, folder: Path, aside: Path, entries: Sequence[str]) -> None:
+        aside.mkdir(exist_ok=True)
+        # The first of the old files to go is the last of the new ones to come: nobody takes what is there
+        # meanwhile for whole.
+        for old in sorted(content_of(self.out), key=lambda old: [old.name] != entries[-1:]):
+            os.rename(old, aside / old.name)
+        for entry in entries:
+            if entry == entries[-1]:
+                with suppress(OSError):  # some file systems cannot synchronize folders
+                    synchronize(self.out)
+            (folder / entry).rename(self.out / entry)
+        with suppress(OSError):
+            synchronize(self.out)
+        folder.rmdir()
 
     def forget_finished(self) -> None:
         """Remove the folder if it is that of a run that was killed after its last step."""
@@ -151,6 +228,15 @@ class WorkFolder:
             if self._lock is None and (self._is_finished() or not self._holds_anything()):
                 self._enter()
                 self._leave(remove=not self.keep)
+
+    def take_back(self) -> None:
+        """Take back the last step of a run that was killed in it: the output is as it was before."""
+        with output_errors(self.out):
+            name = self._last_step()[0]
+            if self._lock is None and name and (self.path / name).exists():
+                with suppress(OSError):  # another run may have come first
+                    self._enter()
+                    self._leave(remove=not self.keep)
 
     def clear(self) -> None:
         """Remove everything but the lock.
@@ -235,14 +321,32 @@ class WorkFolder:
             file.close()
 
     def _put_back(self) -> None:
-        """Return what a run that was killed had just moved out of the way of its output."""
+        """Take back the last step of a run that did not end it."""
         aside = self.path / REPLACED
-        if aside.is_dir() and not self.out.exists():
-            aside.rename(self.out)
+        if not self.out.exists():
+            if aside.is_dir():
+                aside.rename(self.out)
+            return
+        name, *entries = self._last_step()
+        folder = self.path / name
+        if not name or not folder.exists():
+            return
+        for entry in entries:
+            if not os.path.lexists(folder / entry) and os.path.lexists(self.out / entry):
+                (self.out / entry).rename(folder / entry)
+        if aside.is_dir():
+            for old in sorted(aside.iterdir(), key=lambda old: [old.name] == entries[-1:]):
+                old.rename(self.out / old.name)
+            aside.rmdir()
+
+    def _last_step(self) -> list[str]:
+        """Return which folder is moved into place in the last step, and its entries."""
+        last = self.path / LAST
+        return last.read_text().split("\0") if last.is_file() else [""]
 
     def _is_finished(self) -> bool:
-        last = self.path / LAST
-        return last.is_file() and not (self.path / last.read_text()).exists()
+        name = self._last_step()[0]
+        return bool(name) and not (self.path / name).exists()
 
     def _holds_anything(self) -> bool:
         return any(entry.name != LOCK for entry in self.path.iterdir())
@@ -267,9 +371,24 @@ class WorkFolder:
                 parent.rmdir()
 
 
-def work_path(out: Path) -> Path:
-    """Return the work folder of an output."""
-    return out.parent / f".{out.name}.work"
+def work_path(out: Path, part: str = "") -> Path:
+    """Return the work folder of an output, or of a part of the run that writes it."""
+    name = f".{out.name}.{part}.work" if part else f".{out.name}.work"
+    return (out if _is_fixed(out) else out.parent) / name
+
+
+def content_of(out: Path) -> list[os.DirEntry[str]]:
+    """Return what a folder holds, but for the work folders of what is written there."""
+    own = {work_path(out).name, work_path(out, SENSITIVITIES).name}
+    if is_mount_point(out):
+        own.add(_OF_FILE_SYSTEMS)
+    with os.scandir(out) as entries:
+        return [entry for entry in entries if entry.name not in own]
+
+
+def _is_fixed(out: Path) -> bool:
+    """Tell whether an output is a folder that must stay, and be written into."""
+    return out.is_dir() and (is_mount_point(out) or not os.access(out.parent, os.W_OK | os.X_OK))
 
 
 def again_message(path: Path) -> str:

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -23,14 +23,13 @@ from bitwright.checkpoint.reader import (
 )
 from bitwright.checkpoint.replacing import output_errors, synchronize
 from bitwright.checkpoint.side_files import SideFiles, side_files
-from bitwright.checkpoint.work_folder import REPLACED, WorkFolder, remove_tree
+from bitwright.checkpoint.work_folder import WorkFolder, content_of, remove_tree
 from bitwright.errors import (
     CheckpointError,
     OutputError,
     OutputExistsError,
     shown,
 )
-from bitwright.warned import warn
 
 SHARD_BYTES = 5_000_000_000  # as model hubs have them
 COPY_BYTES = 8 << 20
@@ -134,7 +133,7 @@ class SafetensorsFiles:
 class CheckpointWriter:
     """Writes a checkpoint folder that appears, complete, when the ``with`` block ends well.
 
-    Until then everything lies in a work folder beside ``out``. If the block is left by an exception,
+    Until then everything lies in the work folder of ``out``. If the block is left by an exception,
     KeyboardInterrupt included, that is removed; with a work folder of their own, callers decide.
 
     Parameters
@@ -505,11 +504,14 @@ class CheckpointWriter:
         out = self._out
         if self._source is not None:
             check_apart(out, self._source, "checkpoint that is read")
+        self._work.take_back()
         if not os.path.lexists(out):
+            self._work.check_place()
             return
         with output_errors(out):
-            content = list(os.scandir(out)) if out.is_dir() else None
+            content = content_of(out) if out.is_dir() else None
         if content is not None and not content:
+            self._work.check_place()
             return
         if not self._overwrite:
             self._work.forget_finished()
@@ -534,6 +536,7 @@ class CheckpointWriter:
                         f"{out}: holds a folder, {entry.name}, and the model that is read has no "
                         f"{name}, so it is not overwritten. Remove it yourself or write elsewhere"
                     )
+        self._work.check_place()
 
     def _names_beside(self) -> set[str]:
         """Return the names of the files, and of the folders with them, that the model brings along."""
@@ -582,7 +585,7 @@ class CheckpointWriter:
                 synchronize(path)
         # Hours may have passed since the place was looked at.
         self.check_place()
-        self._move_into_place(folder)
+        self._work.put_into_place(UNFINISHED, last="config.json")
 
     def _name_shards(self, folder: Path) -> None:
         total, suffix = len(self._shard_sizes), self.container.suffix
@@ -597,25 +600,6 @@ class CheckpointWriter:
                 "weight_map": {name: names[i] for name, i in sorted(self._shard_of.items())},
             }
             (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def _move_into_place(self, folder: Path) -> None:
-        out = self._out
-        self._work.last_step(UNFINISHED)
-        aside = self._work.path / REPLACED
-        try:
-            with output_errors(out):
-                if out.exists() and any(out.iterdir()):
-                    out.rename(aside)
-                folder.rename(out)
-                with suppress(OSError):  # some file systems cannot synchronize folders
-                    synchronize(out.parent)
-        finally:
-            if not folder.exists():
-                remove_tree(aside)
-            elif aside.exists() and not out.exists():
-                aside.rename(out)
-        if aside.exists():
-            warn(f"{aside}: the replaced checkpoint could not be removed")
 
 
 def copy_side_files(checkpoint: Checkpoint, writer: CheckpointWriter) -> list[str]:

@@ -117,7 +117,9 @@ class AwqFormat(Format):
             }
         }
 
-    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
+    def read(
+        self, checkpoint: Checkpoint | CheckpointSlice, name: str, channels: int | None = None
+    ) -> QuantizedTensor | None:
         if f"{name}.qweight" not in checkpoint:
             return None
         words = read_shaped(checkpoint, f"{name}.qweight", INT32)

@@ -166,7 +166,9 @@ class CompressedTensorsFormat(Format):
             }
         }
 
-    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
+    def read(
+        self, checkpoint: Checkpoint | CheckpointSlice, name: str, channels: int | None = None
+    ) -> QuantizedTensor | None:
         if f"{name}.weight_packed" not in checkpoint:
             return None
         words = read_shaped(checkpoint, f"{name}.weight_packed", INT32)

@@ -132,8 +132,11 @@ class Format:
         """Return config.json with what its loaders need to find in another spelling than the source has."""
         return dict(config)
 
-    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
-        """Return layer `name`, None if it is not quantized."""
+    def read(
+        self, checkpoint: Checkpoint | CheckpointSlice, name: str, channels: int | None = None
+    ) -> QuantizedTensor | None:
+        """Return layer `name`, None if it is not quantized. The model has so many input `channels` there:
+        not all formats' tensors tell."""
         raise NotImplementedError
 
     @classmethod

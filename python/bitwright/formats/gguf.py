@@ -120,7 +120,9 @@ class GgufFormat(Format):
     ) -> dict[str, Any]:
         return {}  # each tensor of the file has its type
 
-    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
+    def read(
+        self, checkpoint: Checkpoint | CheckpointSlice, name: str, channels: int | None = None
+    ) -> QuantizedTensor | None:
         tensor = f"{name}.weight"
         if tensor not in checkpoint:
             return None

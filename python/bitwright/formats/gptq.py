@@ -136,7 +136,9 @@ class GptqFormat(Format):
             settings["dynamic"] = rules
         return {"quantization_config": settings}
 
-    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
+    def read(
+        self, checkpoint: Checkpoint | CheckpointSlice, name: str, channels: int | None = None
+    ) -> QuantizedTensor | None:
         if f"{name}.qweight" not in checkpoint:
             return None
         words = read_shaped(checkpoint, f"{name}.qweight", INT32)

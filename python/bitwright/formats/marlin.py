@@ -135,7 +135,9 @@ class MarlinFormat(Format):
             spelled["text_config"] = cls.spell(config["text_config"])
         return spelled
 
-    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
+    def read(
+        self, checkpoint: Checkpoint | CheckpointSlice, name: str, channels: int | None = None
+    ) -> QuantizedTensor | None:
         if f"{name}.B" not in checkpoint:
             return None
         words = read_shaped(checkpoint, f"{name}.B", INT32)

@@ -13,6 +13,7 @@ from bitwright.formats.declared import Settings
 from bitwright.formats.engine_names import mlx_name
 from bitwright.formats.format import Format, Precision, read_shaped
 from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
+from bitwright.warned import warn
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
@@ -43,9 +44,20 @@ class MlxFormat(Format):
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
-        settings = checkpoint.config.get("quantization")
-        if not isinstance(settings, dict) or not settings.keys() & {"group_size", "bits"}:
-            return None
+        config = checkpoint.config
+        settings: Any = config.get("quantization")
+        if not isinstance(settings, dict) or not {"bits", "group_size"} <= settings.keys():
+            if not settings:
+                settings = config.get("quantization_config") or {}
+                if isinstance(settings, dict) and settings.get("quant_method") is not None:
+                    return None
+            if not isinstance(settings, dict) or not _holds_layers(checkpoint):
+                return None
+            warn(
+                f'{checkpoint.folder / "config.json"}: "quantization" lacks bits or group_size, so mlx-lm '
+                f"refuses the folder. Here they are read from the tensors; bitwright convert --to mlx "
+                f"writes a complete one"
+            )
         where = f'{checkpoint.folder / "config.json"}: "quantization'
         layers = {name: each for name, each in settings.items() if isinstance(each, dict)}
         named = [
@@ -54,7 +66,7 @@ class MlxFormat(Format):
         SETTINGS.check(settings, where, named)
         for name, layer in layers.items():
             SETTINGS.check(layer, f"{where}.{shown(name)[1:-1]}")
-        if checkpoint.config.get("quantize_activations"):
+        if config.get("quantize_activations"):
             raise UnsupportedModelError(
                 f'{checkpoint.folder / "config.json"}: "quantize_activations" is true, which mlx-lm does '
                 f"not compute with affine grids. Set it to false"
@@ -115,37 +127,22 @@ class MlxFormat(Format):
                 spelled.setdefault("vocab_size", config["text_config"]["vocab_size"])
         return spelled
 
-    def read(self, checkpoint: Checkpoint | CheckpointSlice, name: str) -> QuantizedTensor | None:
+    def read(
+        self,
+        checkpoint: Checkpoint | CheckpointSlice,
+        name: str,
+        channels: int | None = None,
+    ) -> QuantizedTensor | None:
         if f"{name}.scales" not in checkpoint:
             return None
         words = read_shaped(checkpoint, f"{name}.weight", (np.dtype(np.uint32),))
         scales = read_shaped(checkpoint, f"{name}.scales", FLOATS)
         biases = read_shaped(checkpoint, f"{name}.biases", FLOATS)
-        own = self.settings.get(name)
-        settings = own if isinstance(own, dict) else self.settings
-        bits, group_size = settings.get("bits"), settings.get("group_size")
-        if group_size is None and bits in BITS:
-            group_size = words.shape[1] * 32 // bits // max(scales.shape[1], 1)
-        where = f"{checkpoint.file(f'{name}.weight')}: layer {name}"
-        if (
-            type(bits) is not int
-            or bits not in BITS
-            or type(group_size) is not int
-            or group_size < 1
-        ):
+        bits, group_size = self._precision(checkpoint, name, words.shape, scales.shape, channels)
+        if biases.shape != scales.shape:
             raise CheckpointError(
-                f"{where}: config.json gives bits {shown(bits)} and group_size {shown(group_size)}"
-            )
-        channels = words.shape[1] * 32 // bits
-        if (
-            words.shape[1] * 32 % bits
-            or scales.shape != (words.shape[0], channels // group_size)
-            or channels % group_size
-            or biases.shape != scales.shape
-        ):
-            raise CheckpointError(
-                f"{where}: weight {list(words.shape)}, scales {list(scales.shape)} and biases "
-                f"{list(biases.shape)} do not fit {bits} bits in groups of {group_size}"
+                f"{checkpoint.file(f'{name}.biases')}: layer {name}: scales {list(scales.shape)} and "
+                f"biases {list(biases.shape)} contradict each other"
             )
         return QuantizedTensor(
             codes=unpack(words, bits),
@@ -156,3 +153,66 @@ class MlxFormat(Format):
             group_size=group_size,
             grid="affine",
         )
+
+    def _precision(
+        self,
+        checkpoint: Checkpoint | CheckpointSlice,
+        name: str,
+        words: tuple[int, ...],
+        scales: tuple[int, ...],
+        channels: int | None,
+    ) -> tuple[int, int]:
+        """Return bits and group size as mlx-lm takes them: what the shapes say, whatever config.json has
+        for the whole model; but what it says of the very layer must agree."""
+        own = self.settings.get(name)
+        said = self.settings if own is None or own is True else own
+        parts = said if isinstance(said, dict) else {}
+        given = parts.get("bits"), parts.get("group_size")
+        key = '"quantization"' if said is self.settings else f'"quantization.{name}"'
+        stated = (
+            f"config.json's {key} gives bits {shown(given[0])} and group_size {shown(given[1])}"
+        )
+        if said is not self.settings and not parts:
+            word = "false" if own is False else shown(own)
+            stated = f"config.json's {key} is {word}, as of a layer in float"
+        where = f"{checkpoint.file(f'{name}.weight')}: layer {name}"
+        (rows, width), groups = words, scales[1]
+        if channels is None:  # then config.json must be believed
+            own = True
+            if type(given[0]) is int and given[0] > 0:
+                channels = width * 32 // given[0]
+            elif given[0] is None and type(given[1]) is int:
+                channels = groups * given[1]
+            else:
+                raise CheckpointError(f"{where}: {stated}; its shapes alone do not tell them")
+        bits, group_size = (width * 32 // channels, channels // groups) if channels > 0 else (0, 0)
+        if (
+            bits not in BITS
+            or scales[0] != rows
+            or (bits * channels, group_size * groups) != (width * 32, channels)
+        ):
+            raise CheckpointError(
+                f"{where}: weight {list(words)} and scales {list(scales)} do not fit {channels} input "
+                f"channels in any bits and group size; {stated}"
+            )
+        found = bits, group_size
+        agree = all(value in (None, real) for value, real in zip(given, found, strict=True))
+        if own is not None and not (agree and parts):
+            raise CheckpointError(
+                f"{where}: {stated}, but by the shapes of its tensors it has bits {bits} and group_size "
+                f"{group_size}; correct config.json, or remove what it says of this layer"
+            )
+        return found
+
+
+def _holds_layers(checkpoint: Checkpoint) -> bool:
+    """Tell whether there is a layer as MLX stores it."""
+    stems = (
+        name.removesuffix(".biases") for name in checkpoint.names() if name.endswith(".biases")
+    )
+    return any(
+        f"{stem}.scales" in checkpoint
+        and f"{stem}.weight" in checkpoint
+        and checkpoint.dtype(f"{stem}.weight") == np.uint32
+        for stem in stems
+    )

@@ -1,5 +1,6 @@
 """Methods by name: from a layer's statistics to a function that quantizes the layers that share them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,6 +37,12 @@ class MethodOptions:
     activation_method: ActivationMethod = "rms"
     refine: bool = False
     drift: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise ValueError(f"damping: expected a finite value from 0 on, got {self.damping}")
+        if self.block_size < 1:
+            raise ValueError(f"block_size: expected at least 1, got {self.block_size}")
 
     @property
     def clips(self) -> bool:

@@ -21,6 +21,7 @@ from bitwright.checkpoint import (
 from bitwright.checkpoint.config import MODEL_DTYPES
 from bitwright.errors import CheckpointError, shown
 from bitwright.formats import detect_format
+from bitwright.home import expands_home
 from bitwright.models import ARCHITECTURES
 from bitwright.models.architecture import Names
 from bitwright.models.block import DecoderBlock, Rotation
@@ -77,6 +78,10 @@ class Model:
             # Before the next: a config.json may ask for any number of layers that are not there.
             self._check_block(index, layouts[-1])
         self.layouts = tuple(layouts)
+        self._channels = dict.fromkeys(
+            (self.embedding_name, self.head_name), self.config.hidden_size
+        )
+        self._channels |= {name: shape[1] for name, shape in self.linear_shapes().items()}
 
     @property
     def tied(self) -> bool:
@@ -134,11 +139,11 @@ class Model:
         """Return layer `name` as it is stored, None if it is in float."""
         if self.format is None:
             return None
-        place = self.experts.get(name)
+        place, channels = self.experts.get(name), self._channels.get(name)
         if place is not None and f"{place.stacked_name}.weight" in self.checkpoint:
             slices = CheckpointSlice(self.checkpoint, place.index)
-            return self.format.read(slices, place.stacked_name)
-        return self.format.read(self.checkpoint, name)
+            return self.format.read(slices, place.stacked_name, channels)
+        return self.format.read(self.checkpoint, name, channels)
 
     def stored(self, name: str, shape: tuple[int, int]) -> QuantizedTensor:
         """Return quantized layer `name` as it is stored, to be stored again.
@@ -516,6 +521,7 @@ def _part_shape(shape: tuple[int, ...], index: int | None, rows: slice | None) -
     return (len(range(*(rows or slice(None)).indices(shape[1]))), shape[2])
 
 
+@expands_home
 def load_model(path: str | os.PathLike[str]) -> Model:
     """Open a checkpoint folder as a model; weights are read block by block when they are needed.
 
