@@ -354,6 +354,7 @@ def test_rounding_is_that_of_the_native_path_to_the_bit(
         "format": format,
         "progress": False,
         "exclude": ["*.k_proj", "*.v_proj"],
+        "allow_unfused": True,
     }
     folder = folders(name)
     bitwright.quantize_with_transformers(folder, tmp_path / "adapter", **options)

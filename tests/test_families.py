@@ -173,6 +173,7 @@ def test_saved_weights_are_the_rounded_ones(folder: Path, format: Any, tmp_path:
         format=format,
         progress=False,
         exclude=exclude,
+        allow_unfused=True,
     )
     saved = bitwright.load_model(tmp_path / "out")
     assert replace(saved.config, raw={}) == replace(original.config, raw={})
@@ -252,6 +253,7 @@ def test_experts_left_in_float_are_written_one_by_one(tmp_path: Path) -> None:
         group_size=32,
         format="gptq",
         exclude=["*.experts.2.*"],
+        allow_unfused=True,
         progress=False,
     )
     saved = bitwright.load_model(tmp_path / "out")

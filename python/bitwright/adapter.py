@@ -18,6 +18,7 @@ from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.reader import require_model
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.formats import FORMATS, FormatName, GroupSize, Precision
+from bitwright.formats.engine_names import unfused
 from bitwright.home import expands_home
 from bitwright.methods.awq import (
     DEFAULT_GRID,
@@ -82,6 +83,7 @@ def quantize_with_transformers(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, int]] | None = None,
+    allow_unfused: bool = False,
     overwrite: bool = False,
     threads: int | None = None,
     progress: bool = True,
@@ -106,6 +108,8 @@ def quantize_with_transformers(
         As for `quantize`; there is no drift correction here.
     include, exclude, overrides
         As for `quantize`; layers have the names that the checkpoint gives them.
+    allow_unfused
+        As for `quantize`.
     overwrite, threads, progress
         As for `quantize`.
 
@@ -189,7 +193,7 @@ def quantize_with_transformers(
     }
     default = kind.precision(bits, group_size, grid, {shape[1] for shape in shapes.values()})
     plan = plan_shapes(shapes, default, include=include, exclude=exclude, overrides=overrides)
-    check_plan(plan, shapes, kind)
+    check_plan(plan, shapes, kind, allow_unfused)
     dtype = kind.scale_dtype(original.dtype)
     if scale_dtype is not None:
         dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
@@ -227,7 +231,9 @@ def quantize_with_transformers(
         count = 0 if tokens is None else tokens.size
         report = run.output.report(Path(out), method, checkpoint, weights, count, seconds)
         facts = {"grid": default.grid, "scales": dtype.name}
-        writer.write_text(CARD_NAME, model_card(checkpoint, out, kind, [report], facts=facts))
+        differ = bool(unfused(kind, plan))
+        card = model_card(checkpoint, out, kind, [report], facts=facts, unfused=differ)
+        writer.write_text(CARD_NAME, card)
     return report
 
 

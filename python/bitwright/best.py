@@ -146,6 +146,7 @@ def quantize_best(
                 format=format,
                 grid=asked.grid,
                 scale_dtype=dtype,
+                allow_unfused=options.get("allow_unfused", False),
             )
 
         def make(folder: Path) -> QuantizationReport:

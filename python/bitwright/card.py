@@ -126,6 +126,7 @@ def model_card(
     *,
     precisions: Precisions = (),
     facts: Mapping[str, object] | None = None,
+    unfused: bool = False,
 ) -> str:
     """Return the model card of a folder.
 
@@ -143,6 +144,8 @@ def model_card(
         ``(bits, group size)`` of every quantized layer, where no report tells.
     facts
         More rows of the table of facts, such as ``{"preset": "fast"}``; None is left out.
+    unfused
+        Whether layers differ that vLLM computes as one module, so that it does not load the folder.
 
     Returns
     -------
@@ -167,20 +170,23 @@ def model_card(
     card = _front_matter(source.folder)
     base = _base_model(source, card)
     methods = _methods(reports)
+    more = dict(facts or {})
+    if unfused:
+        more["not for"] = "vLLM, which computes some of these layers together, and refuses them"
     name = Path(os.path.abspath(out)).name
     parts = [
         _metadata(base, card, format, methods, sorted({bits for bits, _ in given})),
         f"# {_text(name)}",
         _sentence(base, format, methods, len(given)),
         "## How it was made",
-        _table(("", ""), _facts(base, format, methods, reports, stored, facts or {})),
+        _table(("", ""), _facts(base, format, methods, reports, stored, more)),
     ]
     command = _made_by.get()
     if command is not None:
         parts.append(_block("sh" if command.startswith("bitwright ") else "python", command))
     parts += _figures(reports)
     place = os.fspath(out)
-    parts += ["## Loading", *_loading(place, format, len(stored) > 1)]
+    parts += ["## Loading", *_loading(place, format, len(stored) > 1, unfused)]
     original = source.path if isinstance(source, GgufCheckpoint) else source.folder
     evaluate = ("evaluate", place, "--reference", str(original), "--text", "other.txt")
     parts += [
@@ -327,9 +333,12 @@ def _figures(reports: Sequence[Report]) -> list[str]:
     return ["## Figures", *parts] if parts else []
 
 
-def _loading(out: str, format: type[Format] | None, mixed: bool) -> list[str]:
+def _loading(
+    out: str, format: type[Format] | None, mixed: bool, unfused: bool = False
+) -> list[str]:
     """Return how to load it, for people who have none of the tools yet."""
-    place, vllm = shlex.quote(out), f"pip install vllm\nvllm serve {shlex.quote(out)}"
+    place = shlex.quote(out)
+    vllm = [] if unfused else [_block("sh", f"pip install vllm\nvllm serve {place}")]
     name = "float" if format is None else format.name
     if name == "mlx":
         run = f'mlx_lm.generate --model {place} --prompt "{PROMPT}"'
@@ -340,20 +349,22 @@ def _loading(out: str, format: type[Format] | None, mixed: bool) -> list[str]:
     if name == "marlin":
         run = f"vllm serve {place} --dtype float16"
         return [_block("sh", f'pip install "vllm<=0.10.1.1"  # later ones dropped it\n{run}')]
-    if name == "compressed-tensors" and mixed:
-        return [_block("sh", vllm)]
+    if name == "compressed-tensors" and mixed and vllm:
+        return vllm
     if name == "gptq" and mixed:  # transformers reads one precision per folder
         code = (
             "from gptqmodel import GPTQModel  # pip install gptqmodel\n\n"
             f"model = GPTQModel.load({_literal(out)})\n"
             f'print(model.tokenizer.decode(model.generate("{PROMPT}")[0]))'
         )
-        return [_block("python", code), _block("sh", vllm)]
+        return [_block("python", code), *vllm]
     imported, more, needs = "AutoModelForCausalLM, AutoTokenizer", "", "transformers"
     if name in ("gptq", "awq"):
         needs = "transformers gptqmodel"
     elif name == "compressed-tensors":
-        imported, needs = f"{imported}, CompressedTensorsConfig", "transformers compressed-tensors"
+        needs = "transformers compressed-tensors"
+    if name == "compressed-tensors" and not mixed:  # with several precisions only as they are
+        imported = f"{imported}, CompressedTensorsConfig"
         more = "    quantization_config=CompressedTensorsConfig(dequantize=True),\n"
     loaded = f"AutoModelForCausalLM.from_pretrained({_literal(out)})"
     if more:
@@ -365,7 +376,7 @@ def _loading(out: str, format: type[Format] | None, mixed: bool) -> list[str]:
         f'inputs = tokenizer("{PROMPT}", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))"
     )
-    return [_block("python", code), _block("sh", vllm)]
+    return [_block("python", code), *vllm]
 
 
 def _metadata(

@@ -215,6 +215,14 @@ def _data(required: bool) -> Callable[[Callable[..., None]], Callable[..., None]
     return add
 
 
+def _allow_unfused(function: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--allow-unfused",
+        is_flag=True,
+        help="Let layers differ that vLLM computes as one module: for engines that fuse nothing.",
+    )(function)
+
+
 def _resume(function: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--resume/--no-resume",
@@ -403,6 +411,7 @@ def cli(context: click.Context, fixed_order: bool) -> None:
     help="Other settings for these layers; the last match wins.",
 )
 @click.option("--allow-requantize", is_flag=True, help="Take a MODEL that is quantized already.")
+@_allow_unfused
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
 @click.option(
     "--backend",
@@ -593,6 +602,7 @@ def sensitivities(
 )
 @click.option("--embedding-bits", type=_Bits(), help="Quantize the embedding too.")
 @click.option("--head-bits", type=_Bits(), help="Quantize the head too.")
+@_allow_unfused
 @click.option("--recipe", type=_NewFile(), help="Write the layers' precisions here.")
 @click.option(
     "--evaluate",
@@ -758,6 +768,7 @@ def dwq(
     is_flag=True,
     help="Store what the format can only hold with a loss; without it that is an error, which tells it.",
 )
+@_allow_unfused
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),

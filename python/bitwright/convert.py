@@ -20,6 +20,7 @@ from bitwright.checkpoint import (
 )
 from bitwright.errors import check_choice
 from bitwright.formats import FORMATS, Format, FormatName, Precision
+from bitwright.formats.engine_names import check_fused, fused_groups, unfused
 from bitwright.formats.stored import is_float
 from bitwright.home import expands_home
 from bitwright.methods.grid import FLOAT_DTYPES
@@ -34,6 +35,7 @@ from bitwright.statistics import require_finite
 from bitwright.tensor import QuantizedTensor, stored_bits
 from bitwright.warned import reports_warnings
 
+FEW = 3  # layers that are in memory together
 WIDE = 4096  # channels of a row, to compare what precisions take
 Target = FormatName | Literal["float"]
 Group = tuple[str, ...]  # layers that must have one precision
@@ -47,6 +49,7 @@ def convert(
     format: Target,
     *,
     allow_requantize: bool = False,
+    allow_unfused: bool = False,
     dtype: DTypeLike | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -72,6 +75,9 @@ def convert(
     allow_requantize
         Also store what the format cannot hold so, as near as it can: with scales that are rounded by more,
         or with new codes. Without it that is an error, which tells what would be lost.
+    allow_unfused
+        Let layers differ that vLLM computes as one module, see `bitwright.quantize`. Without it they get
+        the smallest precision that holds all of them, and one of them in float is an error.
     dtype
         Of the weights in float: float32, float16 or bfloat16. By default they stay as they are, and what
         was quantized becomes the model's dtype if that holds it, otherwise float32.
@@ -113,7 +119,7 @@ def convert(
             f"{model.checkpoint.folder}: is not quantized, so there is nothing to store in the {format} "
             f"format; quantize it (bitwright quantize)"
         )
-    conversion = _Conversion(model, kind, float_dtype)
+    conversion = _Conversion(model, kind, float_dtype, allow_unfused)
     files = SafetensorsFiles() if kind is None else kind.files(model.checkpoint)
     metadata = {"format": "pt" if kind is None else kind.metadata}
     shown = progress_bar("converting", progress, "layers")
@@ -147,6 +153,7 @@ def convert(
             kind,
             precisions=[(each.bits, each.group_size or 0) for each in stored],
             facts={"converted from": report.source_format, **report.changes()},
+            unfused=kind is not None and bool(unfused(kind, conversion.everything(plan))),
         )
         writer.write_text(CARD_NAME, card)
     return report
@@ -179,11 +186,16 @@ class _Conversion:
     """A model, and what becomes of its layers in a format; in float for None."""
 
     def __init__(
-        self, model: Model, kind: type[Format] | None, dtype: np.dtype[Any] | None
+        self,
+        model: Model,
+        kind: type[Format] | None,
+        dtype: np.dtype[Any] | None,
+        allow_unfused: bool = False,
     ) -> None:
         self.model = model
         self.kind = kind
         self.dtype = dtype
+        self.allow_unfused = allow_unfused
         self.layers = model.quantized_layers()
         self.matrices = {model.embedding_name, model.head_name}
         self.lost: dict[str, _Choice] = {}
@@ -228,6 +240,8 @@ class _Conversion:
             plan |= {self._target(name): choice for name in group}
             if not choice.fits:
                 self.lost |= dict.fromkeys(group, choice)
+        if not self.allow_unfused:
+            check_fused(kind, self.everything(plan), "Quantize the original anew")
         return plan
 
     def _cost(self, option: Mapping[Group, list[_Choice]]) -> tuple[float, ...]:
@@ -262,7 +276,7 @@ class _Conversion:
         model, kind = self.model, self.kind
         stacks = model.experts if kind is not None and kind.stacks_experts else {}
         stack_size = model.config.experts.count if model.config.experts else 0
-        output = Output(writer, kind or Format, stacks, stack_size)
+        output = Output(writer, kind or Format, stacks, stack_size, model.nested)
         for name in self.layers:
             step()
             target = self._target(name)
@@ -300,15 +314,19 @@ class _Conversion:
         config = model.config_for(self.kind)
         if not plan:
             return config
-        everything: dict[str, Precision | None] = dict.fromkeys(model.linear_shapes())
-        everything |= {name: each.precision if each else None for name, each in plan.items()}
-        everything |= dict.fromkeys(model.never_quantized())
         default = Counter(each.precision for each in plan.values() if each).most_common(1)[0][0]
-        written = as_written(model, self.kind, everything)
-        said = self.kind.config(default, written, model.names.block.format(""))
+        written = as_written(model, self.kind, self.everything(plan))
+        blocks = self.kind.name_written(model.names.block.format(""), model.nested)
+        said = self.kind.config(default, written, blocks)
         if self.reordered:
             said["quantization_config"]["desc_act"] = True
         return {**config, **said}
+
+    def everything(self, plan: Mapping[str, _Choice | None]) -> dict[str, Precision | None]:
+        """Return the precision of all layers, with those that stay in float."""
+        planned = {name: None if each is None else each.precision for name, each in plan.items()}
+        in_float = dict.fromkeys(self.model.linear_shapes())
+        return {**in_float, **planned, **dict.fromkeys(self.model.never_quantized())}
 
     def refusal(self, format: str) -> str:
         """Say what would be lost, and which formats would lose nothing."""
@@ -336,7 +354,10 @@ class _Conversion:
         )
 
     def _groups(self) -> Iterator[Group]:
-        """Yield the layers that are stored as one tensor together."""
+        """Yield the layers that must have one precision: in one tensor, or one module of an engine."""
+        if self.kind is not None and self.kind.fuses_shared_inputs and not self.allow_unfused:
+            yield from fused_groups(self.layers).values()
+            return
         stacks: dict[str, list[str]] = {}
         for name in self.layers:
             place = self.model.experts.get(name)
@@ -353,8 +374,9 @@ class _Conversion:
     def _tensor(self, name: str) -> QuantizedTensor:
         return self.model.stored(name, self.layers[name])
 
-    def _tensors(self, group: Group) -> dict[str, QuantizedTensor]:
-        return {name: self._tensor(name) for name in group}
+    def _tensors(self, group: Group) -> Mapping[str, QuantizedTensor]:
+        """Return some layers: a few are in memory, the experts of a layer are read one by one."""
+        return _Tensors(self, group) if len(group) > FEW else {n: self._tensor(n) for n in group}
 
     def _holds(self, kind: type[Format], name: str) -> bool:
         """Tell whether a format holds a layer's codes, and its scales but for their rounding."""
@@ -470,6 +492,22 @@ class _Conversion:
         output.carry(model.checkpoint, name, {}, target)
 
 
+class _Tensors(Mapping[str, QuantizedTensor]):
+    """Layers that are read whenever they are asked for."""
+
+    def __init__(self, conversion: _Conversion, names: Group) -> None:
+        self._conversion, self._names = conversion, names
+
+    def __getitem__(self, name: str) -> QuantizedTensor:
+        return self._conversion._tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def _families(kind: type[Format]) -> list[list[Precision]]:
     """Return the precisions that may be together in one folder."""
     known = kind.precisions()
@@ -492,17 +530,18 @@ def _nearest(
     kind: type[Format], tensors: Mapping[str, QuantizedTensor], precisions: Sequence[Precision]
 ) -> Precision | None:
     """Return what layers that no precision holds are rounded to, None if their shapes fit none."""
-    finest = max(tensors.values(), key=lambda tensor: tensor.bits)
+    facts = {name: (t.shape, t.bits, t.group_size) for name, t in tensors.items()}
+    shape, bits, group_size = max(facts.values(), key=lambda fact: fact[1])
 
     def distance(precision: Precision) -> tuple[bool, int, bool, int]:
-        size = precision.group_for(finest.shape[1])
-        fewer, coarser = precision.bits < finest.bits, size > finest.group_size
-        return fewer, abs(precision.bits - finest.bits), coarser, abs(size - finest.group_size)
+        size = precision.group_for(shape[1])
+        fewer, coarser = precision.bits < bits, size > group_size
+        return fewer, abs(precision.bits - bits), coarser, abs(size - group_size)
 
     known = [
         precision
         for precision in precisions
-        if all(_stores(kind, name, tensor.shape, precision) for name, tensor in tensors.items())
+        if all(_stores(kind, name, fact[0], precision) for name, fact in facts.items())
     ]
     return min(known, key=distance, default=None)
 

@@ -49,6 +49,8 @@ from bitwright.errors import (
     check_choice,
     malformed_as,
 )
+from bitwright.formats import Format
+from bitwright.formats.engine_names import unfused
 from bitwright.home import expands_home
 from bitwright.memory import peak_memory_bytes
 from bitwright.methods.adam import Adam
@@ -355,6 +357,11 @@ def dwq_quantize(
                 stopped = run.go(bar, checkpoint_every or settings.validate_every)
             report = run.report(Path(out), stopped, time.perf_counter() - started, made)
             tensors = [each.start for each in learner.tensors.values()]
+            kind = None if student_model.format is None else type(student_model.format)
+            stored = dict.fromkeys(student_model.linear_shapes()) | {
+                name: (each.start.bits, each.start.group_size)
+                for name, each in learner.tensors.items()
+            }
 
             def write() -> None:
                 remove_tree(work.path / UNFINISHED)  # of a run that was interrupted here
@@ -363,9 +370,10 @@ def dwq_quantize(
                     card = model_card(
                         teacher_model.checkpoint,
                         out,
-                        None if student_model.format is None else type(student_model.format),
+                        kind,
                         [report] if made is None else [made, report],
                         precisions=[(each.bits, each.group_size) for each in tensors],
+                        unfused=kind is not None and bool(unfused(kind, stored)),
                     )
                     writer.write_text(CARD_NAME, card)
 
@@ -800,11 +808,13 @@ def _teach(
 def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> None:
     """Write the student's checkpoint with the scales, and biases or zeros, that it has now."""
     checkpoint, changed = student.model.checkpoint, student.stored()
+    kind = Format if student.model.format is None else type(student.model.format)
     if student.model.format is not None:
-        writer.metadata["format"] = student.model.format.metadata
-        writer.container = student.model.format.files(checkpoint)
+        writer.metadata["format"] = kind.metadata
+        writer.container = kind.files(checkpoint)
     for name in checkpoint.names():
-        writer.add(name, changed[name] if name in changed else checkpoint.read(name))
+        array = changed[name] if name in changed else checkpoint.read(name)
+        writer.add(kind.name_written(name, student.model.nested), array)
     config = plainly_spelled(checkpoint.config)
     settings = config.get("quantization_config")
     moved = any(each.tensor().grid == "zero_point" for each in student.tensors.values())

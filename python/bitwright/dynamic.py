@@ -21,12 +21,13 @@ from bitwright.distributed import current
 from bitwright.errors import MALFORMED, OutputExistsError, SensitivityError, check_choice
 from bitwright.evaluate import Evaluation, check_text, evaluate
 from bitwright.formats import FORMATS, Format, FormatName, Precision
+from bitwright.formats.engine_names import fused_groups
 from bitwright.home import expands_home
 from bitwright.methods.dynamic import allocate, check_target
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.model import Model, load_model
 from bitwright.pipeline import check_quantization, quantize
-from bitwright.recipe import Recipe
+from bitwright.recipe import Recipe, plan_layers
 from bitwright.report import QuantizationReport
 from bitwright.sensitivity import (
     Sensitivities,
@@ -79,12 +80,14 @@ def choose_precisions(
     format: FormatName = "mlx",
     grid: Grid | None = None,
     scale_dtype: DTypeLike | None = None,
+    allow_unfused: bool = False,
 ) -> Recipe:
     """Choose a precision for every layer so that they take no more than a target together.
 
     What a layer adds to the divergence in low precision is half its alignment; in another precision it is
     taken to shrink as the rounding error of its weights does. Layers that a format or its engines must
-    store alike get one precision: experts in one tensor (mlx), and what vLLM fuses (gptq).
+    store alike get one precision: experts in one tensor (mlx), and what vLLM fuses (gptq,
+    compressed-tensors).
 
     Parameters
     ----------
@@ -100,6 +103,8 @@ def choose_precisions(
         do, otherwise those nearest to it.
     format, grid, scale_dtype
         How it will be stored; they decide what scales take.
+    allow_unfused
+        Choose for each layer by itself what vLLM fuses; it then refuses the result.
 
     Returns
     -------
@@ -142,7 +147,7 @@ def choose_precisions(
     positive = alignments[alignments > 0]
     least = LEAST_SHARE * float(np.median(positive)) if positive.size else 1.0
     costs = 0.5 * np.maximum(alignments, least)[:, None] * errors
-    groups = _moving_together(original, kind)
+    groups = _moving_together(original, kind, allow_unfused)
     places = {name: row for row, name in enumerate(shapes)}
     rows = [[places[name] for name in group] for group in groups]
     picked = allocate(
@@ -390,6 +395,7 @@ def dynamic_quantize(
     )
     low, high = choices.ends
     ranks = current()
+    _check_plan(original, format, high, choices.grid, options)
     known = ranks.on_first(lambda: _known(sensitivities))
     if known is not None:
         _check_model(known, original)
@@ -442,6 +448,7 @@ def dynamic_quantize(
             format=format,
             grid=choices.grid,
             scale_dtype=choices.scale_dtype,
+            allow_unfused=options.get("allow_unfused", False),
         )
         if report is None:
             if evaluate_on is not None:
@@ -521,6 +528,17 @@ class _Written:
         self._work.keep = self._work.keep or report is not None
 
 
+def _check_plan(
+    model: Model, format: FormatName, finest: Candidate, grid: Grid | None, options: dict[str, Any]
+) -> None:
+    """Raise ValueError if layers that are left out or overridden cannot be so."""
+    check_choice("format", format, FORMATS)
+    kind = FORMATS[format]
+    asked = ("include", "exclude", "overrides", "embedding_bits", "head_bits", "allow_unfused")
+    given = {name: options[name] for name in asked if name in options}
+    plan_layers(model, kind, kind.precision(*finest, grid, model.input_channels()), **given)
+
+
 def _known(
     sensitivities: str | os.PathLike[str] | Sensitivities | None,
 ) -> Sensitivities | None:
@@ -540,19 +558,13 @@ def _rounding_error(weight: np.ndarray[Any, Any], candidate: Candidate, grid: Gr
     return float(np.vdot(change, change))
 
 
-def _moving_together(model: Model, kind: type[Format]) -> list[list[str]]:
+def _moving_together(model: Model, kind: type[Format], allow_unfused: bool) -> list[list[str]]:
     """Return all layers in groups of those that must have one precision."""
+    names = model.linear_shapes()
+    if kind.fuses_shared_inputs and not allow_unfused:
+        return [list(parts) for parts in fused_groups(names).values()]
     groups: dict[str, list[str]] = {}
-    for index, layout in enumerate(model.layouts):
-        prefix = model.block_prefix(index)
-        for stage in layout.stages:
-            for name in stage.linears:
-                place, key = model.experts.get(prefix + name), prefix + name
-                if place is not None and kind.fuses_shared_inputs:
-                    key = place.prefix
-                elif place is not None and kind.stacks_experts:
-                    key = place.stacked_name
-                elif kind.fuses_shared_inputs:
-                    key = prefix + stage.linears[0]
-                groups.setdefault(key, []).append(prefix + name)
+    for name in names:
+        place = model.experts.get(name) if kind.stacks_experts else None
+        groups.setdefault(name if place is None else place.stacked_name, []).append(name)
     return list(groups.values())

@@ -50,6 +50,8 @@ class Output:
         Layers that the format stores as one tensor per stack: they are collected until all are there.
     stack_size
         The number of experts in a stack.
+    nested
+        Whether the language model is a part of a multimodal one.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class Output:
         format: type[Format],
         experts: Mapping[str, ExpertPlace] | None = None,
         stack_size: int = 0,
+        nested: bool = False,
     ) -> None:
         self.format = format
+        self._nested = nested
         self.layers: list[LayerReport] = []
         self.blocks: list[BlockReport] = []
         self._writer = writer
@@ -84,7 +88,8 @@ class Output:
                 self.add(part, array)
         else:
             for part, array in self.format.pack(place.stacked_name, tensor).items():
-                self._writer.add_part(part, array, place.index, self._stack_size)
+                name = self.format.name_written(part, self._nested)
+                self._writer.add_part(name, array, place.index, self._stack_size)
                 self.size_bytes += array.nbytes
         self._layer_bytes += tensor.nbytes
         self._layer_weights += tensor.codes.size
@@ -118,7 +123,7 @@ class Output:
     def add(self, name: str, array: NDArray[Any]) -> None:
         """Write a tensor."""
         if self._writer is not None:
-            self._writer.add(name, array)
+            self._writer.add(self.format.name_written(name, self._nested), array)
             self.size_bytes += array.nbytes
 
     def state(self) -> dict[str, Any]:
@@ -152,8 +157,9 @@ class Output:
         self._ranks.barrier()
         written = load_model(out)
         for name, known in self._digests.items():
-            tensor = written.quantized(name)
-            if name == written.names.embedding:
+            target = self.format.name_written(name, self._nested)
+            tensor = written.quantized(name) or written.quantized(target)
+            if written.names.embedding in (name, target):
                 tensor = written.quantized(written.embedding_name)
             if tensor is None or digest(tensor.dequantize().data) != known:
                 raise OutputError(

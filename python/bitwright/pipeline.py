@@ -29,6 +29,7 @@ from bitwright.drift import Drift, OriginalStream, drift_rows
 from bitwright.errors import BitwrightError, check_choice
 from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
+from bitwright.formats.engine_names import unfused
 from bitwright.gathering import advance, head_moments, require_finite_inputs
 from bitwright.home import expands_home
 from bitwright.journal import Journal, kept_when_interrupted
@@ -137,6 +138,7 @@ def quantize(
     overrides: Mapping[str, Mapping[str, int]] | None = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
     allow_requantize: bool = False,
+    allow_unfused: bool = False,
     memory: float | None = None,
     resume: bool = True,
     overwrite: bool = False,
@@ -224,6 +226,9 @@ def quantize(
     allow_requantize
         Take a model that is quantized already, in any format that is read, as if its weights were the
         original's. What its first rounding lost stays lost: use the original where there is one.
+    allow_unfused
+        Let layers differ that vLLM computes as one module (query, key and value; gate and up; all experts
+        of a layer), in the formats that it loads. It refuses such a folder; other engines may not.
     memory
         Gigabytes (10⁹ bytes) that the process may take: hidden states that do not fit go to files beside
         `out`. By default three quarters of what is free.
@@ -338,6 +343,7 @@ def quantize(
         overrides=overrides,
         embedding_bits=embedding_bits,
         head_bits=head_bits,
+        allow_unfused=allow_unfused,
     )
     if method == "salient":
         for name, planned in plan.items():
@@ -394,7 +400,9 @@ def as_written(
     """Return the plan by the names that are written: of experts that are stacked, those of the stacks."""
     places = model.experts if format.stacks_experts else {}
     return {
-        places[name].stacked_name if name in places else name: precision
+        format.name_written(
+            places[name].stacked_name if name in places else name, model.nested
+        ): precision
         for name, precision in plan.items()
     }
 
@@ -568,7 +576,8 @@ class Run:
         config = model.config_for(kind)
         _check_experts(model, kind, self.plan)
         written = as_written(model, kind, self.plan)
-        config.update(kind.config(default, written, model.names.block.format("")))
+        blocks = kind.name_written(model.names.block.format(""), model.nested)
+        config.update(kind.config(default, written, blocks))
         experts = model.experts if kind.stacks_experts else None
         stack_size = model.config.experts.count if model.config.experts else 0
         work = WorkFolder(out)
@@ -591,7 +600,7 @@ class Run:
             journal = Journal(work, self._identity(identity), start)
             state = journal.begin(self.resume)
             with nullcontext() if writer is None else writer:
-                self.output = Output(writer, kind, experts, stack_size)
+                self.output = Output(writer, kind, experts, stack_size, model.nested)
                 self._go(journal, state, writer, progress)
                 report = self.output.report(
                     Path(out),
@@ -604,7 +613,10 @@ class Run:
                 if writer is not None:
                     writer.write_json("config.json", config)
                     copy_side_files(model.checkpoint, writer)
-                    card = model_card(model.checkpoint, out, kind, [report], facts=facts)
+                    differ = bool(unfused(kind, self.plan))
+                    card = model_card(
+                        model.checkpoint, out, kind, [report], facts=facts, unfused=differ
+                    )
                     writer.write_text(CARD_NAME, card)
         self.output.verify(out)
         return replace(self.ranks.broadcast(report), seconds=journal.seconds())

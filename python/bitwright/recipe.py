@@ -12,6 +12,7 @@ from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import write_json
 from bitwright.errors import RecipeError, malformed_as, shown
 from bitwright.formats import Format, Precision
+from bitwright.formats.engine_names import check_fused
 from bitwright.home import expands_home
 from bitwright.models.model import Model
 from bitwright.tensor import BITS
@@ -110,6 +111,7 @@ def plan_layers(
     overrides: Overrides | None = None,
     embedding_bits: int | None = None,
     head_bits: int | None = None,
+    allow_unfused: bool = False,
 ) -> dict[str, Precision | None]:
     """Return the precision of every layer by full name, None for those that stay in float.
 
@@ -143,7 +145,7 @@ def plan_layers(
             raise ValueError("head_bits: the head is the embedding; use embedding_bits")
         plan[name] = format.with_bits(default, bits)
         shapes[name] = matrix
-    check_plan(plan, shapes, format)
+    check_plan(plan, shapes, format, allow_unfused)
     return plan
 
 
@@ -180,13 +182,17 @@ def check_plan(
     plan: Mapping[str, Precision | None],
     shapes: Mapping[str, tuple[int, int]],
     format: type[Format],
+    allow_unfused: bool = False,
 ) -> None:
-    """Raise ValueError unless something is quantized, and to what the format can store."""
+    """Raise ValueError unless something is quantized, and to what the format can store and its engines
+    load: parts of what they compute as one module alike, unless that is allowed."""
     for name, planned in plan.items():
         if planned is not None:
             format.check(name, shapes[name], planned)
     if not any(plan.values()):
         raise ValueError("include and exclude leave no layer to quantize")
+    if not allow_unfused:
+        check_fused(format, plan)
 
 
 def check_recipe(recipe: Recipe, model: Model) -> None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError
 from bitwright.formats.declared import Settings, declaration
+from bitwright.formats.engine_names import EngineNames, transformers_name
 from bitwright.formats.format import INT32, Format, Precision, read_shaped
 from bitwright.tensor import QuantizedTensor, pack, unpack
 
@@ -46,6 +47,7 @@ class AwqFormat(Format):
     grids = ("zero_point", "symmetric")
     scale_dtypes = (np.dtype(np.float16),)
     embeddings = False
+    fuses_shared_inputs = True  # vLLM
     one_precision = True
     parts = ("qweight", "qzeros", "scales")
     engines = "transformers with GPTQModel, vLLM"
@@ -69,6 +71,10 @@ class AwqFormat(Format):
             raise ValueError(
                 f"{name}: the awq format stores multiples of 8 output channels, not {shape[0]}"
             )
+
+    @classmethod
+    def name_written(cls, name: str, nested: bool) -> str:
+        return transformers_name(name) if nested else name
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
@@ -99,7 +105,7 @@ class AwqFormat(Format):
                     f"{name}: the awq format has one precision for all layers; an override can only "
                     "be had in the mlx and gptq formats"
                 )
-        left = [name for name, precision in layers.items() if precision is None]
+        in_float = [name for name, precision in layers.items() if precision is None]
         return {
             "quantization_config": {
                 "quant_method": "awq",
@@ -107,7 +113,7 @@ class AwqFormat(Format):
                 "group_size": default.group_size,
                 "zero_point": True,  # symmetric grids are stored with their zeros, too
                 "version": "gemm",
-                "modules_to_not_convert": left or None,
+                "modules_to_not_convert": EngineNames(layers).beginnings(in_float) or None,
             }
         }
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.declared import Settings, declaration
+from bitwright.formats.engine_names import EngineNames
 from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
 from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
 from bitwright.warned import warn
@@ -53,7 +54,7 @@ class CompressedTensorsFormat(Format):
     grids = ("symmetric", "zero_point")
     scale_dtypes = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
     embeddings = False
-    fuses_shared_inputs = True  # vLLM: query, key and value; gate and up; all experts of a layer
+    fuses_shared_inputs = True  # vLLM
     parts = (
         "weight_packed",
         "weight_scale",
@@ -128,17 +129,17 @@ class CompressedTensorsFormat(Format):
     def config(
         cls, default: Precision, layers: Mapping[str, Precision | None], block_prefix: str
     ) -> dict[str, Any]:
+        names = EngineNames([*layers, HEAD])
         kinds: dict[Precision, list[str]] = {default: []}
         for name, kind in layers.items():
             if kind is not None:
                 kinds.setdefault(kind, []).append(name)
-        if len(kinds) == 1:
-            # Otherwise names for all, so that exactly one group matches a layer.
-            kinds[default] = ["Linear"]
+        # Names for all where there are several, so that exactly one group matches a layer.
+        targets = ["Linear"] if len(kinds) == 1 else None
         in_float = [name for name, kind in layers.items() if kind is None]
         groups = {
             f"group_{number}": {
-                "targets": targets,
+                "targets": targets or names.targets(chosen),
                 "weights": {
                     "num_bits": kind.bits,
                     "type": "int",
@@ -151,7 +152,7 @@ class CompressedTensorsFormat(Format):
                 "output_activations": None,
                 "format": LAYOUT,
             }
-            for number, (kind, targets) in enumerate(kinds.items())
+            for number, (kind, chosen) in enumerate(kinds.items())
         }
         return {
             "quantization_config": {
@@ -159,7 +160,7 @@ class CompressedTensorsFormat(Format):
                 "format": LAYOUT,
                 "quantization_status": "compressed",
                 "config_groups": groups,
-                "ignore": [*in_float, *({HEAD} - set(layers))],
+                "ignore": names.targets([*in_float, *({HEAD} - set(layers))]),
                 "kv_cache_scheme": None,
                 "global_compression_ratio": None,
             }

@@ -48,7 +48,8 @@ class Format:
     scale_dtypes: ClassVar[tuple[np.dtype[Any], ...]]
     embeddings: ClassVar[bool]  # whether embeddings and head can be quantized
     stacks_experts: ClassVar[bool] = False  # whether all experts of a layer are one tensor
-    # Whether engines fuse layers that share an input, so that these must have one precision.
+    # Whether engines compute several layers as one module, which must have one precision then; which
+    # ones, engine_names.py knows.
     fuses_shared_inputs: ClassVar[bool] = False
     one_precision: ClassVar[bool] = False  # whether all layers must have the same
     one_grid: ClassVar[bool] = False  # whether all layers must have grids of one kind
@@ -120,6 +121,12 @@ class Format:
     ) -> dict[str, Any]:
         """Return what is added to config.json; `layers` maps every linear to None where in float."""
         raise NotImplementedError
+
+    @classmethod
+    def name_written(cls, name: str, nested: bool) -> str:
+        """Return the name that a layer or tensor is written under, of a model in which the language model
+        is `nested` or not."""
+        return name
 
     @classmethod
     def spell(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """GPTQ: integer zero points, codes packed along the input channels (AutoGPTQ, GPTQModel)."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError
 from bitwright.formats.declared import Settings, declaration
+from bitwright.formats.engine_names import EngineNames, transformers_name
 from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
 from bitwright.tensor import QuantizedTensor, pack, unpack
 
@@ -43,7 +43,7 @@ class GptqFormat(Format):
     grids = ("symmetric", "zero_point")
     scale_dtypes = (np.dtype(np.float16),)
     embeddings = False
-    fuses_shared_inputs = True  # vLLM: query, key and value; gate and up; all experts of a layer
+    fuses_shared_inputs = True  # vLLM
     one_grid = True
     reorders = True
     parts = ("qweight", "qzeros", "scales", "g_idx")
@@ -73,6 +73,10 @@ class GptqFormat(Format):
             raise ValueError(
                 f"{name}: the gptq format stores multiples of 32 channels, not {list(shape)}"
             )
+
+    @classmethod
+    def name_written(cls, name: str, nested: bool) -> str:
+        return transformers_name(name) if nested else name
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
@@ -109,21 +113,25 @@ class GptqFormat(Format):
             "checkpoint_format": "gptq" if symmetric else "gptq_v2",
             "lm_head": False,
         }
+        names = EngineNames(layers)
         in_blocks = {name: kind for name, kind in layers.items() if name.startswith(block_prefix)}
-        if None in in_blocks.values():
-            # transformers reads the list of what is quantized, GPTQModel and vLLM the rules.
-            settings["modules_in_block_to_quantize"] = [
-                [name for name, kind in in_blocks.items() if kind is not None]
-            ]
+        if None in in_blocks.values() or names.has_fused_layers:
+            # transformers reads the list of what is quantized, GPTQModel and vLLM the rules; but what vLLM
+            # takes for several layers it looks for in a list, under their names.
+            quantized = [name for name, kind in in_blocks.items() if kind is not None]
+            settings["modules_in_block_to_quantize"] = [names.listed(quantized)]
+        others: dict[Precision | None, list[str]] = {}
+        for name, kind in layers.items():
+            if kind != default:
+                others.setdefault(kind, []).append(name)
         rules: dict[str, Any] = {}
-        for name, kind in in_blocks.items():
-            if kind is None:
-                rules[f"-:^{re.escape(name)}$"] = {}
-            elif kind != default:
-                rules[f"+:^{re.escape(name)}$"] = {
-                    "bits": kind.bits,
-                    "group_size": kind.group_size or -1,
-                }
+        for kind, chosen in others.items():
+            for pattern in names.patterns(chosen):
+                if kind is None:
+                    rules[f"-:^{pattern}$"] = {}
+                else:
+                    changes = {"bits": kind.bits, "group_size": kind.group_size or -1}
+                    rules[f"+:^{pattern}$"] = changes
         if rules:
             settings["dynamic"] = rules
         return {"quantization_config": settings}

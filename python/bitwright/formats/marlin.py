@@ -49,7 +49,7 @@ class MarlinFormat(Format):
     grids = ("symmetric",)
     scale_dtypes = (np.dtype(np.float16),)
     embeddings = False
-    fuses_shared_inputs = True  # vLLM: query, key and value; gate and up
+    fuses_shared_inputs = True  # vLLM
     one_precision = True
     parts = ("B", "s")
     engines = "vLLM up to 0.10.1"

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.declared import Settings
+from bitwright.formats.engine_names import mlx_name
 from bitwright.formats.format import Format, Precision, read_shaped
 from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
 from bitwright.warned import warn
@@ -75,6 +76,10 @@ class MlxFormat(Format):
                 f"not compute with affine grids. Set it to false"
             )
         return cls(settings)
+
+    @classmethod
+    def name_written(cls, name: str, nested: bool) -> str:
+        return mlx_name(name) if nested else name
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:

@@ -97,8 +97,6 @@ def _with_names(config: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[s
     def changed(value: Any) -> Any:
         if isinstance(value, dict):
             return {layers.get(key, key): changed(each) for key, each in value.items()}
-        if isinstance(value, list):
-            return [layers.get(each, each) if isinstance(each, str) else each for each in value]
         return value
 
     keys = ("quantization", "quantization_config")

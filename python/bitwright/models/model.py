@@ -119,6 +119,11 @@ class Model:
         stored = matrix if self._is_float(matrix) else f"{self.names.final_norm}.weight"
         return self.config.dtype or written_dtype(self.checkpoint.dtype(stored))
 
+    @property
+    def nested(self) -> bool:
+        """Whether the language model is a part of a multimodal one."""
+        return "language_model." in self.names.block
+
     def block_prefix(self, index: int) -> str:
         """Return the start of the names of block `index`'s tensors."""
         return self.names.block.format(index) + "."
