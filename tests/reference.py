@@ -40,9 +40,14 @@ class Fit:
         return np.abs(np.abs(steps - np.floor(steps)) - 0.5)
 
 
-def span(low: Array, high: Array, bits: int, grid: Grid, scale_dtype: str) -> Fit:
-    """Return the grids over the ranges [low, high] float32."""
-    dtype = DTYPES[scale_dtype]
+SMALLEST = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}  # above zero
+
+
+def span(
+    low: Array, high: Array, bits: int, grid: Grid, scale_dtype: str, floor: float = 1e-7
+) -> Fit:
+    """Return the grids over the ranges [low, high] float32; no affine scale is below `floor`."""
+    dtype, least = DTYPES[scale_dtype], np.float32(SMALLEST[scale_dtype])
     one = np.float32(1)
     top = np.float32(2**bits - 1)
 
@@ -53,15 +58,18 @@ def span(low: Array, high: Array, bits: int, grid: Grid, scale_dtype: str) -> Fi
     if grid == "affine":
         # mlx.core.quantize: the end of larger magnitude is a point of the grid, and so is zero.
         negative = np.abs(low) > np.abs(high)
-        width = np.maximum((high - low) / top, np.float32(1e-7))
+        width = np.maximum((high - low) / top, np.float32(floor))
         scale = np.where(negative, width, -width)
         edge = np.where(negative, low, high)
-        steps = np.rint(edge / scale)
-        scale = np.where(steps != 0, edge / np.where(steps != 0, steps, one), scale)
-        return Fit(rounded(scale), zero, rounded(np.where(steps != 0, edge, zero)))
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            steps = np.rint(edge / scale)
+            scale = np.where(steps != 0, edge / np.where(steps != 0, steps, one), scale)
+        bias = rounded(np.where(steps != 0, edge, zero))
+        scale = rounded(scale)
+        return Fit(np.where(scale == 0, np.where(negative, least, -least), scale), zero, bias)
     below, above = np.minimum(low, 0), np.maximum(high, 0)
     width = 2 * np.maximum(above, -below) if grid == "symmetric" else above - below
-    scale = np.where(width == 0, one, rounded(width / top))
+    scale = np.where(width == 0, one, np.maximum(rounded(width / top), least))
     if grid == "symmetric":
         zero = np.full_like(low, 2 ** (bits - 1))
     else:
@@ -74,8 +82,46 @@ def rtn(
 ) -> tuple[Array, Fit]:
     """Return codes ``[out, in]`` and grids ``[out, groups, 1]``."""
     groups = weight.astype(np.float32).reshape(len(weight), -1, group_size)
-    fit = span(groups.min(2, keepdims=True), groups.max(2, keepdims=True), bits, grid, scale_dtype)
+    low, high = groups.min(2, keepdims=True), groups.max(2, keepdims=True)
+    fit = span(low, high, bits, grid, scale_dtype)
+    instead = smaller_steps(groups, fit, bits, grid, scale_dtype)
+    fit = Fit(
+        *(
+            np.where(instead[0], getattr(instead[1], name), getattr(fit, name))
+            for name in ("scale", "zero", "bias")
+        )
+    )
     return fit.encode(groups, bits).astype(np.uint8).reshape(weight.shape), fit
+
+
+def smaller_steps(
+    groups: Array, fit: Fit, bits: int, grid: Grid, scale_dtype: str
+) -> tuple[Array, Fit]:
+    """Return where weights are so small that another grid than the usual one is better, and that grid."""
+    low, high = groups.min(2, keepdims=True), groups.max(2, keepdims=True)
+    least, top = np.float32(SMALLEST[scale_dtype]), np.float32(2**bits - 1)
+    unit = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
+    unit[unit == 0] = 1
+
+    def lost(other: Fit) -> Array:
+        change = other.decode(other.encode(groups, bits)) - groups
+        sums: Array = ((change / unit) ** 2).sum(2, keepdims=True)
+        return sums
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if grid == "affine":  # MLX's floor takes more than half of a group's energy
+            energy = ((groups / unit) ** 2).sum(2, keepdims=True)
+            other = span(low, high, bits, grid, scale_dtype, floor=0)
+            return (lost(fit) > 0.5 * energy) & (lost(other) < lost(fit)), other
+        # Between two multiples of the smallest number, the one that is not nearer.
+        reach = 2 * unit if grid == "symmetric" else np.maximum(high, 0) - np.minimum(low, 0)
+        exact = reach.astype(np.float32) / top
+        nearest = exact.astype(DTYPES[scale_dtype]).astype(np.float32)
+        step = np.where(nearest < exact, nearest + least, np.maximum(nearest - least, least))
+        coarse = (exact > 0) & (exact < 64 * least)
+        stretch = np.where(coarse, step / np.where(coarse, exact, 1), 1).astype(np.float32)
+        other = span(low * stretch, high * stretch, bits, grid, scale_dtype)
+        return coarse & (lost(other) < lost(fit)), other
 
 
 def dequantize(codes: Array, scales: Array, offsets: Array, grid: Grid) -> Array:

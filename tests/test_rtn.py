@@ -88,6 +88,7 @@ def test_affine_grids_are_those_of_mlx(dtype: str, bits: int, group_size: int) -
     grid=st.sampled_from(GRIDS),
     scale_dtype=st.sampled_from(list(DTYPES)),
     weight_dtype=st.sampled_from(list(DTYPES)),
+    power=st.sampled_from([0, 0, -10, -14, -17, -20, -24, -28, -126, -140]),
     seed=st.integers(0, 1000),
 )
 def test_codes_and_grids_are_the_reference_s(
@@ -97,11 +98,13 @@ def test_codes_and_grids_are_the_reference_s(
     grid: Grid,
     scale_dtype: str,
     weight_dtype: str,
+    power: int,
     seed: int,
 ) -> None:
     channels = shape[1]
     size = channels if group_size is None or channels % group_size else group_size
-    weight = hard(shape, seed, weight_dtype)
+    weight = np.ldexp(hard(shape, seed, weight_dtype).astype(np.float32), power)
+    weight = weight.astype(DTYPES[weight_dtype])
     tensor = bitwright.quantize_rtn(weight, bits, size, grid=grid, scale_dtype=DTYPES[scale_dtype])
     codes, fit = reference.rtn(weight, bits, size, grid, scale_dtype)
     wanted = fit.bias if grid == "affine" else fit.zero

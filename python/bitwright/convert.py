@@ -21,6 +21,7 @@ from bitwright.output import Output, QuantizedLayer, relative_error
 from bitwright.pipeline import as_written
 from bitwright.progress import progress_bar
 from bitwright.report import ConversionReport, ConvertedLayer
+from bitwright.small_weights import MOST_LOST, is_below_scales, largest_of, raising_power, too_small
 from bitwright.statistics import require_finite
 from bitwright.tensor import QuantizedTensor, stored_bits
 from bitwright.warned import reports_warnings
@@ -200,7 +201,7 @@ class _Conversion:
         for name, precision in options[best].items():
             if held[best][name] is None and precision is not None:
                 tensor = self._tensor(name)
-                loss = self._rounded(tensor, precision)[1]
+                loss = self._rounded(tensor.dequantize(), precision)[1]
                 self.lost[name] = precision_of(tensor, kind), precision, loss
         return plan
 
@@ -210,7 +211,7 @@ class _Conversion:
         """Estimate the loss of a choice by the first layer that is rounded."""
         for name, precision in option.items():
             if held[name] is None and precision is not None:
-                return self._rounded(self._tensor(name), precision)[1]
+                return self._rounded(self._tensor(name).dequantize(), precision)[1]
         return 0.0
 
     def write(
@@ -238,7 +239,10 @@ class _Conversion:
                 continue
             found, error = self._fitted(kind, tensor, precision), 0.0
             if found is None:
-                found, error = self._rounded(tensor, precision)
+                weight = tensor.dequantize()
+                found, error = self._rounded(weight, precision)
+                if error > MOST_LOST:
+                    self._require_kept(name, weight, precision, found, error)
             self.reordered |= found.group_index is not None
             output.finish(QuantizedLayer(target, found, error))
             self.report.append(ConvertedLayer(name, before, precision, error))
@@ -339,10 +343,9 @@ class _Conversion:
         return regrid(tensor, precision.bits, size, precision.grid, dtypes)
 
     def _rounded(
-        self, tensor: QuantizedTensor, precision: Precision
+        self, weight: NDArray[np.float32], precision: Precision
     ) -> tuple[QuantizedTensor, float]:
         assert self.kind is not None
-        weight = tensor.dequantize()
         rounded = quantize_rtn(
             weight,
             precision.bits,
@@ -352,6 +355,21 @@ class _Conversion:
             grid_search=True,
         )
         return rounded, relative_error(weight, rounded.dequantize(), None)
+
+    def _require_kept(
+        self,
+        name: str,
+        weight: NDArray[np.float32],
+        precision: Precision,
+        rounded: QuantizedTensor,
+        lost: float,
+    ) -> None:
+        """Raise ValueError if a layer loses most of its energy because scales cannot be so small."""
+        largest = largest_of([weight])
+        raised = np.ldexp(weight, raising_power(largest))
+        if is_below_scales(lost, self._rounded(raised, precision)[1]):
+            place = f"{self.model.checkpoint.folder}: layer {name}"
+            raise ValueError(too_small(place, self.kind, rounded, largest, lost))
 
     def _in_float(self, weight: NDArray[np.float32], name: str) -> NDArray[Any]:
         if self.dtype is not None:
