@@ -273,6 +273,12 @@ inline GridLanes fit_grid(const GridRule& rule, const float* weights, const floa
     }
     const Lanes stretch = other_rounding(rule, low, high);
     if ((stretch != 1.0f).any()) range_grids(rule, low * stretch, high * stretch, try_grid);
+
+    const Lanes largest = low.abs().max(high.abs());
+    const auto faint = (largest > 0.0f && largest < 1e-20f).eval();  // float32 has no such squares
+    if (faint.any())
+        found.offer(plain_grid(rule, low, high, weight, importance, count),
+                    faint.select(Lanes::Constant(-INFINITY), Lanes::Constant(INFINITY)));
     return found.grid;
 }
 

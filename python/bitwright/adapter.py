@@ -16,6 +16,7 @@ from bitwright.calibration import TokenSource, load_at_most, load_tokens
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.equalizing import (
+    first_exact,
     gain_is_exact,
     has_float16_scales,
     most_power,
@@ -526,7 +527,7 @@ class _Run:
                 )
             )
 
-        return next(filter(holds, range(most, 0, -1)), 0)
+        return first_exact(most, holds) if most > 0 else 0
 
     def _scale(
         self, block: TorchBlock, stream: Stream, inputs: Sequence[Input]

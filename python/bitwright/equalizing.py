@@ -12,15 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.methods.grid import GridChoice, smallest_scale
+from bitwright.models.architecture import Attention
 from bitwright.models.block import DecoderBlock, Rotation
 from bitwright.models.fold import FoldKind, fold_scale
 from bitwright.models.layout import ScaleGroup, Stage
 from bitwright.models.model import Model
 from bitwright.models.operations import Float32
 from bitwright.scaling import AwqOptions, ScaledBlock
+from bitwright.tensor import K_GRIDS
 
 FLOAT16 = np.dtype(np.float16)
 COARSE = 64  # smallest scales; what has fewer of them has less than six bits
+NORMAL = 2.0**-14  # the smallest number of full precision
+MARGIN = 16
 WIDTH = 6  # of a group's range, in root mean squares, to tell its scale by
 LARGEST = 1024.0  # weight that another's gain may make; its scale is far from the end of float16
 MOST_POWER = 60
@@ -70,7 +74,8 @@ class _Size:
 
     typical: float  # root mean square
     largest: float
-    wanted: float = 0.0  # typical size
+    enough: float = 0.0  # typical size, for most scales to be of full precision
+    wanted: float = 0.0  # for all of them
     coarse: bool = False
 
     @property
@@ -78,10 +83,17 @@ class _Size:
         """The power of two that takes it to the wanted size; negative if it is larger."""
         return math.ceil(math.log2(self.wanted / self.typical)) if self.typical else -MOST_POWER
 
+    @property
+    def spare(self) -> int:
+        """The power of two that it may be divided by."""
+        if not self.enough:
+            return MOST_POWER
+        return math.floor(math.log2(self.typical / self.enough)) if self.typical else 0
+
     def move(self, power: int) -> None:
         self.typical = math.ldexp(self.typical, power)
         self.largest = math.ldexp(self.largest, power)
-        self.coarse &= self.typical < self.wanted * COARSE * smallest_scale(FLOAT16) / 2.0**-14
+        self.coarse &= self.typical < self.enough * COARSE * smallest_scale(FLOAT16) / NORMAL
 
 
 def is_coarse(weight: Float32, choice: GridChoice) -> bool:
@@ -106,7 +118,10 @@ def size_of(weight: Float32, choice: GridChoice | None = None) -> _Size:
     typical = float(unit) * math.sqrt(float(np.square(weight / unit).mean()))
     size = _Size(typical, largest)
     if choice is not None:
-        size.wanted = 2.0**-14 * (2**choice.bits - 1) / WIDTH
+        size.enough = NORMAL * (2**choice.bits - 1) / WIDTH
+        # A scale may be a code itself, times the number that is stored.
+        parts = K_GRIDS[choice.bits].scale_codes[1] if choice.grid == "k" else MARGIN
+        size.wanted = size.enough * parts
         size.coarse = is_coarse(weight, choice)
     return size
 
@@ -177,6 +192,7 @@ class _Equalizer:
         for group in groups:
             if group.kind == "linear":
                 self._raise_either(group)
+        self._raise_queries_or_keys()
         for group in norms:
             self._raise_readers(group)
         return Equalized(
@@ -216,11 +232,29 @@ class _Equalizer:
                 self.known.get(group.previous),
             )
         after = self._size(group.layers[0])
-        for sign, small, other in ((1, after, before), (-1, before, after)):
-            if small.coarse and small.wanted and other.typical:
-                spare = other.typical / other.wanted if other.wanted else 2.0**MOST_POWER
-                power = min(small.room, math.floor(math.log2(spare)))
-                self._fold(group, sign * power)
+        self._fold(group, balancing_power(before, after))
+
+    def _raise_queries_or_keys(self) -> None:
+        """Multiply queries and divide keys, or the other way: the scores stay what they are."""
+        names = self.scaled.block.architecture.attention
+        if not isinstance(names, Attention) or names.fused or names.query_norm or names.key_norm:
+            return
+        vectors = self.scaled.block.layout.vectors
+
+        def holds(power: int) -> bool:
+            return all(
+                self._moves(tensor, sign * power)
+                for sign, name in ((1, names.query), (-1, names.key))
+                for tensor in (f"{name}.weight", f"{name}.bias")
+                if tensor.endswith(".weight") or tensor in vectors
+            )
+
+        power = first_exact(balancing_power(self._size(names.key), self._size(names.query)), holds)
+        for name, moved in ((names.query, power), (names.key, -power)) if power else ():
+            self.scaled.multiply(name, 2.0**moved)
+            self._move(name, moved)
+            if moved < 0:
+                self.divided[name] = None
 
     def _need(self, name: str) -> int:
         size = self._size(name) if name in self.known else None
@@ -228,16 +262,12 @@ class _Equalizer:
 
     def _fold(self, group: ScaleGroup, power: int) -> None:
         """Multiply a group's layers by the largest power of two up to this one that changes nothing."""
-        if not self.scaled.channels(group):
-            return
-        step = -1 if power > 0 else 1
-        for each in range(max(-MOST_POWER, min(power, MOST_POWER)), 0, step):
-            if self._is_exact(group, each):
-                scale = np.full(self.scaled.channels(group), 2.0**each, np.float32)
-                self.scaled.fold(group, scale)
-                self.scaled.block.weights.clear()
-                self._note(group, each)
-                return
+        channels = self.scaled.channels(group)
+        exact = first_exact(power, lambda each: self._is_exact(group, each)) if channels else 0
+        if exact:
+            self.scaled.fold(group, np.full(channels, 2.0**exact, np.float32))
+            self.scaled.block.weights.clear()
+            self._note(group, exact)
 
     def _note(self, group: ScaleGroup, power: int) -> None:
         moves = dict.fromkeys((*group.layers, *group.floats), power)
@@ -245,9 +275,12 @@ class _Equalizer:
             moves[group.previous] = -power
         self.divided |= dict.fromkeys((group.previous,) if power > 0 else group.layers)
         for name, moved in moves.items():
-            self._size(name).move(moved)
-            if name in self.choices:
-                self.powers[name] = self.powers.get(name, 0) + moved
+            self._move(name, moved)
+
+    def _move(self, name: str, power: int) -> None:
+        self._size(name).move(power)
+        if name in self.choices:
+            self.powers[name] = self.powers.get(name, 0) + power
 
     def _is_exact(self, group: ScaleGroup, power: int) -> bool:
         """Tell whether every number that is multiplied or divided stays the same number of its dtype."""
@@ -266,6 +299,21 @@ class _Equalizer:
         array = self.scaled.block.weights.read(name)
         planned = name.removesuffix(".weight") in self.choices
         return moves_exactly(array, power, np.dtype(np.float32) if planned else self.dtype_of(name))
+
+
+def balancing_power(before: _Size, after: _Size) -> int:
+    """Return the power of two to multiply `after` and divide `before` by, so that both are large enough."""
+    for sign, small, other in ((1, after, before), (-1, before, after)):
+        power = min(small.room, other.spare)
+        if small.coarse and power > 0:
+            return sign * power
+    return 0
+
+
+def first_exact(power: int, is_exact: Callable[[int], bool]) -> int:
+    """Return the largest power up to this one, or down to it if that is negative, that is exact."""
+    step = -1 if power > 0 else 1
+    return next(filter(is_exact, range(max(-MOST_POWER, min(power, MOST_POWER)), 0, step)), 0)
 
 
 def moves_exactly(array: Float32, power: int, dtype: np.dtype[Any]) -> bool:
@@ -311,12 +359,17 @@ def equalize_head(
     operations = model.final_operations()
     gain, bias = operations.weights[f"{norm}.weight"], operations.bias(norm)
     dtype = model.stored_dtype(f"{norm}.weight")
-    for power in range(0 if model.tied else min(size.room, MOST_POWER), 0, -1):
-        held = bias is None or moves_exactly(bias, -power, model.stored_dtype(f"{norm}.bias"))
-        if held and gain_is_exact(kind, gain, power, dtype):
-            scale = np.full(gain.shape, 2.0**power, np.float32)
-            gain, bias, _ = fold_scale(kind, scale, gain, bias, dtype)
-            changed = {f"{norm}.weight": gain} | ({} if bias is None else {f"{norm}.bias": bias})
-            size.move(power)
-            return power, changed, size.coarse
-    return 0, {}, True
+
+    def holds(power: int) -> bool:
+        exact = bias is None or moves_exactly(bias, -power, model.stored_dtype(f"{norm}.bias"))
+        return exact and gain_is_exact(kind, gain, power, dtype)
+
+    # A tied head is the embedding, too, which nothing comes before.
+    power = 0 if model.tied else first_exact(size.room, holds)
+    if not power:
+        return 0, {}, True
+    scale = np.full(gain.shape, 2.0**power, np.float32)
+    gain, moved, _ = fold_scale(kind, scale, gain, bias, dtype)
+    changed = {f"{norm}.weight": gain} | ({} if moved is None else {f"{norm}.bias": moved})
+    size.move(power)
+    return power, changed, size.coarse

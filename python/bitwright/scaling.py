@@ -279,6 +279,12 @@ class ScaledBlock:
         if facts is not None:
             facts.divide(scale)
 
+    def multiply(self, name: str, factor: float) -> None:
+        """Multiply the outputs of a linear."""
+        for tensor in (f"{name}.weight", f"{name}.bias"):
+            if tensor.endswith(".weight") or tensor in self.block.layout.vectors:
+                self._change(tensor, lambda whole: whole * np.float32(factor))
+
     def channels(self, group: ScaleGroup) -> int:
         """Return how many numbers a group's scale has, 0 where shapes allow none."""
         shared = self._heads_per_scale(group)

@@ -69,10 +69,10 @@ def warn_of_small_weights(folder: Path, format: type[Format], output: Output) ->
     coarse = [layer.name for layer in output.layers if layer.coarse]
     if moved:
         warn(
-            f"{folder}: the weights of {counted(moved, 'layer')}, such as {moved[0]}, were too small for "
-            f"float16 scales; they were multiplied by powers of two, and what is before or after them "
-            f"({counted(output.divided, 'norm or layer', 'norms or layers')}) divided by as much, which "
-            f"changes nothing that the model computes"
+            f"{folder}: {counted(moved, 'layer')}, such as {moved[0]}, had weights too small for float16 "
+            f"scales, or read what such a layer reads; they were multiplied by powers of two, and what is "
+            f"before or after them ({counted(output.divided, 'norm or layer', 'norms or layers')}) divided "
+            f"by as much, which changes nothing that the model computes"
         )
     if coarse:
         warn(
