@@ -1,5 +1,6 @@
 """What the kernels compute, once more in plain NumPy: slow, and as close to the papers as it gets."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,44 +85,43 @@ def rtn(
     groups = weight.astype(np.float32).reshape(len(weight), -1, group_size)
     low, high = groups.min(2, keepdims=True), groups.max(2, keepdims=True)
     fit = span(low, high, bits, grid, scale_dtype)
-    instead = smaller_steps(groups, fit, bits, grid, scale_dtype)
-    fit = Fit(
-        *(
-            np.where(instead[0], getattr(instead[1], name), getattr(fit, name))
-            for name in ("scale", "zero", "bias")
-        )
-    )
+    for instead, other in smaller_steps(groups, fit, bits, grid, scale_dtype):
+        names = ("scale", "zero", "bias")
+        fit = Fit(*(np.where(instead, getattr(other, n), getattr(fit, n)) for n in names))
     return fit.encode(groups, bits).astype(np.uint8).reshape(weight.shape), fit
 
 
 def smaller_steps(
     groups: Array, fit: Fit, bits: int, grid: Grid, scale_dtype: str
-) -> tuple[Array, Fit]:
-    """Return where weights are so small that another grid than the usual one is better, and that grid."""
+) -> Iterator[tuple[Array, Fit]]:
+    """Yield where weights are so small that another grid than the one so far is better, and that grid."""
     low, high = groups.min(2, keepdims=True), groups.max(2, keepdims=True)
     least, top = np.float32(SMALLEST[scale_dtype]), np.float32(2**bits - 1)
     unit = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
     unit[unit == 0] = 1
 
     def lost(other: Fit) -> Array:
-        change = other.decode(other.encode(groups, bits)) - groups
+        with np.errstate(divide="ignore", invalid="ignore"):
+            change = other.decode(other.encode(groups, bits)) - groups
         sums: Array = ((change / unit) ** 2).sum(2, keepdims=True)
         return sums
 
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if grid == "affine":  # MLX's floor takes more than half of a group's energy
-            energy = ((groups / unit) ** 2).sum(2, keepdims=True)
-            other = span(low, high, bits, grid, scale_dtype, floor=0)
-            return (lost(fit) > 0.5 * energy) & (lost(other) < lost(fit)), other
-        # Between two multiples of the smallest number, the one that is not nearer.
-        reach = 2 * unit if grid == "symmetric" else np.maximum(high, 0) - np.minimum(low, 0)
-        exact = reach.astype(np.float32) / top
-        nearest = exact.astype(DTYPES[scale_dtype]).astype(np.float32)
-        step = np.where(nearest < exact, nearest + least, np.maximum(nearest - least, least))
-        coarse = (exact > 0) & (exact < 64 * least)
-        stretch = np.where(coarse, step / np.where(coarse, exact, 1), 1).astype(np.float32)
-        other = span(low * stretch, high * stretch, bits, grid, scale_dtype)
-        return coarse & (lost(other) < lost(fit)), other
+    # Between two multiples of the smallest number, the one that is not nearer.
+    reach = high - low if grid == "affine" else np.maximum(high, 0) - np.minimum(low, 0)
+    exact = (2 * unit if grid == "symmetric" else reach).astype(np.float32) / top
+    nearest = exact.astype(DTYPES[scale_dtype]).astype(np.float32)
+    step = np.where(nearest < exact, nearest + least, np.maximum(nearest - least, least))
+    coarse = (exact > 0) & (exact < 64 * least)
+    stretch = np.where(coarse, step / np.where(coarse, exact, 1), 1).astype(np.float32)
+    best = lost(fit)
+    allowed = coarse
+    if grid == "affine":  # MLX's floor takes more than half of a group's energy
+        allowed = best > 0.5 * ((groups / unit) ** 2).sum(2, keepdims=True)
+    for factor in (np.ones_like(stretch), stretch):
+        other = span(low * factor, high * factor, bits, grid, scale_dtype, floor=0)
+        better = allowed & (lost(other) < best)
+        best = np.where(better, lost(other), best)
+        yield better, other
 
 
 def dequantize(codes: Array, scales: Array, offsets: Array, grid: Grid) -> Array:

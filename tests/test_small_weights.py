@@ -113,10 +113,9 @@ def as_good(tmp_path: Path, source: Path, powers: Powers, times: int, **options:
 # models
 
 
-@pytest.mark.parametrize("times", [19, 27])
 @pytest.mark.parametrize("pair", PAIRS)
-def test_pairs_of_layers(tmp_path: Path, pair: str, times: int) -> None:
-    as_good(tmp_path, DEMO, PAIRS[pair], times)
+def test_pairs_of_layers(tmp_path: Path, pair: str) -> None:
+    as_good(tmp_path, DEMO, PAIRS[pair], 19 if pair == "mlp" else 27)
 
 
 @pytest.mark.parametrize(
@@ -168,12 +167,20 @@ def test_statistics_and_activations_are_those_of_the_model_as_it_was(tmp_path: P
         assert kl(tmp_path / f"small-{kind}", small) == pytest.approx(usual, rel=0.05)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama-linear", "smollm3"])
-def test_sources_of_other_dtypes(tmp_path: Path, family: str) -> None:
-    # Norms in float16 have room for powers up to 15.
-    as_good(tmp_path, TINY / family, {**UP}, 14)
-    moved = bitwright.load_model(tmp_path / "small-quantized")
-    assert moved.quantized("model.layers.0.mlp.up_proj") is not None
+@pytest.mark.parametrize("family", ["llama-linear", "smollm3"])
+def test_sources_of_other_families(tmp_path: Path, family: str) -> None:
+    as_good(tmp_path, TINY / family, UP, 14)
+
+
+def test_sources_in_float16(tmp_path: Path) -> None:
+    """Small weights have few bits in the source itself, and norms room for few powers."""
+    small = scaled(TINY / "qwen2", tmp_path / "small", MLP, 14)
+    report = quantized_small(small, tmp_path / "out")
+    quantized(small, tmp_path / "float32", format="compressed-tensors", scale_dtype="float32")
+    assert kl(tmp_path / "out", small) == pytest.approx(kl(tmp_path / "float32", small), rel=0.02)
+    powers = {layer.name.rpartition(".")[2]: layer.power for layer in report.layers}
+    assert powers["up_proj"] == powers["gate_proj"] > 4
+    assert powers["q_proj"] == powers["down_proj"] == 0
 
 
 def test_layer_norms_with_biases(tmp_path: Path) -> None:
@@ -193,7 +200,8 @@ def test_experts_and_their_router(tmp_path: Path) -> None:
 
 def test_latents(tmp_path: Path) -> None:
     powers = {"kv_b_proj.weight": -1, "kv_a_layernorm.weight": 1}
-    as_good(tmp_path, TINY / "deepseek_v3", powers, 22, include=["*kv_b_proj"])
+    options = {"format": "mlx", "scale_dtype": "float16", "include": ["*kv_b_proj"]}
+    as_good(tmp_path, TINY / "deepseek_v3", powers, 22, **options)
 
 
 def test_norms_are_divided_by_powers_of_two_and_nothing_else_changes(tmp_path: Path) -> None:
@@ -395,6 +403,22 @@ def test_what_is_exact() -> None:
     assert gain_is_exact("rms_norm", ones[:2], 20, brain)
     assert gain_is_exact("offset_rms_norm", ones[:2] - 1, 1, brain)
     assert not gain_is_exact("offset_rms_norm", ones[:2] - 1, 12, brain)
+
+
+def test_single_layers_are_lifted_by_the_scale_of_their_outputs() -> None:
+    rng = np.random.default_rng(0)
+    weights, inputs = rng.standard_normal((64, 16)), rng.standard_normal((128, 64))
+    errors = []
+    for power in (0, -18, -24):
+        small = np.ldexp(weights, power).astype(np.float32)
+        result = bitwright.awq_quantize(small, inputs, group_size=32)
+        restored = bitwright.awq_dequantize(
+            result.Q, result.scales, result.zeros, result.q_scale, result.meta
+        )
+        errors.append(relative_error(small, restored, None))
+    assert errors[1:] == pytest.approx([errors[0]] * 2, rel=0.05)
+    with pytest.raises(ValueError, match="weights: .* float16 scales lose"):
+        bitwright.awq_quantize(np.ldexp(weights, -50), inputs, group_size=32)
 
 
 # the models of the project's own measurements

@@ -151,8 +151,9 @@ void range_grids(const GridRule& rule, const Lanes& low, const Lanes& high, Try&
         return;
     }
     const Lanes width = spanning_scale(rule, low, high);
-    const Lanes wanted = (width == 0.0f).select(smallest_normal(rule.scale_type),
-                                                width.max(smallest_scale(rule.scale_type)));
+    const Lanes wanted =
+        (width == 0.0f)
+            .select(smallest_normal(rule.scale_type), width.max(smallest_scale(rule.scale_type)));
     GridLanes lanes{round_to(rule.scale_type, wanted), Lanes::Zero(), Lanes::Zero()};
     lanes.bias = round_to(rule.scale_type, (low / lanes.scale).rint() * lanes.scale);
     try_grid(lanes);
@@ -197,18 +198,19 @@ struct GridError {
     }
 };
 
-// The grid of plain rounding. An affine one is MLX's own as long as that keeps half of the energy of
-// a group; below its floor it need not, and then a smaller scale takes its place. Of the other two,
-// the better of the roundings up and down is taken where a scale has few steps.
+// The grid of plain rounding. An affine one is MLX's own as long as that keeps half of the energy
+// of a group; below its floor it need not, and then a smaller scale takes its place. Of the other
+// two, the better of the roundings up and down is taken where a scale has few steps.
 template <typename WeightAt>
 GridLanes plain_grid(const GridRule& rule, const Lanes& low, const Lanes& high,
                      const WeightAt& weight, const float* importance, Index count) {
     const GridLanes spanning = span_grid(rule, low, high);
     const bool affine = rule.grid == Grid::affine;
-    const Lanes stretch = affine ? Lanes::Ones() : other_rounding(rule, low, high);
-    const Lanes largest = low.abs().max(high.abs());
-    const bool sure = affine ? (largest == 0.0f || spanning_scale(rule, low, high) >= mlx_floor).all()
-                             : (stretch == 1.0f).all();
+    const Lanes stretch = other_rounding(rule, low, high);
+    const Lanes largest = (high > -low).select(high, -low);
+    const bool sure = affine
+                          ? (largest == 0.0f || spanning_scale(rule, low, high) >= mlx_floor).all()
+                          : (stretch == 1.0f).all();
     if (sure) return spanning;
 
     const Lanes unit = (largest > 0.0f).select(largest, 1.0f);  // of which squares are in range
@@ -216,7 +218,8 @@ GridLanes plain_grid(const GridRule& rule, const Lanes& low, const Lanes& high,
         Lanes sum = Lanes::Zero();
         for (Index i = 0; i < count; ++i)
             if (importance[i] != 0.0f)
-                sum += ((grid.decode(grid.encode(weight(i), rule.top())) - weight(i)) / unit).square();
+                sum +=
+                    ((grid.decode(grid.encode(weight(i), rule.top())) - weight(i)) / unit).square();
         return sum;
     };
     Lanes energy = Lanes::Zero();
@@ -224,6 +227,8 @@ GridLanes plain_grid(const GridRule& rule, const Lanes& low, const Lanes& high,
         if (importance[i] != 0.0f) energy += (weight(i) / unit).square();
     BestGrid found{spanning, lost(spanning)};
     if (affine) found.error = (found.error > 0.5f * energy).select(found.error, -INFINITY);
+    const GridLanes smaller = span_grid(rule, low, high, 0.0f);
+    found.offer(smaller, lost(smaller));
     const GridLanes other = span_grid(rule, low * stretch, high * stretch, 0.0f);
     found.offer(other, lost(other));
     return found.grid;
@@ -274,7 +279,7 @@ inline GridLanes fit_grid(const GridRule& rule, const float* weights, const floa
     const Lanes stretch = other_rounding(rule, low, high);
     if ((stretch != 1.0f).any()) range_grids(rule, low * stretch, high * stretch, try_grid);
 
-    const Lanes largest = low.abs().max(high.abs());
+    const Lanes largest = (high > -low).select(high, -low);
     const auto faint = (largest > 0.0f && largest < 1e-20f).eval();  // float32 has no such squares
     if (faint.any())
         found.offer(plain_grid(rule, low, high, weight, importance, count),

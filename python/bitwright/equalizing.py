@@ -81,7 +81,9 @@ class _Size:
     @property
     def room(self) -> int:
         """The power of two that takes it to the wanted size; negative if it is larger."""
-        return math.ceil(math.log2(self.wanted / self.typical)) if self.typical else -MOST_POWER
+        if not (self.wanted and self.typical):
+            return -MOST_POWER
+        return math.ceil(math.log2(self.wanted / self.typical))
 
     @property
     def spare(self) -> int:
