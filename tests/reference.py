@@ -80,28 +80,31 @@ def span(
 
 def rtn(
     weight: Array, bits: int, group_size: int, grid: Grid, scale_dtype: str
-) -> tuple[Array, Fit]:
-    """Return codes ``[out, in]`` and grids ``[out, groups, 1]``."""
+) -> tuple[Array, Fit, Array]:
+    """Return codes ``[out, in]``, grids ``[out, groups, 1]``, and where no other grid is as good."""
     groups = weight.astype(np.float32).reshape(len(weight), -1, group_size)
     low, high = groups.min(2, keepdims=True), groups.max(2, keepdims=True)
     fit = span(low, high, bits, grid, scale_dtype)
-    for instead, other in smaller_steps(groups, fit, bits, grid, scale_dtype):
+    clear = np.ones(low.shape, bool)
+    for instead, tied, other in smaller_steps(groups, fit, bits, grid, scale_dtype):
+        clear &= ~tied
         names = ("scale", "zero", "bias")
         fit = Fit(*(np.where(instead, getattr(other, n), getattr(fit, n)) for n in names))
-    return fit.encode(groups, bits).astype(np.uint8).reshape(weight.shape), fit
+    return fit.encode(groups, bits).astype(np.uint8).reshape(weight.shape), fit, clear[..., 0]
 
 
 def smaller_steps(
     groups: Array, fit: Fit, bits: int, grid: Grid, scale_dtype: str
-) -> Iterator[tuple[Array, Fit]]:
-    """Yield where weights are so small that another grid than the one so far is better, and that grid."""
+) -> Iterator[tuple[Array, Array, Fit]]:
+    """Yield where weights are so small that another grid than the one so far is better, where it is neither
+    better nor worse, and that grid."""
     low, high = groups.min(2, keepdims=True), groups.max(2, keepdims=True)
     least, top = np.float32(SMALLEST[scale_dtype]), np.float32(2**bits - 1)
     unit = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
     unit[unit == 0] = 1
 
     def lost(other: Fit) -> Array:
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             change = other.decode(other.encode(groups, bits)) - groups
         sums: Array = ((change / unit) ** 2).sum(2, keepdims=True)
         return sums
@@ -110,18 +113,21 @@ def smaller_steps(
     reach = high - low if grid == "affine" else np.maximum(high, 0) - np.minimum(low, 0)
     exact = (2 * unit if grid == "symmetric" else reach).astype(np.float32) / top
     nearest = exact.astype(DTYPES[scale_dtype]).astype(np.float32)
-    step = np.where(nearest < exact, nearest + least, np.maximum(nearest - least, least))
+    step = np.where(nearest <= exact, nearest + least, np.maximum(nearest - least, least))
     coarse = (exact > 0) & (exact < 64 * least)
     stretch = np.where(coarse, step / np.where(coarse, exact, 1), 1).astype(np.float32)
     best = lost(fit)
-    allowed = coarse
+    allowed, doubtful = coarse, np.zeros_like(coarse)
     if grid == "affine":  # MLX's floor takes more than half of a group's energy
-        allowed = best > 0.5 * ((groups / unit) ** 2).sum(2, keepdims=True)
+        half = 0.5 * ((groups / unit) ** 2).sum(2, keepdims=True)
+        allowed, doubtful = best > half, np.abs(best - half) <= 1e-4 * half
     for factor in (np.ones_like(stretch), stretch):
         other = span(low * factor, high * factor, bits, grid, scale_dtype, floor=0)
-        better = allowed & (lost(other) < best)
-        best = np.where(better, lost(other), best)
-        yield better, other
+        error = lost(other)
+        better = allowed & (error < best)
+        tied = allowed & (np.abs(error - best) <= 1e-4 * best) & (other.scale != fit.scale)
+        best = np.where(better, error, best)
+        yield better, tied | doubtful, other
 
 
 def dequantize(codes: Array, scales: Array, offsets: Array, grid: Grid) -> Array:

@@ -416,7 +416,7 @@ def test_single_layers_are_lifted_by_the_scale_of_their_outputs() -> None:
             result.Q, result.scales, result.zeros, result.q_scale, result.meta
         )
         errors.append(relative_error(small, restored, None))
-    assert errors[1:] == pytest.approx([errors[0]] * 2, rel=0.05)
+    assert errors[1:] == pytest.approx([errors[0]] * 2, rel=0.15)
     with pytest.raises(ValueError, match="weights: .* float16 scales lose"):
         bitwright.awq_quantize(np.ldexp(weights, -50), inputs, group_size=32)
 

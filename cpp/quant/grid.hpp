@@ -130,7 +130,7 @@ inline Lanes other_rounding(const GridRule& rule, const Lanes& low, const Lanes&
     const auto coarse = (exact > 0.0f && exact < few * tiny).eval();
     if (!coarse.any()) return Lanes::Ones();
     const Lanes nearest = round_to(rule.scale_type, exact);
-    const Lanes other = (nearest < exact).select(nearest + tiny, (nearest - tiny).max(tiny));
+    const Lanes other = (nearest <= exact).select(nearest + tiny, (nearest - tiny).max(tiny));
     return coarse.select(other / coarse.select(exact, 1.0f), 1.0f);
 }
 
