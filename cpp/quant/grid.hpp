@@ -272,12 +272,12 @@ inline GridLanes fit_grid(const GridRule& rule, const float* weights, const floa
         error += penalty * (energy > 0.0f).select(clipped * (clipped / energy), 0.0f);
         found.offer(candidate, error);
     };
-    for (int step = 0; step < steps; ++step) {
-        const float shrink = 1.0f - (1.0f - last_shrink) * static_cast<float>(step) / (steps - 1);
-        range_grids(rule, low * shrink, high * shrink, try_grid);
-    }
     const Lanes stretch = other_rounding(rule, low, high);
-    if ((stretch != 1.0f).any()) range_grids(rule, low * stretch, high * stretch, try_grid);
+    for (int step = (stretch != 1.0f).any() ? -1 : 0; step < steps; ++step) {
+        const float shrink = 1.0f - (1.0f - last_shrink) * static_cast<float>(step) / (steps - 1);
+        const Lanes factor = step < 0 ? stretch : Lanes::Constant(shrink);
+        range_grids(rule, low * factor, high * factor, try_grid);
+    }
 
     const Lanes largest = (high > -low).select(high, -low);
     const auto faint = (largest > 0.0f && largest < 1e-20f).eval();  // float32 has no such squares
