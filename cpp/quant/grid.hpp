@@ -123,7 +123,8 @@ inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& 
 
 // Where a scale is so few steps of the smallest one that rounding it moves it by several percent,
 // the factor on the range that takes it to the step on its other side; 1 elsewhere.
-inline Lanes other_rounding(const GridRule& rule, const Lanes& low, const Lanes& high) {
+[[gnu::noinline]] inline Lanes other_rounding(const GridRule& rule, const Lanes& low,
+                                              const Lanes& high) {
     constexpr float few = 64.0f;
     const float tiny = smallest_scale(rule.scale_type);
     const Lanes exact = spanning_scale(rule, low, high);
@@ -202,8 +203,9 @@ struct GridError {
 // of a group; below its floor it need not, and then a smaller scale takes its place. Of the other
 // two, the better of the roundings up and down is taken where a scale has few steps.
 template <typename WeightAt>
-GridLanes plain_grid(const GridRule& rule, const Lanes& low, const Lanes& high,
-                     const WeightAt& weight, const float* importance, Index count) {
+[[gnu::noinline]] GridLanes plain_grid(const GridRule& rule, const Lanes& low, const Lanes& high,
+                                       const WeightAt& weight, const float* importance,
+                                       Index count) {
     const GridLanes spanning = span_grid(rule, low, high);
     const bool affine = rule.grid == Grid::affine;
     const Lanes stretch = other_rounding(rule, low, high);
