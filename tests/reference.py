@@ -1,5 +1,6 @@
 """What the kernels compute, once more in plain NumPy: slow, and as close to the papers as it gets."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,14 @@ class Fit:
         return np.abs(np.abs(steps - np.floor(steps)) - 0.5)
 
 
-def span(low: Array, high: Array, bits: int, grid: Grid, scale_dtype: str) -> Fit:
-    """Return the grids over the ranges [low, high] float32."""
-    dtype = DTYPES[scale_dtype]
+SMALLEST = {"float32": 2.0**-149, "float16": 2.0**-24, "bfloat16": 2.0**-133}  # above zero
+
+
+def span(
+    low: Array, high: Array, bits: int, grid: Grid, scale_dtype: str, floor: float = 1e-7
+) -> Fit:
+    """Return the grids over the ranges [low, high] float32; no affine scale is below `floor`."""
+    dtype, least = DTYPES[scale_dtype], np.float32(SMALLEST[scale_dtype])
     one = np.float32(1)
     top = np.float32(2**bits - 1)
 
@@ -53,15 +59,18 @@ def span(low: Array, high: Array, bits: int, grid: Grid, scale_dtype: str) -> Fi
     if grid == "affine":
         # mlx.core.quantize: the end of larger magnitude is a point of the grid, and so is zero.
         negative = np.abs(low) > np.abs(high)
-        width = np.maximum((high - low) / top, np.float32(1e-7))
+        width = np.maximum((high - low) / top, np.float32(floor))
         scale = np.where(negative, width, -width)
         edge = np.where(negative, low, high)
-        steps = np.rint(edge / scale)
-        scale = np.where(steps != 0, edge / np.where(steps != 0, steps, one), scale)
-        return Fit(rounded(scale), zero, rounded(np.where(steps != 0, edge, zero)))
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            steps = np.rint(edge / scale)
+            scale = np.where(steps != 0, edge / np.where(steps != 0, steps, one), scale)
+        bias = rounded(np.where(steps != 0, edge, zero))
+        scale = rounded(scale)
+        return Fit(np.where(scale == 0, np.where(negative, least, -least), scale), zero, bias)
     below, above = np.minimum(low, 0), np.maximum(high, 0)
     width = 2 * np.maximum(above, -below) if grid == "symmetric" else above - below
-    scale = np.where(width == 0, one, rounded(width / top))
+    scale = np.where(width == 0, one, np.maximum(rounded(width / top), least))
     if grid == "symmetric":
         zero = np.full_like(low, 2 ** (bits - 1))
     else:
@@ -71,11 +80,54 @@ def span(low: Array, high: Array, bits: int, grid: Grid, scale_dtype: str) -> Fi
 
 def rtn(
     weight: Array, bits: int, group_size: int, grid: Grid, scale_dtype: str
-) -> tuple[Array, Fit]:
-    """Return codes ``[out, in]`` and grids ``[out, groups, 1]``."""
+) -> tuple[Array, Fit, Array]:
+    """Return codes ``[out, in]``, grids ``[out, groups, 1]``, and where no other grid is as good."""
     groups = weight.astype(np.float32).reshape(len(weight), -1, group_size)
-    fit = span(groups.min(2, keepdims=True), groups.max(2, keepdims=True), bits, grid, scale_dtype)
-    return fit.encode(groups, bits).astype(np.uint8).reshape(weight.shape), fit
+    low, high = groups.min(2, keepdims=True), groups.max(2, keepdims=True)
+    fit = span(low, high, bits, grid, scale_dtype)
+    clear = np.ones(low.shape, bool)
+    for instead, tied, other in smaller_steps(groups, fit, bits, grid, scale_dtype):
+        clear &= ~tied
+        names = ("scale", "zero", "bias")
+        fit = Fit(*(np.where(instead, getattr(other, n), getattr(fit, n)) for n in names))
+    return fit.encode(groups, bits).astype(np.uint8).reshape(weight.shape), fit, clear[..., 0]
+
+
+def smaller_steps(
+    groups: Array, fit: Fit, bits: int, grid: Grid, scale_dtype: str
+) -> Iterator[tuple[Array, Array, Fit]]:
+    """Yield where weights are so small that another grid than the one so far is better, where it is neither
+    better nor worse, and that grid."""
+    low, high = groups.min(2, keepdims=True), groups.max(2, keepdims=True)
+    least, top = np.float32(SMALLEST[scale_dtype]), np.float32(2**bits - 1)
+    unit = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
+    unit[unit == 0] = 1
+
+    def lost(other: Fit) -> Array:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            change = other.decode(other.encode(groups, bits)) - groups
+        sums: Array = ((change / unit) ** 2).sum(2, keepdims=True)
+        return sums
+
+    # Between two multiples of the smallest number, the one that is not nearer.
+    reach = high - low if grid == "affine" else np.maximum(high, 0) - np.minimum(low, 0)
+    exact = (2 * unit if grid == "symmetric" else reach).astype(np.float32) / top
+    nearest = exact.astype(DTYPES[scale_dtype]).astype(np.float32)
+    step = np.where(nearest <= exact, nearest + least, np.maximum(nearest - least, least))
+    coarse = (exact > 0) & (exact < 64 * least)
+    stretch = np.where(coarse, step / np.where(coarse, exact, 1), 1).astype(np.float32)
+    best = lost(fit)
+    allowed, doubtful = coarse, np.zeros_like(coarse)
+    if grid == "affine":  # MLX's floor takes more than half of a group's energy
+        half = 0.5 * ((groups / unit) ** 2).sum(2, keepdims=True)
+        allowed, doubtful = best > half, np.abs(best - half) <= 1e-4 * half
+    for factor in (np.ones_like(stretch), stretch):
+        other = span(low * factor, high * factor, bits, grid, scale_dtype, floor=0)
+        error = lost(other)
+        better = allowed & (error < best)
+        tied = allowed & (np.abs(error - best) <= 1e-4 * best) & (other.scale != fit.scale)
+        best = np.where(better, error, best)
+        yield better, tied | doubtful, other
 
 
 def dequantize(codes: Array, scales: Array, offsets: Array, grid: Grid) -> Array:

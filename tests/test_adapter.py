@@ -687,3 +687,49 @@ def test_tensors_decide_here_too(folders: Callable[[str], Path], tmp_path: Path,
         head = bitwright.Checkpoint(tmp_path / format).read("lm_head.weight")
         whole = bitwright.Checkpoint(folders(name)).read("model.embed_tokens.weight")
         assert np.array_equal(head, whole[::-1])
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_small_weights_are_multiplied_and_their_norms_divided(tmp_path: Path, method: Any) -> None:
+    usual = make_stablelm(tmp_path / "usual")
+    small = tmp_path / "small"
+    shutil.copytree(usual, small)
+    tensors = load_file(small / "model.safetensors")
+    for name, array in tensors.items():
+        power = 0
+        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+            power = -24
+        elif "post_attention_layernorm" in name:
+            power = 24
+        tensors[name] = np.ldexp(array.astype(np.float32), power).astype(array.dtype)
+    save_file(tensors, small / "model.safetensors", {"format": "pt"})
+    errors = []
+    for model in (usual, small):
+        options: dict[str, Any] = {"calibration": tokens(96, 8), "progress": False}
+        if model is small:
+            with pytest.warns(bitwright.BitwrightWarning, match="too small for float16 scales"):
+                report = bitwright.quantize_with_transformers(
+                    model, tmp_path / "out-small", method, 4, 32, "gptq", **options
+                )
+        else:
+            report = bitwright.quantize_with_transformers(
+                model, tmp_path / "out-usual", method, 4, 32, "gptq", **options
+            )
+        errors.append([layer.error for layer in report.layers])
+        moved = {layer.name.rpartition(".")[2] for layer in report.layers if layer.power > 0}
+        assert moved == ({"gate_proj", "up_proj"} if model is small else set())
+    np.testing.assert_allclose(errors[1], errors[0], rtol=0.2)
+
+
+def test_small_weights_without_a_norm_are_refused(tmp_path: Path) -> None:
+    model = make_stablelm(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    for name, array in tensors.items():
+        if name.endswith("down_proj.weight"):
+            tensors[name] = np.ldexp(array.astype(np.float32), -60).astype(array.dtype)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"down_proj: .*float16 scales lose"):
+        bitwright.quantize_with_transformers(
+            model, tmp_path / "out", "rtn", 4, 32, "gptq", progress=False
+        )
+    assert not (tmp_path / "out").exists()

@@ -257,10 +257,8 @@ def test_scales_that_are_no_numbers_are_damage(grid: Grid, bits: int, wrong: flo
 # models
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose rows are whole superblocks."""
-    folder = tmp_path_factory.mktemp("llama") / "model"
+def k_model(folder: Path) -> Path:
+    """Make a random Llama whose rows are whole superblocks."""
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(DEMO / name, folder)
@@ -303,6 +301,11 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensors[f"{prefix}{name}.weight"] = matrix(out, channels)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return k_model(tmp_path_factory.mktemp("llama") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,8 @@ void quantize_clipped(ConstMatrixView<float> weight, ConstMatrixView<float> gram
         const Lanes widest = high.max(-low);
         for (int step = 0; step < steps; ++step)
             try_range(low.max(-share(step) * widest), high.min(share(step) * widest));
+        const Lanes stretch = other_rounding(rule, low, high);
+        if ((stretch != 1.0f).any()) try_range(low * stretch, high * stretch);
         const Lanes top = best_high;
         for (int step = 0; step < steps; step += 2) try_range(share(step) * low, top);
         const Lanes bottom = best_low;

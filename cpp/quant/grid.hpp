@@ -35,8 +35,22 @@ inline Lanes round_to(ScaleType type, const Lanes& values) {
     }
 }
 
-// The smallest normal number of the dtype: a scale that rounds to zero would divide by it.
+// The smallest number above zero that the dtype holds, a subnormal one: no scale is less, since
+// codes are quotients by it.
 inline float smallest_scale(ScaleType type) {
+    switch (type) {
+        case ScaleType::float16:
+            return 0x1p-24f;
+        case ScaleType::bfloat16:
+            return 0x1p-133f;
+        default:
+            return 0x1p-149f;
+    }
+}
+
+// The smallest number of full precision: the scale of groups whose weights are all the same, for
+// which any would do.
+inline float smallest_normal(ScaleType type) {
     return type == ScaleType::float16 ? 0x1p-14f : 0x1p-126f;
 }
 
@@ -63,38 +77,62 @@ struct GridRule {
     float top() const { return static_cast<float>((1 << bits) - 1); }
 };
 
+constexpr float mlx_floor = 1e-7f;  // MLX's own rounding has no smaller scale
+
+// The scale that just spans [low, high], before it is rounded; 0 where there is no range.
+inline Lanes spanning_scale(const GridRule& rule, const Lanes& low, const Lanes& high) {
+    if (rule.grid == Grid::affine) return (high - low) / rule.top();
+    const Lanes below = low.min(0.0f), above = high.max(0.0f);
+    if (rule.grid == Grid::symmetric) return 2.0f * above.max(-below) / rule.top();
+    return (above - below) / rule.top();
+}
+
 // The grid that spans [low, high] in every lane. Scales and biases are already rounded to the dtype
-// that stores them: codes are chosen on the grid that a reader will see.
-inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& high) {
+// that stores them: codes are chosen on the grid that a reader will see. `floor` is the smallest
+// scale of an affine grid.
+inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& high,
+                           float floor = mlx_floor) {
     const float top = rule.top();
     const float tiny = smallest_scale(rule.scale_type);
     GridLanes lanes{Lanes::Ones(), Lanes::Zero(), Lanes::Zero()};
+    const Lanes spanning = spanning_scale(rule, low, high);
     if (rule.grid == Grid::affine) {
         // As MLX does: the end of the range with the larger magnitude is on the grid exactly, and
         // so is zero; where that end is negative the scale is positive, otherwise negative.
-        const float smallest = 1e-7f;
         const auto negative_end = (low.abs() > high.abs()).eval();
-        const Lanes width = ((high - low) / top).max(smallest);
+        const Lanes width = spanning.max(floor);
         lanes.scale = negative_end.select(width, -width);
         const Lanes edge = negative_end.select(low, high);
         const Lanes steps = (edge / lanes.scale).rint();
         const auto shifted = (steps != 0.0f).eval();
         lanes.scale = round_to(rule.scale_type, shifted.select(edge / steps, lanes.scale));
         lanes.bias = round_to(rule.scale_type, shifted.select(edge, Lanes::Zero()));
-        lanes.scale = (lanes.scale == 0.0f).select(tiny, lanes.scale);
+        const Lanes least = negative_end.select(Lanes::Constant(tiny), Lanes::Constant(-tiny));
+        lanes.scale = (lanes.scale == 0.0f).select(least, lanes.scale);
         return lanes;
     }
-    const Lanes below = low.min(0.0f), above = high.max(0.0f);
-    if (rule.grid == Grid::symmetric) {
-        lanes.scale = 2.0f * above.max(-below) / top;
+    const Lanes below = low.min(0.0f);
+    const auto empty = (high.max(0.0f) - below == 0.0f).eval();
+    lanes.scale = round_to(rule.scale_type, empty.select(Lanes::Ones(), spanning)).max(tiny);
+    if (rule.grid == Grid::symmetric)
         lanes.zero.setConstant(static_cast<float>(1 << (rule.bits - 1)));
-    } else {
-        lanes.scale = (above - below) / top;
-    }
-    const auto empty = (above - below == 0.0f).eval();
-    lanes.scale = round_to(rule.scale_type, empty.select(Lanes::Ones(), lanes.scale)).max(tiny);
-    if (rule.grid == Grid::zero_point) lanes.zero = (-below / lanes.scale).rint().min(top);
+    else
+        lanes.zero = (-below / lanes.scale).rint().min(top);
     return lanes;
+}
+
+// Where a scale is so few steps of the smallest one that rounding it moves it by several percent,
+// the factor on the range that takes it to the step on its other side; 1 elsewhere.
+[[gnu::noinline]] inline Lanes other_rounding(const GridRule& rule, const Lanes& low,
+                                              const Lanes& high) {
+    constexpr float few = 64.0f;
+    const float tiny = smallest_scale(rule.scale_type);
+    const Lanes exact = spanning_scale(rule, low, high);
+    const auto coarse = (exact > 0.0f && exact < few * tiny).eval();
+    if (!coarse.any()) return Lanes::Ones();
+    const Lanes nearest = round_to(rule.scale_type, exact);
+    const Lanes other = (nearest <= exact).select(nearest + tiny, (nearest - tiny).max(tiny));
+    return coarse.select(other / coarse.select(exact, 1.0f), 1.0f);
 }
 
 // The grids that a search over ranges tries for [low, high]. An affine grid may have its ends
@@ -113,9 +151,11 @@ void range_grids(const GridRule& rule, const Lanes& low, const Lanes& high, Try&
         try_grid(spanning);
         return;
     }
-    const float tiny = smallest_scale(rule.scale_type);
-    GridLanes lanes{round_to(rule.scale_type, ((high - low) / rule.top()).max(tiny)), Lanes::Zero(),
-                    Lanes::Zero()};
+    const Lanes width = spanning_scale(rule, low, high);
+    const Lanes wanted =
+        (width == 0.0f)
+            .select(smallest_normal(rule.scale_type), width.max(smallest_scale(rule.scale_type)));
+    GridLanes lanes{round_to(rule.scale_type, wanted), Lanes::Zero(), Lanes::Zero()};
     lanes.bias = round_to(rule.scale_type, (low / lanes.scale).rint() * lanes.scale);
     try_grid(lanes);
     lanes.bias = round_to(rule.scale_type, low);
@@ -144,7 +184,13 @@ struct BestGrid {
 struct GridError {
     const GridLanes& grid;
     float top;
-    Lanes inverse_scale = grid.scale.inverse();
+    Lanes inverse_scale = finite_inverse(grid.scale);
+
+    // Of the smallest scales in float32 the inverse is more than float32 holds.
+    static Lanes finite_inverse(const Lanes& scale) {
+        constexpr float least = 0x1p-127f;
+        return (scale.abs() < least).select(least * scale.sign(), scale).inverse();
+    }
 
     Lanes operator()(const Lanes& weight) const {
         const Lanes code =
@@ -152,6 +198,43 @@ struct GridError {
         return grid.decode(code) - weight;
     }
 };
+
+// The grid of plain rounding. An affine one is MLX's own as long as that keeps half of the energy
+// of a group; below its floor it need not, and then a smaller scale takes its place. Of the other
+// two, the better of the roundings up and down is taken where a scale has few steps.
+template <typename WeightAt>
+[[gnu::noinline]] GridLanes plain_grid(const GridRule& rule, const Lanes& low, const Lanes& high,
+                                       const WeightAt& weight, const float* importance,
+                                       Index count) {
+    const GridLanes spanning = span_grid(rule, low, high);
+    const bool affine = rule.grid == Grid::affine;
+    const Lanes stretch = other_rounding(rule, low, high);
+    const Lanes largest = (high > -low).select(high, -low);
+    const bool sure = affine
+                          ? (largest == 0.0f || spanning_scale(rule, low, high) >= mlx_floor).all()
+                          : (stretch == 1.0f).all();
+    if (sure) return spanning;
+
+    const Lanes unit = (largest > 0.0f).select(largest, 1.0f);  // of which squares are in range
+    const auto lost = [&](const GridLanes& grid) {
+        Lanes sum = Lanes::Zero();
+        for (Index i = 0; i < count; ++i)
+            if (importance[i] != 0.0f)
+                sum +=
+                    ((grid.decode(grid.encode(weight(i), rule.top())) - weight(i)) / unit).square();
+        return sum;
+    };
+    Lanes energy = Lanes::Zero();
+    for (Index i = 0; i < count; ++i)
+        if (importance[i] != 0.0f) energy += (weight(i) / unit).square();
+    BestGrid found{spanning, lost(spanning)};
+    if (affine) found.error = (found.error > 0.5f * energy).select(found.error, -INFINITY);
+    const GridLanes smaller = span_grid(rule, low, high, 0.0f);
+    found.offer(smaller, lost(smaller));
+    const GridLanes other = span_grid(rule, low * stretch, high * stretch, 0.0f);
+    found.offer(other, lost(other));
+    return found.grid;
+}
 
 // Fits the grid to `count` weights of 16 rows, weights[i · lane_count + lane]. The search shrinks
 // the range towards zero step by step and keeps, row by row, what has the smallest
@@ -174,7 +257,7 @@ inline GridLanes fit_grid(const GridRule& rule, const float* weights, const floa
     }
     low = (low > high).select(0.0f, low);
     high = (high == -INFINITY).select(0.0f, high);
-    if (!rule.search) return span_grid(rule, low, high);
+    if (!rule.search) return plain_grid(rule, low, high, weight, importance, count);
 
     BestGrid found{span_grid(rule, low, high)};
     Lanes energy = Lanes::Zero();
@@ -191,10 +274,18 @@ inline GridLanes fit_grid(const GridRule& rule, const float* weights, const floa
         error += penalty * (energy > 0.0f).select(clipped * (clipped / energy), 0.0f);
         found.offer(candidate, error);
     };
-    for (int step = 0; step < steps; ++step) {
+    const Lanes stretch = other_rounding(rule, low, high);
+    for (int step = (stretch != 1.0f).any() ? -1 : 0; step < steps; ++step) {
         const float shrink = 1.0f - (1.0f - last_shrink) * static_cast<float>(step) / (steps - 1);
-        range_grids(rule, low * shrink, high * shrink, try_grid);
+        const Lanes factor = step < 0 ? stretch : Lanes::Constant(shrink);
+        range_grids(rule, low * factor, high * factor, try_grid);
     }
+
+    const Lanes largest = (high > -low).select(high, -low);
+    const auto faint = (largest > 0.0f && largest < 1e-20f).eval();  // float32 has no such squares
+    if (faint.any())
+        found.offer(plain_grid(rule, low, high, weight, importance, count),
+                    faint.select(Lanes::Constant(-INFINITY), Lanes::Constant(INFINITY)));
     return found.grid;
 }
 

@@ -278,7 +278,8 @@ struct Refinement {
             const float middle = centre_of(row, group);
             float moved = rounded(scale + step[group]);
             // A scale never passes zero: its codes would all mean something else.
-            if (!(moved * scale > 0.0f) || std::abs(moved) < tiny) moved = scale;
+            const float sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
+            if (!(moved * sign >= tiny)) moved = scale;
             step[group] = moved - scale;
             scales[group] = moved;
             offsets[group] = offset;

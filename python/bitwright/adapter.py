@@ -16,6 +16,14 @@ from bitwright.calibration import TokenSource, existing_file, load_at_most, load
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.reader import require_model
+from bitwright.equalizing import (
+    first_exact,
+    gain_is_exact,
+    has_float16_scales,
+    most_power,
+    moves_exactly,
+    size_of,
+)
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.formats import FORMATS, FormatName, GroupSize, Precision
 from bitwright.formats.engine_names import unfused
@@ -43,6 +51,14 @@ from bitwright.pipeline import DEFAULT_SAMPLES
 from bitwright.progress import progress_bar
 from bitwright.recipe import check_plan, plan_shapes
 from bitwright.report import BlockReport, QuantizationReport
+from bitwright.small_weights import (
+    MOST_LOST,
+    is_below_scales,
+    largest_of,
+    raising_power,
+    too_small,
+    warn_of_small_weights,
+)
 from bitwright.tensor import Grid
 from bitwright.torch_model import Input, Linear, Norm, Stream, TorchBlock, TorchModel
 from bitwright.warned import reports_warnings, warn
@@ -334,6 +350,9 @@ class _Run:
         self.tokens = tokens
         self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
         self.unread: list[str] = []  # layers that no token reached
+        # The powers of two by which layers were multiplied, and those that are too small all the same.
+        self.powers: dict[str, int] = {}
+        self.coarse: set[str] = set()
 
     def go(self, progress: bool) -> None:
         """Quantize and write all tensors."""
@@ -361,11 +380,13 @@ class _Run:
                         self._quantize_scaled(block, stream, self.output.finish)
                     else:
                         inputs, _ = self._observe(block, stream)
+                        self._equalize(block, stream, inputs)
                         self._solve(inputs, self.output.finish)
                     if block is not model.blocks[-1]:  # nobody reads the last hidden states
                         stream.advance(block)
                 bar.update(task, advance=1, figures=block_error(self.output.layers[reported:]))
         self._carry()
+        warn_of_small_weights(model.folder, self.output.format, self.output)
         if self.unread:
             warn(
                 f"{model.folder}: no token of the calibration data reached {len(self.unread)} layers, "
@@ -408,13 +429,14 @@ class _Run:
                             method = "rtn" if each.gram is None else self.options.method
                             shared = METHODS[method](each.gram, self.options)
                         solve = shared
-                    tensor = refined(solve, each.gram, self.options)(
-                        linear.weight,
+                    solve = refined(solve, each.gram, self.options)
+                    how = (
                         precision.bits,
                         precision.group_size,
                         precision.grid,
                         self.scale_dtype,
                     )
+                    tensor = solve(linear.weight, *how)
                 except BitwrightError:
                     raise
                 except ValueError as error:
@@ -423,8 +445,25 @@ class _Run:
                     ) from error
                 stored = tensor.dequantize()
                 change = relative_error(linear.weight, stored, each.gram)
+                if change > MOST_LOST:
+                    largest = largest_of([linear.weight])
+                    raised = np.ldexp(linear.weight, raising_power(largest))
+                    again = solve(raised, *how).dequantize()
+                    if is_below_scales(change, relative_error(raised, again, each.gram)):
+                        place = f"{self.model.folder}: layer {linear.name}"
+                        raise ValueError(
+                            too_small(place, self.output.format, tensor, largest, change)
+                        )
                 linear.weight[...] = stored
-                finish(QuantizedLayer(linear.name, tensor, change))
+                finish(
+                    QuantizedLayer(
+                        linear.name,
+                        tensor,
+                        change,
+                        power=self.powers.get(linear.name, 0),
+                        coarse=linear.name in self.coarse,
+                    )
+                )
 
     def _quantize_scaled(
         self, block: TorchBlock, stream: Stream, finish: Callable[[QuantizedLayer], None]
@@ -432,6 +471,7 @@ class _Run:
         """Quantize a block with AWQ's scales, or without if they do not help."""
         judged = stream.first_chunks(JUDGED_TOKENS)
         inputs, originals = self._observe(block, stream, judged)
+        self._equalize(block, stream, inputs)
         kept = [_Kept(array, array.copy()) for array in block.arrays()]
         plain: list[QuantizedLayer] = []
         self._solve(inputs, plain.append)
@@ -456,6 +496,57 @@ class _Run:
         self.output.blocks.append(
             BlockReport(block.index, loss_before, loss_after, better, searches)
         )
+
+    def _equalize(self, block: TorchBlock, stream: Stream, inputs: Sequence[Input]) -> None:
+        """Multiply linears whose weights are too small for float16 scales, and divide what they read."""
+        for each in inputs:
+            needs = {}
+            for linear in each.readers:
+                if linear.name in self.wanted and has_float16_scales(self._choice(linear)):
+                    size = size_of(linear.weight, self._choice(linear))
+                    if size.coarse:
+                        needs[linear.name] = size.room
+            if not needs:
+                continue
+            largest = largest_of(linear.weight for linear in each.readers)
+            changed = None
+            if each.norm is not None and each.can_scale and each.gram is not None:
+                power = self._exact_power(
+                    each.norm, each.readers, min(max(needs.values()), most_power(largest))
+                )
+                if power > 0:
+                    scale = np.full(each.norm.weight.shape, 2.0**power, np.float32)
+                    changed = self._fold(block, stream, each, each.norm, scale)
+            if changed is None or each.norm is None:
+                self.coarse.update(needs)
+                continue
+            if each.mean_abs is not None:
+                each.mean_abs = each.mean_abs / 2.0**power
+            self.changed.update({name: array.copy() for name, array in changed.items()})
+            self.output.divided.append(each.norm.name)
+            self.powers |= {
+                linear.name: power for linear in each.readers if linear.name in self.wanted
+            }
+
+    def _exact_power(self, norm: Norm, readers: Sequence[Linear], most: int) -> int:
+        """Return the largest power of two up to `most` that norm and readers hold exactly; 0 for none."""
+
+        def dtype_of(name: str) -> np.dtype[Any]:
+            is_quantized = name.removesuffix(".weight") in self.wanted
+            return np.dtype(np.float32) if is_quantized else self.model.checkpoint.dtype(name)
+
+        def holds(power: int) -> bool:
+            name, bias = f"{norm.name}.weight", f"{norm.name}.bias"
+            return (
+                gain_is_exact(norm.kind, norm.weight, power, dtype_of(name))
+                and (norm.bias is None or moves_exactly(norm.bias, -power, dtype_of(bias)))
+                and all(
+                    moves_exactly(linear.weight, power, dtype_of(f"{linear.name}.weight"))
+                    for linear in readers
+                )
+            )
+
+        return first_exact(most, holds) if most > 0 else 0
 
     def _scale(
         self, block: TorchBlock, stream: Stream, inputs: Sequence[Input]

@@ -31,6 +31,7 @@ from bitwright.output import Output, QuantizedLayer
 from bitwright.pipeline import as_written
 from bitwright.progress import progress_bar
 from bitwright.report import ConversionReport, ConvertedLayer
+from bitwright.small_weights import MOST_LOST, is_below_scales, largest_of, raising_power, too_small
 from bitwright.statistics import require_finite
 from bitwright.tensor import QuantizedTensor, stored_bits
 from bitwright.warned import reports_warnings
@@ -291,6 +292,8 @@ class _Conversion:
                 self.report.append(ConvertedLayer(name, before, None, error))
                 continue
             found, error = self._stored(tensor, choice)
+            if error > MOST_LOST:
+                self._require_kept(name, tensor.dequantize(), choice, found, error)
             self.reordered |= found.group_index is not None
             output.finish(QuantizedLayer(target, found, error))
             anew = not choice.keeps_codes
@@ -455,18 +458,26 @@ class _Conversion:
 
     def _stored(self, tensor: QuantizedTensor, choice: _Choice) -> tuple[QuantizedTensor, float]:
         """Return a layer as it is stored, and what that loses."""
-        weight, precision = tensor.dequantize(), choice.precision
+        weight = tensor.dequantize()
         found = self._regridded(tensor, choice) if choice.keeps_codes else None
         if found is None:
-            found = quantize_rtn(
-                weight,
-                precision.bits,
-                precision.group_size,
-                grid=precision.grid,
-                scale_dtype=choice.scale_dtype,
-                grid_search=True,
-            )
+            return _rounded(weight, choice)
         return found, lost(weight, found.dequantize())
+
+    def _require_kept(
+        self,
+        name: str,
+        weight: NDArray[np.float32],
+        choice: _Choice,
+        rounded: QuantizedTensor,
+        error: float,
+    ) -> None:
+        """Raise ValueError if a layer loses most of its energy because scales cannot be so small."""
+        largest = largest_of([weight])
+        raised = np.ldexp(weight, raising_power(largest))
+        if is_below_scales(error, _rounded(raised, choice)[1]):
+            place = f"{self.model.checkpoint.folder}: layer {name}"
+            raise ValueError(too_small(place, self.kind, rounded, largest, error))
 
     def _in_float(self, weight: NDArray[np.float32], name: str) -> NDArray[Any]:
         if self.dtype is not None:
@@ -506,6 +517,20 @@ class _Tensors(Mapping[str, QuantizedTensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _rounded(weight: NDArray[np.float32], choice: _Choice) -> tuple[QuantizedTensor, float]:
+    """Return a weight in new codes, and what that loses."""
+    precision = choice.precision
+    found = quantize_rtn(
+        weight,
+        precision.bits,
+        precision.group_size,
+        grid=precision.grid,
+        scale_dtype=choice.scale_dtype,
+        grid_search=True,
+    )
+    return found, lost(weight, found.dequantize())
 
 
 def _families(kind: type[Format]) -> list[list[Precision]]:

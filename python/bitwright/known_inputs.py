@@ -1,7 +1,9 @@
 """What the stages of one block see, by statistics from files: for methods, and for AWQ's scales."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from bitwright.equalizing import Equalized, first_reader
 from bitwright.models.layout import Stage
 from bitwright.models.model import Model
 from bitwright.models.operations import Float32
@@ -21,13 +23,15 @@ class KnownInputs:
         Of the model.
     model, index
         Whose block, and which.
+    block
+        The same block as it is quantized, whose inputs may be divided by scales.
     """
 
-    def __init__(self, statistics: Statistics, model: Model, index: int) -> None:
+    def __init__(self, statistics: Statistics, model: Model, index: int, block: Equalized) -> None:
         self._statistics = statistics
+        self._block = block
         self._prefix = model.block_prefix(index)
         self._stages = model.layouts[index].stages
-        self._router = next((each for each in self._stages if each.kind == "router"), None)
 
     def gram(
         self, stage: Stage, scales: Mapping[Stage, Float32] | None = None
@@ -38,7 +42,7 @@ class KnownInputs:
         last one would see of them is in no file, so it has to do with those that came. With `scales`, by
         the stage that reads what they were folded into, the gram is that of the scaled input.
         """
-        folded = self._router if stage.reads_routed and self._router is not None else stage
+        folded = first_reader(self._stages, stage)
         few = stage.expert is not None and self._record_tokens(stage) < FEW_TOKENS
         moments = self._read(folded if few or not stage.has_own_input else stage)
         if moments is None:
@@ -62,4 +66,10 @@ class KnownInputs:
         return self._statistics.stages[self._prefix + stage.name].tokens
 
     def _read(self, stage: Stage) -> Moments | None:
-        return self._statistics.read(self._prefix + stage.name)
+        moments = self._statistics.read(self._prefix + stage.name)
+        scale = self._block.scale(stage)
+        if moments is not None and scale is not None:
+            divide_channels(moments.gram, scale)
+            mean_abs = None if moments.mean_abs is None else moments.mean_abs / scale
+            moments = replace(moments, mean_abs=mean_abs)
+        return moments

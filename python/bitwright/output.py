@@ -27,6 +27,8 @@ from bitwright.tensor import QuantizedTensor
 
 Float32 = NDArray[np.float32]
 ERROR_ROWS = 64  # output rows that a layer's reported error is estimated on
+SMALLEST_ENERGY = 1e-25
+MLX_FLOOR = np.float32(1e-7)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,8 @@ class QuantizedLayer:
     tensor: QuantizedTensor
     error: float
     few_tokens: bool = False
+    power: int = 0
+    coarse: bool = False
 
 
 class Output:
@@ -66,6 +70,7 @@ class Output:
         self._nested = nested
         self.layers: list[LayerReport] = []
         self.blocks: list[BlockReport] = []
+        self.divided: list[str] = []  # by powers of two, for others to be large enough
         self._writer = writer
         self._experts = experts or {}
         self._stack_size = stack_size
@@ -96,7 +101,15 @@ class Output:
         damping = tensor.damping if isinstance(tensor, GptqTensor) else None
         self.layers.append(
             LayerReport(
-                layer.name, tensor.bits, tensor.group_size, layer.error, damping, layer.few_tokens
+                layer.name,
+                tensor.bits,
+                tensor.group_size,
+                layer.error,
+                damping,
+                layer.few_tokens,
+                layer.power,
+                layer.coarse,
+                groups_below_floor(tensor),
             )
         )
 
@@ -131,6 +144,7 @@ class Output:
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "blocks": [block.as_dict() for block in self.blocks],
+            "divided": self.divided,
             "layer_bytes": self._layer_bytes,
             "layer_weights": self._layer_weights,
             "size_bytes": self.size_bytes,
@@ -140,6 +154,7 @@ class Output:
         """Go on from a state of another run's."""
         self.layers = [LayerReport(**layer) for layer in state["layers"]]
         self.blocks = [BlockReport.from_dict(block) for block in state["blocks"]]
+        self.divided = list(state["divided"])
         self._layer_bytes = state["layer_bytes"]
         self._layer_weights = state["layer_weights"]
         self.size_bytes = state["size_bytes"]
@@ -201,10 +216,26 @@ def block_error(layers: Sequence[LayerReport]) -> str:
     return f"block error {max(layer.error for layer in layers):.2e}"
 
 
+def groups_below_floor(tensor: QuantizedTensor) -> int:
+    """Count the groups of an affine grid whose scale is smaller than MLX's own rounding has."""
+    if tensor.biases is None or tensor.superblocks is not None:
+        return 0
+    below = np.abs(tensor.scales.astype(np.float32)) < MLX_FLOOR
+    if not below.any():
+        return 0
+    codes = tensor.codes.reshape(*tensor.scales.shape, -1)[below]
+    return int((codes.min(axis=1) < codes.max(axis=1)).sum())
+
+
+def summed(energies: Sequence[tuple[float, float]]) -> float:
+    """Return the relative error of pieces from their `error_energies`; 0 for zeros."""
+    error, energy = map(sum, zip(*energies, strict=True))
+    return error / energy if energy > 0 else 0.0
+
+
 def relative_error(weight: Float32, stored: Float32, gram: Float32 | None) -> float:
     """Return ``tr(Δ G Δᵀ) / tr(W G Wᵀ)`` from `error_energies`; 0 for a layer of zeros."""
-    error, energy = error_energies(weight, stored, gram)
-    return error / energy if energy > 0 else 0.0
+    return summed([error_energies(weight, stored, gram)])
 
 
 def error_energies(
@@ -227,4 +258,6 @@ def error_energies(
         )
         for each in (change, rows)
     )
+    if gram is None and energy < SMALLEST_ENERGY:  # squares of which float32 has not enough
+        error, energy = (float(np.square(each, dtype=np.float64).sum()) for each in (change, rows))
     return error, energy

@@ -26,6 +26,7 @@ from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.distributed import current
 from bitwright.drift import Drift, OriginalStream, drift_rows
+from bitwright.equalizing import Equalized, equalize, equalize_head
 from bitwright.errors import BitwrightError, check_choice
 from bitwright.evaluate import parameter_count
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
@@ -60,12 +61,27 @@ from bitwright.models.block import DecoderBlock, Rotation
 from bitwright.models.layout import Stage
 from bitwright.models.model import Model, load_model
 from bitwright.models.operations import Float32
-from bitwright.output import Output, QuantizedLayer, block_error, error_energies
+from bitwright.output import Output, QuantizedLayer, block_error, error_energies, summed
 from bitwright.planner import RunPlan, Work, describe, plan_run
 from bitwright.progress import progress_bar
 from bitwright.recipe import Recipe, check_recipe, plan_layers
 from bitwright.report import BlockReport, QuantizationReport
-from bitwright.scaling import AwqOptions, Clip, Objective, ScaledBlock, observe_block
+from bitwright.scaling import (
+    AwqOptions,
+    Clip,
+    Objective,
+    ScaledBlock,
+    divide_channels,
+    observe_block,
+)
+from bitwright.small_weights import (
+    MOST_LOST,
+    is_below_scales,
+    largest_of,
+    raising_power,
+    too_small,
+    warn_of_small_weights,
+)
 from bitwright.states import ChunkPlan, States, read_states
 from bitwright.statistics import LayerStatistics, Moments
 from bitwright.statistics import gram as gram_of
@@ -549,6 +565,10 @@ class Run:
         self.resume = resume
         self.ranks = current()
         self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
+        # Of the layers in this block: the powers of two by which they were multiplied, and those whose
+        # weights are small for the dtype of scales all the same.
+        self.powers: dict[str, int] = {}
+        self.coarse: set[str] = set()
         self.output: Output
         self.resident: int | None = None
         self.states: States | None = None
@@ -602,6 +622,7 @@ class Run:
             with nullcontext() if writer is None else writer:
                 self.output = Output(writer, kind, experts, stack_size, model.nested)
                 self._go(journal, state, writer, progress)
+                warn_of_small_weights(model.checkpoint.folder, kind, self.output)
                 report = self.output.report(
                     Path(out),
                     self.options.method,
@@ -705,13 +726,14 @@ class Run:
             task = bar.add_task("", total=count, completed=first, figures="")
             for index, prefix in list(enumerate(prefixes))[first:]:
                 reported = len(self.output.layers)
-                block = model.block(index)
+                equalized = self._equalized(model.block(index), prefix)
+                block = equalized.block
                 if self.statistics is not None:
-                    inputs = KnownInputs(self.statistics, model, index)
+                    inputs = KnownInputs(self.statistics, model, index, equalized)
                     self._quantize_by_statistics(block, index, inputs)
                 elif self.states is None or rope is None:
                     for stage in block.stages:
-                        solvers = self._solvers_from_file(block, prefix, stage)
+                        solvers = self._solvers_from_file(equalized, prefix, stage)
                         self._quantize_stage(
                             block, prefix, stage, None, self.output.finish, solvers.get, False
                         )
@@ -1062,15 +1084,18 @@ class Run:
             for name in stage.linears:
                 precision = self.plan[prefix + name]
                 if precision is not None:
-                    choices[name] = GridChoice.check(
-                        np.broadcast_to(np.float32(0), block.layout.linears[name]),
-                        precision.bits,
-                        precision.group_size,
-                        precision.grid,
-                        self.scale_dtype,
-                        self._searches_ranges(),
-                    )
+                    choices[name] = self._grid_choice(precision, block.layout.linears[name])
         return choices
+
+    def _grid_choice(self, precision: Precision, shape: tuple[int, int]) -> GridChoice:
+        return GridChoice.check(
+            np.broadcast_to(np.float32(0), shape),
+            precision.bits,
+            precision.group_size,
+            precision.grid,
+            self.scale_dtype,
+            self._searches_ranges(),
+        )
 
     def _searches_ranges(self) -> bool:
         if self.options.method != "awq":
@@ -1144,7 +1169,7 @@ class Run:
         return None if tensor is None else OwnSolver(tensor, gram)
 
     def _solvers_from_file(
-        self, block: DecoderBlock, prefix: str, stage: Stage
+        self, equalized: Equalized, prefix: str, stage: Stage
     ) -> dict[str, OwnSolver]:
         """Return how to quantize a stage's linears by the activations file; nothing without one."""
         if self.activations is None:
@@ -1153,29 +1178,67 @@ class Run:
             name: self._solver_from_file(
                 self.activations,
                 (prefix + name, *(prefix + other for other in stage.linears)),
-                block.weights[f"{name}.weight"].shape[1],
+                equalized.block.layout.linears[name][1],
+                equalized.scale(stage),
             )
             for name in stage.linears
             if self.plan[prefix + name]
         }
 
     def _solver_from_file(
-        self, activations: ActivationFile, names: Sequence[str], channels: int
+        self,
+        activations: ActivationFile,
+        names: Sequence[str],
+        channels: int,
+        scale: Float32 | None = None,
     ) -> OwnSolver:
         inputs = activations.tokens(names, channels)
+        if scale is not None:
+            inputs = inputs / scale
         gram = gram_of(inputs)
         if self.options.method == "salient":
             stats = compute_activation_stats(inputs, self.options.activation_method)
             return OwnSolver(salient_solver(gram, self.options, stats), gram)
         return self._method_solver(gram)
 
+    def _equalized(self, block: DecoderBlock, prefix: str) -> Equalized:
+        """Return a block whose weights scales can be stored for, which computes the same."""
+        if self.quantized is not None:  # its codes are those of the weights as they are
+            return Equalized(block)
+        found = equalize(
+            block,
+            self._grid_choices(block, prefix),
+            lambda name: self.model.stored_dtype(prefix + name),
+        )
+        self.changed.update((prefix + name, found.block.weights[name]) for name in found.changed)
+        found.block.weights.clear()
+        self.output.divided += [prefix + name for name in found.divided]
+        self.powers = {prefix + name: power for name, power in found.powers.items()}
+        self.coarse = {prefix + name for name in found.coarse}
+        return found
+
+    def _equalized_head(self, name: str, precision: Precision) -> int:
+        """Return by which power of two the head is multiplied, and its norm divided."""
+        if self.quantized is not None:
+            return 0
+        shape = (self.model.config.vocab_size, self.model.config.hidden_size)
+        choice = self._grid_choice(precision, shape)
+        power, changed, coarse = equalize_head(self.model, choice)
+        self.changed.update(changed)
+        self.output.divided += [self.model.names.final_norm] if power else []
+        self.powers = {name: power}
+        self.coarse = {name} if coarse else set()
+        return power
+
     def _quantize_head(self) -> None:
         name = self.model.names.head
         precision = self.plan.get(name)
         if precision is None:
             return
+        power = self._equalized_head(name, precision)
+        scale = np.full(self.model.config.hidden_size, 2.0**power, np.float32)
         if self.activations is not None:
-            own = self._solver_from_file(self.activations, (name,), self.model.config.hidden_size)
+            own = self._solver_from_file(self.activations, (name,), len(scale), scale)
         else:
             gram = None
             if self.statistics is not None:
@@ -1183,8 +1246,10 @@ class Run:
                 gram = None if moments is None else moments.gram
             elif self.states is not None:
                 gram = head_moments(self.model, self.states).gram
+            if gram is not None and power:
+                divide_channels(gram, scale)
             own = self._known_solver(name, gram) or self._method_solver(gram)
-        pieces = self._pieces(self.model.head())
+        pieces = self._pieces(np.ldexp(self.model.head(), power))
         self._quantize(name, pieces, own, precision, self.output.finish)
 
     def _quantize(
@@ -1202,11 +1267,15 @@ class Run:
         last = max((rows.stop for rows, _ in pieces), default=0)
         out = max(self.ranks.gather(last)) if shared else last
         parts, energies, stored = [], [], None
+
+        def solve(rows: slice, weight: Float32) -> QuantizedTensor:
+            return refined(own.of(rows), own.gram, self.options)(
+                weight, precision.bits, precision.group_size, precision.grid, self.scale_dtype
+            )
+
         for rows, weight in pieces:
             try:
-                part = refined(own.of(rows), own.gram, self.options)(
-                    weight, precision.bits, precision.group_size, precision.grid, self.scale_dtype
-                )
+                part = solve(rows, weight)
             except BitwrightError:
                 raise
             except ValueError as error:
@@ -1224,10 +1293,37 @@ class Run:
         if len(parts) > 1 or stored is None:
             tensor = QuantizedTensor.joined(parts)
             stored = tensor.dequantize()
-        changed, whole = map(sum, zip(*energies, strict=True))
-        relative = changed / whole if whole > 0 else 0.0
-        finish(QuantizedLayer(name, tensor, relative, fallback))
+        relative = summed(energies)
+        if relative > MOST_LOST and not isinstance(own.method, QuantizedTensor):
+            self._require_kept(name, pieces, solve, own.gram, tensor, relative, out)
+        layer = QuantizedLayer(
+            name, tensor, relative, fallback, self.powers.get(name, 0), name in self.coarse
+        )
+        finish(layer)
         return stored
+
+    def _require_kept(
+        self,
+        name: str,
+        pieces: list[Piece],
+        solve: Callable[[slice, Float32], QuantizedTensor],
+        gram: Float32 | None,
+        tensor: QuantizedTensor,
+        lost: float,
+        out: int,
+    ) -> None:
+        """Raise ValueError if a layer loses most of its energy because scales cannot be so small."""
+        largest = max(self.ranks.gather(largest_of(weight for _, weight in pieces)))
+        power = raising_power(largest)
+        energies = []
+        for rows, weight in pieces:
+            raised = np.ldexp(weight, power)
+            found = solve(rows, raised).dequantize()
+            energies.append(error_energies(raised, found, gram, rows.start, out))
+        energies = [pair for each in self.ranks.gather(energies) for pair in each]
+        if is_below_scales(lost, summed(energies)):
+            place = f"{self.model.checkpoint.folder}: layer {name}"
+            raise ValueError(too_small(place, self.format, tensor, largest, lost))
 
     def _carry(self, names: Iterable[str]) -> None:
         """Write the tensors that stay as they are; a tied matrix once, under the embedding's name."""

@@ -40,6 +40,14 @@ class LayerReport:
         Whether this is an expert that received too few of the calibration tokens, so that its gram is that
         of all tokens, as if each had been routed to it; or, by statistics from files, of what the router
         reads and, for its last layer, of those that it received.
+    power
+        Its weights were multiplied by two to this power, and what computes its inputs or reads its outputs
+        divided by as much, so that its scales are numbers of the dtype that stores them.
+    coarse
+        Whether most of its scales are so near the smallest number of their dtype that they have less than
+        six bits, and no such power could be found.
+    below_floor
+        How many groups of an affine grid have a scale below 1e-7, the smallest that MLX's own rounding has.
     """
 
     name: str
@@ -48,6 +56,9 @@ class LayerReport:
     error: float
     damping: float | None
     few_tokens: bool = False
+    power: int = 0
+    coarse: bool = False
+    below_floor: int = 0
 
 
 @dataclass(frozen=True, eq=False)

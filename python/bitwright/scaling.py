@@ -210,7 +210,7 @@ class ScaledBlock:
         """Search the scale of every group and fold it."""
         for group in self.block.layout.groups:
             planned = any(name in self._choices for name in group.layers)
-            if planned and self._stage(group) in self._facts and self._heads_per_scale(group) > 0:
+            if planned and self._stage(group) in self._facts and self.channels(group):
                 self._scale_group(group)
                 self.block.weights.clear()
 
@@ -278,6 +278,17 @@ class ScaledBlock:
         facts = self._facts.get(stage)
         if facts is not None:
             facts.divide(scale)
+
+    def multiply(self, name: str, factor: float) -> None:
+        """Multiply the outputs of a linear."""
+        for tensor in (f"{name}.weight", f"{name}.bias"):
+            if tensor.endswith(".weight") or tensor in self.block.layout.vectors:
+                self._change(tensor, lambda whole: whole * np.float32(factor))
+
+    def channels(self, group: ScaleGroup) -> int:
+        """Return how many numbers a group's scale has, 0 where shapes allow none."""
+        shared = self._heads_per_scale(group)
+        return self.block.layout.linears[group.layers[0]][1] // shared if shared else 0
 
     def _scale_group(self, group: ScaleGroup) -> None:
         stage = self._stage(group)

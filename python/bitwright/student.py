@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from bitwright import _kernels
 from bitwright.errors import UnsupportedModelError
+from bitwright.methods.grid import rounded_scales
 from bitwright.models.model import Model
 from bitwright.models.operations import Float, Float32
 from bitwright.tensor import QuantizedTensor, SuperBlocks
@@ -58,7 +59,7 @@ class TrainedTensor:
     def tensor(self) -> QuantizedTensor:
         """Return what would be stored now."""
         start, moved = self.start, self.parameters
-        scales = (self.scales + self.units * moved[0]).astype(self.dtype)
+        scales = rounded_scales(self.scales + self.units * moved[0], self.dtype)
         if self.offsets is not None:
             change = (scales.astype(np.float32) - self.scales) * self.middle
             means = self.units * (self.middle / 2) * moved[1]
@@ -123,10 +124,11 @@ class TrainedSuperBlocks(TrainedTensor):
     def tensor(self) -> QuantizedTensor:
         """Return what would be stored now."""
         blocks, factor = self.blocks, 1 + PACE * self.parameters[0]
-        moved = replace(blocks, d=(blocks.d * factor).astype(np.float16))
+        moved = replace(blocks, d=rounded_scales(blocks.d * factor, np.dtype(np.float16)))
         if blocks.dmin is not None:
             shift = PACE / 2 * self.parameters[1]
-            moved = replace(moved, dmin=(blocks.dmin * (factor + shift)).astype(np.float16))
+            mins = rounded_scales(blocks.dmin * (factor + shift), np.dtype(np.float16))
+            moved = replace(moved, dmin=mins)
         scales, biases = moved.scales(), moved.biases()
         return replace(self.start, scales=scales, biases=biases, superblocks=moved)
 

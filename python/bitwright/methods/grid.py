@@ -17,6 +17,21 @@ FLOAT_DTYPES: tuple[np.dtype[Any], ...] = (
 )
 
 
+def smallest_scale(dtype: np.dtype[Any]) -> float:
+    """Return the smallest number above zero that a dtype of scales holds, a subnormal one."""
+    return {"float16": 2.0**-24, "bfloat16": 2.0**-133}.get(np.dtype(dtype).name, 2.0**-149)
+
+
+def rounded_scales(scales: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return scales in their dtype; none that is not zero becomes zero, which would empty its group."""
+    stored = scales.astype(dtype)
+    emptied = (stored == 0) & (scales != 0)
+    if not emptied.any():
+        return stored
+    least = np.copysign(np.float32(smallest_scale(dtype)), scales).astype(dtype)
+    return np.where(emptied, least, stored)
+
+
 @dataclass(frozen=True)
 class GridChoice:
     """The grid that a method quantizes to, checked against the weight it is for.

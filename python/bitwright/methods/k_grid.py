@@ -114,11 +114,11 @@ def _fit(
     best = np.full(extreme.shape, np.inf, np.float32)
     d, codes = np.zeros(extreme.shape, np.float16), np.zeros_like(values)
 
-    def offer(candidate: Float32) -> None:
+    def offer(candidate: Float32, least_d: np.float16 = SMALLEST) -> None:
         with np.errstate(over="ignore"):
             stored = candidate.astype(np.float16)
-        tiny = np.where(np.signbit(candidate), -SMALLEST, SMALLEST)
-        stored = np.where(stored == 0, tiny, stored)
+        tiny = np.where(np.signbit(candidate), -least_d, least_d)
+        stored = np.where(np.abs(stored) < least_d, tiny, stored)
         holds = np.isfinite(stored)
         wide = np.where(holds, stored, 1).astype(np.float32)[:, :, None]
         steps = np.clip(np.rint(values / wide), low, high)
@@ -133,6 +133,10 @@ def _fit(
     for end in (high, low) if low else (high,):
         for shrink in SHRINKS:
             offer(extreme / np.float32(end * shrink))
+        if (
+            np.abs(extreme) < 2 * SMALLEST * end
+        ).any():  # the number after the smallest is twice it
+            offer(extreme / np.float32(end), 2 * SMALLEST)
     if not np.isfinite(best).all():
         raise ValueError(
             "weight: its scales are more than float16 can hold; use another grid than k"

@@ -24,6 +24,9 @@ ActivationMethod = Literal["mean", "max", "rms"]
 ACTIVATION_METHODS: tuple[ActivationMethod, ...] = ("mean", "max", "rms")
 BITS = 4
 LOWEST, HIGHEST = -8, 7
+COARSE = 2.0**-18  # 64 times the smallest number of float16
+SMALLEST_NORMAL = 2.0**-14
+MOST_LIFT = 12  # so that a lifted scale of outputs is a float16 itself
 CODES_PER_WORD = 8
 QUANT_TYPE = "awq_int4"
 
@@ -378,6 +381,7 @@ def awq_quantize(
 
     steps = np.abs(rows).reshape(outputs, -1, group_size).max(axis=2) / HIGHEST
     q_scale = compute_salient_scaling(rows.T, mask, np.where(steps > 0, steps, 1).T, group_size)
+    q_scale *= _lift(steps.max(axis=1) * q_scale)
     q_scale = q_scale.astype(np.float16).astype(np.float32)
     rows *= q_scale[:, None]
     tensor = quantize_salient(rows, gram, mask.T, group_size, np.float16)
@@ -392,12 +396,20 @@ def awq_quantize(
         meta["channel_scale"] = channel_scale
     stored = q_scale.astype(np.float16)
     change = awq_dequantize(words, scales, zeros, stored, meta) - matrix
+    lost = float(np.square(change, dtype=np.float64).sum())
+    largest = float(np.abs(rows).max())
+    energy = float(np.square(matrix, dtype=np.float64).sum())
+    if lost > 0.5 * energy and largest < HIGHEST * COARSE:
+        raise ValueError(
+            f"weights: {np.abs(matrix).max():.1e} at most, so small that float16 scales lose "
+            f"{lost / energy:.0%} of their energy; multiply them by a power of two, and divide the result"
+        )
     return AWQResult(
         Q=words,
         scales=scales,
         zeros=zeros,
         q_scale=stored,
-        quantization_error=float(np.square(change, dtype=np.float64).sum()),
+        quantization_error=lost,
         salient_ratio=salient_ratio,
         channel_scale=channel_scale,
         meta=meta,
@@ -520,6 +532,14 @@ def _search_channel_scale(
         (excess ** (step / DEFAULT_GRID)).astype(np.float32) for step in range(DEFAULT_GRID)
     ]
     return min(candidates, key=loss)
+
+
+def _lift(steps: Float32) -> Float32:
+    """Return a power of two for each output whose largest step would be coarse in float16, 1 for others."""
+    coarse = (steps > 0) & (steps < COARSE)
+    powers = np.frexp(np.float32(SMALLEST_NORMAL) / np.where(coarse, steps, 1))[1]
+    lift: Float32 = np.where(coarse, np.ldexp(np.float32(1), np.clip(powers, 0, MOST_LIFT)), 1)
+    return lift.astype(np.float32)
 
 
 def _best_gain(rows: Float32, restored: Float32, gram: Float32, q_scale: Float32) -> Float32:
