@@ -18,7 +18,7 @@ from numpy.lib.format import (
 )
 from numpy.typing import NDArray
 
-from bitwright.calibration import TokenSource, load_at_most
+from bitwright.calibration import TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import file_fingerprint
 from bitwright.errors import CalibrationError, OutputError, OutputExistsError, shown
 from bitwright.models.block import ChunkStates
@@ -149,6 +149,7 @@ def collect_activations(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     overwrite: bool = False,
 ) -> int:
     """Run a model on calibration text and write what its layers see.
@@ -161,7 +162,7 @@ def collect_activations(
         The .npz to write, whole or not at all: arrays ``[samples, length, in]`` float32, one for each group
         of layers with one input, by the full name of the first of them; of an expert ``[tokens, in]``, the
         tokens that it received, or all where it received none.
-    calibration, samples, length, seed
+    calibration, samples, length, seed, bos
         As for `quantize`; by default 8 samples. Every token takes ``4 * in`` bytes per group.
     overwrite
         Replace an existing file.
@@ -188,15 +189,17 @@ def collect_activations(
     if target.exists() and not overwrite:
         raise OutputExistsError(f"{target}: exists already; pass overwrite to replace it")
     source = load_model(model)
-    tokens = load_at_most(
-        DEFAULT_SAMPLES,
+    tokens = load_samples(
         calibration,
         tokenizer=source.checkpoint.folder,
         length=length,
         samples=samples,
         seed=seed,
         vocab_size=source.config.vocab_size,
-    )
+        positions=source.positions,
+        bos=bos,
+        most=DEFAULT_SAMPLES,
+    ).tokens
     hidden = source.embed(tokens)
     rope = source.rotation(tokens.shape[1])
     count = 0

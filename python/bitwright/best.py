@@ -42,6 +42,7 @@ def quantize_best(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     grid: Grid | None = None,
     recipe: Any = None,
     memory: float | None = None,
@@ -60,7 +61,7 @@ def quantize_best(
 
     Parameters
     ----------
-    model, out, method, bits, group_size, format, calibration, samples, length, seed, grid, recipe
+    model, out, method, bits, group_size, format, calibration, samples, length, seed, bos, grid, recipe
         As for `bitwright.quantize`; `samples` do not limit what DWQ trains on.
     memory, overwrite, threads, progress, options
         As for `bitwright.quantize`.
@@ -108,6 +109,7 @@ def quantize_best(
                 *max(candidates, key=fineness),
                 length=length,
                 seed=seed,
+                bos=bos,
                 out=work,
                 resume=resume,
                 threads=threads,
@@ -137,6 +139,7 @@ def quantize_best(
             "samples": samples,
             "length": length,
             "seed": seed,
+            "bos": bos,
             "grid": grid,
             **options,
         }
@@ -165,6 +168,7 @@ def quantize_best(
             length=length,
             tokens=TRAINED_TOKENS,
             seed=seed,
+            bos=bos,
             learning_rate=LEARNING_RATE,
             overwrite=overwrite,
             resume=resume,

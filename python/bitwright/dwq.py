@@ -18,7 +18,7 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 
 from bitwright import _kernels
-from bitwright.calibration import TokenSource, load_tokenizer, load_tokens
+from bitwright.calibration import Samples, TokenSource, load_samples, load_tokenizer
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -59,9 +59,9 @@ from bitwright.student import ZEROS, Student, Zeros
 from bitwright.targets import (
     DEFAULT_K,
     DwqTargets,
-    compute_dwq_targets,
     read_manifest,
     tokens_fingerprint,
+    write_targets,
 )
 from bitwright.warned import reports_warnings
 
@@ -146,6 +146,7 @@ def dwq_quantize(
     length: int | None = None,
     tokens: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     learning_rate: float = 5e-4,
     schedule: Schedule = "cosine",
     warmup: float = 0.1,
@@ -192,11 +193,14 @@ def dwq_quantize(
     validation, validation_samples
         What to validate on; by default so many samples, at most 8, that are taken out of `data`.
     length
-        Tokens per sample; by default 512 of a text, and the whole rows of an array.
+        Tokens per sample; by default 512 of a text, or as many as the teacher knows positions, and the
+        whole rows of an array.
     tokens
         How many to train on, several times over if `data` has fewer; by default all once.
     seed
         Chooses the samples and their order.
+    bos
+        Begin every sample of a text with what the tokenizer puts first, see `load_tokens`.
     learning_rate, schedule, warmup
         Of Adam: see `bitwright.student.TrainedTensor` for its unit; ``"cosine"`` or ``"linear"`` fall to 0,
         ``"constant"`` does not; the first share `warmup` of the steps rises linearly.
@@ -278,8 +282,10 @@ def dwq_quantize(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected more than 0 and finite, got {temperature}")
     teacher_model = load_model(teacher)
-    rows = _load(data, targets, teacher_model, length)
-    held = None if validation is None else _load(validation, None, teacher_model, rows.shape[1])
+    loaded = _load(data, targets, teacher_model, length, bos)
+    rows, held = loaded.tokens, None
+    if validation is not None:
+        held = _load(validation, None, teacher_model, rows.shape[1], bos).tokens
     plan = _plan(rows, held, validation_samples, tokens, batch_size * accumulate, seed)
     steps = len(plan.order) // (batch_size * accumulate)
     settings = _Settings(
@@ -306,6 +312,7 @@ def dwq_quantize(
     identity: dict[str, object] = {
         "teacher": model_fingerprint(teacher_model.checkpoint),
         "tokenizer": tokenizer_fingerprint(teacher_model.checkpoint),
+        "bos": loaded.bos,
         "tokens": tokens_fingerprint(plan.samples[plan.order]),
         "validation": tokens_fingerprint(plan.samples[plan.valid]),
         "k": k,
@@ -330,6 +337,7 @@ def dwq_quantize(
                 known = _teach(
                     teacher_model,
                     plan,
+                    loaded.first,
                     given,
                     work.path,
                     k,
@@ -683,7 +691,8 @@ def _load(
     targets: str | os.PathLike[str] | None,
     teacher: Model,
     length: int | None,
-) -> NDArray[np.int32]:
+    bos: bool,
+) -> Samples:
     if source is None:
         if targets is None:
             raise ValueError("data: give text or token ids to train on, or targets made of some")
@@ -693,12 +702,15 @@ def _load(
                 f"length: is {length}, but {targets} are targets of samples of {known.length} tokens; "
                 f"leave it out, or give the data and other targets"
             )
-        return known.tokens()
-    return load_tokens(
+        return Samples(known.tokens(), None if known.bos is None else tuple(known.bos))
+    return load_samples(
         source,
         tokenizer=teacher.checkpoint.folder,
         length=length,
+        samples=None,
         vocab_size=teacher.config.vocab_size,
+        positions=teacher.positions,
+        bos=bos,
     )
 
 
@@ -742,6 +754,7 @@ def _plan(
 def _teach(
     teacher: Model,
     plan: _Plan,
+    first: tuple[int, ...] | None,
     given: Path | None,
     work: Path,
     k: int,
@@ -749,17 +762,17 @@ def _teach(
     on_progress: Callable[[float], None],
 ) -> _Known:
     """Return the targets of the plan's samples: those that are there of all rows, or such as are made of
-    the samples that are used."""
+    the samples that are used, which begin with `first`."""
     total = len(plan.used) + len(plan.held)
 
     def compute(samples: NDArray[np.int32], folder: Path, begin: int, end: int) -> DwqTargets:
-        return compute_dwq_targets(
+        return write_targets(
             teacher,
-            samples,
+            Samples(samples, first),
             folder,
-            k=k,
-            temperature=temperature,
-            on_progress=lambda share: on_progress((begin + (end - begin) * share) / total),
+            k,
+            temperature,
+            lambda share: on_progress((begin + (end - begin) * share) / total),
         )
 
     samples, places = plan.rows[plan.used], np.arange(len(plan.used))

@@ -190,6 +190,7 @@ def dynamic_quantize(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     grid: Grid | None = None,
     evaluate_on: TokenSource | None = None,
     memory: float | None = None,
@@ -215,7 +216,7 @@ def dynamic_quantize(
         estimate.
     sensitivity_samples
         How many samples of `data` the estimate takes; by default at most 32.
-    calibration, samples, length, seed, grid, memory, overwrite, threads, progress, options
+    calibration, samples, length, seed, bos, grid, memory, overwrite, threads, progress, options
         As for `bitwright.quantize`.
     evaluate_on
         Text or token ids to evaluate the original and the result on.
@@ -275,6 +276,7 @@ def dynamic_quantize(
                 samples=sensitivity_samples,
                 length=length,
                 seed=seed,
+                bos=bos,
                 out=work if file is None else file,
                 resume=resume,
                 progress=progress,
@@ -301,6 +303,7 @@ def dynamic_quantize(
                 samples=samples,
                 length=length,
                 seed=seed,
+                bos=bos,
                 grid=grid,
                 recipe=recipe,
                 memory=memory,
@@ -312,8 +315,8 @@ def dynamic_quantize(
         before = after = None
         if evaluate_on is not None:
             written.commit(report)
-            before = evaluate(original, evaluate_on, length=length)
-            after = evaluate(out, evaluate_on, reference=original, length=length)
+            before = evaluate(original, evaluate_on, length=length, bos=bos)
+            after = evaluate(out, evaluate_on, reference=original, length=length, bos=bos)
             rows = {"original": before, "quantized": after}
             ranks.on_first(lambda: add_evaluations(out, rows))
     return DynamicReport(recipe, known, report, before, after)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from bitwright import _kernels
 from bitwright.activations import ActivationFile
-from bitwright.calibration import TokenSource, load_at_most
+from bitwright.calibration import TokenSource, load_samples
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files, float_config
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
@@ -89,6 +89,7 @@ def quantize(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     grid: Grid | None = None,
     scale_dtype: DTypeLike | None = None,
     damping: float | None = None,
@@ -154,7 +155,9 @@ def quantize(
         inputs; needs `propagate` to be ``"quantized"``. By default as the preset says.
     samples, length, seed
         Take so many samples of so many tokens, chosen by the seed. By default at most 128 samples, of 512
-        tokens where `calibration` is text.
+        tokens, or as many as the model knows positions, where `calibration` is text.
+    bos
+        Begin every sample of a text with what the tokenizer puts first, see `load_tokens`.
     grid
         One that the format stores; its first by default (mlx: affine; gptq: symmetric, or zero_point;
         awq: zero_point, or symmetric; gguf: k where rows are multiples of 256, or affine or symmetric).
@@ -326,16 +329,18 @@ def quantize(
     if statistics is not None:
         found = Statistics(statistics)
         found.check(original)
-    tokens = None
+    loaded = None
     if calibration is not None:
-        tokens = load_at_most(
-            DEFAULT_SAMPLES,
+        loaded = load_samples(
             calibration,
             tokenizer=original.checkpoint.folder,
             length=length,
             samples=samples,
             seed=seed,
             vocab_size=original.config.vocab_size,
+            positions=original.positions,
+            bos=bos,
+            most=DEFAULT_SAMPLES,
         )
 
     facts = {"preset": preset, "grid": default.grid, "scales": dtype.name}
@@ -350,14 +355,19 @@ def quantize(
             options,
             awq,
             dtype,
-            tokens,
+            None if loaded is None else loaded.tokens,
             inputs,
             propagate != "original" and found is None,
             memory=memory,
             resume=resume,
             statistics=found,
         )
-        identity = {"bits": bits, "group_size": group_size, "grid": default.grid}
+        identity = {
+            "bits": bits,
+            "group_size": group_size,
+            "grid": default.grid,
+            "bos": None if loaded is None else loaded.bos,
+        }
         return run.write(out, default, overwrite, progress, start, facts, identity)
 
 
@@ -415,6 +425,7 @@ def _check_statistics_alone(given: Mapping[str, Any]) -> None:
     if instead:
         raise ValueError(f"statistics: take the place of {instead[0]}; pass one of the two")
     chosen = [name for name in ("samples", "length", "seed") if given[name]]
+    chosen += ["bos"] if not given["bos"] else []
     if chosen:
         raise ValueError(
             f"{chosen[0]}: the tokens of statistics were chosen when they were collected"

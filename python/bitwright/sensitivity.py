@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bitwright import _kernels
-from bitwright.calibration import TokenSource, load_at_most
+from bitwright.calibration import Samples, TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import write_json
@@ -162,6 +161,7 @@ def estimate_sensitivities(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     batch_size: int = 4,
     loss: str = "kl",
     grid: Grid = "affine",
@@ -188,7 +188,9 @@ def estimate_sensitivities(
         Both precisions; group size None or -1 is the whole row.
     samples, length, seed
         Take so many samples of so many tokens, chosen by the seed; by default at most 32 samples, of 512
-        tokens where `data` is text.
+        tokens, or as many as the model knows positions, where `data` is text.
+    bos
+        Begin every sample of a text with what the tokenizer puts first, see `load_tokens`.
     batch_size
         Samples that are in memory at a time.
     loss
@@ -234,17 +236,19 @@ def estimate_sensitivities(
     check_choice("loss", loss, LOSSES)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    tokens = load_at_most(
-        DEFAULT_SAMPLES,
+    loaded = load_samples(
         data,
         tokenizer=original.checkpoint.folder,
         length=length,
         samples=samples,
         seed=seed,
         vocab_size=original.config.vocab_size,
+        positions=original.positions,
+        bos=bos,
+        most=DEFAULT_SAMPLES,
     )
     low, high = (low_bits, low_group_size), (high_bits, high_group_size)
-    estimate = _Estimate(original, tokens, low, high, batch_size, loss, grid)
+    estimate = _Estimate(original, loaded, low, high, batch_size, loss, grid)
     if isinstance(out, WorkFolder):
         return estimate.go(out, resume, progress)
     if out is None:
@@ -263,7 +267,7 @@ class _Estimate:
     def __init__(
         self,
         original: Model,
-        tokens: NDArray[np.int32],
+        samples: Samples,
         low: tuple[int, int | None],
         high: tuple[int, int | None],
         batch_size: int,
@@ -271,7 +275,8 @@ class _Estimate:
         grid: Grid,
     ) -> None:
         self.original = original
-        self.tokens = tokens
+        self.tokens = samples.tokens
+        self.bos = samples.bos
         self.low = low
         self.high = high
         self.batch_size = batch_size
@@ -289,6 +294,7 @@ class _Estimate:
             identity = {
                 "model": self.model,
                 "tokens": tokens_fingerprint(self.tokens),
+                "bos": self.bos,
                 "samples": len(self.tokens),
                 "length": self.tokens.shape[1],
                 "low precision": precision_name(self.low),
