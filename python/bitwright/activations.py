@@ -5,6 +5,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,25 @@ class ActivationFile:
         """Return what the file is known by again."""
         return file_fingerprint(self.path)
 
+    def token_count(self) -> int:
+        """Return how many tokens the file was made of: those of its longest array, as experts see few."""
+        counts = [0]
+        for entry in self._entries.values():
+            with suppress(Exception):  # as in `tokens`; what cannot be read is refused there
+                shape, dtype, start = self._header(entry)
+                if math.prod(shape) * dtype.itemsize == entry.file_size - start:
+                    counts.append(math.prod(shape[:-1]))
+        return max(counts)
+
+    def _header(self, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+        """Return an array's shape and dtype, and where its values begin."""
+        with self._archive.open(entry) as file:
+            version = read_magic(file)
+            if version not in _HEADERS:
+                raise ValueError(f"version {version}")
+            shape, _, dtype = _HEADERS[version](file)
+            return shape, dtype, file.tell()
+
     def tokens(self, layers: Iterable[str], channels: int) -> Float32:
         """Return the inputs ``[tokens, channels]`` of the first of `layers` that the file has.
 
@@ -126,16 +146,12 @@ class ActivationFile:
 
     def _read(self, entry: zipfile.ZipInfo) -> NDArray[Any]:
         most = MOST_EXPANSION * min(entry.compress_size, self.path.stat().st_size)
-        with self._archive.open(entry) as file:
-            version = read_magic(file)
-            if version not in _HEADERS:
-                raise ValueError(f"version {version}")
-            shape, _, dtype = _HEADERS[version](file)
-            size = math.prod(shape) * dtype.itemsize
-            if min(shape, default=0) < 0 or size != entry.file_size - file.tell():
-                raise ValueError(f"{size} bytes of {entry.file_size}")
-            if size > most:
-                raise ValueError(f"{size} bytes, packed into {entry.compress_size}")
+        shape, dtype, start = self._header(entry)
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or size != entry.file_size - start:
+            raise ValueError(f"{size} bytes of {entry.file_size}")
+        if size > most:
+            raise ValueError(f"{size} bytes, packed into {entry.compress_size}")
         with self._archive.open(entry) as file:
             array: NDArray[Any] = read_array(file, allow_pickle=False)
         return array

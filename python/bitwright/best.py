@@ -19,7 +19,7 @@ from bitwright.dynamic import Candidate, choose_precisions, fineness, sensitivit
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
 from bitwright.models.model import load_model
 from bitwright.pipeline import quantize
-from bitwright.recipe import Recipe
+from bitwright.recipe import Recipe, plan_layers
 from bitwright.report import QuantizationReport
 from bitwright.sensitivity import estimate_sensitivities
 from bitwright.tensor import K_GRIDS, Grid, stored_bits
@@ -94,12 +94,23 @@ def quantize_best(
     kind = FORMATS[format]
     asked = kind.precision(bits, group_size, grid, original.input_channels())
     size = asked.group_size
+    if recipe is None:
+        plan_layers(
+            original,
+            kind,
+            asked,
+            include=options.get("include") or (),
+            exclude=options.get("exclude") or (),
+            overrides=options.get("overrides"),
+        )
+    # Layers that are left out because they have no whole groups cannot be compared in them either.
+    fits = all(kind.fits(channels, asked) for channels in original.input_channels())
     writer = CheckpointWriter(out, overwrite, source=original.checkpoint.source)
     with made_by(python_call(quantize_best, arguments)), sensitivities_kept(out) as work:
         current().on_first(writer.check_place)
         if recipe is not None and not isinstance(recipe, Recipe):
             recipe = Recipe.load(recipe)
-        elif recipe is None and not kind.one_precision and not options.get("overrides"):
+        elif recipe is None and not kind.one_precision and not options.get("overrides") and fits:
             shapes = list(original.linear_shapes().values())
             candidates = _candidates(kind, asked, original.input_channels())
             found = estimate_sensitivities(

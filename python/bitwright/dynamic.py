@@ -26,7 +26,7 @@ from bitwright.methods.dynamic import allocate, check_target
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.model import Model, load_model
 from bitwright.pipeline import quantize
-from bitwright.recipe import Recipe
+from bitwright.recipe import Recipe, check_candidates
 from bitwright.report import QuantizationReport
 from bitwright.sensitivity import (
     Sensitivities,
@@ -139,6 +139,7 @@ def choose_precisions(
     channels = original.input_channels()
     chosen_grid = grid or kind.default_grid(max(bits for bits, _ in choices), channels)
     dtype = kind.scale_dtype(original.dtype) if scale_dtype is None else np.dtype(scale_dtype)
+    check_candidates((Precision(*each, chosen_grid) for each in choices), shapes, kind)
     weights = np.array([float(np.prod(shape)) for shape in shapes.values()])
     per_weight = np.empty((len(shapes), len(choices)))
     errors = np.empty_like(per_weight)
@@ -147,7 +148,6 @@ def choose_precisions(
         some = np.ascontiguousarray(matrix[:: -(-len(matrix) // ERROR_ROWS)])
         low_error = _rounding_error(some, sensitivities.low, chosen_grid)
         for column, (bits, size) in enumerate(choices):
-            kind.check(name, shape, Precision(bits, size, chosen_grid))
             per_weight[row, column] = stored_bits(bits, size or shape[1], chosen_grid, dtype)
             error = _rounding_error(some, (bits, size), chosen_grid)
             errors[row, column] = error / low_error if low_error > 0 else 0.0

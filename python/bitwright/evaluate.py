@@ -253,8 +253,8 @@ def _final_states(model: Model, tokens: NDArray[np.int32], step: Callable[[], No
 
 
 def _compared(shape: tuple[int, ...], windows: Windows) -> NDArray[np.bool_]:
-    """Return which positions ``[samples, length]`` are judged; the last of a whole sample for KL only, as no
-    token follows."""
+    """Return which positions ``[samples, length]`` are judged; no token follows the last of a whole sample,
+    which counts for KL only."""
     chosen = np.ones(shape, bool)
     if windows == "llama.cpp":
         chosen[:, : shape[1] // 2] = chosen[:, -1] = False

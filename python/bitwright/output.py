@@ -36,6 +36,7 @@ class QuantizedLayer:
     tensor: QuantizedTensor
     error: float
     few_tokens: bool = False
+    error_before: float | None = None  # of what the layer was quantized to before
 
 
 class Output:
@@ -90,7 +91,13 @@ class Output:
         damping = tensor.damping if isinstance(tensor, GptqTensor) else None
         self.layers.append(
             LayerReport(
-                layer.name, tensor.bits, tensor.group_size, layer.error, damping, layer.few_tokens
+                layer.name,
+                tensor.bits,
+                tensor.group_size,
+                layer.error,
+                damping,
+                layer.few_tokens,
+                layer.error_before,
             )
         )
 

@@ -455,6 +455,13 @@ class OwnSolver:
     method: Solver | QuantizedTensor
     gram: Float32 | None
 
+    def error_before(self, rows: slice, weight: Float32, out: int) -> float | None:
+        """Return ``tr(Δ G Δᵀ)`` of what some of the layer's rows are quantized to already."""
+        if not isinstance(self.method, QuantizedTensor):
+            return None
+        stored = self.method.rows(rows.start, rows.stop).dequantize()
+        return error_energies(weight, stored, self.gram, rows.start, out)[0]
+
     def of(self, rows: slice) -> Solver:
         """Return how to quantize some of the layer's rows."""
         if not isinstance(self.method, QuantizedTensor):
@@ -575,7 +582,7 @@ class Run:
                 self._go(journal, state, writer, progress)
                 report = self.output.report(
                     Path(out),
-                    self.options.method,
+                    self.options.method if self.quantized is None else "refine",
                     model.checkpoint,
                     parameter_count(model),
                     self._calibration_tokens(),
@@ -611,6 +618,8 @@ class Run:
     def _calibration_tokens(self) -> int:
         if self.statistics is not None:
             return self.statistics.tokens
+        if self.activations is not None:
+            return self.activations.token_count()
         return 0 if self.tokens is None else self.tokens.size
 
     def _identity(self, identity: Mapping[str, object]) -> dict[str, object]:
@@ -1155,6 +1164,7 @@ class Run:
         last = max((rows.stop for rows, _ in pieces), default=0)
         out = max(self.ranks.gather(last)) if shared else last
         parts, energies, stored = [], [], None
+        before: list[float | None] = []
         for rows, weight in pieces:
             try:
                 part = refined(own.of(rows), own.gram, self.options)(
@@ -1168,7 +1178,9 @@ class Run:
             parts.append(part)
             stored = part.dequantize()
             energies.append(error_energies(weight, stored, own.gram, rows.start, out))
+            before.append(own.error_before(rows, weight, out))
         if shared:
+            before = [each for others in self.ranks.gather(before) for each in others]
             parts = [part for each in self.ranks.gather(parts) for part in each]
             energies = [pair for each in self.ranks.gather(energies) for pair in each]
         if not parts:
@@ -1178,8 +1190,9 @@ class Run:
             tensor = QuantizedTensor.joined(parts)
             stored = tensor.dequantize()
         changed, whole = map(sum, zip(*energies, strict=True))
-        relative = changed / whole if whole > 0 else 0.0
-        finish(QuantizedLayer(name, tensor, relative, fallback))
+        known = [each for each in before if each is not None]
+        relative, earlier = (each / whole if whole > 0 else 0.0 for each in (changed, sum(known)))
+        finish(QuantizedLayer(name, tensor, relative, fallback, earlier if known else None))
         return stored
 
     def _carry(self, names: Iterable[str]) -> None:

@@ -29,11 +29,13 @@ from bitwright.errors import (
     malformed_as,
     shown,
 )
+from bitwright.formats import Format, Precision
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import Network
 from bitwright.models.operations import Float, Float32
 from bitwright.progress import progress_bar
+from bitwright.recipe import unfit_layers
 from bitwright.targets import DEFAULT_K, tokens_fingerprint
 from bitwright.tensor import BITS, Grid
 
@@ -248,6 +250,7 @@ def estimate_sensitivities(
         most=DEFAULT_SAMPLES,
     )
     low, high = (low_bits, low_group_size), (high_bits, high_group_size)
+    _check_groups(original, (low, high), grid)
     estimate = _Estimate(original, loaded, low, high, batch_size, loss, grid)
     if isinstance(out, WorkFolder):
         return estimate.go(out, resume, progress)
@@ -259,6 +262,23 @@ def estimate_sensitivities(
         found = estimate.go(work, resume, progress)
         current().on_first(lambda: found.save(work.out))
     return found
+
+
+def _check_groups(model: Model, precisions: tuple[tuple[int, int | None], ...], grid: Grid) -> None:
+    """Raise ValueError unless every layer consists of whole groups in both precisions."""
+    shapes = model.linear_shapes()
+    for each in precisions:
+        precision = Precision(*each, grid)
+        unfit = {
+            name: precision
+            for name, shape in shapes.items()
+            if not Format.fits(shape[1], precision)
+        }
+        if unfit:
+            raise ValueError(
+                f"{model.checkpoint.folder}: {unfit_layers(unfit, shapes, Format)}. Estimate in smaller "
+                f"groups, such as {precision_name((each[0], 32))}, or in whole rows, {each[0]}:-1"
+            )
 
 
 class _Estimate:
