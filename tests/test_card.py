@@ -408,7 +408,7 @@ def test_loading(format: str | None, mixed: bool, library: str, expected: str) -
     assert expected in loading
     assert front(text)["library_name"] == library
     assert (format is None) == ("base_model_relation" not in front(text))
-    assert f"bitwright evaluate 'a b' --reference {DEMO} --text other.txt" in text
+    assert "bitwright evaluate 'a b' --reference demo_data --text other.txt" in text
     for block in loading.split("```python\n")[1:]:
         compile(block.split("```")[0], "card", "exec")
 
@@ -422,13 +422,15 @@ def test_evaluations_are_added(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text(card())
     before = Evaluation(10.0, None, None, 16.0, 1024, 1.0, 1)
-    after = Evaluation(11.0, 0.0625, 0.75, 3.5, 1024, 1.0, 1)
+    after = Evaluation(
+        11.0, 0.0625, 0.75, 3.5, 1024, 1.0, 1, reference_perplexity=10.0, windows="llama.cpp"
+    )
     add_evaluations(tmp_path, {"original": before, "a|b": after})
     assert path.read_text() == card() + (
-        "\n| model | perplexity | KL (nats/token) | top-1 | tokens |\n"
-        "| --- | --- | --- | --- | --- |\n"
-        "| original | 10.0000 |  |  | 1,024 |\n"
-        "| a&#124;b | 11.0000 | 0.06250 | 75.00 % | 1,024 |\n"
+        "\n| model | perplexity | reference | KL (nats/token) | top-1 | tokens | windows |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| original | 10.0000 |  |  |  | 1,024 | whole |\n"
+        "| a&#124;b | 11.0000 | 10.0000 | 0.06250 | 75.00 % | 1,024 | llama.cpp |\n"
     )
     with pytest.raises(OutputError, match="nowhere"):
         add_evaluations(tmp_path / "nowhere", {})

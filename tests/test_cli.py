@@ -49,8 +49,12 @@ def test_quantize_and_evaluate(tmp_path: Path) -> None:
         "seconds",
         "peak_memory_bytes",
         "warnings",
+        "reference_perplexity",
+        "windows",
+        "first_tokens",
     }
     assert figures["tokens"] == 8 * 128
+    assert (figures["windows"], figures["first_tokens"]) == ("whole", [])
     table = bitwright_command("evaluate", out, "--text", TEXT, "--length", "64", "--samples", "4")
     assert "tokens/s" in table.stdout
 

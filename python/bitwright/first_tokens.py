@@ -40,11 +40,10 @@ def first_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _first(processor: Mapping[str, Any]) -> tuple[int, ...]:
     match processor["type"]:
-        case "Sequence":  # each puts its tokens around those of the ones before
-            found: tuple[int, ...] = ()
-            for each in processor["processors"]:
-                found = _first(each) + found
-            return found
+        case (
+            "Sequence"
+        ):  # where more than one adds tokens, the library leaves out those of the later
+            return next(filter(None, map(_first, processor["processors"])), ())
         case "TemplateProcessing":
             ids: list[int] = []
             for piece in processor["single"]:

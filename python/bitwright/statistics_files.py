@@ -274,7 +274,11 @@ class StatisticsWriter:
                 )
 
     def finish(
-        self, model: str, tokens: int, samples: Iterable[str], first: tuple[int, ...] | None
+        self,
+        model: str,
+        tokens: int,
+        samples: Iterable[str],
+        first: tuple[int, ...] | None = None,
     ) -> None:
         """Write the manifest and move the folder to its place."""
         content = {

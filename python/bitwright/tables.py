@@ -60,12 +60,19 @@ def print_table(
 def print_facts(facts: Mapping[str, str], console: Console) -> None:
     """Print what is known, one fact a line, by names; facts that are empty are left out."""
     known = [(name, value) for name, value in facts.items() if value]
-    table = Table(box=box.SIMPLE, show_header=False)
-    table.add_column(no_wrap=True, min_width=max((cell_len(name) for name, _ in known), default=0))
-    table.add_column(overflow="fold")
-    for name, value in known:
-        table.add_row(name, Text(value))
+    names = max((cell_len(name) for name, _ in known), default=0)
+    word = max((cell_len(word) for _, value in known for word in value.split()), default=0)
     with _wide_enough(console, _width(zip(*known, strict=True))):
+        if names + min(word, NARROWEST) + 2 * _BETWEEN + 1 > console.width:
+            for name, value in known:
+                console.print(Text(f"  {name}: {value}", overflow="fold"))
+            console.print()
+            return
+        table = Table(box=box.SIMPLE, show_header=False)
+        table.add_column(no_wrap=True, min_width=names)
+        table.add_column(overflow="fold")
+        for name, value in known:
+            table.add_row(Text(name), Text(value))
         console.print(table)
 
 
@@ -84,7 +91,7 @@ def _print(
             Text(column[0], overflow="fold"),
             justify="left" if is_text else "right",
             overflow="fold",
-            min_width=_least(column, i in long_columns, long_lines),
+            min_width=_least(column, i in long_columns, () if i == 0 else long_lines),
         )
     for line in lines[1:]:
         table.add_row(*map(Text, line))

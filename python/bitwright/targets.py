@@ -81,6 +81,8 @@ class DwqTargets:
             self.length: int = self.manifest["length"]
             self.k: int = self.manifest["k"]
             self.temperature = float(self.manifest["temperature"])
+            self._shard_samples: int = self.manifest["shard_samples"]
+            self._vocabulary: int = self.manifest["vocabulary"]
             bos = self.manifest.get("bos")
             if bos is not None and not (
                 isinstance(bos, list)
@@ -88,8 +90,6 @@ class DwqTargets:
             ):
                 raise ValueError(f"bos is {shown(bos)}")
             self.bos: list[int] | None = bos
-            self._shard_samples: int = self.manifest["shard_samples"]
-            self._vocabulary: int = self.manifest["vocabulary"]
             if self.k > self._vocabulary or not 0 < self.temperature < math.inf:
                 raise ValueError("k or temperature")
         for shard in range(self.shard_count):

@@ -1,7 +1,7 @@
 """Perplexity of a text as llama-perplexity takes it, by llama.cpp. Usage: TEXT LENGTH MODEL.gguf...
 
-The text is tokenized once, with the token of the beginning where the vocabulary adds one, and cut into windows
-whose first token that one replaces; what comes after the middle of each is judged.
+The text is tokenized once, with the token of the beginning where the vocabulary adds one, and cut into
+windows whose first token that one replaces; what comes after the middle of each is judged.
 """
 
 import json
