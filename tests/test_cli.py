@@ -59,7 +59,8 @@ def test_quantize_and_evaluate(tmp_path: Path) -> None:
     assert "tokens/s" in table.stdout
 
 
-def test_demo() -> None:
+def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     done = bitwright_command("demo")
     assert done.returncode == 0, done.stderr
     rows = {
@@ -68,6 +69,8 @@ def test_demo() -> None:
         if line.split()[:1] in (["original"], ["rtn"], ["gptq"])
     }
     assert float(rows["original"][1]) < float(rows["gptq"][1]) < float(rows["rtn"][1])
+    assert rows["rtn"][2] == rows["gptq"][2] == rows["original"][1]  # of the reference
+    assert "KL (nats/token)" in done.stdout
 
 
 def test_sensitivities_recipe_and_dwq(tmp_path: Path) -> None:
