@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from shared_data import SHARED, needs_shared
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import bitwright
@@ -370,6 +372,50 @@ def test_statistics_of_other_rules_are_not_merged(tmp_path: Path, model: Path) -
     (begun / "statistics.json").write_text(json.dumps({**manifest, "first": [-1]}))
     with pytest.raises(StatisticsError, match="damaged"):
         bitwright.Statistics(begun)
+
+
+@needs_shared
+def test_story_is_calibrated_as_it_is_used(tmp_path: Path) -> None:
+    """The model of the case: its texts begin with token 1, and codes found so serve it better."""
+    model, text = SHARED / "models" / "story", SHARED / "text"
+    assert load_tokens(text / "story_eval.txt", tokenizer=model, length=4)[0].tolist() == [
+        1,
+        80,
+        114,
+        201,
+    ]
+    found = {}
+    for bos in (True, False):
+        out = tmp_path / str(bos)
+        bitwright.quantize(
+            *(model, out, "gptq", 3, 64),
+            calibration=text / "story_calibration.txt",
+            samples=32,
+            length=128,
+            bos=bos,
+            progress=False,
+        )
+        used = bitwright.evaluate(
+            out, text / "story_eval.txt", length=128, samples=24, reference=model
+        )
+        found[bos] = used.kl_divergence
+    assert found[True] is not None
+    assert found[False] is not None
+    assert found[True] < 0.9 * found[False]
+
+
+@needs_shared
+@pytest.mark.parametrize(("length", "warned"), [(512, 0), (513, 1), (2048, 1)])
+def test_story_is_longer_than_it_has_learned(length: int, warned: int) -> None:
+    asked = ("--text", str(SHARED / "text" / "story_eval.txt"), "--length", str(length))
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        done = CliRunner().invoke(
+            cli, ["evaluate", str(SHARED / "models" / "story"), *asked, "--samples", "1", "--json"]
+        )
+    assert len(given) == warned == len(json.loads(done.stdout)["warnings"])
+    assert all(f"{length} tokens" in str(each.message) for each in given)
+    assert all("512 positions" in str(each.message) for each in given)
 
 
 @pytest.mark.parametrize("read", READERS)

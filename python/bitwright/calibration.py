@@ -179,7 +179,8 @@ def _load(
         text = "\n\n".join(source)
     if text is not None:
         known = _tokenizer_of_text(text, tokenizer, origin)
-        first = first_tokens(known) if bos else ()
+        with _tokenizer_errors(origin):
+            first = first_tokens(known) if bos else ()
         if windows == "llama.cpp":
             rows = _windows_of_llama_cpp(text, known, first, text_length, origin)
         else:
