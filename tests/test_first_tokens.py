@@ -378,12 +378,8 @@ def test_statistics_of_other_rules_are_not_merged(tmp_path: Path, model: Path) -
 def test_story_is_calibrated_as_it_is_used(tmp_path: Path) -> None:
     """The model of the case: its texts begin with token 1, and codes found so serve it better."""
     model, text = SHARED / "models" / "story", SHARED / "text"
-    assert load_tokens(text / "story_eval.txt", tokenizer=model, length=4)[0].tolist() == [
-        1,
-        80,
-        114,
-        201,
-    ]
+    begun = load_tokens(text / "story_eval.txt", tokenizer=model, length=4)[0]
+    assert begun.tolist() == [1, 80, 147, 201]
     found = {}
     for bos in (True, False):
         out = tmp_path / str(bos)
@@ -426,7 +422,7 @@ def test_samples_longer_than_the_positions_are_warned_of_once(
     with pytest.warns(bitwright.BitwrightWarning) as given:
         read(DEMO, ids, tmp_path / "out")
     said = [str(each.message) for each in given if "positions" in str(each.message)]
-    assert len(said) == 1 if read is not trained else set(said) == {said[0]}
+    assert len(said) == 1
     assert "260 tokens" in said[0]
     assert "256 positions" in said[0]
 
