@@ -1,12 +1,13 @@
 """Text gets what the tokenizer puts first, once a sample, wherever text is read; token ids never do."""
 
+import inspect
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -243,6 +244,28 @@ def test_every_reader_of_text_takes_the_same_samples(
         found[bos] = read(model, short, tmp_path / f"text {bos}", length=24, bos=bos)
         assert found[bos] == read(model, ids, tmp_path / f"ids {bos}")
     assert found[True] != found[False]
+
+
+def test_every_public_function_that_takes_text_has_the_option() -> None:
+    public = {name: getattr(bitwright, name) for name in bitwright.__all__}
+    taking = {
+        name: inspect.signature(each).parameters
+        for name, each in public.items()
+        if inspect.isfunction(each)
+    }
+    taking = {
+        name: parameters
+        for name, parameters in taking.items()
+        if any(Sequence[str] in get_args(each.annotation) for each in parameters.values())
+        and any(
+            np.ndarray in map(get_origin, get_args(each.annotation)) for each in parameters.values()
+        )
+    }
+    assert taking.keys() >= {"load_tokens", "quantize", "evaluate", "dwq_quantize", "collect_grams"}
+    assert len(taking) == 13
+    for parameters in taking.values():
+        assert parameters["bos"].default is True
+        assert parameters["bos"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 COMMANDS = [

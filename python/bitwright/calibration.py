@@ -312,26 +312,26 @@ def _cut(ids: NDArray[Any], first: tuple[int, ...], length: int, origin: str) ->
     if first and len(ids) >= len(first):
         places = np.lib.stride_tricks.sliding_window_view(ids, len(first))
         begins[: len(places)] = (places == np.array(first, ids.dtype)).all(axis=1)
-    starts: list[int] = []
-    if begins.any():
-        place = 0
-        while place < len(ids):
-            size = length if begins[place] else body
-            if place + size <= len(ids):
-                starts.append(place)
-            place += size
-    else:
-        starts = [*range(0, len(ids) - body + 1, body)]
-    if not starts:
+    repeats = bool(begins.any())
+    starts: list[int] = []  # of what follows the first tokens
+    place = 0
+    while repeats and place < len(ids):
+        own = len(first) if begins[place] else 0
+        if place + own + body <= len(ids):
+            starts.append(place + own)
+        place += own + body
+    count = len(starts) if repeats else len(ids) // body
+    if not count:
         raise CalibrationError(
             f"{origin}: has {len(ids)} tokens, too few for one sample of {length}. Give more text "
             f"or ask for a smaller length"
         )
-    rows = np.empty((len(starts), length), ids.dtype)
+    rows = np.empty((count, length), ids.dtype)
     rows[:, : len(first)] = first
-    for row, start in zip(rows, starts, strict=True):
-        own = len(first) if begins[start] else 0
-        row[len(first) :] = ids[start + own : start + own + body]
+    if starts:
+        rows[:, len(first) :] = [ids[start : start + body] for start in starts]
+    else:
+        rows[:, len(first) :] = ids[: count * body].reshape(count, body)
     return rows
 
 
