@@ -394,7 +394,15 @@ def test_what_is_not_quantized_is_carried_over(
     tmp_path: Path, folders: Callable[[str], Path]
 ) -> None:
     folder = copied(folders("gpt_neox"), tmp_path / "model")
-    (folder / "tokenizer.json").write_text("{}")
+    beside = (
+        "tokenizer.json",
+        "modeling_own.py",
+        "own/layers.py",
+        "video_preprocessor_config.json",
+    )
+    for name in beside:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
     run(folder, tmp_path / "out", include=["*.dense*"], exclude=["*.1.*"])
     before = load_file(folder / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
@@ -403,7 +411,8 @@ def test_what_is_not_quantized_is_carried_over(
     for name, array in before.items():
         if name.removesuffix(".weight") not in quantized:
             assert array.tobytes() == after[name].tobytes()
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    for name in beside:
+        assert (tmp_path / "out" / name).read_text() == "{}"
 
 
 def test_norms_are_rounded_to_what_they_are_stored_in(

@@ -173,7 +173,12 @@ def test_a_text_after_a_chat_starts_a_line(tmp_path: Path, tokenizer: Tokenizer)
         ({"prompt": "a", "completion": 3}, '"prompt" and "completion" must be strings'),
         ({"prompt": [USER], "completion": [USER]}, '"prompt" and "completion" must be strings'),
         ({"prompt": "a"}, 'must be a string, or an object with "text", "messages"'),
-        (CHAT | {"tools": "[]"}, "\"tools\" must be a list of objects, but is '\\[\\]'"),
+        (CHAT | {"tools": "{}"}, "\"tools\" must be a list of objects, but is '{}'"),
+        (CHAT | {"tools": "[3]"}, '"tools" must be a list of objects'),
+        (CHAT | {"tools": "[{}"}, '"tools" must be a list of objects'),
+        (CHAT | {"tools": ["3"]}, '"tools" must be a list of objects'),
+        ({"messages": [USER | {"tools": 3}]}, '"tools" must be a list of objects, but is 3'),
+        (CHAT | {"documents": ["a"]}, '"documents" must be a list of objects'),
         (CHAT | {"tools": [3]}, '"tools" must be a list of objects'),
     ],
 )

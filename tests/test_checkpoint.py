@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file, save_file
 
-from bitwright.checkpoint import Checkpoint, CheckpointWriter, copy_side_files
+from bitwright.checkpoint import Checkpoint, CheckpointWriter
 from bitwright.checkpoint import writer as writer_module
 from bitwright.checkpoint.reader import DTYPES, INDEX_NAME, read_json_object
 from bitwright.checkpoint.work_folder import WorkFolder
@@ -689,31 +689,6 @@ def test_a_writer_outside_of_a_with_statement(tmp_path: Path) -> None:
         pass
     with pytest.raises(OutputError, match="with statement"):
         writer.write_text("a", "")
-
-
-def test_side_files(tmp_path: Path) -> None:
-    source = make(tmp_path / "source", {"model.safetensors": {"a": ONE}})
-    kept = ["LICENSE", "LICENSE.txt", "chat_template.jinja", "generation_config.json", "merges.txt"]
-    kept += ["special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model"]
-    kept += ["tokenizer_config.json", "vocab.json"]
-    left = ["README.md", "pytorch_model.bin", "tokenization_custom.py", "tokenizer.py", "x.json"]
-    for name in kept + left:
-        (source / name).write_text(name)
-    (source / "tokenizer.json").chmod(0o444)
-    (source / "tokenizer_folder.json").mkdir()
-    os.mkfifo(source / "vocab.txt")
-    with Checkpoint(source) as checkpoint, CheckpointWriter(tmp_path / "out") as writer:
-        writer.add("a", checkpoint.read("a"))
-        assert copy_side_files(checkpoint, writer) == sorted(kept)
-    assert files(tmp_path / "out") == sorted([*kept, "model.safetensors"])
-    assert (tmp_path / "out" / "LICENSE").read_text() == "LICENSE"
-    os.truncate(source / "merges.txt", 1 << 40)
-    with (
-        Checkpoint(source) as checkpoint,
-        CheckpointWriter(tmp_path / "other") as writer,
-        pytest.raises(CheckpointError, match=r"merges\.txt: is larger"),
-    ):
-        copy_side_files(checkpoint, writer)
 
 
 def test_same_input_same_bytes(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """GGUF files: names, values and metadata come back, and damage ends in a clear error."""
 
+import io
 import json
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from chat_samples import BOTH, SAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared_data import ARCH, TINY
@@ -272,6 +275,20 @@ def test_metadata_describes_the_model_and_its_tokenizer(tmp_path: Path) -> None:
     assert metadata["tokenizer.ggml.add_bos_token"] is False
     assert metadata["tokenizer.ggml.eos_token_id"] == 0
     assert metadata["tokenizer.chat_template"] == "{{ messages }}"
+
+
+@pytest.mark.parametrize("name", ["a list", "an object", "additional"])
+def test_templates_keep_their_names(name: str, tmp_path: Path) -> None:
+    """As gguf's own writer has them, and llama.cpp looks for that for tools."""
+    sample = next(sample for key, sample in SAMPLES.items() if key.startswith(f"{name} "))
+    sample.write(tmp_path)
+    shutil.copy(DEMO / "tokenizer.json", tmp_path)
+    metadata = gguf_metadata(Checkpoint(DEMO).config, tmp_path, 0)
+    names = ["rag", "tool_use"] if name == "additional" else ["tool_use"]
+    assert metadata["tokenizer.chat_template"] == BOTH["default"]
+    assert metadata["tokenizer.chat_template.tool_use"] == BOTH["tool_use"]
+    assert metadata["tokenizer.chat_templates"] == names
+    write_header(io.BytesIO(), metadata, [])
 
 
 def tokenizer(path: Path, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:

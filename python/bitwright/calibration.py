@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from bitwright.chat import ChatTemplate, is_chat
+from bitwright.chat import Chats, is_chat
 from bitwright.errors import CalibrationError, shown
 from bitwright.first_tokens import first_tokens
 from bitwright.text_file import TEXT_LIMIT, read_bytes, read_text
@@ -72,9 +72,10 @@ def load_tokens(
         A ``.txt`` file (UTF-8); a ``.jsonl`` file, each line a string, an object with a "text",
         or a chat; a ``.npy`` file or an array of token ids, integer [rows, row length]; or texts.
         Several texts are joined by a blank line, chats by nothing. A chat is an object with
-        "messages", of "role" and "content" each, or with a "prompt" and a "completion". It is
-        written by the chat template in the tokenizer's folder (chat_template.jinja,
-        chat_template.json or tokenizer_config.json).
+        "messages", of "role" and "content" each, or with a "prompt" and a "completion"; it may
+        have "tools" and "documents". It is written by the chat template in the tokenizer's folder,
+        as transformers has it. Chats that the template refuses are left out with a warning; more
+        than one of ten lines is an error.
     tokenizer : str, os.PathLike or tokenizers.Tokenizer, optional
         A tokenizer, its tokenizer.json, or the folder of that, which chats need. Needed for text
         only.
@@ -210,9 +211,11 @@ def _existing_file(path: Path) -> Path:
 
 def _json_lines(path: Path, tokenizer: str | os.PathLike[str] | Tokenizer | None) -> str:
     texts: list[str] = []
-    template, size, follows_chat = None, 0, False
+    size, follows_chat = 0, False
     # Not splitlines(): that would also split at separators which JSON allows inside a string.
-    for number, line in enumerate(read_text(path, TEXT_LIMIT).split("\n"), start=1):
+    lines = read_text(path, TEXT_LIMIT).split("\n")
+    chats = Chats(_folder(tokenizer), path, sum(1 for line in lines if line.strip()))
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -223,8 +226,9 @@ def _json_lines(path: Path, tokenizer: str | os.PathLike[str] | Tokenizer | None
         text = value.get("text") if isinstance(value, dict) else value
         chat = isinstance(value, dict) and text is None and is_chat(value)
         if chat:
-            template = template or ChatTemplate(_folder(tokenizer), where)
-            text = template.render(value, where)
+            text = chats.render(value, where)
+            if text is None:
+                continue
         if not isinstance(text, str):
             raise CalibrationError(
                 f'{where}: must be a string, or an object with "text", "messages", or "prompt" and '
@@ -242,6 +246,7 @@ def _json_lines(path: Path, tokenizer: str | os.PathLike[str] | Tokenizer | None
             texts.append("\n")
         texts.append(text)
         follows_chat = chat
+    chats.finish()
     return "".join(texts)
 
 

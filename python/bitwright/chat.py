@@ -1,23 +1,37 @@
 """Chats as text, by the template that comes with a model's tokenizer."""
 
 import json
-import os
+from collections import Counter
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
+from bitwright.chat_template_files import (
+    DEFAULT,
+    TOOL_USE,
+    TemplateText,
+    chat_templates,
+    special_tokens,
+)
 from bitwright.errors import CalibrationError, shown
+from bitwright.message_forms import NotTextError, Worth, forms, kinds_without_text
 from bitwright.template_sandbox import BoundedSandbox
-from bitwright.text_file import TEXT_LIMIT, read_text
+from bitwright.text_file import TEXT_LIMIT
+from bitwright.warned import warn
 
-TEMPLATE_LIMIT = 16 << 20  # bytes, of tokenizer_config.json too; the usual ones are below 2 MB
 SOURCE_LIMIT = 1 << 16  # characters of a template; the usual ones are below 20,000
-_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+REFUSED_SHARE = 10  # one of so many lines may be refused by the template, and is left out then
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that data have for it
+
+
+class RefusedChatError(CalibrationError):
+    """A sound chat that the template does not write."""
 
 
 def is_chat(line: dict[str, Any]) -> bool:
@@ -41,11 +55,69 @@ def is_chat(line: dict[str, Any]) -> bool:
     return "messages" in line or line.keys() >= {"prompt", "completion"}
 
 
-class ChatTemplate:
-    """The chat template of a model, in a sandbox: templates come from strangers.
+class Chats:
+    """The chats of one file as text, less the few that the template refuses.
 
-    As in transformers, chat_template.jinja goes before chat_template.json, and that before
-    tokenizer_config.json.
+    Parameters
+    ----------
+    folder : pathlib.Path or None
+        Where the tokenizer lies, if that is known.
+    path : pathlib.Path
+        The file, for warnings.
+    lines : int
+        How many it has. One of ten may be refused.
+    """
+
+    def __init__(self, folder: Path | None, path: Path, lines: int) -> None:
+        self._folder = folder
+        self._path = path
+        self._lines = lines
+        self._template: ChatTemplate | None = None
+        self._refused: list[str] = []
+        self._kinds: Counter[str] = Counter()
+
+    def render(self, line: dict[str, Any], where: str) -> str | None:
+        """Write a chat as `ChatTemplate.render` does; None if it is to be left out.
+
+        Raises
+        ------
+        CalibrationError
+            If there is no template, the chat is malformed, or too many are refused.
+        """
+        self._template = self._template or ChatTemplate(self._folder, where)
+        try:
+            text = self._template.render(line, where)
+        except RefusedChatError as error:
+            self._refused.append(str(error))
+            if len(self._refused) * REFUSED_SHARE > self._lines:
+                raise CalibrationError(
+                    f"{self._refused[0]} ({len(self._refused)} of {self._lines} lines are refused up "
+                    f"to here; one of {REFUSED_SHARE} would be left out)"
+                ) from error
+            return None
+        if "messages" in line:
+            self._kinds += kinds_without_text(line["messages"])
+        return text
+
+    def finish(self) -> None:
+        """Warn of what is not in the text."""
+        if self._refused:
+            warn(
+                f"{self._path}: {len(self._refused)} of {self._lines} lines are left out, because the "
+                f"chat template refuses them. The first: {self._refused[0]}"
+            )
+        if self._kinds:
+            kinds = ", ".join(
+                f"{count} {shown(kind)}" for kind, count in self._kinds.most_common(5)
+            )
+            warn(
+                f"{self._path}: {self._kinds.total()} parts of messages are no text ({kinds}); of them "
+                f"the model sees at most what the chat template writes in their place"
+            )
+
+
+class ChatTemplate:
+    """The chat templates of a model, in a sandbox: templates come from strangers.
 
     Parameters
     ----------
@@ -61,31 +133,19 @@ class ChatTemplate:
     """
 
     def __init__(self, folder: Path | None, where: str) -> None:
-        config: dict[str, Any] = {}
-        source = None
-        if folder is not None:
-            config = _json_object(folder / "tokenizer_config.json")
-            self._path, source = _source(folder, config)
-        if source is None:
+        found = {} if folder is None else chat_templates(folder)
+        if folder is None or not {DEFAULT, TOOL_USE} & found.keys():
             place = f" in {folder}" if folder else ""
             raise CalibrationError(
                 f"{where}: is a chat, but there is no chat template{place}. Add chat_template.jinja "
                 f"next to tokenizer.json and give that folder as the tokenizer, or write each chat "
                 f'as one "text"'
             )
-        self._tokens = _tokens(config, self._path.with_name("tokenizer_config.json"))
-        try:
-            if len(source) > SOURCE_LIMIT:
-                raise ValueError(f"it has more than {SOURCE_LIMIT} characters")
-            self._environment = _environment()
-            self._template = self._environment.from_string(source)
-        except Exception as error:
-            place = (
-                f", see its line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-            )
-            raise CalibrationError(
-                f"{self._path}: is not a sound chat template{place}: {_reason(error)}"
-            ) from error
+        self._tokens = special_tokens(folder)
+        self._found = found
+        self._compiled: dict[str, _Compiled] = {}
+        if DEFAULT in found:
+            self._template(DEFAULT)
 
     def render(self, line: dict[str, Any], where: str) -> str:
         """Write a chat as the model is used to read it.
@@ -93,8 +153,8 @@ class ChatTemplate:
         Parameters
         ----------
         line : dict
-            "messages", each with a "role" and a "content", and perhaps "tools"; or "prompt" and
-            "completion".
+            "messages", each with a "role" and a "content", or "prompt" and "completion"; and perhaps
+            "tools", which may be in a message, too, and "documents".
         where : str
             The line's place, for errors.
 
@@ -108,20 +168,80 @@ class ChatTemplate:
         CalibrationError
             If the chat is malformed, or the template fails on it.
         """
-        variables = {"messages": _messages(line, where), "tools": _tools(line, where)}
-        options = {"documents": None, "add_generation_prompt": False}
-        text = StringIO()
-        try:
-            self._environment.start(variables)
-            for piece in self._template.generate(self._tokens | variables | options):
-                text.write(piece)
-                if text.tell() > TEXT_LIMIT:
-                    raise OverflowError(f"it writes more than {TEXT_LIMIT >> 20} MiB")
-        except Exception as error:
+        messages = _messages(line, where)
+        within = (message["tools"] for message in messages if "tools" in message)
+        tools = _objects(line, "tools", where)
+        if tools is None:
+            tools = _objects({"tools": next(within, None)}, "tools", where)
+        name = TOOL_USE if tools is not None and TOOL_USE in self._found else DEFAULT
+        if name not in self._found:
             raise CalibrationError(
-                f"{where}: the chat template in {self._path} fails on it: {_reason(error)}"
+                f"{where}: has no tools, and the only chat template in {self._found[TOOL_USE].path} is "
+                f'"{TOOL_USE}". Add one that is "{DEFAULT}"'
+            )
+        template = self._template(name)
+        others = {"documents": _objects(line, "documents", where), "add_generation_prompt": False}
+        messages = _with_reasoning(messages, template.names)
+        worth, best, refused = Worth(messages), None, None
+        for form in forms(messages):
+            try:
+                text = template.write({"messages": form, "tools": tools, **others}, self._tokens)
+            except (SecurityError, RecursionError, OverflowError, MemoryError) as error:
+                raise CalibrationError(template.failed(where, error)) from error
+            except Exception as error:
+                if refused is None or isinstance(refused, NotTextError):
+                    refused = error
+                continue
+            value = worth.of(text)
+            if best is None or value > best[0]:
+                best = value, text
+            if value == worth.whole:
+                break
+        if best is None:
+            assert refused is not None
+            raise RefusedChatError(template.failed(where, refused)) from refused
+        return best[1]
+
+    def _template(self, name: str) -> "_Compiled":
+        """Return a template, which is compiled when it is first needed."""
+        if name not in self._compiled:
+            self._compiled[name] = _Compiled(self._found[name])
+        return self._compiled[name]
+
+
+class _Compiled:
+    """A template that is ready to be used."""
+
+    def __init__(self, given: TemplateText) -> None:
+        self.path = given.path
+        try:
+            if len(given.source) > SOURCE_LIMIT:
+                raise ValueError(f"it has more than {SOURCE_LIMIT} characters")
+            self._environment = _environment()
+            tree = self._environment.parse(given.source)
+            self.names = _names(tree)
+            self._template: Template = self._environment.from_string(tree)
+        except Exception as error:
+            place = (
+                f", see its line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            )
+            raise CalibrationError(
+                f"{self.path}: is not a sound chat template{place}: {_reason(error)}"
             ) from error
+
+    def write(self, variables: dict[str, Any], tokens: dict[str, Any]) -> str:
+        """Return the text, or raise whatever the template raises."""
+        text = StringIO()
+        self._environment.start(variables)
+        for piece in self._template.generate(tokens | variables):
+            text.write(piece)
+            if text.tell() > TEXT_LIMIT:
+                raise OverflowError(f"it writes more than {TEXT_LIMIT >> 20} MiB")
         return text.getvalue()
+
+    def failed(self, where: str, error: Exception) -> str:
+        """Say that it fails on a chat."""
+        return f"{where}: the chat template in {self.path} fails on it: {_reason(error)}"
 
 
 class _Generation(Extension):
@@ -172,50 +292,24 @@ def _reason(error: Exception) -> str:
     return shown(" ".join(str(error).split()) or type(error).__name__)
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        return {}
-    try:
-        value = json.loads(read_text(path, TEMPLATE_LIMIT))
-    except CalibrationError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CalibrationError(f"{path}: must hold a JSON object, but holds {shown(value)}")
-    return value
+def _names(tree: nodes.Template) -> frozenset[str]:
+    """Return the names of what a template may read of its messages."""
+    attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
+    constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return frozenset(attributes | constants)
 
 
-def _source(folder: Path, config: dict[str, Any]) -> tuple[Path, str | None]:
-    path = folder / "chat_template.jinja"
-    if os.path.isfile(path):
-        return path, read_text(path, TEMPLATE_LIMIT)
-    path = folder / "chat_template.json"
-    template = _json_object(path).get("chat_template")
-    if template is None:
-        path = folder / "tokenizer_config.json"
-        template = config.get("chat_template")
-    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
-        candidates = [entry for entry in template if entry.get("name") == "default"] or template
-        template = candidates[0].get("template") if len(candidates) == 1 else template
-    if template is not None and not isinstance(template, str):
-        raise CalibrationError(
-            f"{path}: chat_template must be a string, or a list of templates with names of which "
-            f'one is "default", but is {shown(template)}'
-        )
-    return path, template
-
-
-def _tokens(config: dict[str, Any], path: Path) -> dict[str, str]:
-    tokens = {}
-    for name in _TOKENS:
-        token = config.get(name)
-        content = token.get("content") if isinstance(token, dict) else token
-        if isinstance(content, str):
-            tokens[name] = content
-        elif token is not None:
-            raise CalibrationError(f"{path}: {name} must be a string, but is {shown(token)}")
-    return tokens
+def _with_reasoning(messages: list[dict[str, Any]], names: frozenset[str]) -> list[dict[str, Any]]:
+    """Give reasoning the two names that transformers gives it, and the third if only that is read."""
+    named = []
+    for message in messages:
+        found = next((message[name] for name in REASONING if name in message), None)
+        if found is not None:
+            message = {"thinking": found, **message, "reasoning_content": found}
+            if names.isdisjoint(REASONING[:2]):
+                message.setdefault("reasoning", found)
+        named.append(message)
+    return named
 
 
 def _messages(line: dict[str, Any], where: str) -> list[dict[str, Any]]:
@@ -252,11 +346,25 @@ def _is_message(message: object) -> bool:
     return isinstance(content, str) or _is_list_of_objects(content)
 
 
-def _tools(line: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
-    tools = line.get("tools")
-    if tools is not None and not _is_list_of_objects(tools):
-        raise CalibrationError(f'{where}: "tools" must be a list of objects, but is {shown(tools)}')
-    return tools
+def _objects(line: dict[str, Any], name: str, where: str) -> list[dict[str, Any]] | None:
+    """Return a list of objects, which may be written as JSON, as each of them may be."""
+    given = line.get(name)
+    value = _from_json(given)
+    listed = [_from_json(each) for each in value] if isinstance(value, list) else []
+    if not isinstance(value, list | None) or not _is_list_of_objects(listed):
+        raise CalibrationError(
+            f'{where}: "{name}" must be a list of objects, but is {shown(given)}'
+        )
+    return None if value is None else listed
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        return value
 
 
 def _is_list_of_objects(value: object) -> bool:

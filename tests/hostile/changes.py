@@ -190,7 +190,7 @@ def _arrays_file(arrays: Mapping[str, Any]) -> bytes:
 
 def put_in_place(folder: Path, edit: Place) -> None:
     """Put what is not the file in its place."""
-    path, beside = folder / edit.file, folder.parent / edit.file
+    path, beside = folder / edit.file, folder.parent / Path(edit.file).name
     if path.is_file() and edit.kind == "elsewhere":
         path.replace(beside)
     elif path.is_dir():

@@ -235,10 +235,32 @@ def tokenizers() -> dict[str, Files]:
         "text.txt": (DEMO / "evaluation.txt").read_bytes()[:500],
         "chats.jsonl": "\n".join(map(json.dumps, [chat, pair])).encode(),
     }
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    parts = {"role": "user", "content": [{"type": "text", "text": "Once upon a time"}] * 3}
+    called = {"messages": [parts, call, parts], "tools": json.dumps(tools)}
     return {
         "in the config": files,
         "in a file": {**files, "chat_template.jinja": template.encode()},
+        "in a folder": {
+            **files,
+            "additional_chat_templates/tool_use.jinja": f"{{{{ tools }}}}{template}".encode(),
+            "chats.jsonl": "\n".join(map(json.dumps, [called] * 3)).encode(),
+        },
     }
+
+
+@cache
+def side_files() -> dict[str, Files]:
+    """A model with files and folders beside it."""
+    more = {
+        "modules.json": b'[{"path": ""}, {"path": "1_Pooling"}]',
+        "1_Pooling/config.json": b"{}",
+        "1_Pooling/pytorch_model.bin": b"weights",
+        "modeling_own.py": b"from .own import own",
+        "own/__init__.py": b"own = 1",
+    }
+    return {"with code": {**families()["mistral"], **more}}
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What must hold, whatever reads a file: it is quick, warns of nothing and takes little memory."""
+"""What must hold, whatever reads a file: it is quick, warns in words only and takes little memory."""
 
 import signal
 import tracemalloc
@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
+
+from bitwright.warned import BitwrightWarning
 
 SECONDS = 120
 MEMORY_FACTOR, MEMORY_BYTES = 16, 64 << 20
@@ -19,7 +21,7 @@ class Hung(BaseException):
 
 @contextmanager
 def limited(most: int) -> Iterator[None]:
-    """Raise unless the block is quick, warns of nothing and takes at most so many bytes of memory."""
+    """Raise unless the block is quick, takes at most so many bytes and warns in our own words only."""
 
     def stop(_number: int, _frame: FrameType | None) -> NoReturn:
         raise Hung
@@ -40,7 +42,9 @@ def limited(most: int) -> Iterator[None]:
         touched = _resident() - resident
         assert peak <= most, f"{peak >> 20} MiB were allocated, of at most {most >> 20}"
         assert touched <= 2 * most, f"{touched >> 20} MiB were used, of at most {2 * most >> 20}"
-        assert not warned, [str(each.message) for each in warned]
+        words = [str(each.message) for each in warned]
+        assert all(issubclass(each.category, BitwrightWarning) for each in warned), words
+        assert all(map(str.isprintable, words)), words
 
 
 def _resident(reset: bool = False) -> int:

@@ -54,6 +54,7 @@ def survives(target: Target, case: Case, must_work: bool = False) -> None:
         folder, out = Path(scratch, "given"), Path(scratch, "out")
         folder.mkdir()
         for name, content in contents.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
         for place in places:
             put_in_place(folder, place)
@@ -106,6 +107,15 @@ def _evaluated(folder: Path, _out: Path) -> None:
 def _rounded(folder: Path, out: Path) -> None:
     bitwright.quantize(folder, out, "rtn", 8, -1, "compressed-tensors", progress=False)
     _check_output(out)
+
+
+def _carried(folder: Path, out: Path) -> None:
+    bitwright.convert(folder, out, "float", dtype="float32", progress=False)
+    given, written = (
+        {path.relative_to(place).as_posix() for path in place.rglob("*")} for place in (folder, out)
+    )
+    assert written - given <= {"README.md"}
+    assert not any(path.is_symlink() for path in out.rglob("*"))
 
 
 def _in_float(folder: Path, out: Path) -> None:
@@ -215,6 +225,11 @@ TEXT_TASKS = {"text": _tokens_of("text.txt"), "chats": _tokens_of("chats.jsonl")
 GGUF_TASKS = {**PACKED_TASKS, "to gguf": _again}
 TARGETS = {
     "safetensors": Target(files.families, (".safetensors",), MODEL_TASKS),
+    "side files": Target(
+        files.side_files,
+        ("modules.json", "1_Pooling/config.json", "1_Pooling/pytorch_model.bin", ".py"),
+        {"convert": _carried},
+    ),
     "index": Target(files.shards, (".index.json",), READERS),
     "config": Target(files.families, ("config.json",), MODEL_TASKS),
     "gguf": Target(files.gguf, (".gguf", "config.json"), GGUF_TASKS),

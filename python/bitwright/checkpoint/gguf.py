@@ -111,7 +111,9 @@ class GgufCheckpoint(Checkpoint):
             except OSError as error:
                 raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
             self.metadata = header.metadata
-            names = self._names_beside(header) or self._own_names(header)
+            beside = self._names_beside(header)
+            self._owns_folder = beside is not None
+            names = beside or self._own_names(header)
             self.config: dict[str, Any] = {
                 key: value
                 for key, value in names.config.raw.items()
@@ -139,6 +141,11 @@ class GgufCheckpoint(Checkpoint):
     def source(self) -> Path:
         """What nothing may be written over: the file, which may lie among others."""
         return self.path
+
+    @property
+    def owns_folder(self) -> bool:
+        """Whether there is a config.json of the same model."""
+        return self._owns_folder
 
     def dtype(self, name: str) -> np.dtype[Any]:
         """As `Checkpoint.dtype`, but quantized matrices are of structured types, see `BLOCKS`."""

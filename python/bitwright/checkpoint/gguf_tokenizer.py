@@ -1,12 +1,13 @@
 """A tokenizer as llama.cpp reads it, made of tokenizer.json."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bitwright.checkpoint.reader import JSON_LIMIT, read_json_object
+from bitwright.chat_template_files import DEFAULT, chat_templates
+from bitwright.checkpoint.reader import read_json_object
 from bitwright.errors import CheckpointError, UnsupportedModelError, malformed_as, shown
-from bitwright.text_file import read_text
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -68,7 +69,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int, config: Mapping[str, Any])
             f"{path}: there is no such file; llama.cpp finds the tokenizer in the GGUF file, which is "
             f"made of it. Download it with the model, or choose another format"
         )
-    names = ("chat_template", "tokenizer_config", "special_tokens_map", "generation_config")
+    names = ("tokenizer_config", "special_tokens_map", "generation_config")
     side = [folder / f"{name}.json" for name in names]
     what = f"{path}: this or a file beside it does not describe a tokenizer"
     with malformed_as(CheckpointError, what, ". Download them again", IndexError):
@@ -79,8 +80,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int, config: Mapping[str, Any])
             key = f"tokenizer.ggml.{word}_token_id"
             if (number := values.get(key, tokenizer.special(role, [*sources, config]))) is not None:
                 values[key] = number
-        if (template := _chat_template(folder, sources)) is not None:
-            values["tokenizer.chat_template"] = template
+        values |= _chat_templates(folder)
     return values
 
 
@@ -248,20 +248,16 @@ class _Tokenizer:
         )
 
 
-def _chat_template(folder: Path, sources: list[Any]) -> str | None:
-    if (path := folder / "chat_template.jinja").is_file():
-        return read_text(path, JSON_LIMIT)
-    for source in sources:
-        template = source.get("chat_template")
-        if isinstance(template, list):
-            template = next(
-                (
-                    each.get("template")
-                    for each in template
-                    if isinstance(each, dict) and each.get("name") == "default"
-                ),
-                None,
-            )
-        if isinstance(template, str):
-            return template
-    return None
+def _chat_templates(folder: Path) -> dict[str, Any]:
+    """Return the templates under their names; llama.cpp takes "tool_use" for chats with tools."""
+    templates = {
+        re.sub("[^A-Za-z0-9]", "_", name): template.source
+        for name, template in chat_templates(folder).items()
+    }
+    default = templates.pop(DEFAULT, None)
+    values: dict[str, Any] = {} if default is None else {"tokenizer.chat_template": default}
+    if templates:
+        values["tokenizer.chat_templates"] = sorted(templates)
+    return values | {
+        f"tokenizer.chat_template.{name}": templates[name] for name in sorted(templates)
+    }

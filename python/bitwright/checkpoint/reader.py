@@ -107,6 +107,11 @@ class Checkpoint:
         """What nothing may be written over: the folder."""
         return self.folder
 
+    @property
+    def owns_folder(self) -> bool:
+        """Whether what else is in the folder belongs to it."""
+        return True
+
     def __enter__(self) -> Self:
         return self
 

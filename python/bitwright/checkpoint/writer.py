@@ -7,9 +7,8 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, Self, cast
 
@@ -23,6 +22,7 @@ from bitwright.checkpoint.reader import (
     is_plain_file_name,
 )
 from bitwright.checkpoint.replacing import output_errors, synchronize
+from bitwright.checkpoint.side_files import SideFiles, side_files
 from bitwright.checkpoint.work_folder import REPLACED, WorkFolder, remove_tree
 from bitwright.errors import (
     CheckpointError,
@@ -32,26 +32,6 @@ from bitwright.errors import (
 )
 from bitwright.warned import warn
 
-SIDE_FILES = (
-    "tokenizer*.json",
-    "tokenizer.model*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-SIDE_FILE_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40 MB
 SHARD_BYTES = 5_000_000_000  # as model hubs have them
 COPY_BYTES = 8 << 20
 DATA_NAME = "data.{}"  # in the work folder: of weight file number …, until that is written
@@ -216,6 +196,11 @@ class CheckpointWriter:
         self._stacks: dict[str, _Stack] = {}
         self._numbers = count()
 
+    @property
+    def out(self) -> Path:
+        """Where the folder will be."""
+        return self._out
+
     def __enter__(self) -> Self:
         self.check_place()
         if self._owns_work:
@@ -318,7 +303,9 @@ class CheckpointWriter:
                 path.rename(folder / f"{number}{suffix}")
             sizes = {folder / f"{i}{suffix}": size for i, size in enumerate(self._shard_sizes)}
             for path in folder.iterdir():
-                if path not in sizes:
+                if path.is_dir():
+                    remove_tree(path)
+                elif path not in sizes:
                     path.unlink()
             self.committed()
             for path, size in sizes.items():
@@ -432,13 +419,15 @@ class CheckpointWriter:
         self._total_bytes += tensor.nbytes
         self._shard_of[name] = len(self._shard_sizes)
 
-    def add_file(self, path: Path) -> None:
-        """Copy a file into the folder, under its own name.
+    def add_file(self, path: Path, name: str | None = None) -> None:
+        """Copy a file into the folder.
 
         Parameters
         ----------
         path : pathlib.Path
             A regular file.
+        name : str, optional
+            Where to, with slashes between folders; by default its own name.
 
         Raises
         ------
@@ -449,8 +438,9 @@ class CheckpointWriter:
         """
         if not os.path.isfile(path):
             raise CheckpointError(f"{path}: is not a regular file, so it is not copied")
-        target = self._side_file(Path(path).name)
-        with output_errors(self._out / target.name):
+        target = self._side_file(Path(path).name if name is None else name)
+        with output_errors(self._out / target.relative_to(self._open_folder())):
+            target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
 
     def write_text(self, name: str, text: str) -> None:
@@ -534,18 +524,30 @@ class CheckpointWriter:
                 f"{out}: is not a checkpoint folder (no config.json with *.safetensors or *.gguf), "
                 f"so it is not overwritten. Remove it yourself or write elsewhere"
             )
-        for entry in content:
-            if entry.is_dir(follow_symlinks=False):
-                raise OutputError(
-                    f"{out}: holds a folder, {entry.name}, so it is not overwritten. Remove it "
-                    f"yourself or write elsewhere"
-                )
+        folders = [entry for entry in content if entry.is_dir(follow_symlinks=False)]
+        known = self._names_beside() if folders else set()
+        for entry in folders:
+            for path in (Path(entry.path), *Path(entry.path).rglob("*")):
+                name = path.relative_to(out).as_posix()
+                if name not in known:
+                    raise OutputError(
+                        f"{out}: holds a folder, {entry.name}, and the model that is read has no "
+                        f"{name}, so it is not overwritten. Remove it yourself or write elsewhere"
+                    )
+
+    def _names_beside(self) -> set[str]:
+        """Return the names of the files, and of the folders with them, that the model brings along."""
+        if self._source is None:
+            return set()
+        folder = self._source if self._source.is_dir() else self._source.parent
+        names = SideFiles(folder, self._out).names
+        return {*names, *(str(parent) for name in names for parent in PurePosixPath(name).parents)}
 
     def _side_file(self, name: str) -> Path:
         folder = self._open_folder()
-        if not is_plain_file_name(name):
+        if not all(map(is_plain_file_name, name.split("/"))):
             raise CheckpointError(f"{self._out}: {shown(name)} is not a plain file name")
-        if name.endswith(WEIGHT_SUFFIXES):
+        if name.endswith(WEIGHT_SUFFIXES) and "/" not in name:
             raise CheckpointError(f"{self._out}: {name} is a name for weights; use add()")
         if os.path.lexists(folder / name):
             raise CheckpointError(f"{self._out}: {name} was written before")
@@ -576,9 +578,8 @@ class CheckpointWriter:
             self._flush(folder)
         with output_errors(self._out):
             self._name_shards(folder)
-            for path in folder.iterdir():
+            for path in (*folder.rglob("*"), folder):
                 synchronize(path)
-            synchronize(folder)
         # Hours may have passed since the place was looked at.
         self.check_place()
         self._move_into_place(folder)
@@ -618,39 +619,31 @@ class CheckpointWriter:
 
 
 def copy_side_files(checkpoint: Checkpoint, writer: CheckpointWriter) -> list[str]:
-    """Carry over what a checkpoint holds beside weights and config.json: tokenizer, licence, …
+    """Carry over what a checkpoint holds beside weights and config.json: tokenizer, code, licence, …
 
     Parameters
     ----------
     checkpoint : Checkpoint
-        Where the files are; only its top folder is looked at.
+        Where the files are; see `bitwright.checkpoint.side_files` for what is left out.
     writer : CheckpointWriter
         Where they go.
 
     Returns
     -------
     list of str
-        The names of the copied files, sorted.
+        The names of the copied files, with slashes, sorted.
 
     Raises
     ------
     CheckpointError
-        If a file is unreasonably large, or was written before.
+        If a file was written before.
     OutputError
         If a copy fails.
     """
-    copied = []
-    for path in sorted(checkpoint.folder.iterdir()):
-        if not any(fnmatch(path.name, pattern) for pattern in SIDE_FILES) or not path.is_file():
-            continue
-        if path.stat().st_size > SIDE_FILE_LIMIT:
-            raise CheckpointError(
-                f"{path}: is larger than {SIDE_FILE_LIMIT >> 20} MiB, so it is not the file that "
-                f"its name promises. Remove it"
-            )
-        writer.add_file(path)
-        copied.append(path.name)
-    return copied
+    names = sorted(side_files(checkpoint, writer.out))
+    for name in names:
+        writer.add_file(checkpoint.folder / name, name)
+    return names
 
 
 def _is_unicode(text: str) -> bool:
