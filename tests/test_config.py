@@ -1,5 +1,6 @@
 """config.json: both spellings mean the same, and wrong values are named."""
 
+import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_data import TINY
 
-from bitwright.checkpoint.config import ModelConfig, RopeConfig
+from bitwright.checkpoint.config import ModelConfig, RopeConfig, plainly_spelled
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.errors import BitwrightError, CheckpointError, UnsupportedModelError
 from bitwright.models import ARCHITECTURES
@@ -110,7 +112,7 @@ def test_dtypes(name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("hidden_size", 64.0),
+        ("hidden_size", 64.5),
         ("hidden_size", "64"),
         ("hidden_size", True),
         ("hidden_size", 0),
@@ -180,7 +182,7 @@ def test_wrong_rope_values_are_named(change: dict[str, Any], message: str) -> No
         ({"model_type": "mamba"}, "'mamba', which is not supported; supported are: deepseek_v2"),
         ({"hidden_act": "gelu_new"}, "'gelu_new'.*supported are: silu"),
         ({"dtype": "float8_e4m3fn"}, "'float8_e4m3fn'.*float32, float16, bfloat16"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*default, linear"),
+        ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "'mrope'.*default, linear, dynamic"),
         ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "layer to layer"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor"),
@@ -210,6 +212,7 @@ ROPE = st.dictionaries(
 )
 
 
+@pytest.mark.filterwarnings("ignore::bitwright.BitwrightWarning")
 @settings(deadline=None, max_examples=300)
 @given(
     model_type=st.sampled_from(sorted(RULES)),
@@ -314,6 +317,51 @@ def test_old_and_new_spelling_of_families(
         assert "sliding_attention" not in before.layer_types
         before = replace(before, sliding_window=after.sliding_window)
     assert replace(before, raw={}) == replace(after, raw={})
+
+
+@pytest.mark.parametrize(
+    ("spelled", "plain"),
+    [
+        ({"hidden_size": 64.0}, {"hidden_size": 64}),
+        ({"vocab_size": 96.0, "head_dim": 16.0}, {"vocab_size": 96, "head_dim": 16}),
+        ({"hidden_act": "swish"}, {"hidden_act": "silu"}),
+        ({"torch_dtype": "auto"}, {}),
+        ({"torch_dtype": "torch.bfloat16"}, {"dtype": "bfloat16"}),
+        ({"dtype": "torch.float16"}, {"dtype": "float16"}),
+        ({"dtype": None, "torch_dtype": "half"}, {"dtype": "float16"}),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64.0}}, {"rope_scaling": LLAMA3}),
+    ],
+)  # fmt: skip
+def test_spellings_of_the_same(spelled: dict[str, Any], plain: dict[str, Any]) -> None:
+    assert replace(parse(**spelled), raw={}) == replace(parse(**plain), raw={})
+    written = plainly_spelled(spelled)
+    assert replace(parse(**written), raw={}) == replace(parse(**plain), raw={})
+    assert not {"swish", "auto", "torch.bfloat16", "torch.float16"} & {*map(str, written.values())}
+    assert not any(type(each) is float for each in written.values())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "spelled", "plain"),
+    [
+        ("qwen3_moe", "mlp_only_layers", [0.0, 2.0], [0, 2]),
+        ("qwen2", "max_window_layers", 3.0, 3),
+        ("gemma2", "hidden_activation", "swish", "silu"),
+    ],
+)
+def test_spellings_of_the_same_in_families(
+    model_type: str, key: str, spelled: Any, plain: Any
+) -> None:
+    found = parse(model_type=model_type, **{key: spelled})
+    assert replace(found, raw={}) == replace(parse(model_type=model_type, **{key: plain}), raw={})
+
+
+def test_plain_spelling_leaves_others_alone() -> None:
+    assert plainly_spelled({"text_config": {"hidden_size": 64.0}}) == {
+        "text_config": {"hidden_size": 64}
+    }
+    for path in TINY:
+        raw = read_json_object(path / "config.json")
+        assert json.dumps(plainly_spelled(raw)) == json.dumps(raw)
 
 
 def test_null_means_none_where_transformers_says_so() -> None:

@@ -36,6 +36,7 @@ from bitwright.errors import (
     UnsupportedModelError,
 )
 from bitwright.models.model import Model
+from bitwright.warned import BitwrightWarning
 
 DEMO = Path(str(bitwright.demo_folder()))
 LLAMA_3 = (
@@ -519,3 +520,67 @@ def test_changed_bytes_never_escape_as_other_errors(small_file: Path, data: st.D
                 checkpoint.read(name)
     except BitwrightError:
         pass
+
+
+TINY_FOLDERS = {folder.name: folder for folder in TINY}
+
+
+def with_keys(name: str, path: Path, **keys: Any) -> Path:
+    """Write a tiny model with other hyperparameters; two underscores in a name are a dot."""
+    folder = TINY_FOLDERS[name]
+    model = Model(Checkpoint(folder))
+    changes = {"query_pre_attn_scalar": model.config.head_dim} if name == "gemma2" else {}
+    names = GgufNames({**model.checkpoint.config, **changes}, folder / "config.json")
+    convert(folder, path, **changes)
+    metadata = gguf_metadata(names.config.raw, path.parent, 0)
+    prefix = f"{names.architecture}."
+    metadata |= {prefix + key.replace("__", "."): value for key, value in keys.items()}
+    return write(path, metadata, stored_tensors(model, names))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "neutral"),
+    [
+        ("llama-biases", "attention__causal", False, True),
+        ("qwen2", "attention__causal", False, True),
+        ("gemma2", "attention__causal", False, True),
+        ("llama-biases", "attn_logit_softcapping", 50.0, 0.0),
+        ("llama-biases", "final_logit_softcapping", 30.0, 0.0),
+        ("qwen2", "router_logit_softcapping", 30.0, 0.0),
+        ("llama-biases", "attention__clamp_kqv", 8.0, 0.0),
+        ("llama-biases", "attention__max_alibi_bias", 8.0, 0.0),
+        ("llama-biases", "use_parallel_residual", True, False),
+        ("llama-biases", "logit_scale", 0.5, 1.0),
+        ("llama-biases", "rope__scaling__yarn_beta_fast", 16.0, 32.0),
+        ("llama-yarn", "rope__scaling__yarn_ext_factor", 0.5, 1.0),
+        ("llama-biases", "rope__dimension_sections", np.array([16, 24, 24]), np.zeros(3, np.int32)),
+        ("llama-biases", "expert_gating_func", 2, 1),
+        ("llama-biases", "expert_weights_norm", False, True),
+        ("llama-biases", "leading_dense_block_count", 1, 0),
+        ("gemma2", "rope__freq_base_swa", 1e6, 0.0),
+        ("llama-biases", "attention__key_length_swa", 4, 8),
+        ("qwen2", "a_key_of_tomorrow", 7, 0),
+    ],
+)
+def test_hyperparameters_are_neutral_or_refused(
+    name: str, key: str, value: Any, neutral: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.gguf"
+    expected = Model(GgufCheckpoint(with_keys(name, path))).logits([[1, 2, 3]])
+    found = Model(GgufCheckpoint(with_keys(name, path, **{key: neutral}))).logits([[1, 2, 3]])
+    np.testing.assert_array_equal(found, expected)
+    said = rf'a\.gguf: "\w+\.{key.replace("__", ".")}" is .*which is not computed'
+    with pytest.raises(UnsupportedModelError, match=said):
+        GgufCheckpoint(with_keys(name, path, **{key: value}))
+
+
+def test_keys_that_some_architectures_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    with pytest.warns(BitwrightWarning, match=r"sliding_window.*llama\.cpp overlooks"):
+        config = GgufCheckpoint(with_keys("mistral", path, attention__sliding_window=7)).config
+    assert "sliding_window" not in config
+    config = GgufCheckpoint(with_keys("gemma2", path, attn_logit_softcapping=9.0)).config
+    assert config["attn_logit_softcapping"] == 9
+    config = GgufCheckpoint(with_keys("gemma2", path, final_logit_softcapping=9.0)).config
+    assert config["final_logit_softcapping"] == 9
+    assert GgufCheckpoint(with_keys("qwen2", path, vocab_size=96, vision__a=3)).config

@@ -10,7 +10,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
-from bitwright.checkpoint import CheckpointWriter, SafetensorsFiles, copy_side_files, float_config
+from bitwright.checkpoint import (
+    CheckpointWriter,
+    SafetensorsFiles,
+    copy_side_files,
+    float_config,
+    plainly_spelled,
+)
 from bitwright.errors import check_choice
 from bitwright.formats import FORMATS, Format, FormatName, Precision
 from bitwright.methods.grid import FLOAT_DTYPES
@@ -251,7 +257,7 @@ class _Conversion:
     def config(self, plan: Mapping[str, Precision | None]) -> dict[str, Any]:
         """Return config.json."""
         model = self.model
-        config = float_config(model.checkpoint.config)
+        config = plainly_spelled(float_config(model.checkpoint.config))
         if self.kind is None:
             wanted = str(self.dtype or np.dtype(np.float32))
             if self.layers or self.dtype is not None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from bitwright import _kernels
 from bitwright.calibration import Samples, TokenSource, load_samples, load_tokenizer
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
-from bitwright.checkpoint import CheckpointWriter, copy_side_files
+from bitwright.checkpoint import CheckpointWriter, copy_side_files, plainly_spelled
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.replacing import replaced
 from bitwright.checkpoint.work_folder import (
@@ -795,7 +795,8 @@ def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> Non
         writer.container = student.model.format.files(checkpoint)
     for name in checkpoint.names():
         writer.add(name, changed[name] if name in changed else checkpoint.read(name))
-    config, settings = checkpoint.config, checkpoint.config.get("quantization_config")
+    config = plainly_spelled(checkpoint.config)
+    settings = config.get("quantization_config")
     moved = any(each.tensor().grid == "zero_point" for each in student.tensors.values())
     if isinstance(settings, dict) and settings.get("sym") and moved:
         # Engines do not read the zeros of what is called symmetric.

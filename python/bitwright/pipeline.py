@@ -18,7 +18,7 @@ from bitwright import _kernels
 from bitwright.activations import ActivationFile
 from bitwright.calibration import TokenSource, load_samples
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
-from bitwright.checkpoint import CheckpointWriter, copy_side_files, float_config
+from bitwright.checkpoint import CheckpointWriter, copy_side_files, float_config, plainly_spelled
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.distributed import current
@@ -555,7 +555,7 @@ class Run:
         `default` is the precision that config.json takes for granted, `facts` are for the model card, and
         `identity` is what decides the result beside what the run knows itself."""
         model, kind = self.model, self.format
-        config = kind.spell(float_config(model.checkpoint.config))
+        config = kind.spell(plainly_spelled(float_config(model.checkpoint.config)))
         _check_experts(model, kind, self.plan)
         written = as_written(model, kind, self.plan)
         config.update(kind.config(default, written, model.names.block.format("")))

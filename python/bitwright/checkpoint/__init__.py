@@ -9,6 +9,7 @@ from bitwright.checkpoint.config import (
     ModelConfig,
     RopeConfig,
     float_config,
+    plainly_spelled,
 )
 from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.opening import open_checkpoint
@@ -37,4 +38,5 @@ __all__ = [
     "copy_side_files",
     "float_config",
     "open_checkpoint",
+    "plainly_spelled",
 ]

@@ -1,6 +1,7 @@
 """config.json, in its old and its new spelling, as one checked description of a decoder."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any, Literal, Self, cast
 import ml_dtypes
 import numpy as np
 
+from bitwright.checkpoint.config_keys import check_keys, check_rope_keys
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 OTHER_MODELS = (
     "What transformers runs can be quantized all the same, by --backend transformers or "
     "bitwright.quantize_with_transformers"
@@ -22,9 +24,17 @@ MODEL_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+_MEANINGS: dict[str, dict[str, str]] = {
+    "hidden_act": {"swish": "silu"},
+    "dtype": {"half": "float16", "float": "float32"},
+}
 LayerType = Literal["full_attention", "sliding_attention"]
 _LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 _LARGEST_INTEGER = 2**31 - 1
+QUANTIZATION_KEYS = ("quantization", "quantization_config", "compression_config")
+_COUNT = re.compile(
+    r"(num|n|max)_\w+|\w+_(size|dim|rank|embeddings|window|group|scalar|replace|step)"
+)
 # Some times what any model has; each is looked at one by one before files can tell that it is not there.
 MOST_LAYERS, _MOST_EXPERTS, _MOST_HEAD_CHANNELS = 1_000, 4_096, 1 << 20
 _SPELLINGS: dict[str, tuple[str, ...]] = {
@@ -137,6 +147,11 @@ class ConfigRules:
     topk_methods
         Ways to choose experts that the family knows, by their names in config.json; the first is the
         default.
+    harmless, refused, disputed
+        Keys that nothing is computed with, beside those of every family; see
+        `bitwright.checkpoint.config_keys`.
+    overlooked
+        Keys that transformers declares for the family and computes nothing with: a warning names them.
     meanings
         Values that mean others: ``{key: {value: value meant}}``.
     router_scores
@@ -158,6 +173,10 @@ class ConfigRules:
     rotates: "Callable[[Keys, int], bool]" = lambda _keys, _layer: True
     is_sparse: "Callable[[Keys, int], bool]" = lambda _keys, _layer: False
     topk_methods: tuple[str, ...] = ()
+    harmless: tuple[str, ...] = ()
+    refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    disputed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    overlooked: tuple[str, ...] = ()
     meanings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
     always_normalized: bool = False
@@ -256,6 +275,7 @@ class ModelConfig:
             _LLAMA_DEFAULTS | dict(rules.defaults),
             rules,
         )
+        check_keys(top, understood_keys(rules), model_type)
         hidden_size = top.integer("hidden_size")
         layers = top.integer("num_hidden_layers", most=MOST_LAYERS)
         heads = top.integer("num_attention_heads")
@@ -337,6 +357,13 @@ class ModelConfig:
         )
 
 
+def understood_keys(rules: ConfigRules) -> set[str]:
+    """Return the keys that a family is computed by, in all their spellings."""
+    keys = {*_LLAMA_DEFAULTS, *rules.defaults}
+    spelled = {each for key in keys for each in (*_SPELLINGS.get(key, ()), key)}
+    return spelled - {*rules.spellings} | {*rules.spellings.values(), rules.section or "model_type"}
+
+
 class Keys:
     """A JSON object, what stands in for absent keys, and the words for what is wrong; null is absent.
 
@@ -366,7 +393,8 @@ class Keys:
 
     def spelling(self, key: str) -> str:
         """The spelling of a key that the object uses."""
-        known = (self.rules.spellings.get(key, key), key, *_SPELLINGS.get(key, ()))
+        own = self.rules.spellings.get(key)
+        known = (key, *_SPELLINGS.get(key, ())) if own is None else (own,)
         return next((each for each in known if self.values.get(each) is not None), known[0])
 
     def get(self, key: str, *, null: bool = False) -> Any:
@@ -394,7 +422,7 @@ class Keys:
         zero: bool = False,
         most: int = _LARGEST_INTEGER,
     ) -> int:
-        value = self.get(key)
+        value = _whole(self.get(key))
         if value is None and default is not None:
             return default
         least = 0 if zero else 1
@@ -435,13 +463,10 @@ class Keys:
         value = self.get(key)
         if value is None:
             return ()
-        if (
-            not isinstance(value, list)
-            or len(value) > MOST_LAYERS
-            or not all(type(each) in (int, bool) for each in value)
-        ):
+        whole = [_whole(each) for each in value] if isinstance(value, list) else [None]
+        if len(whole) > MOST_LAYERS or not all(type(each) in (int, bool) for each in whole):
             raise self.wrong(key, f"must be a list of integers, {MOST_LAYERS} at most")
-        return tuple(map(int, value))
+        return tuple(int(each) for each in whole if each is not None)
 
     def boolean(self, key: str, default: bool | None = None) -> bool:
         value = self.get(key)
@@ -459,7 +484,7 @@ class Keys:
         value = default if self.get(key) is None else self.get(key)
         if not isinstance(value, str):
             raise self.wrong(key, "must be a string")
-        value = self.rules.meanings.get(key, {}).get(value, value)
+        value = {**_MEANINGS.get(key, {}), **self.rules.meanings.get(key, {})}.get(value, value)
         if value not in choices:
             hint = f". {OTHER_MODELS}" if key == "model_type" else ""
             raise UnsupportedModelError(
@@ -469,7 +494,10 @@ class Keys:
         return value
 
     def quoted(self, key: str) -> str:
-        return f'"{self.name}{self.spelling(key)}"'
+        return self.named(self.spelling(key))
+
+    def named(self, spelling: str) -> str:
+        return f'"{self.name}{shown(spelling)[1:-1]}"'
 
     def wrong(self, key: str, rule: str) -> CheckpointError:
         spelling = self.spelling(key)
@@ -477,9 +505,17 @@ class Keys:
         return CheckpointError(f"{self.source}: {self.quoted(key)} {state}, but {rule}")
 
 
+def _whole(value: Any) -> Any:
+    """Return 4096.0 as 4096, as some tools write it, and anything else as it is."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 def _dtype(top: Keys) -> np.dtype[Any] | None:
-    if top.get("dtype") is None:
+    said = top.get("dtype")
+    if said in (None, "auto"):
         return None
+    if isinstance(said, str) and said.startswith("torch."):
+        top = Keys({"dtype": said.removeprefix("torch.")}, top.source, top.name)
     return MODEL_DTYPES[top.choice("dtype", list(MODEL_DTYPES))]
 
 
@@ -507,20 +543,34 @@ def _partial_rotary_factor(top: Keys) -> float:
 def _layer_types(
     top: Keys, rules: ConfigRules, layers: int, sliding_window: int | None
 ) -> tuple[LayerType, ...]:
-    types = top.get("layer_types")
+    slides = [sliding_window is not None and rules.slides(top, each) for each in range(layers)]
+    computed: tuple[LayerType, ...] = tuple(
+        "sliding_attention" if each else "full_attention" for each in slides
+    )
+    types = top.values.get("layer_types")
     if types is None:
-        slides = [sliding_window is not None and rules.slides(top, each) for each in range(layers)]
-        return tuple("sliding_attention" if each else "full_attention" for each in slides)
+        return computed
     if not isinstance(types, list) or len(types) != layers:
         raise top.wrong("layer_types", f"must be a list of {layers} strings")
+    types = ["full_attention" if each == "attention" else each for each in types]
     for each in types:
         if each not in _LAYER_TYPES:
             raise UnsupportedModelError(
                 f"{top.source}: {top.quoted('layer_types')} holds {shown(each)}, which is not "
                 f"supported; supported are: {', '.join(_LAYER_TYPES)}"
             )
+    if "layer_types" not in rules.defaults:
+        if types != list(computed):
+            raise UnsupportedModelError(
+                f"{top.source}: {top.named('layer_types')} asks for other windows than the rest of the "
+                f"file; for this model_type transformers overlooks the key, other engines do not. If the "
+                f"model was made without it, delete the key from config.json"
+            )
+        return computed
     if "sliding_attention" in types and sliding_window is None:
         raise top.wrong("sliding_window", 'must be an integer: "layer_types" asks for it')
+    if "sliding_attention" in types and top.get("use_sliding_window") is False:
+        raise top.wrong("use_sliding_window", 'must be true: "layer_types" asks for windows')
     return tuple(cast(LayerType, each) for each in types)
 
 
@@ -587,6 +637,11 @@ def _ropes(
     )
     sliding_theta = top.optional_number("rope_local_base_freq")
     if not any(isinstance(value, dict) for value in rope.values.values()):
+        if sliding_theta is not None and rope.name == "rope_parameters." and rope.values:
+            raise UnsupportedModelError(
+                f'{top.source}: {top.named("rope_parameters")} must hold "full_attention" and '
+                f'"sliding_attention"; transformers overlooks what else it says'
+            )
         full = _rope(top, rope, max_position_embeddings, rotary_dim)
         return full, full if sliding_theta is None else RopeConfig(theta=sliding_theta)
     if sliding_theta is None:
@@ -596,12 +651,18 @@ def _ropes(
     sections = [
         rope.section(each) or Keys({}, top.source, f"{rope.name}{each}.") for each in _LAYER_TYPES
     ]
+    for each in sections:
+        if each.number("partial_rotary_factor", 1.0) != 1:
+            raise UnsupportedModelError(
+                f"{top.source}: {each.quoted('partial_rotary_factor')} is not 1, which is not supported"
+            )
     full = _rope(top, sections[0], max_position_embeddings, rotary_dim)
     local = Keys({"rope_theta": sliding_theta, **sections[1].values}, top.source, sections[1].name)
     return full, _rope(top, local, max_position_embeddings, rotary_dim)
 
 
 def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) -> RopeConfig:
+    check_rope_keys(rope)
     theta = rope.number("rope_theta", top.number("rope_theta"))
     if theta <= 1:
         raise CheckpointError(f'{top.source}: "rope_theta" is {theta}, but must be more than 1')
@@ -612,7 +673,7 @@ def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) 
         rope_type = rope.choice(type_key, ROPE_TYPES, "default")
     if rope_type == "default":
         return RopeConfig(theta=theta)
-    if rope_type == "linear":
+    if rope_type in ("linear", "dynamic"):
         return RopeConfig(rope_type, theta, rope.number("factor"))
     # A length beside the rope section wins over the one inside, as in transformers.
     original = top.integer(
@@ -664,8 +725,37 @@ def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
     dict
         The rest, in the same order.
     """
-    return {
-        key: value
-        for key, value in config.items()
-        if key not in ("quantization", "quantization_config")
-    }
+    rest = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    if isinstance(config.get("text_config"), dict):
+        rest["text_config"] = float_config(config["text_config"])
+    return rest
+
+
+def plainly_spelled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json in spellings that every engine reads, where bitwright reads more of them.
+
+    transformers refuses ``torch.bfloat16`` and ``auto`` as a dtype and counts like 4096.0, and vLLM
+    ``swish`` as an activation.
+
+    Parameters
+    ----------
+    config : mapping
+        config.json of any checkpoint.
+
+    Returns
+    -------
+    dict
+        The same, in the same order; most are as they were.
+    """
+    spelled: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            if value != "auto":
+                spelled[key] = value.removeprefix("torch.")
+        elif key in ("hidden_act", "hidden_activation") and value == "swish":
+            spelled[key] = "silu"
+        elif isinstance(value, dict) and key in ("text_config", "rope_scaling", "rope_parameters"):
+            spelled[key] = plainly_spelled(value)
+        else:
+            spelled[key] = _whole(value) if _COUNT.fullmatch(key) else value
+    return spelled

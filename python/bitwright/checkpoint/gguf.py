@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint.config import MODEL_DTYPES, Keys
+from bitwright.checkpoint.config import MODEL_DTYPES, QUANTIZATION_KEYS, Keys
 from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES, Header, TensorInfo
 from bitwright.checkpoint.gguf_metadata import config_from_gguf
 from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames, nested
@@ -117,7 +117,7 @@ class GgufCheckpoint(Checkpoint):
             self.config: dict[str, Any] = {
                 key: value
                 for key, value in names.config.raw.items()
-                if key not in ("quantization", "quantization_config")
+                if key not in QUANTIZATION_KEYS
             }
             shard = _GgufShard(
                 file,

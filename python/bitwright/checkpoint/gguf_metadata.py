@@ -12,18 +12,48 @@ from bitwright.checkpoint.config import MOST_LAYERS, Keys, ModelConfig
 from bitwright.checkpoint.gguf_names import GGUF_FAMILIES, GgufFamily, GgufNames
 from bitwright.checkpoint.gguf_tokenizer import tokenizer_metadata
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.warned import warn
 
 _QUANTIZATION_VERSION = 2  # of ggml's blocks; those before were packed otherwise
-_UNKNOWN_KEYS = (
-    "attention.scale",
-    "embedding_scale",
-    "residual_scale",
-    "logit_scale",
-    "rope.scaling.alpha",
-    "rope.scaling.yarn_log_multiplier",
-    "expert_weights_scale",
-    "expert_group_count",
-)
+# What every architecture is computed by, and what some are.
+_READ = """
+    block_count context_length embedding_length feed_forward_length attention.head_count
+    attention.head_count_kv attention.key_length attention.value_length
+    attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base rope.scale_linear
+    rope.scaling.type rope.scaling.factor rope.scaling.attn_factor
+    rope.scaling.original_context_length expert_count expert_used_count expert_feed_forward_length
+    expert_shared_feed_forward_length
+"""
+_WINDOWS = "attention.sliding_window attention.sliding_window_pattern final_logit_softcapping"
+_READ_BY = {
+    "gemma2": f"{_WINDOWS} attn_logit_softcapping",
+    "gemma3": f"{_WINDOWS} rope.freq_base_swa",
+    "phi3": "attention.sliding_window",
+}
+_HARMLESS = """
+    vocab_size tensor_data_layout pooling_type decoder_start_token_id classifier.output_labels
+    rope.scaling.finetuned attention.layer_norm_epsilon expert_shared_count embedding_length_out
+"""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {  # for others it is 0, false or nothing at all
+    "attention.causal": (True,),
+    "attention.scale": (0, 1),
+    "attention.output_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "logit_scale": (0, 1),
+    "rope.scaling.alpha": (0, 1),
+    "rope.scaling.yarn_log_multiplier": (0, 1),
+    "rope.scaling.yarn_ext_factor": (-1, 1),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_beta_fast": (32,),
+    "rope.scaling.yarn_beta_slow": (1,),
+    "expert_weights_scale": (0, 1),
+    "expert_gating_func": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "interleave_moe_layer_step": (0, 1),
+    "moe_every_n_layers": (0, 1),
+}
 
 
 def gguf_metadata(config: Mapping[str, Any], folder: Path, file_type: int) -> dict[str, Any]:
@@ -148,17 +178,12 @@ def config_from_gguf(
         key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
     }
     keys = Keys(values, source, prefix)
-    for key in _UNKNOWN_KEYS:
-        if keys.number(key, 1.0, zero=True) not in (0, 1):
-            raise UnsupportedModelError(
-                f"{source}: {keys.quoted(key)} is {shown(values[key])}, which is not supported. Start "
-                f"from the safetensors files of the model"
-            )
     model_type = "gemma3_text" if architecture == "gemma3" else known[architecture]
     experts = keys.integer("expert_count", 0, zero=True)
     if architecture == "llama" and experts:
         model_type = "mixtral"
     family = GGUF_FAMILIES[model_type]
+    _check_keys(keys, family)
     hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
     layers = keys.integer("block_count", most=MOST_LAYERS)
     width = keys.integer("attention.key_length", max(hidden // heads, 1))
@@ -183,8 +208,7 @@ def config_from_gguf(
         "rope_theta": keys.number("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(keys, extras),
         "tie_word_embeddings": "output.weight" not in shapes,
-        "attention_bias": biased,
-        "qkv_bias": biased,
+        "qkv_bias" if model_type == "qwen2_moe" else "attention_bias": biased,
         "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
         "sliding_window": None,
         "use_sliding_window": False,
@@ -199,12 +223,12 @@ def config_from_gguf(
         config["rope_local_base_freq"] = (
             keys.number("rope.freq_base_swa", 10000.0) if architecture == "gemma3" else None
         )
-        # llama.cpp takes these numbers where a file of Gemma 2 has none.
-        caps = (50.0, 30.0) if architecture == "gemma2" else (None, None)
-        for key, cap in zip(
-            ("attn_logit_softcapping", "final_logit_softcapping"), caps, strict=True
-        ):
-            config[key] = keys.optional_number(key) if key in values else cap
+        # llama.cpp takes these numbers where a file of Gemma 2 has none; Gemma 3 has no cap on scores.
+        of_two = architecture == "gemma2"
+        if of_two:
+            config["attn_logit_softcapping"] = keys.number("attn_logit_softcapping", 50.0)
+        cap = keys.number("final_logit_softcapping", 30.0 if of_two else 0.0, zero=not of_two)
+        config["final_logit_softcapping"] = cap or None
     if experts:
         size = [*shapes.get("blk.0.ffn_up_exps.weight", ()), 0, 0][1]
         config |= {
@@ -222,6 +246,29 @@ def config_from_gguf(
         if type(number := metadata.get(f"tokenizer.ggml.{key}_token_id")) is int:
             config[f"{key}_token_id"] = number
     return {key: value for key, value in config.items() if value is not None}
+
+
+def _check_keys(keys: Keys, family: GgufFamily) -> None:
+    """Raise unless every key that nothing is computed with leaves the mathematics alone."""
+    known = f"{_READ} {_HARMLESS} {_READ_BY.get(family.architecture, '')}".split()
+    neutral = _NEUTRAL | {"expert_weights_norm": (family.normalized,)}
+    for each in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        neutral[f"{each}_swa"] = (0, keys.values.get(each))
+    for key, value in keys.values.items():
+        if key in known or key.startswith(("vision.", "audio.", "mm.")):
+            continue
+        said = f"{keys.source}: {keys.quoted(key)} is {shown(value)}"
+        if key == "attention.sliding_window":
+            if value:
+                warn(f"{said}, which llama.cpp overlooks for this architecture; so does bitwright")
+        elif any(
+            each not in neutral.get(key, (0, ""))
+            for each in (value.tolist() if isinstance(value, np.ndarray) else [value])
+        ):
+            raise UnsupportedModelError(
+                f"{said}, which is not computed. Put the model's config.json beside the file, or start "
+                f"from the safetensors files of the model"
+            )
 
 
 def _usual_windows(family: GgufFamily, layers: int) -> list[bool]:
@@ -343,7 +390,7 @@ def _check_computable(names: GgufNames) -> None:
             names.architecture, (False, False)
         ),
         f'"rope_type" is {rope.rope_type}': rope.rope_type
-        not in ("default", "linear", "yarn", *_rope_types(names.architecture)),
+        not in ("default", "dynamic", "linear", "yarn", *_rope_types(names.architecture)),
         '"rope_parameters" has a "beta_fast", "beta_slow" or "truncate" of its own': (
             rope.rope_type == "yarn"
             and (rope.beta_fast, rope.beta_slow, rope.truncate) != (32, 1, True)

@@ -4,6 +4,7 @@ from bitwright.checkpoint import Checkpoint
 from bitwright.errors import UnsupportedModelError, shown
 from bitwright.formats.awq import AwqFormat
 from bitwright.formats.compressed_tensors import CompressedTensorsFormat
+from bitwright.formats.declared import declaration
 from bitwright.formats.format import Format, FormatName, GroupSize, Precision
 from bitwright.formats.gguf import GgufFormat
 from bitwright.formats.gptq import GptqFormat
@@ -33,9 +34,10 @@ def detect_format(checkpoint: Checkpoint) -> Format | None:
     for kind in FORMATS.values():
         if found := kind.detect(checkpoint):
             return found
-    declared = checkpoint.config.get("quantization_config") or checkpoint.config.get("quantization")
-    if declared:
-        method = declared.get("quant_method") if isinstance(declared, dict) else declared
+    said = declaration(checkpoint)
+    other = checkpoint.config.get("quantization_config") or checkpoint.config.get("quantization")
+    if said or other:
+        method = said.method if said else other
         raise UnsupportedModelError(
             f"{checkpoint.folder / 'config.json'}: the weights are quantized by {shown(method)}; "
             f"quantized checkpoints are read in the formats {', '.join(FORMATS)}"

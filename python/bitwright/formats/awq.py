@@ -7,12 +7,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
-from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.errors import CheckpointError, UnsupportedModelError
+from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.format import INT32, Format, Precision, read_shaped
 from bitwright.tensor import QuantizedTensor, pack, unpack
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight output channels each nibble of a word holds
+
+SETTINGS = Settings(
+    read="quant_method method version checkpoint_format format",
+    harmless="""
+        group_size q_group_size zero_point modules_to_not_convert sym desc_act lm_head dynamic meta
+        do_fuse fuse_max_seq_len modules_to_fuse exllama_config modules_in_block_to_quantize
+        tokenizer dataset damp_percent act_group_aware true_sequential model_seqlen batch_size
+        block_name_to_quantize module_name_preceding_first_block max_input_length pad_token_id
+        cache_block_outputs
+    """,
+    neutral={
+        "bits": (BITS,),
+        "w_bit": (BITS,),
+        "backend": ("auto", "autoawq"),  # what packed it; llm-awq has a layout of its own
+        "pack_dtype": ("int32",),
+        "adapter": ({},),
+        "rotation": ("",),
+        "activation": ({},),
+    },
+)
 
 
 class AwqFormat(Format):
@@ -32,15 +53,13 @@ class AwqFormat(Format):
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
-        settings = checkpoint.config.get("quantization_config")
-        if not isinstance(settings, dict) or settings.get("quant_method") != "awq":
+        found = declaration(checkpoint)
+        if found is None or found.method != "awq":
             return None
-        version = settings.get("version", "gemm")
-        if not isinstance(version, str) or version.lower() != "gemm":
-            raise UnsupportedModelError(
-                f'{checkpoint.folder / "config.json"}: "quantization_config.version" is '
-                f"{shown(version)}; only gemm is supported"
-            )
+        for key in ("checkpoint_format", "version", "format"):
+            if found.layout(key)[1] not in (None, "gemm"):
+                raise UnsupportedModelError(f"{found.named(key)}; only gemm is supported")
+        SETTINGS.check(found.settings, found.where)
         return cls()
 
     @classmethod

@@ -9,11 +9,34 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
 from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
+from bitwright.warned import warn
 
 METHOD, LAYOUT = "compressed-tensors", "pack-quantized"
 HEAD = "lm_head"  # a module of its own for loaders even where it is tied to the embedding
+
+PRESETS = (
+    "W4A16",
+    "W4A16_ASYM",
+    "W8A16",
+)  # schemes by their names, with a list of what they are for
+SETTINGS = Settings(
+    read="quant_method config_groups format sparsity_config kv_cache_scheme",
+    harmless="""
+        ignore quantization_status global_compression_ratio version run_compressed dequantize
+        use_optimized_inference
+    """,
+    neutral={"transform_config": ({},)},  # rotations that are computed between the layers
+)
+SCHEME = Settings(read="weights input_activations output_activations format", harmless="targets")
+WEIGHTS = Settings(
+    # Bits, groups and zeros are told by the tensors.
+    read="num_bits symmetric strategy group_size",
+    harmless="dynamic actorder scale_dtype zp_dtype observer observer_kwargs",
+    neutral={"type": ("int",), "block_structure": ()},
+)
 
 
 class CompressedTensorsFormat(Format):
@@ -43,19 +66,38 @@ class CompressedTensorsFormat(Format):
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
-        settings = checkpoint.config.get("quantization_config")
-        if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
+        found = declaration(checkpoint)
+        if found is None or found.method != METHOD:
             return None
-        where = f'{checkpoint.folder / "config.json"}: "quantization_config'
+        where, settings = found.where, found.settings
         groups = settings.get("config_groups")
-        if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
+        if not isinstance(groups, dict):
             raise CheckpointError(f'{where}.config_groups" is {shown(groups)}')
-        for group in groups.values():
+        for name, group in groups.items():
+            place = f"{where}.config_groups.{shown(name)[1:-1]}"
+            if isinstance(group, list) and name.upper() in PRESETS:
+                group = {}
+            if not isinstance(group, dict):
+                raise CheckpointError(f'{place}" is {shown(group)}')
             layout = group.get("format") or settings.get("format")
             if layout != LAYOUT:
                 raise UnsupportedModelError(
                     f'{where}.format" is {shown(layout)}; only {LAYOUT} is supported'
                 )
+            _check_scheme(group, place)
+        sparse, rotations = settings.get("sparsity_config"), settings.get("transform_config")
+        if isinstance(sparse, dict) and sparse.get("format", "dense") != "dense":
+            raise UnsupportedModelError(
+                f'{where}.sparsity_config.format" is {shown(sparse["format"])}; only dense is supported'
+            )
+        if isinstance(rotations, dict) and not any(rotations.values()):
+            settings = {key: value for key, value in settings.items() if key != "transform_config"}
+        SETTINGS.check(settings, where)
+        if settings.get("kv_cache_scheme"):
+            warn(
+                f'{where}.kv_cache_scheme" rounds keys and values, too; bitwright computes with the '
+                f"weights alone, and engines with both come out somewhat worse"
+            )
         return cls()
 
     @classmethod
@@ -165,6 +207,18 @@ class CompressedTensorsFormat(Format):
             group_size=channels // groups,
             grid="symmetric" if zero_words is None else "zero_point",
             group_index=read_group_index(checkpoint, f"{name}.weight_g_idx", channels, groups),
+        )
+
+
+def _check_scheme(scheme: Mapping[str, Any], where: str) -> None:
+    SCHEME.check(scheme, where)
+    if isinstance(weights := scheme.get("weights"), dict):
+        WEIGHTS.check(weights, f"{where}.weights")
+    rounded = [key for key in ("input_activations", "output_activations") if scheme.get(key)]
+    if rounded:
+        warn(
+            f'{where}.{rounded[0]}" rounds activations, too; bitwright computes with the weights alone, '
+            f"and engines with both come out somewhat worse"
         )
 
 

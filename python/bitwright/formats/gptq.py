@@ -8,9 +8,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
-from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.errors import CheckpointError, UnsupportedModelError
+from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
 from bitwright.tensor import QuantizedTensor, pack, unpack
+
+SETTINGS = Settings(
+    read="quant_method method checkpoint_format format is_marlin_format",
+    # Bits, groups and order of the channels are told by the tensors.
+    harmless="""
+        bits group_size desc_act sym static_groups true_sequential act_group_aware dynamic lm_head
+        modules_in_block_to_quantize modules_to_not_convert block_name_to_quantize
+        module_name_preceding_first_block damp_percent damp_auto_increment mse meta model_name_or_path
+        model_file_base_name tokenizer dataset model_seqlen max_input_length batch_size pad_token_id
+        cache_block_outputs backend use_exllama disable_exllama exllama_config use_cuda_fp16
+        use_cuda_kernel awq_gemm_checkpoint quantizer version
+    """,
+    neutral={"pack_dtype": ("int32",), "adapter": ({},), "rotation": ("",), "activation": ({},)},
+)
 
 
 class GptqFormat(Format):
@@ -41,16 +56,15 @@ class GptqFormat(Format):
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
-        settings = checkpoint.config.get("quantization_config")
-        if not isinstance(settings, dict) or settings.get("quant_method") != "gptq":
+        found = declaration(checkpoint)
+        if found is None or found.method != "gptq":
             return None
-        version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+        key, layout = found.layout("checkpoint_format", "format")
+        version = layout or "gptq"
         if version not in ("gptq", "gptq_v2"):
-            raise UnsupportedModelError(
-                f'{checkpoint.folder / "config.json"}: "quantization_config.checkpoint_format" is '
-                f"{shown(version)}; supported are: gptq, gptq_v2"
-            )
-        return cls(settings, subtracted=1 if version == "gptq" else 0)
+            raise UnsupportedModelError(f"{found.named(key)}; supported are: gptq, gptq_v2")
+        SETTINGS.check(found.settings, found.where)
+        return cls(found.settings, subtracted=1 if version == "gptq" else 0)
 
     @classmethod
     def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:

@@ -1,6 +1,7 @@
 """Marlin: symmetric 4 bits in the order in which tensor cores take them (IST-DASLab, AutoGPTQ, vLLM)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from typing import Any, Self
 
@@ -8,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
-from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.errors import CheckpointError, UnsupportedModelError
+from bitwright.formats.declared import declaration
 from bitwright.formats.format import INT32, Format, Precision, read_shaped
+from bitwright.formats.gptq import SETTINGS as GPTQ
 from bitwright.tensor import QuantizedTensor
 
 BITS, ZERO = 4, 8
@@ -19,6 +22,10 @@ INPUTS, OUTPUTS = (
     128,
     64,
 )  # what vLLM's kernel takes multiples of; OUTPUTS is the width of four tiles
+
+SETTINGS = replace(
+    GPTQ, neutral={**GPTQ.neutral, "bits": (BITS,), "sym": (True,), "desc_act": (False,)}
+)
 
 
 class MarlinFormat(Format):
@@ -53,20 +60,19 @@ class MarlinFormat(Format):
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
-        settings = checkpoint.config.get("quantization_config")
-        if not isinstance(settings, dict):
+        found = declaration(checkpoint)
+        if found is None:
             return None
-        method = settings.get("quant_method")
-        version = settings.get("checkpoint_format") or settings.get("format")
-        of_gptq = version == "marlin" or settings.get("is_marlin_format") is True
-        if method != "marlin" and not (method == "gptq" and of_gptq):
+        version = found.layout("checkpoint_format", "format")[1]
+        of_gptq = version == "marlin" or found.settings.get("is_marlin_format") is True
+        if found.method != "marlin" and not (found.method == "gptq" and of_gptq):
             return None
-        size = settings.get("group_size")
+        size = found.settings.get("group_size")
         if type(size) is not int or size not in (GROUP, -1):
             raise UnsupportedModelError(
-                f'{checkpoint.folder / "config.json"}: "quantization_config.group_size" is '
-                f"{shown(size)}; the marlin format has {GROUP} or -1"
+                f"{found.named('group_size')}; the marlin format has {GROUP} or -1"
             )
+        SETTINGS.check(found.settings, found.where)
         return cls(size)
 
     @classmethod

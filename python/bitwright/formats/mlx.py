@@ -9,10 +9,17 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.formats.declared import Settings
 from bitwright.formats.format import Format, Precision, read_shaped
 from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+SETTINGS = Settings(
+    read="group_size bits",
+    harmless="quant_method linear_class_predicate",
+    neutral={"mode": ("affine",), "quantize_input": (False,), "global_scale": (False,)},
+)
 
 
 class MlxFormat(Format):
@@ -36,12 +43,20 @@ class MlxFormat(Format):
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
         settings = checkpoint.config.get("quantization")
-        if not isinstance(settings, dict) or "group_size" not in settings:
+        if not isinstance(settings, dict) or not settings.keys() & {"group_size", "bits"}:
             return None
-        if settings.get("mode", "affine") != "affine":
+        where = f'{checkpoint.folder / "config.json"}: "quantization'
+        layers = {name: each for name, each in settings.items() if isinstance(each, dict)}
+        named = [
+            name for name, each in settings.items() if "." in name or type(each) in (dict, bool)
+        ]
+        SETTINGS.check(settings, where, named)
+        for name, layer in layers.items():
+            SETTINGS.check(layer, f"{where}.{shown(name)[1:-1]}")
+        if checkpoint.config.get("quantize_activations"):
             raise UnsupportedModelError(
-                f'{checkpoint.folder / "config.json"}: "quantization.mode" is '
-                f"{shown(settings['mode'])}; only affine is supported"
+                f'{checkpoint.folder / "config.json"}: "quantize_activations" is true, which mlx-lm does '
+                f"not compute with affine grids. Set it to false"
             )
         return cls(settings)
 
@@ -102,6 +117,8 @@ class MlxFormat(Format):
         own = self.settings.get(name)
         settings = own if isinstance(own, dict) else self.settings
         bits, group_size = settings.get("bits"), settings.get("group_size")
+        if group_size is None and bits in BITS:
+            group_size = words.shape[1] * 32 // bits // max(scales.shape[1], 1)
         where = f"{checkpoint.file(f'{name}.weight')}: layer {name}"
         if (
             type(bits) is not int

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint.config import RopeConfig
-from bitwright.errors import CheckpointError
+from bitwright.errors import CheckpointError, UnsupportedModelError
 
 
 def rope_frequencies(
@@ -25,7 +25,8 @@ def rope_frequencies(
     max_position_embeddings : int
         Stands in for the original length where ``rope`` has none.
     length : int
-        Of the text: longrope turns otherwise where it is longer than what the model was made for.
+        Of the text: longrope turns otherwise where it is longer than what the model was made for, and
+        dynamic is computed up to there only.
 
     Returns
     -------
@@ -38,12 +39,20 @@ def rope_frequencies(
     ------
     CheckpointError
         If the parameters overflow.
+    UnsupportedModelError
+        If the text is longer than dynamic RoPE leaves as it is.
 
     Examples
     --------
     >>> rope_frequencies(RopeConfig(), 4, 2048)[0].round(6)
     array([1.  , 0.01])
     """
+    if rope.rope_type == "dynamic" and length > max_position_embeddings:
+        raise UnsupportedModelError(
+            f"samples of {length} tokens: dynamic RoPE (config.json) turns otherwise beyond "
+            f"max_position_embeddings, {max_position_embeddings} tokens, which is not computed; choose "
+            f"a length of at most {max_position_embeddings}"
+        )
     exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
     with np.errstate(all="ignore"):
         periods = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)

@@ -29,6 +29,8 @@ FAMILIES = (
             mlp_bias="mlp_bias",
             interleaved=True,
             is_sparse=lambda keys, layer: layer >= keys.integer("first_k_dense_replace", zero=True),
+            harmless=("qk_head_dim",),
+            disputed={"norm_topk_prob": (False,), "rope_interleave": (True,)},
             topk_methods=("greedy", "group_limited_greedy"),
             latent_attention=True,
         ),

@@ -35,6 +35,8 @@ FAMILIES = (
             },
             interleaved="rope_interleave",
             is_sparse=lambda keys, layer: layer >= keys.integer("first_k_dense_replace", zero=True),
+            harmless=("qk_head_dim",),
+            disputed={"scoring_func": ("sigmoid",)},
             topk_methods=("noaux_tc",),
             router_scores="sigmoid",
             latent_attention=True,

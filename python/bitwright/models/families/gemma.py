@@ -22,6 +22,7 @@ FAMILIES = (
                 "scaled_embedding": True,
             },
             # The first releases say gelu and mean its approximation by tanh.
+            disputed={"hidden_activation": ("gelu", "gelu_pytorch_tanh")},
             meanings={"hidden_act": {"gelu": "gelu_pytorch_tanh"}},
         ),
         norm_kind="offset_rms_norm",

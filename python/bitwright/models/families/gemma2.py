@@ -27,6 +27,7 @@ FAMILIES = (
                 "final_logit_softcapping": 30.0,
             },
             spellings={"hidden_act": "hidden_activation"},
+            harmless=("hidden_act",),
             slides=lambda _keys, layer: layer % 2 == 0,
         ),
         mlp_norm="pre_feedforward_layernorm",

@@ -6,6 +6,11 @@ from dataclasses import replace
 from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture, Attention, Names
 
+_OF_IMAGES = (
+    "vision_config",
+    "mm_tokens_per_image",
+    *(f"{which}_token_{kind}" for which in ("image", "boi", "eoi") for kind in ("id", "index")),
+)
 _TEXT = Architecture(
     model_types=("gemma3_text",),
     rules=ConfigRules(
@@ -28,10 +33,12 @@ _TEXT = Architecture(
             "sliding_window": 4096,
             "sliding_window_pattern": 6,
             "layer_types": None,
-            "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
         },
         spellings={"hidden_act": "hidden_activation"},
+        harmless=("hidden_act", "_sliding_window_pattern"),
+        refused={"use_bidirectional_attention": (False,)},
+        overlooked=("attn_logit_softcapping",),
         slides=lambda keys, layer: (layer + 1) % keys.integer("sliding_window_pattern") != 0,
     ),
     attention=Attention(query_norm="self_attn.q_norm", key_norm="self_attn.k_norm"),
@@ -46,7 +53,11 @@ FAMILIES = (
     replace(
         _TEXT,
         model_types=("gemma3",),
-        rules=replace(_TEXT.rules, section="text_config"),
+        rules=replace(
+            _TEXT.rules,
+            section="text_config",
+            harmless=(*_TEXT.rules.harmless, *_OF_IMAGES),
+        ),
         names=(
             Names(
                 "language_model.model.embed_tokens",

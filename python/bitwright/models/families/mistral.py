@@ -12,6 +12,7 @@ FAMILIES = (
                 "num_key_value_heads": 8,
                 "max_position_embeddings": 131072,
                 "sliding_window": 4096,
+                "layer_types": None,  # with them transformers calls it Ministral
             },
             slides=lambda _keys, _layer: True,
         ),

@@ -21,6 +21,7 @@ FAMILIES = (
             output_bias=False,
             slides=lambda _keys, _layer: True,
             is_sparse=lambda _keys, _layer: True,
+            disputed={"norm_topk_prob": (True,), "routed_scaling_factor": (1,)},
             always_normalized=True,
         ),
         experts=Experts(

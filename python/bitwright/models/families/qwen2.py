@@ -18,6 +18,7 @@ FAMILIES = (
                 "layer_types": None,
             },
             query_bias=True,
+            harmless=("attention_bias", "qkv_bias"),  # there are biases, whatever these say
             output_bias=False,
             slides=lambda keys, layer: (
                 keys.boolean("use_sliding_window")

@@ -28,6 +28,7 @@ FAMILIES = (
                 "decoder_sparse_step": 1,
                 "mlp_only_layers": None,
             },
+            disputed={"routed_scaling_factor": (1,)},
             query_bias="qkv_bias",
             output_bias=False,
             slides=lambda keys, layer: (

@@ -24,6 +24,7 @@ FAMILIES = (
                 "decoder_sparse_step": 1,
                 "mlp_only_layers": None,
             },
+            disputed={"routed_scaling_factor": (1,)},
             slides=lambda keys, _layer: keys.boolean("use_sliding_window"),
             is_sparse=lambda keys, layer: (
                 layer not in keys.integers("mlp_only_layers")

@@ -22,6 +22,8 @@ FAMILIES = (
                 "use_bias": True,
             },
             spellings={"rms_norm_eps": "norm_epsilon"},
+            harmless=("rms_norm_eps",),
+            disputed={"norm_type": ("layer_norm",), "mlp_type": ("default",)},
             query_bias="use_bias",
             output_bias="use_bias",
             mlp_bias="use_bias",
