@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from shared_data import SHARED, TESTS, needs_shared
+from tokenizers import Tokenizer, processors
 
 import bitwright
 from bitwright.formats import detect_format
@@ -733,3 +734,35 @@ def test_small_weights_without_a_norm_are_refused(tmp_path: Path) -> None:
             model, tmp_path / "out", "rtn", 4, 32, "gptq", progress=False
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_text_begins_with_what_the_tokenizer_puts_first(tmp_path: Path) -> None:
+    """As ids of the same samples do, in quantization and in grams; and long samples are warned of."""
+    model, text = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(bitwright.demo_folder(), model)
+    made = Tokenizer.from_file(str(model / "tokenizer.json"))
+    made.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    made.save(str(model / "tokenizer.json"))
+    text.write_text((model / "calibration.txt").read_text(encoding="utf-8")[:1500])
+    grams = []
+    for bos in (True, False):
+        ids = bitwright.load_tokens(text, tokenizer=model, length=32, bos=bos)
+        assert (ids[:, 0] == 0).all() == bos
+        folders = [tmp_path / f"{bos} {name}" for name in ("text", "ids")]
+        options: dict[str, Any] = {"bits": 3, "progress": False}
+        report = bitwright.quantize_with_transformers(
+            model, folders[0], calibration=text, length=32, bos=bos, **options
+        )
+        bitwright.quantize_with_transformers(model, folders[1], calibration=ids, **options)
+        stored = [(folder / "model.safetensors").read_bytes() for folder in folders]
+        assert stored[0] == stored[1]
+        assert report.calibration_tokens == ids.size
+        grams.append(bitwright.collect_grams(model, [text.read_text()], bos=bos))
+    name = "model.layers.0.mlp.down_proj"
+    assert not np.array_equal(grams[0][name], grams[1][name])
+    with pytest.warns(bitwright.BitwrightWarning, match="260 tokens are longer than the 256"):
+        bitwright.quantize_with_transformers(
+            model, tmp_path / "long", calibration=np.zeros((1, 260), int), progress=False
+        )

@@ -40,12 +40,12 @@ def test_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     for given_tokenizer in (tokenizer, tmp_path, str(tmp_path / "tokenizer.json")):
         tokens = load_tokens(path, tokenizer=given_tokenizer, length=3, vocab_size=12)
-        np.testing.assert_array_equal(tokens, [[0, 1, 2], [3, 4, 5]])
+        np.testing.assert_array_equal(tokens, [[10, 0, 1], [10, 2, 3], [10, 4, 5], [10, 6, 7]])
         assert tokens.dtype == np.int32
         assert tokens.flags.c_contiguous
     assert tokenizer.truncation is not None
     np.testing.assert_array_equal(
-        load_tokens(str(path), tokenizer=tokenizer, length=8)[0], range(8)
+        load_tokens(str(path), tokenizer=tokenizer, length=8, bos=False)[0], range(8)
     )
     path.write_text("1 " * 1200)
     assert load_tokens(path, tokenizer=tokenizer).shape == (2, 512)
@@ -55,9 +55,10 @@ def test_json_lines_and_lists(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = tmp_path / "text.jsonl"
     separator = "\u2028"
     path.write_text(f'{{"text": "0 1", "id": 7}}\r\n\n"2{separator}3"\n', encoding="utf-8")
-    np.testing.assert_array_equal(load_tokens(path, tokenizer=tokenizer, length=4), [[0, 1, 2, 3]])
-    tokens = load_tokens(["0 1", "2", "3 4"], tokenizer=tokenizer, length=2)
-    np.testing.assert_array_equal(tokens, [[0, 1], [2, 3]])
+    expected = [[10, 0, 1, 2, 3]]
+    np.testing.assert_array_equal(load_tokens(path, tokenizer=tokenizer, length=5), expected)
+    tokens = load_tokens(["0 1", "2", "3 4"], tokenizer=tokenizer, length=3)
+    np.testing.assert_array_equal(tokens, [[10, 0, 1], [10, 2, 3]])
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int32", "uint16", "uint8", ">i4", "uint64"])
@@ -289,6 +290,8 @@ def test_missing_tokenizers(tmp_path: Path) -> None:
 
 def test_a_tokenizer_of_another_model(tokenizer: Tokenizer) -> None:
     with pytest.raises(CalibrationError, match=r"token id 9.*belong to this model"):
+        load_tokens(["1 9 2"], tokenizer=tokenizer, length=3, vocab_size=9, bos=False)
+    with pytest.raises(CalibrationError, match=r"token id 10 in sample 0, position 0.*this model"):
         load_tokens(["1 9 2"], tokenizer=tokenizer, length=3, vocab_size=9)
 
 
@@ -303,6 +306,8 @@ def test_shared_text(tmp_path: Path) -> None:
     (tmp_path / "part.jsonl").write_text(json.dumps({"text": text}))
     for name in ("part.txt", "part.jsonl"):
         tokens = load_tokens(tmp_path / name, tokenizer=folder, length=256, vocab_size=4096)
-        assert tokens.ravel().tolist() == ids[: tokens.size]
-        assert len(ids) - tokens.size < 256
+        assert (tokens[:, 0] == 0).all()
+        body = tokens[:, 1:]
+        assert body.ravel().tolist() == ids[: body.size]
+        assert len(ids) - body.size < 255
     assert load_tokens(SHARED / "text/small_calibration.npy", vocab_size=4096).shape == (64, 512)

@@ -408,7 +408,7 @@ def test_loading(format: str | None, mixed: bool, library: str, expected: str) -
     assert expected in loading
     assert front(text)["library_name"] == library
     assert (format is None) == ("base_model_relation" not in front(text))
-    assert f"bitwright evaluate 'a b' --reference {DEMO} --text other.txt" in text
+    assert "bitwright evaluate 'a b' --reference demo_data --text other.txt" in text
     for block in loading.split("```python\n")[1:]:
         compile(block.split("```")[0], "card", "exec")
 
@@ -422,13 +422,112 @@ def test_evaluations_are_added(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text(card())
     before = Evaluation(10.0, None, None, 16.0, 1024, 1.0, 1)
-    after = Evaluation(11.0, 0.0625, 0.75, 3.5, 1024, 1.0, 1)
+    after = Evaluation(
+        11.0, 0.0625, 0.75, 3.5, 1024, 1.0, 1, reference_perplexity=10.0, windows="llama.cpp"
+    )
     add_evaluations(tmp_path, {"original": before, "a|b": after})
     assert path.read_text() == card() + (
-        "\n| model | perplexity | KL (nats/token) | top-1 | tokens |\n"
-        "| --- | --- | --- | --- | --- |\n"
-        "| original | 10.0000 |  |  | 1,024 |\n"
-        "| a&#124;b | 11.0000 | 0.06250 | 75.00 % | 1,024 |\n"
+        "\n| model | perplexity | reference | KL (nats/token) | top-1 | tokens | windows |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| original | 10.0000 |  |  |  | 1,024 | whole |\n"
+        "| a&#124;b | 11.0000 | 10.0000 | 0.06250 | 75.00 % | 1,024 | llama.cpp |\n"
     )
     with pytest.raises(OutputError, match="nowhere"):
         add_evaluations(tmp_path / "nowhere", {})
+
+
+ABSOLUTE = "/home/me/secret place/models"
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        (["quantize", f"{ABSOLUTE}/m", "--out", "/tmp/q/", "--bits", "3"], "m --out q --bits 3"),
+        (["evaluate", "a/b", f"--text={ABSOLUTE}/my text.txt"], "a/b '--text=my text.txt'"),
+        (["dwq", "--teacher", "~/models/m", "--data", "../d.npy"], "--teacher m --data ../d.npy"),
+        (["quantize", "/", "--override", "*/x=bits:3"], "/ --override '*/x=bits:3'"),
+    ],
+)
+def test_commands_tell_no_places(typed: list[str], expected: str) -> None:
+    assert command_line(typed) == f"bitwright {typed[0]} {expected}"
+
+
+def test_calls_tell_no_places() -> None:
+    given = {"model": Path(ABSOLUTE, "m"), "out": f"{ABSOLUTE}/q", "calibration": "/data/c.npy"}
+    more = {"statistics": Path("/s"), "bits": 4, "activations": "~/a.npz"}
+    call = python_call(bitwright.quantize, {**given, **more})
+    assert call == (
+        'bitwright.quantize("m", "q", calibration="c.npy", activations="a.npz", statistics="s")'
+    )
+
+
+def test_cards_of_real_runs_tell_no_places(tmp_path: Path) -> None:
+    """Made by Python, with absolute paths everywhere, in three ways."""
+    text = tmp_path / "text.txt"
+    text.write_text((DEMO / "calibration.txt").read_text()[:3000])
+    options: dict[str, Any] = {"samples": 4, "length": 32, "progress": False}
+    quantized, refined = tmp_path / "quantized", tmp_path / "refined"
+    bitwright.quantize(DEMO, quantized, "rtn", 3, calibration=text, **options)
+    report = bitwright.refine_model(DEMO, quantized, refined, text, **options)
+    seen = tmp_path / "seen.npz"
+    bitwright.collect_activations(DEMO, seen, text, samples=4, length=32)
+    salient = bitwright.awq_quantize_model(
+        DEMO, tmp_path / "salient", seen, group_size=32, verbose=False
+    )
+    bitwright.dwq_quantize(
+        DEMO, quantized, tmp_path / "trained", text, length=32, tokens=256, progress=False
+    )
+    cards = {
+        name: (tmp_path / name / "README.md").read_text()
+        for name in ("quantized", "refined", "salient", "trained")
+    }
+    for name, shown in cards.items():
+        assert str(tmp_path) not in shown
+        assert str(DEMO) not in shown
+        assert f"bitwright evaluate {name} --reference demo_data" in shown
+    assert 'calibration="text.txt"' in cards["quantized"]
+    # The method by its name, and the error before and after.
+    assert report.method == "refine"
+    assert "| method | refine |" in cards["refined"]
+    assert "quantized, by refinement of its codes and scales), made" in cards["refined"]
+    before, after = report.mean_errors()
+    assert before is not None
+    assert after < before
+    row = f"| squared error | {before:.2e} before, {after:.2e} after, relative, mean over the layers |"
+    assert row in cards["refined"]
+    worst = report.worst()[0]
+    assert worst.error_before is not None
+    cells = f"| 3 | 64 | {worst.error_before:.2e} | {worst.error:.2e} |"
+    assert f"| `{worst.name}` {cells}" in cards["refined"]
+    assert "squared error" not in cards["quantized"]
+    assert salient.calibration_tokens == 4 * 32
+    assert "| calibration | 128 tokens |" in cards["salient"]
+
+
+def test_errors_before_are_those_of_what_was_refined(tmp_path: Path) -> None:
+    """On the first layers, which see the same inputs before and after: the error that rounding reported."""
+    ids = bitwright.load_tokens(DEMO / "calibration.txt", tokenizer=DEMO, length=64, samples=4)
+    for bits, method in ((3, "rtn"), (4, "gptq"), (2, "rtn")):
+        start, out = tmp_path / f"{bits} {method}", tmp_path / f"{bits} {method} refined"
+        options: dict[str, Any] = {"progress": False}
+        made = bitwright.quantize(
+            DEMO, start, method, bits, calibration=ids, preset="fast", **options
+        )  # type: ignore[arg-type]
+        found = bitwright.refine_model(DEMO, start, out, ids, drift=False, **options)
+        for layer, known in zip(found.layers[:3], made.layers, strict=False):
+            assert layer.name == known.name
+            assert layer.error_before == pytest.approx(known.error, rel=1e-4)
+            assert layer.error < known.error
+        assert all(layer.error_before is None for layer in made.layers)
+
+
+def test_tokens_of_activations_are_those_of_the_longest_array(tmp_path: Path) -> None:
+    from bitwright.activations import ActivationFile
+
+    arrays = {"a": np.zeros((3, 5, 4), np.float32), "b": np.zeros((7, 9), np.float32)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    np.savez_compressed(tmp_path / "b.npz", b=arrays["b"], c=np.array([[1, 2]], dtype=object))
+    np.savez(tmp_path / "c.npz")
+    for name, count in (("a", 15), ("b", 7), ("c", 0)):
+        with ActivationFile(tmp_path / f"{name}.npz") as file:
+            assert file.token_count() == count

@@ -49,13 +49,18 @@ def test_quantize_and_evaluate(tmp_path: Path) -> None:
         "seconds",
         "peak_memory_bytes",
         "warnings",
+        "reference_perplexity",
+        "windows",
+        "first_tokens",
     }
     assert figures["tokens"] == 8 * 128
+    assert (figures["windows"], figures["first_tokens"]) == ("whole", [])
     table = bitwright_command("evaluate", out, "--text", TEXT, "--length", "64", "--samples", "4")
     assert "tokens/s" in table.stdout
 
 
-def test_demo() -> None:
+def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     done = bitwright_command("demo")
     assert done.returncode == 0, done.stderr
     rows = {
@@ -64,6 +69,8 @@ def test_demo() -> None:
         if line.split()[:1] in (["original"], ["rtn"], ["gptq"])
     }
     assert float(rows["original"][1]) < float(rows["gptq"][1]) < float(rows["rtn"][1])
+    assert rows["rtn"][2] == rows["gptq"][2] == rows["original"][1]  # of the reference
+    assert "KL (nats/token)" in done.stdout
 
 
 def test_sensitivities_recipe_and_dwq(tmp_path: Path) -> None:

@@ -665,3 +665,42 @@ def test_contradictions_are_named(
     for place in (folder, path):
         with pytest.raises(CheckpointError, match=re.escape(str(folder))):
             bitwright.evaluate(place, IDS[:1])
+
+
+@pytest.mark.parametrize(
+    ("options", "file_type"),
+    [
+        ({"bits": 4, "grid": "affine"}, 3),  # the case: Q4_1 beside a larger float embedding
+        ({"bits": 4, "grid": "symmetric"}, 2),
+        ({"bits": 5, "grid": "affine", "embedding_bits": 8}, 9),
+        ({"bits": 8, "grid": "symmetric", "exclude": ["*.0.*"]}, 7),
+        # Most weights are in 4 bits, most bytes in 8.
+        ({"bits": 4, "grid": "affine", "overrides": {"*.mlp.*_proj": {"bits": 8}}}, None),
+        ({"bits": 4, "grid": "k"}, 15),
+    ],
+)
+def test_file_type_is_that_of_most_quantized_weights(
+    original: Path, tmp_path: Path, options: dict[str, Any], file_type: int | None
+) -> None:
+    model = original if options["grid"] == "k" else bitwright.demo_folder()
+    bitwright.quantize(model, tmp_path / "q", "rtn", format="gguf", progress=False, **options)
+    checkpoint = GgufCheckpoint(tmp_path / "q" / "model.gguf")
+    counts: dict[str, int] = {}
+    for name in checkpoint.names():
+        kind = TYPE_NAMES[checkpoint.dtype(name)]
+        if checkpoint.dtype(name).names:
+            weights = math.prod(checkpoint.shape(name)) * weights_per_block(checkpoint.dtype(name))
+            counts[kind] = counts.get(kind, 0) + weights
+    most = max(counts, key=lambda kind: counts[kind])
+    known = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 15}
+    assert checkpoint.metadata["general.file_type"] == known[most]
+    assert file_type in (None, known[most])
+
+
+@pytest.mark.parametrize(("dtype", "file_type"), [("float32", 0), ("float16", 1), ("bfloat16", 32)])
+def test_file_type_of_a_model_in_float(tmp_path: Path, dtype: Any, file_type: int) -> None:
+    demo = bitwright.demo_folder()
+    bitwright.convert(demo, tmp_path / "f", "float", dtype=dtype, progress=False)
+    bitwright.convert(tmp_path / "f", tmp_path / "q", "gguf", progress=False)
+    checkpoint = GgufCheckpoint(tmp_path / "q" / "model.gguf")
+    assert checkpoint.metadata["general.file_type"] == file_type

@@ -5,6 +5,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.lib.format import (
 )
 from numpy.typing import NDArray
 
-from bitwright.calibration import TokenSource, load_at_most
+from bitwright.calibration import TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import file_fingerprint
 from bitwright.checkpoint.replacing import check_new_file
 from bitwright.errors import CalibrationError, OutputError, OutputExistsError, shown
@@ -85,6 +86,27 @@ class ActivationFile:
         """Return what the file is known by again."""
         return file_fingerprint(self.path)
 
+    def token_count(self) -> int:
+        """Return how many tokens the file was made of: those of its longest array, as experts see few."""
+        counts = [0]
+        for entry in self._entries.values():
+            with suppress(Exception):  # as in `tokens`; what cannot be read is refused there
+                shape, dtype, start = self._header(entry)
+                if math.prod(shape) * dtype.itemsize == entry.file_size - start:
+                    counts.append(math.prod(shape[:-1]))
+        return max(counts)
+
+    def _header(self, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+        """Return an array's shape and dtype, and where its values begin."""
+        with self._archive.open(entry) as file:
+            version = read_magic(file)
+            if version not in _HEADERS:
+                raise ValueError(f"version {version}")
+            shape, _, dtype = _HEADERS[version](file)
+            if dtype.hasobject:
+                raise ValueError("it holds Python objects")
+            return shape, dtype, file.tell()
+
     def tokens(self, layers: Iterable[str], channels: int) -> Float32:
         """Return the inputs ``[tokens, channels]`` of the first of `layers` that the file has.
 
@@ -114,8 +136,7 @@ class ActivationFile:
         """Raise CalibrationError unless the file has the inputs of one of `layers`, as its header tells."""
         name = self._name(layers)
         try:
-            with self._archive.open(self._entries[name]) as file:
-                shape, dtype = self._header(file)
+            shape, dtype, _ = self._header(self._entries[name])
         except Exception as error:
             raise self._damaged(name, error) from error
         self._check(name, dtype, shape, layers[0], channels)
@@ -148,25 +169,14 @@ class ActivationFile:
                 f"floats [batch, length, {channels}]"
             )
 
-    @staticmethod
-    def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        version = read_magic(file)
-        if version not in _HEADERS:
-            raise ValueError(f"version {version}")
-        shape, _, dtype = _HEADERS[version](file)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")
-        return shape, dtype
-
     def _read(self, entry: zipfile.ZipInfo) -> NDArray[Any]:
         most = MOST_EXPANSION * min(entry.compress_size, self.path.stat().st_size)
-        with self._archive.open(entry) as file:
-            shape, dtype = self._header(file)
-            size = math.prod(shape) * dtype.itemsize
-            if min(shape, default=0) < 0 or size != entry.file_size - file.tell():
-                raise ValueError(f"{size} bytes of {entry.file_size}")
-            if size > most:
-                raise ValueError(f"{size} bytes, packed into {entry.compress_size}")
+        shape, dtype, start = self._header(entry)
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or size != entry.file_size - start:
+            raise ValueError(f"{size} bytes of {entry.file_size}")
+        if size > most:
+            raise ValueError(f"{size} bytes, packed into {entry.compress_size}")
         with self._archive.open(entry) as file:
             array: NDArray[Any] = read_array(file, allow_pickle=False)
         return array
@@ -181,6 +191,7 @@ def collect_activations(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     overwrite: bool = False,
 ) -> int:
     """Run a model on calibration text and write what its layers see.
@@ -193,7 +204,7 @@ def collect_activations(
         The .npz to write, whole or not at all: arrays ``[samples, length, in]`` float32, one for each group
         of layers with one input, by the full name of the first of them; of an expert ``[tokens, in]``, the
         tokens that it received, or all where it received none.
-    calibration, samples, length, seed
+    calibration, samples, length, seed, bos
         As for `quantize`; by default 8 samples. Every token takes ``4 * in`` bytes per group.
     overwrite
         Replace an existing file.
@@ -224,15 +235,17 @@ def collect_activations(
             f"(overwrite, --overwrite)"
         )
     check_new_file(target, lambda _: None)
-    tokens = load_at_most(
-        DEFAULT_SAMPLES,
+    tokens = load_samples(
         calibration,
         tokenizer=source.checkpoint.folder,
         length=length,
         samples=samples,
         seed=seed,
         vocab_size=source.config.vocab_size,
-    )
+        positions=source.positions,
+        bos=bos,
+        most=DEFAULT_SAMPLES,
+    ).tokens
     hidden = source.embed(tokens)
     rope = source.rotation(tokens.shape[1])
     count = 0

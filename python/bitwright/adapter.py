@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bitwright.build import build_info, set_num_threads
-from bitwright.calibration import TokenSource, existing_file, load_at_most, load_tokens
+from bitwright.calibration import TokenSource, existing_file, load_samples
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.reader import require_model
@@ -88,6 +88,7 @@ def quantize_with_transformers(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     grid: Grid | None = None,
     scale_dtype: DTypeLike | None = None,
     refine: bool | None = None,
@@ -118,7 +119,7 @@ def quantize_with_transformers(
         Folder to write; it appears when everything is done, or not at all.
     method
         ``"gptq"``, ``"rtn"``, ``"awq"`` or ``"awq+gptq"``. All but rtn need `calibration`.
-    bits, group_size, format, calibration, samples, length, seed, grid, scale_dtype
+    bits, group_size, format, calibration, samples, length, seed, bos, grid, scale_dtype
         As for `quantize`.
     refine, damping, act_order, block_size, grid_search, n_grid
         As for `quantize`; there is no drift correction here.
@@ -215,15 +216,17 @@ def quantize_with_transformers(
         dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
     tokens = None
     if calibration is not None:
-        tokens = load_at_most(
-            DEFAULT_SAMPLES,
+        tokens = load_samples(
             calibration,
             tokenizer=original.folder,
             length=length,
             samples=samples,
             seed=seed,
             vocab_size=original.vocab_size,
-        )
+            positions=original.positions,
+            bos=bos,
+            most=DEFAULT_SAMPLES,
+        ).tokens
 
     config = kind.spell(original.checkpoint.config)
     in_float: dict[str, Precision | None] = dict.fromkeys(original.routers())
@@ -255,7 +258,7 @@ def quantize_with_transformers(
 
 @expands_home
 def collect_grams(
-    model: str | os.PathLike[str], tokens: TokenSource
+    model: str | os.PathLike[str], tokens: TokenSource, *, bos: bool = True
 ) -> dict[str, NDArray[np.float32]]:
     """Return the second moments of what every linear of a float model reads, as transformers computes it.
 
@@ -265,6 +268,8 @@ def collect_grams(
         Checkpoint folder of any text model that transformers runs; see `quantize_with_transformers`.
     tokens
         Token ids ``[samples, length]``, or what else `load_tokens` reads.
+    bos
+        Begin every sample of a text with what the tokenizer puts first.
 
     Returns
     -------
@@ -288,7 +293,15 @@ def collect_grams(
     """
     loaded = TorchModel(model)
     names = loaded.linears().keys()
-    ids = load_tokens(tokens, tokenizer=loaded.folder, vocab_size=loaded.vocab_size)
+    ids = load_samples(
+        tokens,
+        tokenizer=loaded.folder,
+        length=None,
+        samples=None,
+        vocab_size=loaded.vocab_size,
+        positions=loaded.positions,
+        bos=bos,
+    ).tokens
     stream = Stream(loaded, ids)
     grams: dict[str, Float32] = {}
     for block in loaded.blocks:

@@ -45,6 +45,7 @@ def quantize_best(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     grid: Grid | None = None,
     recipe: Any = None,
     memory: float | None = None,
@@ -63,7 +64,7 @@ def quantize_best(
 
     Parameters
     ----------
-    model, out, method, bits, group_size, format, calibration, samples, length, seed, grid, recipe
+    model, out, method, bits, group_size, format, calibration, samples, length, seed, bos, grid, recipe
         As for `bitwright.quantize`; `samples` do not limit what DWQ trains on.
     memory, overwrite, threads, progress, options
         As for `bitwright.quantize`.
@@ -97,6 +98,8 @@ def quantize_best(
     kind = FORMATS[format]
     asked = kind.precision(bits, group_size, grid, original.input_channels())
     size = asked.group_size
+    # Layers that are left out because they have no whole groups cannot be compared in them either.
+    fits = all(kind.fits(channels, asked) for channels in original.input_channels())
     writer = CheckpointWriter(out, overwrite, source=original.checkpoint.source)
     with made_by(python_call(quantize_best, arguments)), sensitivities_kept(out) as work:
         current().on_first(writer.check_place)
@@ -108,6 +111,7 @@ def quantize_best(
             "samples": samples,
             "length": length,
             "seed": seed,
+            "bos": bos,
             "grid": grid,
             **options,
         }
@@ -115,8 +119,8 @@ def quantize_best(
             recipe = Recipe.load(recipe)
         limits = {"calibration": calibration, "memory": memory, "overwrite": overwrite}
         check_quantization(model, out, recipe=recipe, **limits, **making)
-        check_training(original, calibration, length, seed)
-        if recipe is None and not kind.one_precision and not options.get("overrides"):
+        check_training(original, calibration, length, seed, bos)
+        if recipe is None and not kind.one_precision and not options.get("overrides") and fits:
             shapes = list(original.linear_shapes().values())
             candidates = _candidates(kind, asked, original.input_channels())
             found = estimate_sensitivities(
@@ -126,6 +130,7 @@ def quantize_best(
                 *max(candidates, key=fineness),
                 length=length,
                 seed=seed,
+                bos=bos,
                 out=work,
                 resume=resume,
                 threads=threads,
@@ -173,6 +178,7 @@ def quantize_best(
             length=length,
             tokens=TRAINED_TOKENS,
             seed=seed,
+            bos=bos,
             learning_rate=LEARNING_RATE,
             overwrite=overwrite,
             resume=resume,

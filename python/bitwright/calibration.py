@@ -4,8 +4,9 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,15 +14,40 @@ from tokenizers import Tokenizer
 
 from bitwright.chat import Chats, is_chat
 from bitwright.errors import CalibrationError, shown
+from bitwright.first_tokens import first_tokens
 from bitwright.home import expands_home
 from bitwright.text_file import TEXT_LIMIT, read_bytes, read_text
 from bitwright.tokenizer_growth import check_growth
+from bitwright.warned import warn
 
 TokenSource: TypeAlias = str | os.PathLike[str] | NDArray[Any] | Sequence[str]
 
 DEFAULT_LENGTH = 512
 TOKENIZER_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40 MB
 _SUFFIXES = (".txt", ".jsonl", ".npy")
+Windows = Literal["whole", "llama.cpp"]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Tokens, and how they became samples.
+
+    Parameters
+    ----------
+    tokens
+        int32 ``[samples, length]``, C-contiguous.
+    first
+        What every sample of a text begins with, empty where the tokenizer puts nothing first or was
+        asked not to; None where token ids were given, which are taken as they are.
+    """
+
+    tokens: NDArray[np.int32]
+    first: tuple[int, ...] | None
+
+    @property
+    def bos(self) -> list[int] | None:
+        """The same for the identity of a run: None where nothing was put first."""
+        return list(self.first) if self.first else None
 
 
 @expands_home
@@ -33,11 +59,14 @@ def load_tokens(
     samples: int | None = None,
     seed: int | None = None,
     vocab_size: int | None = None,
+    bos: bool = True,
 ) -> NDArray[np.int32]:
     """Load calibration samples.
 
-    Text is tokenized as a whole, without special tokens other than those that it spells out, and
-    cut into consecutive samples; the rest at the end is dropped.
+    Text is tokenized as a whole and cut into consecutive samples; the rest at the end is dropped.
+    Every sample begins with the token that the tokenizer puts before a text, or the tokens, if it
+    puts any; a sample that begins with them by itself, as a chat whose template writes them does, is
+    not given them twice. Nothing is put behind a sample.
 
     Parameters
     ----------
@@ -61,6 +90,8 @@ def load_tokens(
         Choose the samples at random, without replacement; by default the first are taken.
     vocab_size : int, optional
         Token ids must be below it.
+    bos : bool, optional
+        False leaves out what the tokenizer puts first. Token ids are never changed.
 
     Returns
     -------
@@ -78,9 +109,62 @@ def load_tokens(
     array([[0, 1],
            [4, 5]], dtype=int32)
     """
+    loaded = _load(
+        source, tokenizer, length or DEFAULT_LENGTH, length, samples, seed, vocab_size, bos
+    )
+    return loaded.tokens
+
+
+def load_samples(
+    source: TokenSource,
+    *,
+    tokenizer: str | os.PathLike[str],
+    length: int | None,
+    samples: int | None,
+    seed: int | None = None,
+    vocab_size: int,
+    positions: int | None,
+    bos: bool = True,
+    most: int | None = None,
+    windows: Windows = "whole",
+) -> Samples:
+    """Load samples for a model that knows so many positions, as `load_tokens`.
+
+    Where no length is asked for, text is cut into samples of 512 tokens, or of as many as there are
+    positions if these are fewer; longer samples are warned of. Where no number is asked for, there
+    are at most `most`. With `windows` ``"llama.cpp"`` text is cut as llama-perplexity does: see
+    `bitwright.evaluate`.
+    """
+    usual = length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
+    found = _load(source, tokenizer, usual, length, samples, seed, vocab_size, bos, windows)
+    if samples is None and most is not None and len(found.tokens) > most:
+        found = Samples(load_tokens(found.tokens, samples=most, seed=seed), found.first)
+    if positions is not None and found.tokens.shape[1] > positions:
+        warn(
+            f"samples of {found.tokens.shape[1]} tokens are longer than the {positions} positions that "
+            f"the model has learned (max_position_embeddings): what is computed behind these says little "
+            f"of the model. Ask for a length of at most {positions}, or give shorter rows"
+        )
+    return found
+
+
+def _load(
+    source: TokenSource,
+    tokenizer: str | os.PathLike[str] | Tokenizer | None,
+    text_length: int,
+    length: int | None,
+    samples: int | None,
+    seed: int | None,
+    vocab_size: int | None,
+    bos: bool,
+    windows: Windows = "whole",
+) -> Samples:
+    """Load samples; text is cut to `text_length`, rows of token ids to `length`."""
     for name, value in (("length", length), ("samples", samples), ("vocab_size", vocab_size)):
         _check_integer(name, value, 1)
     _check_integer("seed", seed, 0)
+    first: tuple[int, ...] | None = None
+    text = None
     if isinstance(source, np.ndarray):
         origin, rows = "the token array", _checked_rows(source, "the token array", length)
     elif isinstance(source, str | os.PathLike):
@@ -91,40 +175,23 @@ def load_tokens(
         else:
             is_lines = path.suffix == ".jsonl"
             text = _json_lines(path, tokenizer) if is_lines else read_text(path, TEXT_LIMIT)
-            rows = _tokenized(text, tokenizer, length or DEFAULT_LENGTH, origin)
     else:
         origin = "the list of texts"
         if not all(isinstance(text, str) for text in source):
             raise CalibrationError(f"{origin}: must hold strings only")
-        rows = _tokenized("\n\n".join(source), tokenizer, length or DEFAULT_LENGTH, origin)
+        text = "\n\n".join(source)
+    if text is not None:
+        known = _tokenizer_of_text(text, tokenizer, origin)
+        with _tokenizer_errors(origin):
+            first = first_tokens(known) if bos else ()
+        if windows == "llama.cpp":
+            rows = _windows_of_llama_cpp(text, known, first, text_length, origin)
+        else:
+            rows = _cut(_tokenized(text, known, origin), first, text_length, origin)
     chosen = _chosen(len(rows), samples, seed, origin)
     tokens = rows[chosen]
     _check_ids(tokens, chosen, vocab_size, origin)
-    return np.ascontiguousarray(tokens, dtype=np.int32)
-
-
-def load_at_most(
-    most: int,
-    source: TokenSource,
-    *,
-    tokenizer: str | os.PathLike[str],
-    length: int | None,
-    samples: int | None,
-    seed: int,
-    vocab_size: int,
-) -> NDArray[np.int32]:
-    """Load the samples asked for, as `load_tokens`; where no number is, at most so many."""
-    tokens = load_tokens(
-        source,
-        tokenizer=tokenizer,
-        length=length,
-        samples=samples,
-        seed=seed,
-        vocab_size=vocab_size,
-    )
-    if samples is None and len(tokens) > most:
-        return load_tokens(tokens, samples=most, seed=seed)
-    return tokens
+    return Samples(np.ascontiguousarray(tokens, dtype=np.int32), first)
 
 
 def _check_integer(name: str, value: object, smallest: int) -> None:
@@ -220,9 +287,9 @@ def _checked_rows(rows: NDArray[Any], origin: str, length: int | None) -> NDArra
     return rows[:, :length]
 
 
-def _tokenized(
-    text: str, tokenizer: str | os.PathLike[str] | Tokenizer | None, length: int, origin: str
-) -> NDArray[Any]:
+def _tokenizer_of_text(
+    text: str, tokenizer: str | os.PathLike[str] | Tokenizer | None, origin: str
+) -> Tokenizer:
     if not text:
         raise CalibrationError(f"{origin}: is empty")
     if tokenizer is None:
@@ -230,17 +297,75 @@ def _tokenized(
             f"{origin}: is text, which needs a tokenizer. Give one, or a .npy of token ids"
         )
     with _tokenizer_errors(origin):
-        private = load_tokenizer(tokenizer)
-        check_growth(private, text, origin)
-        encoding = private.encode_batch_fast([text], add_special_tokens=False)[0]
-        ids = np.array(encoding.ids, dtype=np.uint32)
-    count = len(ids) // length
+        return load_tokenizer(tokenizer)
+
+
+def _tokenized(text: str, tokenizer: Tokenizer, origin: str) -> NDArray[Any]:
+    with _tokenizer_errors(origin):
+        check_growth(tokenizer, text, origin)
+        encoding = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        return np.array(encoding.ids, dtype=np.uint32)
+
+
+def _cut(ids: NDArray[Any], first: tuple[int, ...], length: int, origin: str) -> NDArray[Any]:
+    """Cut tokens into samples that begin with `first`, which is not put before itself."""
+    body = length - len(first)
+    if body < 1:
+        raise CalibrationError(
+            f"length is {length}, which leaves no place behind what the tokenizer puts first, "
+            f"{len(first)} tokens. Ask for a larger length, or for samples without it: bos=False "
+            f"(--no-bos)"
+        )
+    begins = np.zeros(len(ids), bool)
+    if first and len(ids) >= len(first):
+        places = np.lib.stride_tricks.sliding_window_view(ids, len(first))
+        begins[: len(places)] = (places == np.array(first, ids.dtype)).all(axis=1)
+    repeats = bool(begins.any())
+    starts: list[int] = []  # of what follows the first tokens
+    place = 0
+    while repeats and place < len(ids):
+        own = len(first) if begins[place] else 0
+        if place + own + body <= len(ids):
+            starts.append(place + own)
+        place += own + body
+    count = len(starts) if repeats else len(ids) // body
     if not count:
         raise CalibrationError(
             f"{origin}: has {len(ids)} tokens, too few for one sample of {length}. Give more text "
             f"or ask for a smaller length"
         )
-    return ids[: count * length].reshape(count, length)
+    rows = np.empty((count, length), ids.dtype)
+    rows[:, : len(first)] = first
+    if starts:
+        rows[:, len(first) :] = [ids[start : start + body] for start in starts]
+    else:
+        rows[:, len(first) :] = ids[: count * body].reshape(count, body)
+    return rows
+
+
+def _windows_of_llama_cpp(
+    text: str, tokenizer: Tokenizer, first: tuple[int, ...], length: int, origin: str
+) -> NDArray[Any]:
+    """Cut a text as llama-perplexity does: once tokenized, with what the tokenizer puts first, into
+    windows whose first token then gives way to it. Special tokens that the text spells out are text, and
+    a line's end at the very end does not count."""
+    if len(first) > 1:
+        raise CalibrationError(
+            f"{origin}: the tokenizer puts {len(first)} tokens first, and llama-perplexity replaces one. "
+            f"Evaluate whole samples instead"
+        )
+    tokenizer.encode_special_tokens = True
+    ids = _tokenized(text.removesuffix("\n"), tokenizer, origin)
+    ids = np.concatenate([np.array(first, ids.dtype), ids])
+    if len(ids) < 2 * length:
+        raise CalibrationError(
+            f"{origin}: has {len(ids)} tokens, and llama-perplexity asks for at least two windows, "
+            f"{2 * length}. Give more text or ask for a smaller length"
+        )
+    count = len(ids) // length
+    rows = ids[: count * length].reshape(count, length)
+    rows[:, : len(first)] = first
+    return rows
 
 
 def load_tokenizer(tokenizer: str | os.PathLike[str] | Tokenizer) -> Tokenizer:

@@ -22,11 +22,15 @@ from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.replacing import replaced
 from bitwright.evaluate import Evaluation
 from bitwright.formats import Format
-from bitwright.report import DwqReport, QuantizationReport, megabytes
+from bitwright.report import DwqReport, QuantizationReport, error_text, megabytes
 
 CARD_NAME = "README.md"
 CARD_LIMIT = 64 << 10  # bytes of the original's card that are looked at
 LIBRARIES = {"mlx": "mlx", "gguf": "llama.cpp"}  # by format; transformers for the others
+METHOD_WORDS = {
+    "refine": "refinement of its codes and scales",
+    "salient": "AWQ of salient weights",
+}
 PROMPT = "Once upon a time"
 WIDTH = 88  # of a call on one line
 SHOWN = 200  # characters of an argument, and of a name from a file
@@ -71,8 +75,27 @@ def made_by(command: str) -> Iterator[None]:
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """Return the command that runs bitwright with these arguments, quoted for a shell."""
-    return shlex.join(["bitwright", *arguments])
+    """Return the command that runs bitwright with these arguments, quoted for a shell; absolute paths are
+    told by their names alone.
+
+    Examples
+    --------
+    >>> command_line(["quantize", "/home/me/models/story", "--out=/tmp/my q", "--bits", "3"])
+    "bitwright quantize story '--out=my q' --bits 3"
+    """
+    told = []
+    for each in arguments:
+        option, equals, value = each.partition("=")
+        is_option = equals and option.startswith("--")
+        told.append(f"{option}={without_place(value)}" if is_option else without_place(each))
+    return shlex.join(["bitwright", *told])
+
+
+def without_place(path: str) -> str:
+    """Return a path as strangers may read it: of one that is absolute, or in somebody's home, the name."""
+    if not path.startswith(("/", "~")) or "\n" in path:
+        return path
+    return os.path.basename(os.path.normpath(path)) or path
 
 
 def python_call(function: Callable[..., object], arguments: Mapping[str, object]) -> str:
@@ -89,7 +112,8 @@ def python_call(function: Callable[..., object], arguments: Mapping[str, object]
     Returns
     -------
     str
-        Python, except for what has no short literal, such as ``<array of shape [8, 128]>``.
+        Python, except for what has no short literal, such as ``<array of shape [8, 128]>``; of absolute
+        paths the names alone.
 
     Examples
     --------
@@ -104,12 +128,12 @@ def python_call(function: Callable[..., object], arguments: Mapping[str, object]
         if parameter.kind is parameter.VAR_KEYWORD:
             options = arguments[name]
             if isinstance(options, Mapping):
-                given += [f"{key}={_literal(value)}" for key, value in options.items()]
+                given += [f"{key}={_argument(value)}" for key, value in options.items()]
             continue
-        value = _literal(arguments[name])
+        value = _argument(arguments[name])
         if parameter.default is parameter.empty:
             given.append(value)
-        elif value != _literal(parameter.default):
+        elif value != _argument(parameter.default):
             given.append(f"{name}={value}")
     called = f"bitwright.{function.__name__}"
     line = f"{called}({', '.join(given)})"
@@ -185,10 +209,11 @@ def model_card(
     if command is not None:
         parts.append(_block("sh" if command.startswith("bitwright ") else "python", command))
     parts += _figures(reports)
-    place = os.fspath(out)
+    place = without_place(os.fspath(out))
     parts += ["## Loading", *_loading(place, format, len(stored) > 1, unfused)]
     original = source.path if isinstance(source, GgufCheckpoint) else source.folder
-    evaluate = ("evaluate", place, "--reference", str(original), "--text", "other.txt")
+    known = base if base is not None and "/" in base else without_place(str(original))
+    evaluate = ("evaluate", place, "--reference", known, "--text", "other.txt")
     parts += [
         "## Evaluation",
         "Perplexity, and how far it is from the original, on any text:",
@@ -225,14 +250,16 @@ def add_evaluations(folder: str | os.PathLike[str], rows: Mapping[str, Evaluatio
     --------
     >>> add_evaluations("story-3bit", {"quantized": result})  # doctest: +SKIP
     """
-    headings = ("model", "perplexity", "KL (nats/token)", "top-1", "tokens")
+    headings = ("model", "perplexity", "reference", "KL (nats/token)", "top-1", "tokens", "windows")
     table = [
         (
             _text(name),
             f"{each.perplexity:.4f}",
+            "" if each.reference_perplexity is None else f"{each.reference_perplexity:.4f}",
             "" if each.kl_divergence is None else f"{each.kl_divergence:.5f}",
             "" if each.top1_agreement is None else f"{100 * each.top1_agreement:.2f} %",
             f"{each.tokens:,}",
+            each.windows,
         )
         for name, each in rows.items()
     ]
@@ -251,7 +278,7 @@ def _sentence(base: str | None, format: type[Format] | None, methods: list[str],
     kind = "in float" if format is None else f"in the {format.name} format"
     how = [f"{count:,} layers quantized"] if count else []
     if methods:
-        words = ["DWQ" if each == "dwq" else each.upper().replace("+", " and ") for each in methods]
+        words = [METHOD_WORDS.get(each, each.upper().replace("+", " and ")) for each in methods]
         how.append(f"by {', then '.join(words)}")
     more = f" ({', '.join(how)})" if how else ""
     return f"This is {model} {kind}{more}, made on a CPU with bitwright {version('bitwright')}."
@@ -294,6 +321,10 @@ def _facts(
             ("size", f"{megabytes(report.size_bytes)} (was {megabytes(report.original_bytes)})"),
             ("calibration", f"{report.calibration_tokens:,} tokens"),
         ]
+        earlier, error = report.mean_errors()
+        if earlier is not None:
+            change = f"{earlier:.2e} before, {error:.2e} after, relative, mean over the layers"
+            rows.append(("squared error", change))
     return [*rows, ("bitwright", version("bitwright"))]
 
 
@@ -302,13 +333,21 @@ def _figures(reports: Sequence[Report]) -> list[str]:
     for report in reports:
         if isinstance(report, DwqReport):
             continue
+        compared = any(each.error_before is not None for each in report.layers)
         worst = [
-            (_code(each.name), str(each.bits), str(each.group_size), f"{each.error:.2e}")
+            (
+                _code(each.name),
+                str(each.bits),
+                str(each.group_size),
+                *([error_text(each.error_before)] if compared else []),
+                f"{each.error:.2e}",
+            )
             for each in report.worst()
         ]
         if worst:
             over = "the calibration tokens" if report.calibration_tokens else "its weights"
-            headings = ("layer", "bits", "group", "error")
+            errors = ("before", "after") if compared else ("error",)
+            headings = ("layer", "bits", "group", *errors)
             parts += [
                 f"The layers with the largest errors (squared, relative, over {over}):",
                 _table(headings, worst),
@@ -490,6 +529,11 @@ def _yaml(value: str) -> str:
     if _PLAIN_YAML.fullmatch(value) and value.lower() not in _YAML_WORDS:
         return value
     return json.dumps(value, ensure_ascii=False)
+
+
+def _argument(value: object) -> str:
+    """Write an argument of a call; of an absolute path its name."""
+    return _literal(without_place(os.fspath(value)) if isinstance(value, str | Path) else value)
 
 
 def _literal(value: object) -> str:

@@ -34,6 +34,7 @@ from bitwright.distillation import LOSSES
 from bitwright.distributed import current, launched, spread_over, world
 from bitwright.dwq import SCHEDULES
 from bitwright.errors import MissingExtraError
+from bitwright.evaluate import WINDOWS
 from bitwright.formats import FORMATS
 from bitwright.home import expanded
 from bitwright.methods.awq import DEFAULT_GRID
@@ -193,6 +194,14 @@ def _method_and_format(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
+def _bos(function: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--bos/--no-bos",
+        default=True,
+        help="Begin every sample of a text with the token that the tokenizer puts first, or not.",
+    )(function)
+
+
 def _data(required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def add(function: Callable[..., None]) -> Callable[..., None]:
         for option in (
@@ -200,7 +209,8 @@ def _data(required: bool) -> Callable[[Callable[..., None]], Callable[..., None]
             click.option(
                 "--length",
                 type=click.IntRange(2),
-                help="Tokens per sample; by default 512 of a text and the whole rows of an array.",
+                help="Tokens per sample; by default 512 of a text, or as many as the model has positions, "
+                "and the whole rows of an array.",
             ),
             click.option(
                 "--data",
@@ -210,7 +220,7 @@ def _data(required: bool) -> Callable[[Callable[..., None]], Callable[..., None]
             ),
         ):
             function = option(function)
-        return function
+        return _bos(function)
 
     return add
 
@@ -252,14 +262,15 @@ def _chosen_tokens(function: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--length",
             type=click.IntRange(1),
-            help="Tokens per sample; by default 512 of a text and the whole rows of an array.",
+            help="Tokens per sample; by default 512 of a text, or as many as the model has positions, and "
+            "the whole rows of an array.",
         ),
         click.option(
             "--samples", type=click.IntRange(1), help="Calibration samples; by default up to 128."
         ),
     ):
         function = option(function)
-    return function
+    return _bos(function)
 
 
 def _threads(function: Callable[..., None]) -> Callable[..., None]:
@@ -483,6 +494,7 @@ def quantize(
 )
 @click.option("--length", type=click.IntRange(1), help="Tokens per sample.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Chooses the samples.")
+@_bos
 @click.option("--dry-run", is_flag=True, help="Only write the activations.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @_threads
@@ -494,6 +506,7 @@ def salient(
     samples: int | None,
     length: int | None,
     seed: int,
+    bos: bool,
     dry_run: bool,
     overwrite: bool,
     threads: int | None,
@@ -525,6 +538,7 @@ def salient(
             samples=samples,
             length=length,
             seed=seed,
+            bos=bos,
             overwrite=overwrite,
         )
         click.echo(f"wrote the inputs of {count} groups of layers to {activations_path}")
@@ -717,6 +731,7 @@ def dwq(
         "samples": samples,
         "length": options["length"],
         "seed": options["seed"],
+        "bos": options["bos"],
     }
     source = data if calibration is None else calibration
 
@@ -861,9 +876,17 @@ def _described(found: bitwright.Statistics) -> str:
 @click.option(
     "--length",
     type=click.IntRange(2),
-    help="Tokens per sample; by default 512 of a text and the whole rows of an array.",
+    help="Tokens per sample; by default 512 of a text, or as many as the model has positions, and the "
+    "whole rows of an array.",
 )
 @click.option("--samples", type=click.IntRange(1), help="Use the first so many samples.")
+@_bos
+@click.option(
+    "--windows",
+    type=click.Choice(WINDOWS),
+    default="whole",
+    help="Judge whole samples, or as llama-perplexity does: the second halves of windows of the text.",
+)
 @_memory
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_threads
@@ -873,6 +896,8 @@ def evaluate(
     text: Path,
     length: int | None,
     samples: int | None,
+    bos: bool,
+    windows: Any,
     memory: float | None,
     as_json: bool,
     threads: int | None,
@@ -891,6 +916,8 @@ def evaluate(
             reference=reference,
             length=length,
             samples=samples,
+            bos=bos,
+            windows=windows,
             memory=memory,
             on_progress=lambda share: bar.update(task, completed=share, visible=True),
         )
@@ -905,7 +932,7 @@ def evaluate(
 @click.option("--method", type=click.Choice(list(METHODS)), default="gptq")
 @click.option("--preset", type=click.Choice(["fast", "default"]), default="default")
 @click.option("--samples", type=click.IntRange(1), default=128, help="Calibration samples.")
-@click.option("--length", type=click.IntRange(1), default=512, help="Tokens per sample.")
+@click.option("--length", type=click.IntRange(1), help="Tokens per sample; by default up to 512.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @_threads
 def inspect_command(model: Path, as_json: bool, threads: int | None, **options: Any) -> None:

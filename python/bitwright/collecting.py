@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from bitwright.build import set_num_threads
-from bitwright.calibration import TokenSource, load_at_most
+from bitwright.calibration import TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.checkpoint.writer import check_apart
@@ -45,6 +45,7 @@ def collect_statistics(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     memory: float | None = None,
     resume: bool = True,
     threads: int | None = None,
@@ -62,7 +63,7 @@ def collect_statistics(
     out
         Folder to write; it appears when everything is done, or not at all. It takes 4 · in² bytes for each
         group of layers with one input, experts one by one.
-    calibration, samples, length, seed, memory, threads, progress
+    calibration, samples, length, seed, bos, memory, threads, progress
         As for `quantize`.
     resume
         Go on where an interrupted run with the same arguments has stopped, after its last complete block,
@@ -100,15 +101,18 @@ def collect_statistics(
     if threads is not None:
         set_num_threads(threads)
     source = load_model(model)
-    tokens = load_at_most(
-        DEFAULT_SAMPLES,
+    loaded = load_samples(
         calibration,
         tokenizer=source.checkpoint.folder,
         length=length,
         samples=samples,
         seed=seed,
         vocab_size=source.config.vocab_size,
+        positions=source.positions,
+        bos=bos,
+        most=DEFAULT_SAMPLES,
     )
+    tokens = loaded.tokens
     ranks, work = current(), WorkFolder(out)
 
     def check() -> None:
@@ -127,6 +131,7 @@ def collect_statistics(
         "version of bitwright": version("bitwright"),
         "model": fingerprint,
         "calibration": tokens_fingerprint(tokens),
+        "bos": loaded.bos,
         "fixed_order": ranks.fixed_order,
     }
     with work, kept_when_interrupted(work):
@@ -167,7 +172,7 @@ def collect_statistics(
             writer.add(source.names.head, len(moments.gram), moments)
             writer.end_file(HEAD_FILE)
             digests = [digest(np.ascontiguousarray(sample).data) for sample in tokens]
-            writer.finish(fingerprint, tokens.size, digests)
+            writer.finish(fingerprint, tokens.size, digests, loaded.first)
         ranks.barrier()
     return Statistics(out)
 

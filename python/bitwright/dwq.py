@@ -18,7 +18,7 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 
 from bitwright.build import set_num_threads
-from bitwright.calibration import TokenSource, load_tokenizer, load_tokens
+from bitwright.calibration import Samples, TokenSource, load_samples, load_tokenizer
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files, plainly_spelled
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -64,9 +64,9 @@ from bitwright.targets import (
     DEFAULT_K,
     DwqTargets,
     check_targets,
-    compute_dwq_targets,
     read_manifest,
     tokens_fingerprint,
+    write_targets,
 )
 from bitwright.warned import reports_warnings
 
@@ -152,6 +152,7 @@ def dwq_quantize(
     length: int | None = None,
     tokens: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     learning_rate: float = 5e-4,
     schedule: Schedule = "cosine",
     warmup: float = 0.1,
@@ -198,11 +199,14 @@ def dwq_quantize(
     validation, validation_samples
         What to validate on; by default so many samples, at most 8, that are taken out of `data`.
     length
-        Tokens per sample; by default 512 of a text, and the whole rows of an array.
+        Tokens per sample; by default 512 of a text, or as many as the teacher knows positions, and the
+        whole rows of an array.
     tokens
         How many to train on, several times over if `data` has fewer; by default all once.
     seed
         Chooses the samples and their order.
+    bos
+        Begin every sample of a text with what the tokenizer puts first, see `load_tokens`.
     learning_rate, schedule, warmup
         Of Adam: see `bitwright.student.TrainedTensor` for its unit; ``"cosine"`` or ``"linear"`` fall to 0,
         ``"constant"`` does not; the first share `warmup` of the steps rises linearly.
@@ -289,8 +293,10 @@ def dwq_quantize(
     teacher_model = load_model(teacher)
     if not callable(student):
         check_pair(teacher_model, load_model(student))
-    rows = _load(data, targets, teacher_model, length)
-    held = None if validation is None else _load(validation, None, teacher_model, rows.shape[1])
+    loaded = _load(data, targets, teacher_model, length, bos)
+    rows, held = loaded.tokens, None
+    if validation is not None:
+        held = _load(validation, None, teacher_model, rows.shape[1], bos).tokens
     plan = _plan(rows, held, validation_samples, tokens, batch_size * accumulate, seed)
     steps = len(plan.order) // (batch_size * accumulate)
     settings = _Settings(
@@ -314,11 +320,12 @@ def dwq_quantize(
     if given is not None:
         for taken in (work.out, work.path):
             check_apart(taken, given, "targets")
-        samples, _ = _taught(plan, given)
-        ranks.on_first(lambda: check_targets(teacher_model, samples, given, k, temperature))
+        taught = Samples(_taught(plan, given)[0], loaded.first)
+        ranks.on_first(lambda: check_targets(teacher_model, taught, given, k, temperature))
     identity: dict[str, object] = {
         "teacher": model_fingerprint(teacher_model.checkpoint),
         "tokenizer": tokenizer_fingerprint(teacher_model.checkpoint),
+        "bos": loaded.bos,
         "tokens": tokens_fingerprint(plan.samples[plan.order]),
         "validation": tokens_fingerprint(plan.samples[plan.valid]),
         "k": k,
@@ -345,6 +352,7 @@ def dwq_quantize(
                 known = _teach(
                     teacher_model,
                     plan,
+                    loaded.first,
                     given,
                     work.path,
                     k,
@@ -704,7 +712,8 @@ def _load(
     targets: str | os.PathLike[str] | None,
     teacher: Model,
     length: int | None,
-) -> NDArray[np.int32]:
+    bos: bool,
+) -> Samples:
     if source is None:
         if targets is None:
             raise ValueError("data: give text or token ids to train on, or targets made of some")
@@ -714,18 +723,23 @@ def _load(
                 f"length: is {length}, but {targets} are targets of samples of {known.length} tokens; "
                 f"leave it out, or give the data and other targets"
             )
-        return known.tokens()
-    return load_tokens(
+        return Samples(known.tokens(), None if known.bos is None else tuple(known.bos))
+    return load_samples(
         source,
         tokenizer=teacher.checkpoint.folder,
         length=length,
+        samples=None,
         vocab_size=teacher.config.vocab_size,
+        positions=teacher.positions,
+        bos=bos,
     )
 
 
-def check_training(teacher: Model, data: TokenSource, length: int | None, seed: int) -> None:
+def check_training(
+    teacher: Model, data: TokenSource, length: int | None, seed: int, bos: bool
+) -> None:
     """Raise CalibrationError unless there are samples to train on, and to validate on."""
-    _plan(_load(data, None, teacher, length), None, None, None, 1, seed)
+    _plan(_load(data, None, teacher, length, bos).tokens, None, None, None, 1, seed)
 
 
 def _plan(
@@ -777,6 +791,7 @@ def _taught(plan: _Plan, given: Path | None) -> tuple[NDArray[np.int32], NDArray
 def _teach(
     teacher: Model,
     plan: _Plan,
+    first: tuple[int, ...] | None,
     given: Path | None,
     work: Path,
     k: int,
@@ -784,17 +799,17 @@ def _teach(
     on_progress: Callable[[float], None],
 ) -> _Known:
     """Return the targets of the plan's samples: those that are there of all rows, or such as are made of
-    the samples that are used."""
+    the samples that are used, which begin with `first`."""
     total = len(plan.used) + len(plan.held)
 
     def compute(samples: NDArray[np.int32], folder: Path, begin: int, end: int) -> DwqTargets:
-        return compute_dwq_targets(
+        return write_targets(
             teacher,
-            samples,
+            Samples(samples, first),
             folder,
-            k=k,
-            temperature=temperature,
-            on_progress=lambda share: on_progress((begin + (end - begin) * share) / total),
+            k,
+            temperature,
+            lambda share: on_progress((begin + (end - begin) * share) / total),
         )
 
     samples, places = _taught(plan, given)

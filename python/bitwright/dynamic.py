@@ -27,7 +27,7 @@ from bitwright.methods.dynamic import allocate, check_target
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.model import Model, load_model
 from bitwright.pipeline import check_quantization, quantize
-from bitwright.recipe import Recipe, plan_layers
+from bitwright.recipe import Recipe, check_candidates, plan_layers
 from bitwright.report import QuantizationReport
 from bitwright.sensitivity import (
     Sensitivities,
@@ -219,9 +219,9 @@ def dynamic_choices(
         if all(_is_stored(kind, shapes, Precision(*one, each)) for one in chosen)
     ]
     if not possible:
-        for candidate in chosen:
-            for name, shape in shapes.items():
-                kind.check(name, shape, Precision(*candidate, first))  # which says why
+        check_candidates(
+            (Precision(*each, first) for each in chosen), shapes, kind
+        )  # which says why
     choices = Choices(chosen, possible[0], dtype)
     check_target(target_bpw, *_reach(shapes, choices))
     return choices
@@ -328,6 +328,7 @@ def dynamic_quantize(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     grid: Grid | None = None,
     evaluate_on: TokenSource | None = None,
     memory: float | None = None,
@@ -353,7 +354,7 @@ def dynamic_quantize(
         estimate.
     sensitivity_samples
         How many samples of `data` the estimate takes; by default at most 32.
-    calibration, samples, length, seed, grid, memory, overwrite, threads, progress, options
+    calibration, samples, length, seed, bos, grid, memory, overwrite, threads, progress, options
         As for `bitwright.quantize`.
     evaluate_on
         Text or token ids to evaluate the original and the result on.
@@ -403,7 +404,7 @@ def dynamic_quantize(
         raise ValueError("data: give text or token ids, or sensitivities that are known")
     text = data if calibration is None else calibration
     if evaluate_on is not None:
-        check_text(original, evaluate_on, length)
+        check_text([original], evaluate_on, length, bos=bos)
     making: dict[str, Any] = {
         "method": method,
         "format": format,
@@ -411,6 +412,7 @@ def dynamic_quantize(
         "samples": samples,
         "length": length,
         "seed": seed,
+        "bos": bos,
         "grid": choices.grid,
         "memory": memory,
         "resume": resume,
@@ -436,6 +438,7 @@ def dynamic_quantize(
                 samples=sensitivity_samples,
                 length=length,
                 seed=seed,
+                bos=bos,
                 out=work if file is None else file,
                 resume=resume,
                 progress=progress,
@@ -459,8 +462,8 @@ def dynamic_quantize(
         before = after = None
         if evaluate_on is not None:
             written.commit(report)
-            before = evaluate(original, evaluate_on, length=length)
-            after = evaluate(out, evaluate_on, reference=original, length=length)
+            before = evaluate(original, evaluate_on, length=length, bos=bos)
+            after = evaluate(out, evaluate_on, reference=original, length=length, bos=bos)
             rows = {"original": before, "quantized": after}
             ranks.on_first(lambda: add_evaluations(out, rows))
     return DynamicReport(recipe, known, report, before, after)

@@ -3,16 +3,16 @@
 import math
 import os
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
 from bitwright.budget import Budget
-from bitwright.calibration import TokenSource, load_tokens
-from bitwright.errors import CalibrationError, NonFiniteError
+from bitwright.calibration import Samples, TokenSource, Windows, load_samples
+from bitwright.errors import CalibrationError, NonFiniteError, check_choice
 from bitwright.home import expands_home
 from bitwright.memory import peak_memory_bytes
 from bitwright.models.block import Rotation
@@ -22,6 +22,7 @@ from bitwright.models.operations import Float32
 from bitwright.planner import inner_width, passing_bytes
 from bitwright.warned import reports_warnings
 
+WINDOWS: tuple[Windows, ...] = ("whole", "llama.cpp")
 LOGIT_BYTES = 64 << 20  # logits that exist at one time, per model
 
 
@@ -32,11 +33,13 @@ class Evaluation:
     Parameters
     ----------
     perplexity
-        exp of the mean negative log-likelihood of each token but a sample's first.
+        exp of the mean negative log-likelihood of each token that is judged: of all but a sample's first,
+        or as `windows` says.
     kl_divergence
-        Mean KL(reference ‖ model) over all positions, in nats per token; None without a reference.
+        Mean KL(reference ‖ model) over all positions, or those that `windows` judges, in nats per token;
+        None without a reference.
     top1_agreement
-        Share of the positions where both give the largest probability to the same token; None
+        Share of these positions where both give the largest probability to the same token; None
         without a reference.
     bits_per_weight
         Bits that the checkpoint stores per parameter of the model, all tensors counted.
@@ -48,6 +51,12 @@ class Evaluation:
         Largest resident memory of the process so far.
     warnings
         What was warned of, one line each.
+    reference_perplexity
+        The perplexity of the reference on the same tokens; None without one.
+    windows
+        What was judged: ``"whole"`` samples, or the second halves of windows, as ``"llama.cpp"`` does.
+    first_tokens
+        What each sample of the text began with, see `load_tokens`; None where token ids were given.
     """
 
     perplexity: float
@@ -58,6 +67,9 @@ class Evaluation:
     seconds: float
     peak_memory_bytes: int
     warnings: tuple[str, ...] = ()
+    reference_perplexity: float | None = None
+    windows: Windows = "whole"
+    first_tokens: tuple[int, ...] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -74,6 +86,8 @@ def evaluate(
     reference: str | os.PathLike[str] | Model | None = None,
     length: int | None = None,
     samples: int | None = None,
+    bos: bool = True,
+    windows: Windows = "whole",
     memory: float | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> Evaluation:
@@ -92,9 +106,17 @@ def evaluate(
     reference
         The original.
     length
-        Tokens per sample; by default 512 of a text, and the whole rows of an array.
+        Tokens per sample; by default 512 of a text, or as many as the model knows positions, and the
+        whole rows of an array.
     samples
         Evaluate the first so many; all by default.
+    bos
+        Begin every sample of a text with what the tokenizer puts first, see `bitwright.load_tokens`.
+    windows
+        ``"whole"`` judges all positions of every sample. ``"llama.cpp"`` gives the figures of
+        llama-perplexity with a context of `length`: the text is tokenized once, cut into windows whose
+        first token gives way to the one that the tokenizer puts first, and of n positions those from n // 2
+        on are judged. Token ids are not changed then either, but judged so.
     memory
         Budget in gigabytes (10⁹ bytes); by default three quarters of what is free.
     on_progress
@@ -120,6 +142,7 @@ def evaluate(
     (0.0, 1.0)
     """
     start = time.perf_counter()
+    check_choice("windows", windows, WINDOWS)
     judged = _opened(model)
     models = [judged]
     if reference is not None:
@@ -129,7 +152,9 @@ def evaluate(
             f"{models[1].checkpoint.folder}: the reference's vocabulary has "
             f"{models[1].config.vocab_size} entries, the model's {judged.config.vocab_size}"
         )
-    tokens = check_text(judged, text, length, samples)
+    loaded = check_text(models, text, length, samples, bos, windows)
+    tokens = loaded.tokens
+    skipped = _skipped(tokens, windows)
     batch = _samples_at_once(models, len(tokens), tokens.shape[1], memory)
     parts = [tokens[first : first + batch] for first in range(0, len(tokens), batch)]
     steps = len(parts) * (sum(each.config.num_hidden_layers + 1 for each in models) + 1)
@@ -141,21 +166,25 @@ def evaluate(
         if on_progress:
             on_progress(done / steps)
 
-    loss = divergence = 0.0
-    agreed = 0
+    total = _Comparison()
     for part in parts:
         hidden = [_final_states(each, part, step) for each in models]
-        found = _compare(models, hidden, part)
-        loss, divergence, agreed = loss + found[0], divergence + found[1], agreed + found[2]
+        total.add(models, hidden, part, _compared(part.shape, windows))
         step()
+    followed = len(tokens) * (tokens.shape[1] - 1 - skipped)
+    positions = followed if skipped else tokens.size
+    perplexities = [float(np.exp(loss / followed)) for loss in total.losses[: len(models)]]
     return Evaluation(
-        perplexity=float(np.exp(loss / (tokens.size - len(tokens)))),
-        kl_divergence=None if reference is None else divergence / tokens.size,
-        top1_agreement=None if reference is None else agreed / tokens.size,
+        perplexity=perplexities[0],
+        kl_divergence=None if reference is None else total.divergence / positions,
+        top1_agreement=None if reference is None else total.agreed / positions,
         bits_per_weight=bits_per_weight(judged),
         tokens=tokens.size,
         seconds=time.perf_counter() - start,
         peak_memory_bytes=peak_memory_bytes(),
+        reference_perplexity=None if reference is None else perplexities[1],
+        windows=windows,
+        first_tokens=loaded.first,
     )
 
 
@@ -168,19 +197,35 @@ def _opened(model: Model | str | os.PathLike[str]) -> Model:
 
 
 def check_text(
-    model: Model, text: TokenSource, length: int | None, samples: int | None = None
-) -> NDArray[np.int32]:
-    """Return the samples that a model can be evaluated on; CalibrationError if it cannot."""
-    tokens = load_tokens(
+    models: Sequence[Model],
+    text: TokenSource,
+    length: int | None,
+    samples: int | None = None,
+    bos: bool = True,
+    windows: Windows = "whole",
+) -> Samples:
+    """Return the samples that models can be evaluated on; CalibrationError if they cannot."""
+    loaded = load_samples(
         text,
-        tokenizer=model.checkpoint.folder,
+        tokenizer=models[0].checkpoint.folder,
         length=length,
         samples=samples,
-        vocab_size=model.config.vocab_size,
+        vocab_size=models[0].config.vocab_size,
+        positions=min(each.positions for each in models),
+        bos=bos,
+        windows=windows,
     )
-    if tokens.shape[1] < 2:
-        raise CalibrationError("text: samples of one token have no next token to predict")
-    return tokens
+    if loaded.tokens.shape[1] < _skipped(loaded.tokens, windows) + 2:
+        raise CalibrationError(
+            f"text: samples of {loaded.tokens.shape[1]} tokens have no next token to predict. Ask for a "
+            f"larger length"
+        )
+    return loaded
+
+
+def _skipped(tokens: NDArray[np.int32], windows: Windows) -> int:
+    """Return how many tokens at the start of a sample are not judged."""
+    return tokens.shape[1] // 2 if windows == "llama.cpp" else 0
 
 
 def bits_per_weight(model: Model) -> float:
@@ -237,27 +282,48 @@ def _final_states(model: Model, tokens: NDArray[np.int32], step: Callable[[], No
     return states.reshape(-1, states.shape[-1])
 
 
-def _compare(
-    models: list[Model], hidden: list[Float32], tokens: NDArray[np.int32]
-) -> tuple[float, float, int]:
-    """Return the sums of losses and divergences, and how often first choices agree."""
-    heads = [model.head() for model in models]
-    # The last position of a sample has no next token: its loss is left out.
-    targets = np.roll(tokens, -1, axis=1).reshape(-1)
-    followed = np.ones(tokens.shape, bool)
-    followed[:, -1] = False
-    loss = divergence = 0.0
-    agreed = 0
-    step = logit_rows(4 * models[0].config.vocab_size, LOGIT_BYTES)
-    for first in range(0, tokens.size, step):
-        rows = slice(first, first + step)
-        logits = [
-            each.head_logits(states[rows], head)
-            for each, states, head in zip(models, hidden, heads, strict=True)
-        ]
-        losses = _kernels.cross_entropy(logits[0], targets[rows])
-        loss += float(losses[followed.reshape(-1)[rows]].sum())
-        if len(models) == 2:
-            divergence += float(_kernels.kl_divergence(logits[1], logits[0]).sum())
-            agreed += int((logits[0].argmax(1) == logits[1].argmax(1)).sum())
-    return loss, divergence, agreed
+def _compared(shape: tuple[int, ...], windows: Windows) -> NDArray[np.bool_]:
+    """Return which positions ``[samples, length]`` are judged; no token follows the last of a whole sample,
+    which counts for KL only."""
+    chosen = np.ones(shape, bool)
+    if windows == "llama.cpp":
+        chosen[:, : shape[1] // 2] = chosen[:, -1] = False
+    return chosen
+
+
+@dataclass(eq=False)
+class _Comparison:
+    """Sums of losses, by model, and divergences, and how often first choices agree."""
+
+    losses: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
+    divergence: float = 0.0
+    agreed: int = 0
+
+    def add(
+        self,
+        models: list[Model],
+        hidden: list[Float32],
+        tokens: NDArray[np.int32],
+        chosen: NDArray[np.bool_],
+    ) -> None:
+        """Add what is `chosen` of some samples."""
+        heads = [model.head() for model in models]
+        # The last position of a sample has no next token: its loss is left out.
+        targets = np.roll(tokens, -1, axis=1).reshape(-1)
+        followed = chosen.copy()
+        followed[:, -1] = False
+        step = logit_rows(4 * models[0].config.vocab_size, LOGIT_BYTES)
+        for first in range(0, tokens.size, step):
+            rows = slice(first, first + step)
+            logits = [
+                each.head_logits(states[rows], head)
+                for each, states, head in zip(models, hidden, heads, strict=True)
+            ]
+            for index, each in enumerate(logits):
+                losses = _kernels.cross_entropy(each, targets[rows])
+                self.losses[index] += float(losses[followed.reshape(-1)[rows]].sum())
+            if len(models) == 2:
+                judged = chosen.reshape(-1)[rows]
+                divergences = _kernels.kl_divergence(logits[1], logits[0])
+                self.divergence += float(divergences[judged].sum())
+                self.agreed += int((logits[0].argmax(1) == logits[1].argmax(1))[judged].sum())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bitwright.calibration import DEFAULT_LENGTH
 from bitwright.errors import check_choice
 from bitwright.evaluate import bits_per_weight, parameter_count
 from bitwright.formats import Precision
@@ -92,7 +93,7 @@ def inspect_model(
     method: str = "gptq",
     preset: Literal["fast", "default"] = "default",
     samples: int = 128,
-    length: int = 512,
+    length: int | None = None,
 ) -> Inspection:
     """Describe a checkpoint folder, and estimate what quantizing it would take.
 
@@ -104,7 +105,7 @@ def inspect_model(
     model
         Checkpoint folder.
     method, preset, samples, length
-        The run to estimate, as for `quantize`.
+        The run to estimate, as for `quantize` on text.
 
     Returns
     -------
@@ -126,6 +127,7 @@ def inspect_model(
     check_choice("preset", preset, ("fast", "default"))
     opened = load_model(model)
     opened.warn_of_unused()
+    length = length or min(DEFAULT_LENGTH, opened.positions)
     counts: Counter[tuple[str, tuple[int, int], bool]] = Counter()
     for layout in opened.layouts:
         for shapes, quantized in ((layout.linears, True), (layout.floats, False)):

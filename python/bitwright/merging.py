@@ -39,7 +39,8 @@ def merge_statistics(
     Raises
     ------
     StatisticsError
-        If a part is damaged, of another model, or has samples of another part; the message names it.
+        If a part is damaged, of another model, or has samples of another part, or if the text of one
+        was begun with the tokenizer's first token and that of another without; the message names it.
     OutputError
         If `out` exists, or cannot be written.
 
@@ -69,6 +70,7 @@ def _checked(parts: Sequence[Statistics], work: WorkFolder) -> list[Statistics]:
     """Return the parts in an order of their own, if they belong together."""
     check_place(work)
     first = parts[0]
+    of_text = [part for part in parts if part.first is not None]
     place_of: dict[str, Path] = {}
     for part in parts:
         check_apart(work.out, part.folder, "statistics that are read")
@@ -81,6 +83,11 @@ def _checked(parts: Sequence[Statistics], work: WorkFolder) -> list[Statistics]:
             raise StatisticsError(
                 f"{part.folder}: has other stages than {first.folder}, or in other files; collect again"
             )
+        if part.first is not None and part.first != of_text[0].first:
+            raise StatisticsError(
+                f"{part.folder}: its samples begin with {_begun(part)}, those of {of_text[0].folder} with "
+                f"{_begun(of_text[0])}. Collect both with bos (the default) or both without (--no-bos)"
+            )
         twice = [sample for sample in part.samples if sample in place_of]
         if twice:
             raise StatisticsError(
@@ -90,6 +97,13 @@ def _checked(parts: Sequence[Statistics], work: WorkFolder) -> list[Statistics]:
             )
         place_of |= dict.fromkeys(part.samples, part.folder)
     return sorted(parts, key=lambda part: part.fingerprint())
+
+
+def _begun(part: Statistics) -> str:
+    """Say what the samples of a part begin with."""
+    return (
+        f"the tokenizer's {list(part.first)}" if part.first else "no token of the tokenizer's own"
+    )
 
 
 def _channels(part: Statistics) -> list[tuple[str, list[tuple[str, int]]]]:
@@ -106,7 +120,9 @@ def _write(parts: Sequence[Statistics], work: WorkFolder) -> None:
             writer.add(name, stage.channels, _merged(parts, name))
         writer.end_file(file)
     samples = [sample for part in parts for sample in part.samples]
-    writer.finish(parts[0].model, sum(part.tokens for part in parts), samples)
+    firsts = {part.first for part in parts}
+    first = firsts.pop() if len(firsts) == 1 else None
+    writer.finish(parts[0].model, sum(part.tokens for part in parts), samples, first)
 
 
 def _merged(parts: Sequence[Statistics], name: str) -> Moments | None:

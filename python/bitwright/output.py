@@ -41,6 +41,7 @@ class QuantizedLayer:
     few_tokens: bool = False
     power: int = 0
     coarse: bool = False
+    error_before: float | None = None  # of what the layer was quantized to before
 
 
 class Output:
@@ -110,6 +111,7 @@ class Output:
                 layer.power,
                 layer.coarse,
                 groups_below_floor(tensor),
+                layer.error_before,
             )
         )
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from bitwright import _kernels
 from bitwright.activations import ActivationFile
 from bitwright.build import set_num_threads
-from bitwright.calibration import TokenSource, load_at_most
+from bitwright.calibration import TokenSource, load_samples
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files, float_config
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
@@ -131,6 +131,7 @@ def quantize(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     grid: Grid | None = None,
     scale_dtype: DTypeLike | None = None,
     damping: float | None = None,
@@ -197,7 +198,9 @@ def quantize(
         inputs; needs `propagate` to be ``"quantized"``. By default as the preset says.
     samples, length, seed
         Take so many samples of so many tokens, chosen by the seed. By default at most 128 samples, of 512
-        tokens where `calibration` is text.
+        tokens, or as many as the model knows positions, where `calibration` is text.
+    bos
+        Begin every sample of a text with what the tokenizer puts first, see `load_tokens`.
     grid
         One that the format stores; its first by default (mlx: affine; gptq: symmetric, or zero_point;
         awq: zero_point, or symmetric; gguf: k where rows are multiples of 256, or affine or symmetric).
@@ -375,16 +378,18 @@ def quantize(
     if statistics is not None:
         found = Statistics(statistics)
         found.check(original)
-    tokens = None
+    loaded = None
     if calibration is not None:
-        tokens = load_at_most(
-            DEFAULT_SAMPLES,
+        loaded = load_samples(
             calibration,
             tokenizer=original.checkpoint.folder,
             length=length,
             samples=samples,
             seed=seed,
             vocab_size=original.config.vocab_size,
+            positions=original.positions,
+            bos=bos,
+            most=DEFAULT_SAMPLES,
         )
 
     facts = {"preset": preset, "grid": default.grid, "scales": dtype.name}
@@ -399,14 +404,19 @@ def quantize(
             options,
             awq,
             dtype,
-            tokens,
+            None if loaded is None else loaded.tokens,
             inputs,
             propagate != "original" and found is None,
             memory=memory,
             resume=resume,
             statistics=found,
         )
-        identity = {"bits": bits, "group_size": group_size, "grid": default.grid}
+        identity = {
+            "bits": bits,
+            "group_size": group_size,
+            "grid": default.grid,
+            "bos": None if loaded is None else loaded.bos,
+        }
         return run.write(out, default, overwrite, progress, start, facts, identity)
 
 
@@ -466,6 +476,7 @@ def _check_statistics_alone(given: Mapping[str, Any]) -> None:
     if instead:
         raise ValueError(f"statistics: take the place of {instead[0]}; pass one of the two")
     chosen = [name for name in ("samples", "length", "seed") if given[name]]
+    chosen += ["bos"] if not given["bos"] else []
     if chosen:
         raise ValueError(
             f"{chosen[0]}: the tokens of statistics were chosen when they were collected"
@@ -494,6 +505,13 @@ class OwnSolver:
 
     method: Solver | QuantizedTensor
     gram: Float32 | None
+
+    def energies_before(self, rows: slice, weight: Float32, out: int) -> list[tuple[float, float]]:
+        """Return `error_energies` of what some of the layer's rows are quantized to already, if they are."""
+        if not isinstance(self.method, QuantizedTensor):
+            return []
+        stored = self.method.rows(rows.start, rows.stop).dequantize()
+        return [error_energies(weight, stored, self.gram, rows.start, out)]
 
     def of(self, rows: slice) -> Solver:
         """Return how to quantize some of the layer's rows."""
@@ -625,7 +643,7 @@ class Run:
                 warn_of_small_weights(model.checkpoint.folder, kind, self.output)
                 report = self.output.report(
                     Path(out),
-                    self.options.method,
+                    self.options.method if self.quantized is None else "refine",
                     model.checkpoint,
                     parameter_count(model, self.left_out),
                     self._calibration_tokens(),
@@ -679,6 +697,8 @@ class Run:
     def _calibration_tokens(self) -> int:
         if self.statistics is not None:
             return self.statistics.tokens
+        if self.activations is not None:
+            return self.activations.token_count()
         return 0 if self.tokens is None else self.tokens.size
 
     def _identity(self, identity: Mapping[str, object]) -> dict[str, object]:
@@ -1267,6 +1287,7 @@ class Run:
         last = max((rows.stop for rows, _ in pieces), default=0)
         out = max(self.ranks.gather(last)) if shared else last
         parts, energies, stored = [], [], None
+        before: list[tuple[float, float]] = []
 
         def solve(rows: slice, weight: Float32) -> QuantizedTensor:
             return refined(own.of(rows), own.gram, self.options)(
@@ -1284,7 +1305,9 @@ class Run:
             parts.append(part)
             stored = part.dequantize()
             energies.append(error_energies(weight, stored, own.gram, rows.start, out))
+            before += own.energies_before(rows, weight, out)
         if shared:
+            before = [each for others in self.ranks.gather(before) for each in others]
             parts = [part for each in self.ranks.gather(parts) for part in each]
             energies = [pair for each in self.ranks.gather(energies) for pair in each]
         if not parts:
@@ -1297,7 +1320,13 @@ class Run:
         if relative > MOST_LOST and not isinstance(own.method, QuantizedTensor):
             self._require_kept(name, pieces, solve, own.gram, tensor, relative, out)
         layer = QuantizedLayer(
-            name, tensor, relative, fallback, self.powers.get(name, 0), name in self.coarse
+            name,
+            tensor,
+            relative,
+            fallback,
+            self.powers.get(name, 0),
+            name in self.coarse,
+            summed(before) if before else None,
         )
         finish(layer)
         return stored

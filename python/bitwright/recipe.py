@@ -2,8 +2,9 @@
 
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -186,13 +187,111 @@ def check_plan(
 ) -> None:
     """Raise ValueError unless something is quantized, and to what the format can store and its engines
     load: parts of what they compute as one module alike, unless that is allowed."""
+    unfit: dict[str, Precision] = {}
     for name, planned in plan.items():
-        if planned is not None:
+        if planned is not None and not format.fits(shapes[name][1], planned):
+            unfit[name] = planned
+        elif planned is not None:
             format.check(name, shapes[name], planned)
+    if unfit:
+        raise ValueError(_unfit_message(unfit, plan, shapes, format))
     if not any(plan.values()):
         raise ValueError("include and exclude leave no layer to quantize")
     if not allow_unfused:
         check_fused(format, plan)
+
+
+def check_candidates(
+    candidates: Iterable[Precision], shapes: Mapping[str, tuple[int, int]], format: type[Format]
+) -> None:
+    """Raise ValueError unless every layer can have every precision in some format."""
+    for each in candidates:
+        unfit = {name: each for name, shape in shapes.items() if not format.fits(shape[1], each)}
+        if unfit:
+            sizes = [
+                size
+                for size in format.group_sizes
+                if all(
+                    format.fits(shape[1], replace(each, group_size=size))
+                    for shape in shapes.values()
+                )
+            ]
+            more = f", such as {each.bits}:{max(sizes)}" if sizes else ""
+            raise ValueError(
+                f"candidates: {unfit_layers(unfit, shapes, format)}. Every candidate must do for every "
+                f"layer: give others{more}"
+            )
+        for name, shape in shapes.items():
+            format.check(name, shape, each)
+
+
+def unfit_layers(
+    unfit: Mapping[str, Precision], shapes: Mapping[str, tuple[int, int]], format: type[Format]
+) -> str:
+    """Say which groups do not divide the rows of which layers."""
+    kinds: dict[tuple[str, int], list[str]] = {}
+    for name, precision in unfit.items():
+        channels = shapes[name][1]
+        kind = format.group_words(precision, channels)
+        kinds.setdefault((kind, channels), []).append(name)
+    return "; ".join(
+        f"{kind} do not divide the {channels} input channels of {', '.join(as_globs(names, shapes))}"
+        for (kind, channels), names in kinds.items()
+    )
+
+
+def _unfit_message(
+    unfit: Mapping[str, Precision],
+    plan: Mapping[str, Precision | None],
+    shapes: Mapping[str, tuple[int, int]],
+    format: type[Format],
+) -> str:
+    """Say which layers do not consist of whole groups, and all that helps."""
+    remedies = []
+    planned = [(shapes[name][1], each) for name, each in plan.items() if each is not None]
+    sizes = [
+        size
+        for size in format.group_sizes
+        if all(format.fits(channels, replace(each, group_size=size)) for channels, each in planned)
+    ]
+    if sizes:
+        remedies.append(f"--group-size {max(sizes)} for all layers")
+    changes: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    for name, precision in unfit.items():
+        change = tuple(format.change_that_fits(shapes[name][1], precision).items())
+        changes.setdefault(change, []).append(name)
+    overrides = [
+        f"--override '{pattern}={','.join(f'{key}:{value}' for key, value in change)}'"
+        for change, names in changes.items()
+        if change
+        for pattern in as_globs(names, shapes)
+    ]
+    if () not in changes:
+        remedies.append(" ".join(overrides))
+    excluded = " ".join(f"--exclude '{each}'" for each in as_globs([*unfit], shapes))
+    remedies.append(f"{excluded} to leave {'it' if len(unfit) == 1 else 'them'} in float")
+    return f"{unfit_layers(unfit, shapes, format)}. What helps: {', or '.join(remedies)}"
+
+
+def as_globs(names: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Return shell globs that match some layers and no other: one for those that differ in numbers only,
+    such as ``model.layers.*.mlp.down_proj``, and names where that would match more.
+
+    Parameters
+    ----------
+    names
+        The layers.
+    known
+        All layers that there are.
+    """
+    others = set(known) - set(names)
+    alike: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        alike.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), []).append(name)
+    found: list[str] = []
+    for pattern, members in alike.items():
+        found += members if any(fnmatchcase(each, pattern) for each in others) else [pattern]
+    return found
 
 
 def check_recipe(recipe: Recipe, model: Model) -> None:

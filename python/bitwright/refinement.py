@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bitwright.build import set_num_threads
-from bitwright.calibration import TokenSource, load_at_most
+from bitwright.calibration import TokenSource, load_samples
 from bitwright.card import made_by, python_call
 from bitwright.checkpoint.writer import check_apart
 from bitwright.convert import precision_of
@@ -38,6 +38,7 @@ def refine_model(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     memory: float | None = None,
     resume: bool = True,
     overwrite: bool = False,
@@ -57,7 +58,7 @@ def refine_model(
         Folder or GGUF file in any format that is read, with groups of consecutive channels.
     out
         Folder to write; it appears when everything is done, or not at all.
-    calibration, samples, length, seed, memory, resume, overwrite, threads, progress
+    calibration, samples, length, seed, bos, memory, resume, overwrite, threads, progress
         As for `bitwright.quantize`.
     drift
         Aim at weights that make up for what the errors of earlier layers do to a layer's inputs.
@@ -117,14 +118,16 @@ def refine_model(
         plan = {name: each and replace(each, grid="zero_point") for name, each in plan.items()}
     if damping is None:
         damping = CORRECTED_DAMPING if drift else DAMPING
-    tokens = load_at_most(
-        DEFAULT_SAMPLES,
+    loaded = load_samples(
         calibration,
         tokenizer=model.checkpoint.folder,
         length=length,
         samples=samples,
         seed=seed,
         vocab_size=model.config.vocab_size,
+        positions=model.positions,
+        bos=bos,
+        most=DEFAULT_SAMPLES,
     )
     options = MethodOptions("rtn", damping, refine=True, drift=drift)
     dtype = np.dtype(np.float32)  # each layer's scales keep their own
@@ -135,7 +138,7 @@ def refine_model(
         options,
         AwqOptions(),
         dtype,
-        tokens,
+        loaded.tokens,
         None,
         True,
         student,
@@ -144,4 +147,4 @@ def refine_model(
     )
     facts = {"refined from": Path(quantized).name, "grid": default.grid}
     with made_by(python_call(refine_model, arguments)):
-        return run.write(out, default, overwrite, progress, start, facts, {})
+        return run.write(out, default, overwrite, progress, start, facts, {"bos": loaded.bos})

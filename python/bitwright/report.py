@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from bitwright.evaluate import Evaluation
 from bitwright.formats import Precision
@@ -17,6 +15,7 @@ from bitwright.inspection import Inspection
 from bitwright.methods.awq import ScaleSearch
 from bitwright.recipe import Recipe
 from bitwright.sensitivity import Sensitivities, precision_name
+from bitwright.tables import print_facts, print_table
 
 SHOWN_EXPERTS = 12
 
@@ -48,6 +47,8 @@ class LayerReport:
         six bits, and no such power could be found.
     below_floor
         How many groups of an affine grid have a scale below 1e-7, the smallest that MLX's own rounding has.
+    error_before
+        The same error of what was refined; None where nothing was quantized before.
     """
 
     name: str
@@ -59,6 +60,7 @@ class LayerReport:
     power: int = 0
     coarse: bool = False
     below_floor: int = 0
+    error_before: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +118,7 @@ class QuantizationReport:
     out
         The folder that was written.
     method, format
-        As asked for.
+        As asked for; ``"refine"`` for `bitwright.refine_model`.
     layers
         The quantized layers in the order of the computation.
     blocks
@@ -173,6 +175,13 @@ class QuantizationReport:
     def worst(self, count: int = 5) -> list[LayerReport]:
         """Return the layers with the largest errors, largest first."""
         return sorted(self.layers, key=lambda layer: -layer.error)[:count]
+
+    def mean_errors(self) -> tuple[float | None, float]:
+        """Return the mean error of the layers before, None unless all were quantized then, and after."""
+        before = [layer.error_before for layer in self.layers if layer.error_before is not None]
+        after = [layer.error for layer in self.layers]
+        known = before and len(before) == len(after)
+        return float(np.mean(before)) if known else None, float(np.mean(after)) if after else 0.0
 
     def dampings_raised(self, asked: float) -> list[LayerReport]:
         """Return the layers that needed more damping than asked for."""
@@ -256,27 +265,24 @@ class DwqReport:
 
 def print_dwq_report(report: DwqReport, console: Console) -> None:
     """Print what training has changed."""
-    table = Table(box=box.SIMPLE, show_header=False)
     change = 100 * (1 - report.kl_after / report.kl_before) if report.kl_before else 0.0
-    for label, value in (
-        ("written to", str(report.out)),
-        ("trained on", f"{report.tokens:,} tokens in {report.steps} steps, loss {report.loss}"),
-        (
-            "validation KL",
-            f"{report.kl_before:.5f} before, {report.kl_after:.5f} after ({change:.1f} % less)",
-        ),
-        ("best step", str(report.best_step)),
-        ("time", f"{report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s"),
-        ("peak memory", megabytes(report.peak_memory_bytes)),
-    ):
-        table.add_row(label, value)
-    console.print(table)
+    facts = {
+        "written to": str(report.out),
+        "trained on": f"{report.tokens:,} tokens in {report.steps} steps, loss {report.loss}",
+        "validation KL": f"{report.kl_before:.5f} before, {report.kl_after:.5f} after "
+        f"({change:.1f} % less)",
+        "best step": str(report.best_step),
+        "time": f"{report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s",
+        "peak memory": megabytes(report.peak_memory_bytes),
+    }
+    print_facts(facts, console)
     if report.stopped:
-        console.print(f"Stopped: {report.stopped}. What was best until then is written.")
+        _say(f"Stopped: {report.stopped}. What was best until then is written.", console)
     if report.best_step == 0:
-        console.print(
+        _say(
             "Training made nothing better: the scales are those of the student that was given. A smaller "
-            "learning rate or more data may help."
+            "learning rate or more data may help.",
+            console,
         )
 
 
@@ -363,87 +369,85 @@ class ConversionReport:
 def print_conversion(report: ConversionReport, console: Console) -> None:
     """Print what became of the layers, alike ones together."""
     kinds = Counter((layer.before, layer.after, layer.change) for layer in report.layers)
-    table = Table(box=box.SIMPLE)
-    for heading in ("layers", report.source_format, report.format, "weights"):
-        table.add_column(heading, justify="right" if heading == "layers" else "left")
-    for (before, after, change), count in kinds.items():
-        table.add_row(str(count), before.words(), after.words() if after else "float", change)
-    console.print(table)
-    console.print(
+    rows = [
+        (str(count), before.words(), after.words() if after else "float", change)
+        for (before, after, change), count in kinds.items()
+    ]
+    headings = ("layers", report.source_format, report.format, "weights")
+    print_table(headings, rows, console, words=(1, 2, 3))
+    _say(
         f"written to {report.out}: {megabytes(report.size_bytes)}, from "
-        f"{megabytes(report.original_bytes)}"
+        f"{megabytes(report.original_bytes)}",
+        console,
     )
     for change, what in report.changes().items():
-        console.print(f"{change}: {what}", soft_wrap=True)
+        _say(f"{change}: {what}", console)
 
 
 def print_sensitivities(found: Sensitivities, console: Console, count: int = 10) -> None:
     """Print the layers that matter most and least."""
     low, high = precision_name(found.low), precision_name(found.high)
     ranked = sorted(found.per_million.items(), key=lambda each: -each[1])
-    table = Table(
-        box=box.SIMPLE,
-        title=f"{low} instead of {high}, per million parameters",
-        title_justify="left",
-    )
-    table.add_column("layer", overflow="fold")
-    table.add_column("sensitivity", justify="right")
-    shown = ranked if len(ranked) <= 2 * count else [*ranked[:count], ("…", None), *ranked[-count:]]
-    for name, value in shown:
-        table.add_row(name, "" if value is None else f"{value:.4g}")
-    console.print(table)
-    console.print(f"all layers in {low}: KL {found.kl_divergence:.5f} nats per token")
+    few = len(ranked) <= 2 * count
+    shown: list[tuple[str, float | None]] = [
+        *(ranked if few else [*ranked[:count], ("…", None), *ranked[-count:]])
+    ]
+    rows = [(name, "" if value is None else f"{value:.4g}") for name, value in shown]
+    title = f"{low} instead of {high}, per million parameters"
+    print_table(("layer", "sensitivity"), rows, console, title, words=(0,))
+    _say(f"all layers in {low}: KL {found.kl_divergence:.5f} nats per token", console)
 
 
 def print_recipe(recipe: Recipe, found: Sensitivities, console: Console) -> None:
     """Print how many layers and weights have each precision."""
-    table = Table(
-        box=box.SIMPLE, title=f"{recipe.bits_per_weight:.4f} bits per weight", title_justify="left"
-    )
-    for heading in ("bits:group", "layers", "weights"):
-        table.add_column(heading, justify="right")
     total = sum(found.parameters.values())
+    rows = []
     for precision in sorted(set(recipe.layers.values()), key=str):
         names = [name for name, each in recipe.layers.items() if each == precision]
         share = sum(found.parameters[name] for name in names) / total
-        table.add_row(precision_name(precision), str(len(names)), f"{100 * share:.1f} %")
-    console.print(table)
+        rows.append((precision_name(precision), str(len(names)), f"{100 * share:.1f} %"))
+    title = f"{recipe.bits_per_weight:.4f} bits per weight"
+    print_table(("bits:group", "layers", "weights"), rows, console, title)
 
 
 def print_report(report: QuantizationReport, console: Console) -> None:
     """Print the summary and the worst layers."""
-    summary = Table(box=box.SIMPLE, show_header=False)
-    for label, value in (
-        ("written to", str(report.out)),
-        ("method, format", f"{report.method}, {report.format}"),
+    earlier, error = report.mean_errors()
+    facts = {
+        "written to": str(report.out),
+        "method, format": f"{report.method}, {report.format}",
+        "bits per weight": f"{report.layer_bits_per_weight:.3f} in the {len(report.layers)} quantized "
+        f"layers, {report.bits_per_weight:.3f} over all tensors",
+        "size": f"{megabytes(report.size_bytes)} (was {megabytes(report.original_bytes)})",
+        "calibration": f"{report.calibration_tokens:,} tokens",
+        "time": f"{report.seconds:.1f} s",
+        "peak memory": megabytes(report.peak_memory_bytes),
+    }
+    if earlier is not None:
+        facts["mean error"] = f"{earlier:.2e} before, {error:.2e} after"
+    print_facts(facts, console)
+    compared = any(layer.error_before is not None for layer in report.layers)
+    rows = [
         (
-            "bits per weight",
-            f"{report.layer_bits_per_weight:.3f} in the {len(report.layers)} quantized layers, "
-            f"{report.bits_per_weight:.3f} over all tensors",
-        ),
-        ("size", f"{megabytes(report.size_bytes)} (was {megabytes(report.original_bytes)})"),
-        ("calibration", f"{report.calibration_tokens:,} tokens"),
-        ("time", f"{report.seconds:.1f} s"),
-        ("peak memory", megabytes(report.peak_memory_bytes)),
-    ):
-        summary.add_row(label, value)
-    console.print(summary)
-    worst = Table(box=box.SIMPLE, title="worst layers", title_justify="left")
-    worst.add_column("layer", overflow="fold")
-    for heading in ("bits", "group", "relative error", "damping"):
-        worst.add_column(heading, justify="right")
-    for layer in report.worst():
-        damping = "" if layer.damping is None else f"{layer.damping:g}"
-        worst.add_row(
-            layer.name, str(layer.bits), str(layer.group_size), f"{layer.error:.2e}", damping
+            layer.name,
+            str(layer.bits),
+            str(layer.group_size),
+            *([error_text(layer.error_before)] if compared else []),
+            f"{layer.error:.2e}",
+            "" if layer.damping is None else f"{layer.damping:g}",
         )
-    console.print(worst)
+        for layer in report.worst()
+    ]
+    errors = ("error before", "after") if compared else ("relative error",)
+    headings = ("layer", "bits", "group", *errors, "damping")
+    print_table(headings, rows, console, "worst layers", words=(0,))
     few = report.experts_with_few_tokens()
     if few:
         shown = ", ".join(few[:SHOWN_EXPERTS]) + (", …" if len(few) > SHOWN_EXPERTS else "")
-        console.print(
+        _say(
             f"{len(few)} layers of experts received too few calibration tokens and share their "
-            f"layer's statistics: {shown}"
+            f"layer's statistics: {shown}",
+            console,
         )
     if report.blocks:
         print_blocks(report.blocks, console)
@@ -451,73 +455,79 @@ def print_report(report: QuantizationReport, console: Console) -> None:
 
 def print_blocks(blocks: tuple[BlockReport, ...], console: Console) -> None:
     """Print what AWQ did to each block."""
-    table = Table(box=box.SIMPLE, title="AWQ, block by block", title_justify="left")
-    table.add_column("block", justify="right")
-    for heading in ("loss before", "after", "ratio"):
-        table.add_column(heading, justify="right")
-    table.add_column("exponents of the activations")
-    for block in blocks:
-        found = ", ".join(f"{name} {search.ratio:g}" for name, search in block.searches.items())
-        table.add_row(
+    rows = [
+        (
             str(block.index),
             f"{block.loss_before:.3e}",
             f"{block.loss_after:.3e}",
             f"{block.reduction:.3f}",
-            found if block.scaled else "loss is not reduced: weights kept as they were",
+            ", ".join(f"{name} {search.ratio:g}" for name, search in block.searches.items())
+            if block.scaled
+            else "loss is not reduced: weights kept as they were",
         )
-    console.print(table)
+        for block in blocks
+    ]
+    headings = ("block", "loss before", "after", "ratio", "exponents of the activations")
+    print_table(headings, rows, console, "AWQ, block by block", words=(4,))
 
 
 def print_evaluations(rows: dict[str, Evaluation], console: Console) -> None:
     """Print evaluations side by side, one row each, by the names given."""
-    table = Table(box=box.SIMPLE)
-    table.add_column("model", overflow="fold")
-    for heading in ("perplexity", "KL (nats/token)", "top-1", "bits/weight", "tokens/s", "memory"):
-        table.add_column(heading, justify="right")
-    for name, result in rows.items():
-        table.add_row(
+    shown = [
+        (
             name,
             f"{result.perplexity:.4f}",
+            "" if result.reference_perplexity is None else f"{result.reference_perplexity:.4f}",
             "" if result.kl_divergence is None else f"{result.kl_divergence:.5f}",
             "" if result.top1_agreement is None else f"{100 * result.top1_agreement:.2f} %",
             f"{result.bits_per_weight:.3f}",
             f"{result.tokens_per_second:,.0f}",
             megabytes(result.peak_memory_bytes),
         )
-    console.print(table)
+        for name, result in rows.items()
+    ]
+    of_model = ("model", "perplexity", "reference", "KL (nats/token)", "top-1")
+    headings = (*of_model, "bits/weight", "tokens/s", "memory")
+    print_table(headings, shown, console, words=(0,))
+    if any(result.windows == "llama.cpp" for result in rows.values()):
+        _say("judged as by llama-perplexity: the second halves of windows of the text", console)
 
 
 def print_inspection(found: Inspection, console: Console) -> None:
     """Print what a checkpoint holds and what quantizing it would take."""
-    summary = Table(box=box.SIMPLE, show_header=False)
     experts = f", {found.experts} experts" if found.experts else ""
-    for label, value in (
-        ("model", f"{found.folder} ({found.model_type}, {found.dtype})"),
-        ("stored in", found.format or "float"),
-        ("blocks", f"{found.blocks}{experts}"),
+    facts = {
+        "model": f"{found.folder} ({found.model_type}, {found.dtype})",
+        "stored in": found.format or "float",
+        "blocks": f"{found.blocks}{experts}",
+        "parameters": f"{found.parameters:,}, {found.bits_per_weight:.3f} bits each"
+        f"{', embedding and head are one matrix' if found.tied else ''}",
+        "to quantize": f"{found.method}, preset {found.preset}, would take about "
+        f"{megabytes(found.memory_bytes)} of memory and {found.seconds:,.0f} s here, with "
+        f"{found.tokens:,} calibration tokens",
+    }
+    print_facts(facts, console)
+    rows = [
         (
-            "parameters",
-            f"{found.parameters:,}, {found.bits_per_weight:.3f} bits each"
-            f"{', embedding and head are one matrix' if found.tied else ''}",
-        ),
-        (
-            f"{found.method}, preset {found.preset}, would take",
-            f"about {megabytes(found.memory_bytes)} of memory and {found.seconds:,.0f} s here, with "
-            f"{found.tokens:,} calibration tokens",
-        ),
-    ):
-        summary.add_row(label, value)
-    console.print(summary)
-    table = Table(box=box.SIMPLE, title="matrices in the blocks", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for heading in ("out × in", "count", "quantized"):
-        table.add_column(heading, justify="right")
-    for layer in found.layers:
-        out, channels = layer.shape
-        table.add_row(
-            layer.name, f"{out} × {channels}", str(layer.count), "yes" if layer.quantized else "no"
+            layer.name,
+            f"{layer.shape[0]} × {layer.shape[1]}",
+            str(layer.count),
+            "yes" if layer.quantized else "no",
         )
-    console.print(table)
+        for layer in found.layers
+    ]
+    headings = ("layer", "out × in", "count", "quantized")
+    print_table(headings, rows, console, "matrices in the blocks", words=(0,))
+
+
+def _say(sentence: str, console: Console) -> None:
+    """Print a sentence, which a terminal breaks where a line ends, and a pipe nowhere."""
+    console.print(sentence, soft_wrap=not console.is_terminal, highlight=False, markup=False)
+
+
+def error_text(error: float | None) -> str:
+    """Write a relative error; nothing for none."""
+    return "" if error is None else f"{error:.2e}"
 
 
 def megabytes(size: int) -> str:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bitwright import _kernels
 from bitwright.build import set_num_threads
-from bitwright.calibration import TokenSource, load_at_most
+from bitwright.calibration import Samples, TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import check_new_file, write_json
@@ -30,6 +29,7 @@ from bitwright.errors import (
     malformed_as,
     shown,
 )
+from bitwright.formats import Format, Precision
 from bitwright.home import expands_home
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.rtn import quantize_rtn
@@ -37,6 +37,7 @@ from bitwright.models.model import Model, load_model
 from bitwright.models.network import Network
 from bitwright.models.operations import Float, Float32
 from bitwright.progress import progress_bar
+from bitwright.recipe import unfit_layers
 from bitwright.targets import DEFAULT_K, tokens_fingerprint
 from bitwright.tensor import BITS, Grid
 
@@ -167,6 +168,7 @@ def estimate_sensitivities(
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    bos: bool = True,
     batch_size: int = 4,
     loss: str = "kl",
     grid: Grid = "affine",
@@ -194,7 +196,9 @@ def estimate_sensitivities(
         Both precisions; group size None or -1 is the whole row.
     samples, length, seed
         Take so many samples of so many tokens, chosen by the seed; by default at most 32 samples, of 512
-        tokens where `data` is text.
+        tokens, or as many as the model knows positions, where `data` is text.
+    bos
+        Begin every sample of a text with what the tokenizer puts first, see `load_tokens`.
     batch_size
         Samples that are in memory at a time.
     loss
@@ -244,17 +248,20 @@ def estimate_sensitivities(
     check_choice("loss", loss, LOSSES)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    tokens = load_at_most(
-        DEFAULT_SAMPLES,
+    loaded = load_samples(
         data,
         tokenizer=original.checkpoint.folder,
         length=length,
         samples=samples,
         seed=seed,
         vocab_size=original.config.vocab_size,
+        positions=original.positions,
+        bos=bos,
+        most=DEFAULT_SAMPLES,
     )
     low, high = (low_bits, low_group_size), (high_bits, high_group_size)
-    estimate = _Estimate(original, tokens, low, high, batch_size, loss, grid)
+    _check_groups(original, (low, high), grid)
+    estimate = _Estimate(original, loaded, low, high, batch_size, loss, grid)
     if isinstance(out, WorkFolder):
         return estimate.go(out, resume, progress)
     if out is None:
@@ -272,13 +279,30 @@ def estimate_sensitivities(
     return found
 
 
+def _check_groups(model: Model, precisions: tuple[tuple[int, int | None], ...], grid: Grid) -> None:
+    """Raise ValueError unless every layer consists of whole groups in both precisions."""
+    shapes = model.linear_shapes()
+    for each in precisions:
+        precision = Precision(*each, grid)
+        unfit = {
+            name: precision
+            for name, shape in shapes.items()
+            if not Format.fits(shape[1], precision)
+        }
+        if unfit:
+            raise ValueError(
+                f"{model.checkpoint.folder}: {unfit_layers(unfit, shapes, Format)}. Estimate in smaller "
+                f"groups, such as {precision_name((each[0], 32))}, or in whole rows, {each[0]}:-1"
+            )
+
+
 class _Estimate:
     """What the batches of some tokens say, one after another or shared by several ranks."""
 
     def __init__(
         self,
         original: Model,
-        tokens: NDArray[np.int32],
+        samples: Samples,
         low: tuple[int, int | None],
         high: tuple[int, int | None],
         batch_size: int,
@@ -286,7 +310,8 @@ class _Estimate:
         grid: Grid,
     ) -> None:
         self.original = original
-        self.tokens = tokens
+        self.tokens = samples.tokens
+        self.bos = samples.bos
         self.low = low
         self.high = high
         self.batch_size = batch_size
@@ -310,6 +335,7 @@ class _Estimate:
             identity = {
                 "model": self.model,
                 "tokens": tokens_fingerprint(self.tokens),
+                "bos": self.bos,
                 "samples": len(self.tokens),
                 "length": self.tokens.shape[1],
                 "low precision": precision_name(self.low),

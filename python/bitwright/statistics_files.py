@@ -71,6 +71,9 @@ class Statistics:
         How many tokens it was run on.
     samples : tuple of str
         A digest of each sample.
+    first : tuple of int or None
+        What each sample of text began with, see `load_tokens`: empty if with nothing of the
+        tokenizer's; None if token ids were given, which are taken as they are.
     stages : dict of str to StageRecord
         In the order of the computation.
 
@@ -111,6 +114,7 @@ class Statistics:
             if not isinstance(manifest["samples"], list) or not manifest["samples"]:
                 raise ValueError("samples")
             self.samples = tuple(map(_digest_in, manifest["samples"]))
+            self.first = _first_in(manifest.get("first"))
             self.stages: dict[str, StageRecord] = {}
             self._files: dict[str, str] = {}  # by stage
             for file, stages in manifest["files"].items():
@@ -271,13 +275,20 @@ class StatisticsWriter:
                     f"{self._folder / name}: {problem}; {again_message(self._work.path)}"
                 )
 
-    def finish(self, model: str, tokens: int, samples: Iterable[str]) -> None:
+    def finish(
+        self,
+        model: str,
+        tokens: int,
+        samples: Iterable[str],
+        first: tuple[int, ...] | None = None,
+    ) -> None:
         """Write the manifest and move the folder to its place."""
         content = {
             "version": VERSION,
             "model": model,
             "tokens": tokens,
             "samples": list(samples),
+            "first": None if first is None else list(first),
             "files": self.state(),
         }
         write_json(self._folder / MANIFEST, content)
@@ -325,6 +336,14 @@ def _digest_in(value: object) -> str:
     if not isinstance(value, str) or len(value) != 16 or not set(value) <= set("0123456789abcdef"):
         raise ValueError(f"{shown(value)} is not a digest")
     return value
+
+
+def _first_in(value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or any(type(each) is not int or each < 0 for each in value):
+        raise ValueError(f"first is {shown(value)}")
+    return tuple(value)
 
 
 def _count_in(name: str, value: object, most: int, least: int = 1) -> int:

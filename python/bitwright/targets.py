@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from bitwright.calibration import TokenSource, load_tokens
+from bitwright.calibration import Samples, TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import output_errors, replaced, write_json
@@ -46,6 +46,7 @@ _MEANINGS = {
     "length": "samples of another length",
     "k": "another k",
     "temperature": "another temperature",
+    "bos": "samples that begin with other tokens",
 }
 
 
@@ -84,6 +85,13 @@ class DwqTargets:
             self.temperature = float(self.manifest["temperature"])
             self._shard_samples: int = self.manifest["shard_samples"]
             self._vocabulary: int = self.manifest["vocabulary"]
+            bos = self.manifest.get("bos")
+            if bos is not None and not (
+                isinstance(bos, list)
+                and all(type(each) is int and 0 <= each < self._vocabulary for each in bos)
+            ):
+                raise ValueError(f"bos is {shown(bos)}")
+            self.bos: list[int] | None = bos
             if self.k > self._vocabulary or not 0 < self.temperature < math.inf:
                 raise ValueError("k or temperature")
         for shard in range(self.shard_count):
@@ -147,6 +155,7 @@ def compute_dwq_targets(
     length: int | None = None,
     samples: int | None = None,
     seed: int | None = None,
+    bos: bool = True,
     on_progress: Callable[[float], None] | None = None,
 ) -> DwqTargets:
     """Write what a model says of every position: its k most likely tokens, and the probability of the rest.
@@ -167,8 +176,9 @@ def compute_dwq_targets(
         Tokens per position; by default 1024, or the whole vocabulary if that is smaller.
     temperature
         Logits are divided by it before they become probabilities.
-    length, samples, seed
-        See `load_tokens`.
+    length, samples, seed, bos
+        See `load_tokens`; of a text, samples are no longer than the model knows positions, unless a length
+        is asked for.
     on_progress
         Called with the share of the work that is done, from 0 to 1.
 
@@ -179,7 +189,8 @@ def compute_dwq_targets(
     Raises
     ------
     TargetsError
-        If `out` holds targets of another model, tokenizer, text, k or temperature.
+        If `out` holds targets of another model, tokenizer, text, k or temperature, or of samples that begin
+        otherwise.
     ValueError
         If k is larger than the vocabulary, or the temperature is not positive.
     CheckpointError, CalibrationError, NonFiniteError, OutputError
@@ -197,21 +208,35 @@ def compute_dwq_targets(
     (32, 64)
     """
     teacher = model if isinstance(model, Model) else load_model(model)
-    vocabulary = teacher.config.vocab_size
-    count = min(DEFAULT_K, vocabulary) if k is None else k
-    if not isinstance(count, int | np.integer) or not 1 <= count <= vocabulary:
-        raise ValueError(f"k: expected 1 to {vocabulary}, the size of the vocabulary, got {count}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected more than 0 and finite, got {temperature}")
-    tokens = load_tokens(
+    loaded = load_samples(
         data,
         tokenizer=teacher.checkpoint.folder,
         length=length,
         samples=samples,
         seed=seed,
-        vocab_size=vocabulary,
+        vocab_size=teacher.config.vocab_size,
+        positions=teacher.positions,
+        bos=bos,
     )
-    manifest = _manifest(teacher, tokens, int(count), temperature)
+    return write_targets(teacher, loaded, out, k, temperature, on_progress)
+
+
+def write_targets(
+    teacher: Model,
+    samples: Samples,
+    out: str | os.PathLike[str],
+    k: int | None,
+    temperature: float,
+    on_progress: Callable[[float], None] | None,
+) -> DwqTargets:
+    """Write the targets of samples that are loaded, as `compute_dwq_targets`."""
+    tokens, vocabulary = samples.tokens, teacher.config.vocab_size
+    count = min(DEFAULT_K, vocabulary) if k is None else k
+    if not isinstance(count, int | np.integer) or not 1 <= count <= vocabulary:
+        raise ValueError(f"k: expected 1 to {vocabulary}, the size of the vocabulary, got {count}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected more than 0 and finite, got {temperature}")
+    manifest = _manifest(teacher, samples, int(count), temperature)
     folder, ranks, step = Path(out), current(), int(manifest["shard_samples"])
     shards = [tokens[first : first + step] for first in range(0, len(tokens), step)]
 
@@ -249,17 +274,13 @@ def compute_dwq_targets(
     return DwqTargets(folder)
 
 
-def check_targets(
-    teacher: Model, tokens: NDArray[np.int32], out: Path, k: int, temperature: float
-) -> None:
-    """Raise TargetsError or OutputError where a folder holds anything but the targets of these tokens."""
-    _check_folder(out, _manifest(teacher, tokens, k, temperature))
+def check_targets(teacher: Model, samples: Samples, out: Path, k: int, temperature: float) -> None:
+    """Raise TargetsError or OutputError where a folder holds anything but the targets of these samples."""
+    _check_folder(out, _manifest(teacher, samples, k, temperature))
 
 
-def _manifest(
-    teacher: Model, tokens: NDArray[np.int32], k: int, temperature: float
-) -> dict[str, Any]:
-    vocabulary = teacher.config.vocab_size
+def _manifest(teacher: Model, samples: Samples, k: int, temperature: float) -> dict[str, Any]:
+    tokens, vocabulary = samples.tokens, teacher.config.vocab_size
     id_bytes = _id_dtype(vocabulary).itemsize
     per_sample = tokens.shape[1] * max(k * (id_bytes + 2), 4 * teacher.config.hidden_size)
     return {
@@ -267,6 +288,7 @@ def _manifest(
         "model": model_fingerprint(teacher.checkpoint),
         "tokenizer": tokenizer_fingerprint(teacher.checkpoint),
         "vocabulary": vocabulary,
+        "bos": samples.bos,
         "tokens": tokens_fingerprint(tokens),
         "samples": tokens.shape[0],
         "length": tokens.shape[1],
@@ -303,7 +325,9 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
             raise OutputError(f"{folder}: exists and holds no targets; choose another folder")
         return
     for key, value in manifest.items():
-        if found.get(key) != value:
+        # The same tokens are the same, whether they came as text or as ids.
+        alike = key == "bos" and found.get("tokens") == manifest["tokens"]
+        if found.get(key) != value and not alike:
             raise TargetsError(_mismatch(folder, key, found.get(key), value))
 
 

@@ -167,6 +167,7 @@ class TorchModel:
         self._settle_names()
         self._settle_head()
         self.unused = self._unused(unexpected)
+        self.positions = _positions(self.module.config)
         self.vocab_size: int = self.module.get_input_embeddings().weight.shape[0]
         name, modules = self._find_blocks()
         self._warn_of_unused(f"{name}.{{}}", len(modules))
@@ -838,6 +839,18 @@ class Stream:
             f"{self.model.folder}: the decoder blocks of {type(self.model.module).__name__} cannot be "
             f"walked one by one: {why}. This architecture is not supported with calibration data"
         )
+
+
+def _positions(config: Any) -> int | None:
+    """Return how many positions a model has learned, or reaches with its RoPE scaling; None if unknown."""
+    text = config.get_text_config()
+    declared = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None)
+    rope = rope if isinstance(rope, dict) else {}
+    if not isinstance(declared, int):
+        return None
+    original = rope.get("original_max_position_embeddings") or declared
+    return max(declared, int(original * (rope.get("factor") or 1)))
 
 
 def _is_router(name: str) -> bool:

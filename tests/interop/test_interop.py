@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from clients import client_python, run_client
 from shared_data import SHARED, needs_shared
+from tokenizers import Tokenizer, models, processors
 
 import bitwright
+from bitwright.first_tokens import first_tokens
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
@@ -218,3 +220,61 @@ def test_adapter_where_transformers_is_installed() -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize(("name", "text"), [("story", "story_eval"), ("demo", ""), ("small", "")])
+def test_windows_of_llama_cpp(tmp_path: Path, name: str, text: str) -> None:
+    """Models that get a token of the beginning, and one that does not: llama-perplexity's figures."""
+    if name != "demo" and not SHARED.is_dir():
+        pytest.skip(f"needs the test data in {SHARED}")
+    model = DEMO if name == "demo" else SHARED / "models" / name
+    source = SHARED / "text" / f"{text}.txt" if text else DEMO / "evaluation.txt"
+    (tmp_path / "text.txt").write_text(source.read_text(encoding="utf-8")[:4000] + "\n\n")
+    bitwright.convert(model, tmp_path / "float", "float", dtype="float32", progress=False)
+    bitwright.convert(tmp_path / "float", tmp_path / "out", "gguf", progress=False)
+    gguf, length = tmp_path / "out" / "model.gguf", 97
+    printed = run_client(
+        "llamacpp", "llamacpp_windows.py", tmp_path / "text.txt", str(length), gguf
+    )
+    theirs = json.loads(printed.splitlines()[-1])
+    for each in (model, gguf):
+        ours = bitwright.evaluate(
+            each, tmp_path / "text.txt", length=length, windows="llama.cpp", reference=model
+        )
+        assert ours.perplexity == pytest.approx(theirs["perplexity"], abs=1e-3)
+        assert ours.reference_perplexity == pytest.approx(theirs["perplexity"], abs=1e-3)
+        assert ours.tokens == theirs["windows"] * length
+        assert bool(ours.first_tokens) == theirs["adds_bos"] == (name != "demo")
+
+
+def test_first_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    """transformers 5.23: tokenizer.json alone decides, whatever add_bos_token says beside it."""
+    folders, expected = [], []
+    for kind, first in (("none", []), ("bos", [2]), ("two", [5, 2]), ("bytes, bos", [2])):
+        for added in (None, True, False):
+            folder = tmp_path / f"{kind} {added}"
+            made = tokenizer_with(folder, kind, {} if added is None else {"add_bos_token": added})
+            assert list(first_tokens(made)) == first
+            folders.append(folder)
+            expected.append([*first, 0, 1])
+    printed = run_client("gptqmodel", "transformers_tokenizers.py", *folders)
+    assert json.loads(printed.splitlines()[-1]) == expected
+
+
+def tokenizer_with(folder: Path, kind: str, more: dict[str, Any]) -> Tokenizer:
+    words = {"a": 0, "b": 1, "<s>": 2, "</s>": 3, "<unk>": 4, "[g]": 5}
+    made = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
+    made.add_special_tokens(["<s>", "</s>", "<unk>", "[g]"])
+    known = [("<s>", 2), ("[g]", 5)]
+    templates = {"bos": "<s> $A", "two": "[g] <s> $A", "bytes, bos": "<s> $A"}
+    if kind in templates:
+        template = processors.TemplateProcessing(
+            single=templates[kind], pair="$A $B", special_tokens=known
+        )
+        parts = [processors.ByteLevel(), template] if "," in kind else [template]
+        made.post_processor = processors.Sequence(parts) if len(parts) > 1 else template
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | more))
+    return made

@@ -1,5 +1,6 @@
 """What a checkpoint's weight file is in GGUF: one, with configuration and tokenizer inside."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,14 @@ from bitwright.checkpoint.gguf_file import (
     TYPE_NAMES,
     TensorInfo,
     tensor_offsets,
+    weights_per_block,
     write_header,
 )
 from bitwright.checkpoint.gguf_metadata import gguf_metadata
 from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames
 from bitwright.checkpoint.writer import StoredTensor
 
-# What llama.cpp calls a file by the type of most of its weights (llama_ftype).
+# What llama.cpp calls a file by the type of most of its quantized weights (llama_ftype).
 FILE_TYPES = {
     **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10},
     **{"Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "BF16": 32},
@@ -73,13 +75,21 @@ class GgufFiles:
         metadata: dict[str, str],
     ) -> None:
         """As `WeightFiles.write`."""
-        sizes: Counter[str] = Counter()
-        for tensor in tensors:
-            sizes[TYPE_NAMES[tensor.dtype]] += tensor.nbytes
-        most = FILE_TYPES[sizes.most_common(1)[0][0]] if sizes else FILE_TYPES["F32"]
         infos = [TensorInfo(each.name, each.dtype, each.shape) for each in tensors]
-        start = write_header(file, {**self._metadata, "general.file_type": np.uint32(most)}, infos)
+        start = write_header(
+            file, {**self._metadata, "general.file_type": _file_type(tensors)}, infos
+        )
         offsets = tensor_offsets(infos)
         for tensor, end in zip(tensors, offsets[1:], strict=True):
             tensor.copy(data, file)
             file.write(bytes(start + end - file.tell()))
+
+
+def _file_type(tensors: Sequence[StoredTensor]) -> np.uint32:
+    """Return the type of most of the quantized weights, or of all if none is quantized."""
+    weights: Counter[np.dtype[Any]] = Counter()
+    for each in tensors:
+        weights[each.dtype] += math.prod(each.shape) * weights_per_block(each.dtype)
+    blocks = Counter({dtype: count for dtype, count in weights.items() if dtype.names})
+    most = (blocks or weights).most_common(1)
+    return np.uint32(FILE_TYPES[TYPE_NAMES[most[0][0]] if most else "F32"])

@@ -160,6 +160,23 @@ class Format:
         return dtype
 
     @classmethod
+    def fits(cls, channels: int, precision: Precision) -> bool:
+        """Tell whether rows of so many channels are whole groups."""
+        return channels % precision.group_for(channels) == 0
+
+    @classmethod
+    def group_words(cls, precision: Precision, channels: int) -> str:
+        """Return what divides rows of so many channels, for messages."""
+        return f"groups of {precision.group_for(channels)}"
+
+    @classmethod
+    def change_that_fits(cls, channels: int, precision: Precision) -> dict[str, int]:
+        """Return what an override says so that rows are whole groups, the largest there are; empty if
+        none are."""
+        sizes = [size for size in cls.group_sizes if channels % size == 0]
+        return {"group_size": max(sizes)} if sizes and not cls.one_precision else {}
+
+    @classmethod
     def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
         """Raise ValueError unless a layer ``[out, in]`` can be stored so."""
         channels = shape[1]
@@ -174,7 +191,7 @@ class Format:
                 f"{name}: the {cls.name} format stores {_any_of(cls.grids)} grids, "
                 f"not {precision.grid}"
             )
-        if channels % size:
+        if not cls.fits(channels, precision):
             raise ValueError(
                 f"{name}: group size {size} does not divide its {channels} input channels"
             )

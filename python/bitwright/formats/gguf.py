@@ -78,6 +78,22 @@ class GgufFormat(Format):
         return Precision(bits, cls.default_group_size(bits, grid), grid)
 
     @classmethod
+    def fits(cls, channels: int, precision: Precision) -> bool:
+        return channels % (SUPERBLOCK if precision.grid == "k" else BLOCK) == 0
+
+    @classmethod
+    def group_words(cls, precision: Precision, channels: int) -> str:
+        block = SUPERBLOCK if precision.grid == "k" else BLOCK
+        return (
+            f"{TYPES.get((precision.grid, precision.bits), precision.words())}'s blocks of {block}"
+        )
+
+    @classmethod
+    def change_that_fits(cls, channels: int, precision: Precision) -> dict[str, int]:
+        """The type of 8 bits has no superblocks: llama.cpp falls back to it, too."""
+        return {"bits": 8} if precision.grid == "k" and channels % BLOCK == 0 else {}
+
+    @classmethod
     def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
         bits, grid = precision.bits, precision.grid
         if (grid, bits) not in TYPES:
@@ -90,8 +106,8 @@ class GgufFormat(Format):
             raise ValueError(
                 f"{name}: {TYPES[grid, bits]} has groups of {size}, not {precision.group_for(shape[1])}"
             )
-        block = SUPERBLOCK if grid == "k" else BLOCK
-        if shape[1] % block:
+        if not cls.fits(shape[1], precision):
+            block = SUPERBLOCK if grid == "k" else BLOCK
             raise ValueError(
                 f"{name}: {TYPES[grid, bits]} stores rows of multiples of {block} weights, not "
                 f"{shape[1]}" + ("; grids affine and symmetric need 32" if grid == "k" else "")

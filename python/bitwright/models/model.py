@@ -112,6 +112,13 @@ class Model:
         return self.embedding_name == self.head_name
 
     @property
+    def positions(self) -> int:
+        """How many positions the model has learned, or reaches with its RoPE scaling."""
+        declared, rope = self.config.max_position_embeddings, self.config.rope
+        scaled = int(rope.factor * (rope.original_max_position_embeddings or declared))
+        return max(declared, scaled)
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """The dtype that config.json declares, or else that of the embedding or, if that is quantized, the
         last norm."""
