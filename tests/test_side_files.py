@@ -16,6 +16,7 @@ from bitwright.checkpoint import Checkpoint, CheckpointWriter, copy_side_files
 from bitwright.checkpoint.side_files import SideFiles, side_files
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.errors import CheckpointError, OutputError
+from bitwright.formats.stored import SEPARATE_FILES
 from bitwright.warned import BitwrightWarning
 
 TINY = TESTS / "data" / "tiny"
@@ -91,6 +92,9 @@ LEFT = [
     "training_args.bin",
     "model.Q4_K_M.gguf",
 ]
+
+# Settings of a quantization beside weights in float are warned of.
+LEFT_OF_A_FLOAT_MODEL = [name for name in LEFT if name not in SEPARATE_FILES]
 
 
 def put(folder: Path, names: list[str]) -> None:
@@ -181,7 +185,7 @@ def test_all_writers_take_everything_along(
 ) -> None:
     monkeypatch.setattr("bitwright.best.TRAINED_TOKENS", 256)
     everything = sorted(name for names in KINDS.values() for name in names)
-    folder = source(tmp_path / "source", [*everything, *LEFT])
+    folder = source(tmp_path / "source", [*everything, *LEFT_OF_A_FLOAT_MODEL])
     write(folder, tmp_path / "out")
     written = set(names_in(tmp_path / "out"))
     assert written - set(everything) <= {
@@ -199,7 +203,7 @@ def test_all_writers_take_everything_along(
 def test_all_formats_take_everything_along(tmp_path: Path, format: Any) -> None:
     folder = tmp_path / "source"
     shutil.copytree(bitwright.demo_folder(), folder)
-    put(folder, [*CODE, *LEFT])
+    put(folder, [*CODE, *LEFT_OF_A_FLOAT_MODEL])
     bits = {"bits": 4, "group_size": 64} if format != "gguf" else {"bits": 8, "grid": "symmetric"}
     bitwright.quantize(folder, tmp_path / "out", "rtn", format=format, progress=False, **bits)
     demo = [*names_in(bitwright.demo_folder()), "README.md"]

@@ -200,7 +200,11 @@ def test_experts_and_their_router(tmp_path: Path) -> None:
 
 def test_latents(tmp_path: Path) -> None:
     powers = {"kv_b_proj.weight": -1, "kv_a_layernorm.weight": 1}
-    options = {"format": "mlx", "scale_dtype": "float16", "include": ["*kv_b_proj"]}
+    options = {
+        "format": "compressed-tensors",
+        "scale_dtype": "float16",
+        "include": ["*kv_b_proj"],
+    }
     as_good(tmp_path, TINY / "deepseek_v3", powers, 22, **options)
 
 
@@ -437,7 +441,7 @@ def test_story(tmp_path: Path, format: Any, times: int) -> None:
         quantizes = quantized_small if name == "small" and times > 13 else quantized
         quantizes(
             model,
-            tmp_path / name / "out",
+            tmp_path / f"out-{name}",
             method="gptq",
             calibration=text / "story_calibration.npy",
             samples=8,
@@ -445,7 +449,7 @@ def test_story(tmp_path: Path, format: Any, times: int) -> None:
         )
         found.append(
             bitwright.evaluate(
-                tmp_path / name / "out", text / "story_eval.npy", samples=8, reference=model
+                tmp_path / f"out-{name}", text / "story_eval.npy", samples=8, reference=model
             ).kl_divergence
         )
     assert found[1] == pytest.approx(found[0], rel=0.15)

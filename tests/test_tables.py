@@ -50,7 +50,7 @@ SENSITIVITIES = Sensitivities(
     dict.fromkeys(LAYERS, 1_000_000),
     *((3, 64), (5, 64), "m", "t", "kl", 0.54321),
 )
-LAYER = LayerReport(LAYERS[0], 4, 128, 0.012345, 0.0123456, False, 0.98765)
+LAYER = LayerReport(LAYERS[0], 4, 128, 0.012345, 0.0123456, error_before=0.98765)
 SEARCHES = {
     name: ScaleSearch(np.ones(1, np.float32), ratio, {})
     for name, ratio in (("q_proj", 0.35), ("up_proj", 0.45))

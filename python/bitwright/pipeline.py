@@ -507,7 +507,7 @@ class OwnSolver:
     gram: Float32 | None
 
     def energies_before(self, rows: slice, weight: Float32, out: int) -> list[tuple[float, float]]:
-        """Return `error_energies` of what some of the layer's rows are quantized to already, if they are."""
+        """Return `error_energies` of the quantized rows that are taken over; none by a method."""
         if not isinstance(self.method, QuantizedTensor):
             return []
         stored = self.method.rows(rows.start, rows.stop).dequantize()

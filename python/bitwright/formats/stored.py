@@ -50,13 +50,15 @@ def settle_quantization(checkpoint: Checkpoint) -> str | None:
     config = checkpoint.config
     declared = _declarations(config)
     if not declared:
-        name, settings = _separate_settings(checkpoint)
+        name = next((n for n in SEPARATE_FILES if (checkpoint.folder / n).is_file()), None)
         if name is not None and found is None and _all_floats(checkpoint):
             _warn_of_leftover(checkpoint, name)
         elif name is not None and found in ("gptq", "awq", "marlin"):
             checkpoint.config = {
                 **float_config(config),
-                "quantization_config": _as_in_config(found, settings),
+                "quantization_config": _as_in_config(
+                    found, read_json_object(checkpoint.folder / name)
+                ),
             }
         elif found is not None and found != "mlx":
             tensor = _packed_tensor(checkpoint, found)
@@ -68,10 +70,6 @@ def settle_quantization(checkpoint: Checkpoint) -> str | None:
     elif found is None and _all_floats(checkpoint):
         _warn_of_leftover(checkpoint, f'config.json ("{declared[0]}")')
         checkpoint.config = float_config(config)
-    elif found == "mlx" and not config.get("quantization"):
-        known = config.get("quantization_config")
-        if isinstance(known, dict) and "group_size" in known:
-            checkpoint.config = {**config, "quantization": known}
     return found
 
 
@@ -142,14 +140,6 @@ def _warn_of_leftover(checkpoint: Checkpoint, place: str) -> None:
         f"{checkpoint.folder}: {place} says that the weights are quantized, but all of them are floats and "
         f"there are no scales; they are taken as they are, and what is written says nothing of it"
     )
-
-
-def _separate_settings(checkpoint: Checkpoint) -> tuple[str | None, dict[str, Any]]:
-    for name in SEPARATE_FILES:
-        path = checkpoint.folder / name
-        if path.is_file():
-            return name, read_json_object(path)
-    return None, {}
 
 
 def _as_in_config(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
