@@ -53,13 +53,11 @@ from bitwright.recipe import check_plan, plan_shapes
 from bitwright.report import BlockReport, QuantizationReport
 from bitwright.small_weights import (
     MOST_LOST,
-    is_below_scales,
     largest_of,
-    raising_power,
-    too_small,
+    require_kept,
     warn_of_small_weights,
 )
-from bitwright.tensor import Grid
+from bitwright.tensor import Grid, QuantizedTensor
 from bitwright.torch_model import Input, Linear, Norm, Stream, TorchBlock, TorchModel
 from bitwright.warned import reports_warnings, warn
 
@@ -443,13 +441,7 @@ class _Run:
                             shared = METHODS[method](each.gram, self.options)
                         solve = shared
                     solve = refined(solve, each.gram, self.options)
-                    how = (
-                        precision.bits,
-                        precision.group_size,
-                        precision.grid,
-                        self.scale_dtype,
-                    )
-                    tensor = solve(linear.weight, *how)
+                    tensor = self._solved(solve, linear.weight, precision)
                 except BitwrightError:
                     raise
                 except ValueError as error:
@@ -459,14 +451,7 @@ class _Run:
                 stored = tensor.dequantize()
                 change = relative_error(linear.weight, stored, each.gram)
                 if change > MOST_LOST:
-                    largest = largest_of([linear.weight])
-                    raised = np.ldexp(linear.weight, raising_power(largest))
-                    again = solve(raised, *how).dequantize()
-                    if is_below_scales(change, relative_error(raised, again, each.gram)):
-                        place = f"{self.model.folder}: layer {linear.name}"
-                        raise ValueError(
-                            too_small(place, self.output.format, tensor, largest, change)
-                        )
+                    self._require_kept(linear, each.gram, solve, precision, tensor, change)
                 linear.weight[...] = stored
                 finish(
                     QuantizedLayer(
@@ -477,6 +462,28 @@ class _Run:
                         coarse=linear.name in self.coarse,
                     )
                 )
+
+    def _solved(self, solve: Solver, weight: Float32, precision: Precision) -> QuantizedTensor:
+        return solve(weight, precision.bits, precision.group_size, precision.grid, self.scale_dtype)
+
+    def _require_kept(
+        self,
+        linear: Linear,
+        gram: Float32 | None,
+        solve: Solver,
+        precision: Precision,
+        tensor: QuantizedTensor,
+        lost: float,
+    ) -> None:
+        """Raise ValueError if a layer loses most of its energy because scales cannot be so small."""
+
+        def lost_if_raised(power: int) -> float:
+            raised = np.ldexp(linear.weight, power)
+            return relative_error(raised, self._solved(solve, raised, precision).dequantize(), gram)
+
+        place = f"{self.model.folder}: layer {linear.name}"
+        largest = largest_of([linear.weight])
+        require_kept(place, self.output.format, tensor, lost, largest, lost_if_raised)
 
     def _quantize_scaled(
         self, block: TorchBlock, stream: Stream, finish: Callable[[QuantizedLayer], None]

@@ -31,7 +31,7 @@ from bitwright.output import Output, QuantizedLayer
 from bitwright.pipeline import as_written
 from bitwright.progress import progress_bar
 from bitwright.report import ConversionReport, ConvertedLayer
-from bitwright.small_weights import MOST_LOST, is_below_scales, largest_of, raising_power, too_small
+from bitwright.small_weights import MOST_LOST, largest_of, require_kept
 from bitwright.statistics import require_finite
 from bitwright.tensor import QuantizedTensor, stored_bits
 from bitwright.warned import reports_warnings
@@ -473,11 +473,15 @@ class _Conversion:
         error: float,
     ) -> None:
         """Raise ValueError if a layer loses most of its energy because scales cannot be so small."""
-        largest = largest_of([weight])
-        raised = np.ldexp(weight, raising_power(largest))
-        if is_below_scales(error, _rounded(raised, choice)[1]):
-            place = f"{self.model.checkpoint.folder}: layer {name}"
-            raise ValueError(too_small(place, self.kind, rounded, largest, error))
+        place = f"{self.model.checkpoint.folder}: layer {name}"
+        require_kept(
+            place,
+            self.kind,
+            rounded,
+            error,
+            largest_of([weight]),
+            lambda power: _rounded(np.ldexp(weight, power), choice)[1],
+        )
 
     def _in_float(self, weight: NDArray[np.float32], name: str) -> NDArray[Any]:
         if self.dtype is not None:
