@@ -1004,11 +1004,14 @@ def main() -> None:
 
 
 def _show_warnings_as_lines() -> None:
-    shown = warnings.showwarning
+    """Print each warning once, though a command may open a model several times."""
+    shown, printed = warnings.showwarning, set[str]()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, BitwrightWarning):
-            click.echo(f"bitwright: warning: {message}", err=True)
+            if str(message) not in printed:
+                click.echo(f"bitwright: warning: {message}", err=True)
+            printed.add(str(message))
         else:
             shown(message, category, *where, **more)
 
