@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from bitwright.build import build_info, set_num_threads
 from bitwright.calibration import TokenSource, existing_file, load_samples
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
-from bitwright.checkpoint import CheckpointWriter, copy_side_files
+from bitwright.checkpoint import CheckpointWriter, copy_side_files, plainly_spelled
 from bitwright.checkpoint.reader import require_model
 from bitwright.equalizing import (
     first_exact,
@@ -207,7 +207,10 @@ def quantize_with_transformers(
         name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in linears.items()
     }
     default = kind.precision(bits, group_size, grid, {shape[1] for shape in shapes.values()})
+    model_type = str(original.checkpoint.config.get("model_type"))
+    kind.check_head(model_type, original.tied)
     plan = plan_shapes(shapes, default, include=include, exclude=exclude, overrides=overrides)
+    plan.update(dict.fromkeys(n for n in shapes if kind.keeps_in_float(model_type, n)))
     check_plan(plan, shapes, kind, allow_unfused)
     dtype = kind.scale_dtype(original.dtype)
     if scale_dtype is not None:
@@ -226,7 +229,7 @@ def quantize_with_transformers(
             most=DEFAULT_SAMPLES,
         ).tokens
 
-    config = kind.spell(original.checkpoint.config)
+    config = kind.spell(plainly_spelled(original.checkpoint.config))
     in_float: dict[str, Precision | None] = dict.fromkeys(original.routers())
     config.update(kind.config(default, {**in_float, **plan}, ""))
     checkpoint = original.checkpoint
