@@ -62,12 +62,6 @@ def collected() -> Iterator[list[str]]:
         _collectors.reset(token)
 
 
-def warnings_so_far() -> tuple[str, ...]:
-    """Return what the innermost call that collects warnings has been given until now."""
-    collectors = _collectors.get()
-    return tuple(collectors[-1]) if collectors else ()
-
-
 def reports_warnings(function: Callable[P, R]) -> Callable[P, R]:
     """Put the warnings that a function gives into the report that it returns."""
 
