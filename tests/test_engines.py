@@ -24,7 +24,7 @@ from engine_rules import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from shared_data import ARCH, TINY
+from shared_data import ARCH, TESTS, TINY
 
 import bitwright
 from bitwright.cli import cli
@@ -523,3 +523,13 @@ def test_dynamic_precision_of_what_nobody_fuses(tmp_path: Path) -> None:
         allow_unfused=True, progress=False,
     )  # fmt: skip
     assert not_for_vllm(tmp_path / "out")
+
+
+def test_the_page_names_tests_that_are_there() -> None:
+    """Of docs/engines.md, whose rows say which test holds a constraint."""
+    page = (TESTS.parent / "docs" / "engines.md").read_text()
+    named = re.findall(r"`((?:interop/)?test_\w+\.py)(?:::(\w+))?", page)
+    assert len(named) > 30
+    for file, name in named:
+        text = (TESTS / file).read_text()
+        assert not name or f"def {name}(" in text, f"{file}::{name}"

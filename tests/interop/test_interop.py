@@ -70,7 +70,7 @@ DEMO_KINDS: dict[str, list[dict[str, Any]]] = {
         {"bits": 8, **GPTQ, "group_size": None, "exclude": ["*.o_proj"]},
         {"bits": 2, **GPTQ, "group_size": 32},
         {"method": "awq", **AWQ},
-        {"method": "awq+gptq", **AWQ, "exclude": ["*.0.*", "*.v_proj"]},
+        {"method": "awq+gptq", **AWQ, "exclude": ["*.0.*", "*.o_proj"]},
         {"method": "salient", **AWQ, "group_size": 32},
         {"bits": 4, **COMPRESSED, "exclude": ["*.0.*"]},
         {"bits": 4, **COMPRESSED, "grid": "zero_point", "group_size": 32},
