@@ -690,6 +690,46 @@ def test_tensors_decide_here_too(folders: Callable[[str], Path], tmp_path: Path,
         assert np.array_equal(head, whole[::-1])
 
 
+def test_heads_that_mlx_lm_does_not_have_are_refused(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As without transformers."""
+
+    def change(arrays: dict[str, Any]) -> None:
+        arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"][::-1].copy()
+
+    model = contradicted(folders("gemma2"), tmp_path / "model", {}, change)
+    options: dict[str, Any] = {"method": "rtn", "calibration": None, "bits": 4}
+    with (
+        pytest.warns(bitwright.BitwrightWarning, match="is stored and differs"),
+        pytest.raises(ValueError, match="mlx-lm knows gemma2 only without a head of its own"),
+    ):
+        run(model, tmp_path / "out", format="mlx", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_config_is_spelled_for_engines(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    said = {"hidden_act": "swish"}
+    model = contradicted(folders("llama-biases"), tmp_path / "model", said, dict)
+    run(model, tmp_path / "out", method="rtn", calibration=None, format="mlx", bits=4)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["hidden_act"] == "silu"
+
+
+def test_mlx_keeps_the_matrix_of_latent_keys_and_values_in_float(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As without transformers: mlx-lm would round it again."""
+    options: dict[str, Any] = {"method": "rtn", "calibration": None, "bits": 4}
+    options["exclude"] = ["*.o_proj"]
+    quantized = {}
+    for format in ("mlx", "compressed-tensors"):
+        report = run(folders("deepseek_v3"), tmp_path / format, format=format, **options)
+        quantized[format] = {layer.name for layer in report.layers}
+    left = quantized["compressed-tensors"] - quantized["mlx"]
+    assert left == {f"model.layers.{i}.self_attn.kv_b_proj" for i in (0, 1)}
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_small_weights_are_multiplied_and_their_norms_divided(tmp_path: Path, method: Any) -> None:
     usual = make_stablelm(tmp_path / "usual")

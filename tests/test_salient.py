@@ -388,6 +388,46 @@ def test_wrong_options_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("format", ["awq", "mlx", "gptq"])
+def test_layers_can_be_left_out(tmp_path: Path, activations_file: Path, format: Any) -> None:
+    """As messages about layers that do not fit say."""
+    report = bitwright.awq_quantize_model(
+        *(DEMO, tmp_path / "out", activations_file, 32),
+        format=format,
+        exclude=["*.down_proj", "*.0.self_attn.[qkv]_proj"],
+        verbose=False,
+    )
+    names = {layer.name for layer in report.layers}
+    assert "model.layers.0.self_attn.o_proj" in names
+    assert "model.layers.1.self_attn.q_proj" in names
+    assert not any(name.endswith("down_proj") for name in names)
+    assert "model.layers.0.self_attn.q_proj" not in names
+
+
+def test_layers_can_have_other_groups(tmp_path: Path, activations_file: Path) -> None:
+    report = bitwright.awq_quantize_model(
+        *(DEMO, tmp_path / "out", activations_file, 32),
+        format="mlx",
+        overrides={"*.o_proj": {"group_size": 64}},
+        verbose=False,
+    )
+    for layer in report.layers:
+        assert layer.group_size == (64 if layer.name.endswith("o_proj") else 32)
+
+
+def test_what_vllm_computes_as_one_is_left_out_as_one(
+    tmp_path: Path, activations_file: Path
+) -> None:
+    given = {"exclude": ["*.q_proj"], "verbose": False}
+    with pytest.raises(ValueError, match="--allow-unfused"):
+        bitwright.awq_quantize_model(DEMO, tmp_path / "out", activations_file, 32, **given)
+    assert not list(tmp_path.iterdir())
+    report = bitwright.awq_quantize_model(
+        DEMO, tmp_path / "out", activations_file, 32, allow_unfused=True, **given
+    )
+    assert not any(layer.name.endswith("q_proj") for layer in report.layers)
+
+
 def test_the_command(tmp_path: Path) -> None:
     def salient(*arguments: str, status: int = 0) -> str:
         done = subprocess.run(
@@ -411,8 +451,10 @@ def test_the_command(tmp_path: Path) -> None:
     assert zipfile.is_zipfile(tmp_path / "a.npz")
     assert "exists" in salient("--dry-run", *calibration, status=1)
     shown = salient(
-        *("--output-path", str(tmp_path / "out"), "--group-size", "32", "--salient-ratio", "0.02")
+        *("--output-path", str(tmp_path / "out"), "--group-size", "32", "--salient-ratio", "0.02"),
+        *("--exclude", "*.down_proj"),
     )
     assert "bits per weight" in shown
+    assert "down_proj" not in shown
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "awq"

@@ -69,3 +69,21 @@ bitwright.cli.main()
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stderr == "bitwright: warning: a b\n"
+
+
+def test_a_command_says_each_warning_once() -> None:
+    """Though it may open a model several times, in calls of their own."""
+    program = """
+import sys, bitwright.cli
+from bitwright.warned import warn
+def said():
+    for each in ("a", "b", "a", "a"):
+        warn(each)
+bitwright.cli.cli.add_command(bitwright.cli.click.Command("w", callback=said))
+sys.argv[1:] = ["w"]
+bitwright.cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "bitwright: warning: a\nbitwright: warning: b\n"

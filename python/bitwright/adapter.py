@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from bitwright.build import build_info, set_num_threads
 from bitwright.calibration import TokenSource, existing_file, load_samples
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
-from bitwright.checkpoint import CheckpointWriter, copy_side_files
+from bitwright.checkpoint import CheckpointWriter, copy_side_files, plainly_spelled
 from bitwright.checkpoint.reader import require_model
 from bitwright.equalizing import (
     first_exact,
@@ -53,13 +53,11 @@ from bitwright.recipe import check_plan, plan_shapes
 from bitwright.report import BlockReport, QuantizationReport
 from bitwright.small_weights import (
     MOST_LOST,
-    is_below_scales,
     largest_of,
-    raising_power,
-    too_small,
+    require_kept,
     warn_of_small_weights,
 )
-from bitwright.tensor import Grid
+from bitwright.tensor import Grid, QuantizedTensor
 from bitwright.torch_model import Input, Linear, Norm, Stream, TorchBlock, TorchModel
 from bitwright.warned import reports_warnings, warn
 
@@ -209,7 +207,10 @@ def quantize_with_transformers(
         name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in linears.items()
     }
     default = kind.precision(bits, group_size, grid, {shape[1] for shape in shapes.values()})
+    model_type = str(original.checkpoint.config.get("model_type"))
+    kind.check_head(model_type, original.tied)
     plan = plan_shapes(shapes, default, include=include, exclude=exclude, overrides=overrides)
+    plan.update(dict.fromkeys(n for n in shapes if kind.keeps_in_float(model_type, n)))
     check_plan(plan, shapes, kind, allow_unfused)
     dtype = kind.scale_dtype(original.dtype)
     if scale_dtype is not None:
@@ -228,7 +229,7 @@ def quantize_with_transformers(
             most=DEFAULT_SAMPLES,
         ).tokens
 
-    config = kind.spell(original.checkpoint.config)
+    config = kind.spell(plainly_spelled(original.checkpoint.config))
     in_float: dict[str, Precision | None] = dict.fromkeys(original.routers())
     config.update(kind.config(default, {**in_float, **plan}, ""))
     checkpoint = original.checkpoint
@@ -443,13 +444,7 @@ class _Run:
                             shared = METHODS[method](each.gram, self.options)
                         solve = shared
                     solve = refined(solve, each.gram, self.options)
-                    how = (
-                        precision.bits,
-                        precision.group_size,
-                        precision.grid,
-                        self.scale_dtype,
-                    )
-                    tensor = solve(linear.weight, *how)
+                    tensor = self._solved(solve, linear.weight, precision)
                 except BitwrightError:
                     raise
                 except ValueError as error:
@@ -459,14 +454,7 @@ class _Run:
                 stored = tensor.dequantize()
                 change = relative_error(linear.weight, stored, each.gram)
                 if change > MOST_LOST:
-                    largest = largest_of([linear.weight])
-                    raised = np.ldexp(linear.weight, raising_power(largest))
-                    again = solve(raised, *how).dequantize()
-                    if is_below_scales(change, relative_error(raised, again, each.gram)):
-                        place = f"{self.model.folder}: layer {linear.name}"
-                        raise ValueError(
-                            too_small(place, self.output.format, tensor, largest, change)
-                        )
+                    self._require_kept(linear, each.gram, solve, precision, tensor, change)
                 linear.weight[...] = stored
                 finish(
                     QuantizedLayer(
@@ -477,6 +465,28 @@ class _Run:
                         coarse=linear.name in self.coarse,
                     )
                 )
+
+    def _solved(self, solve: Solver, weight: Float32, precision: Precision) -> QuantizedTensor:
+        return solve(weight, precision.bits, precision.group_size, precision.grid, self.scale_dtype)
+
+    def _require_kept(
+        self,
+        linear: Linear,
+        gram: Float32 | None,
+        solve: Solver,
+        precision: Precision,
+        tensor: QuantizedTensor,
+        lost: float,
+    ) -> None:
+        """Raise ValueError if a layer loses most of its energy because scales cannot be so small."""
+
+        def lost_if_raised(power: int) -> float:
+            raised = np.ldexp(linear.weight, power)
+            return relative_error(raised, self._solved(solve, raised, precision).dequantize(), gram)
+
+        place = f"{self.model.folder}: layer {linear.name}"
+        largest = largest_of([linear.weight])
+        require_kept(place, self.output.format, tensor, lost, largest, lost_if_raised)
 
     def _quantize_scaled(
         self, block: TorchBlock, stream: Stream, finish: Callable[[QuantizedLayer], None]

@@ -233,6 +233,25 @@ def _allow_unfused(function: Callable[..., None]) -> Callable[..., None]:
     )(function)
 
 
+def _exceptions(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options for layers that are treated otherwise than the rest, which messages name."""
+    for option in (
+        click.option(
+            "--override",
+            "overrides",
+            multiple=True,
+            type=_Override(),
+            metavar="GLOB=bits:B,group_size:G",
+            help="Other settings for these layers; the last match wins.",
+        ),
+        click.option(
+            "--exclude", multiple=True, metavar="GLOB", help="Leave these layers in float."
+        ),
+    ):
+        function = option(function)
+    return _allow_unfused(function)
+
+
 def _resume(function: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--resume/--no-resume",
@@ -406,23 +425,14 @@ def cli(context: click.Context, fixed_order: bool) -> None:
 @click.option("--embedding-bits", type=_Bits(), help="Quantize the embedding too.")
 @click.option("--head-bits", type=_Bits(), help="Quantize the head too.")
 @click.option("--include", multiple=True, metavar="GLOB", help="Quantize only these layers.")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers in float.")
 @click.option(
     "--recipe",
     type=click.Path(path_type=Path),
     help="JSON file of each layer's precision, from bitwright dynamic, in place of --bits and "
     "--group-size.",
 )
-@click.option(
-    "--override",
-    "overrides",
-    multiple=True,
-    type=_Override(),
-    metavar="GLOB=bits:B,group_size:G",
-    help="Other settings for these layers; the last match wins.",
-)
+@_exceptions
 @click.option("--allow-requantize", is_flag=True, help="Take a MODEL that is quantized already.")
-@_allow_unfused
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
 @click.option(
     "--backend",
@@ -484,6 +494,7 @@ def quantize(
     help="How inputs are measured to find these weights.",
 )
 @click.option("--format", type=click.Choice(list(FORMATS)), default="awq")
+@_exceptions
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
@@ -510,6 +521,7 @@ def salient(
     dry_run: bool,
     overwrite: bool,
     threads: int | None,
+    overrides: tuple[tuple[str, dict[str, int]], ...],
     **options: Any,
 ) -> None:
     """Quantize to symmetric INT4, protecting the weights that large activations meet."""
@@ -519,6 +531,7 @@ def salient(
         raise click.UsageError("--dry-run writes the activations, so it needs --calibration")
     if not dry_run and output_path is None:
         raise click.UsageError("--output-path is missing; only --dry-run does without")
+    options["overrides"] = dict(overrides)
     if calibration is not None and output_path is not None and not dry_run:
         # Whether the format takes such a model is known before the model is run.
         tokens = np.zeros((1, 2), np.int32)
@@ -991,11 +1004,14 @@ def main() -> None:
 
 
 def _show_warnings_as_lines() -> None:
-    shown = warnings.showwarning
+    """Print each warning once, though a command may open a model several times."""
+    shown, printed = warnings.showwarning, set[str]()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, BitwrightWarning):
-            click.echo(f"bitwright: warning: {message}", err=True)
+            if str(message) not in printed:
+                click.echo(f"bitwright: warning: {message}", err=True)
+            printed.add(str(message))
         else:
             shown(message, category, *where, **more)
 

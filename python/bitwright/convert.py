@@ -31,7 +31,7 @@ from bitwright.output import Output, QuantizedLayer
 from bitwright.pipeline import as_written
 from bitwright.progress import progress_bar
 from bitwright.report import ConversionReport, ConvertedLayer
-from bitwright.small_weights import MOST_LOST, is_below_scales, largest_of, raising_power, too_small
+from bitwright.small_weights import MOST_LOST, largest_of, require_kept
 from bitwright.statistics import require_finite
 from bitwright.tensor import QuantizedTensor, stored_bits
 from bitwright.warned import reports_warnings
@@ -424,9 +424,9 @@ class _Conversion:
             for dtype in dict.fromkeys(each for each in usual if each in kind.scale_dtypes):
                 choice = _Choice(precision, dtype, keeps_codes=True)
                 if not all(
-                    _stores(kind, name, tensor.shape, precision)
+                    kind.stores(tensor.shape, precision)
                     and self._regridded(tensor, choice) is not None
-                    for name, tensor in tensors.items()
+                    for tensor in tensors.values()
                 ):
                     break
                 key = precision.grid, dtype
@@ -473,11 +473,15 @@ class _Conversion:
         error: float,
     ) -> None:
         """Raise ValueError if a layer loses most of its energy because scales cannot be so small."""
-        largest = largest_of([weight])
-        raised = np.ldexp(weight, raising_power(largest))
-        if is_below_scales(error, _rounded(raised, choice)[1]):
-            place = f"{self.model.checkpoint.folder}: layer {name}"
-            raise ValueError(too_small(place, self.kind, rounded, largest, error))
+        place = f"{self.model.checkpoint.folder}: layer {name}"
+        require_kept(
+            place,
+            self.kind,
+            rounded,
+            error,
+            largest_of([weight]),
+            lambda power: _rounded(np.ldexp(weight, power), choice)[1],
+        )
 
     def _in_float(self, weight: NDArray[np.float32], name: str) -> NDArray[Any]:
         if self.dtype is not None:
@@ -543,20 +547,12 @@ def _families(kind: type[Format]) -> list[list[Precision]]:
     return [known]
 
 
-def _stores(kind: type[Format], name: str, shape: tuple[int, int], precision: Precision) -> bool:
-    try:
-        kind.check(name, shape, precision)
-    except ValueError:
-        return False
-    return True
-
-
 def _nearest(
     kind: type[Format], tensors: Mapping[str, QuantizedTensor], precisions: Sequence[Precision]
 ) -> Precision | None:
     """Return what layers that no precision holds are rounded to, None if their shapes fit none."""
-    facts = {name: (t.shape, t.bits, t.group_size) for name, t in tensors.items()}
-    shape, bits, group_size = max(facts.values(), key=lambda fact: fact[1])
+    facts = [(tensor.shape, tensor.bits, tensor.group_size) for tensor in tensors.values()]
+    shape, bits, group_size = max(facts, key=lambda fact: fact[1])
 
     def distance(precision: Precision) -> tuple[bool, int, bool, int]:
         size = precision.group_for(shape[1])
@@ -566,7 +562,7 @@ def _nearest(
     known = [
         precision
         for precision in precisions
-        if all(_stores(kind, name, fact[0], precision) for name, fact in facts.items())
+        if all(kind.stores(each, precision) for each, _, _ in facts)
     ]
     return min(known, key=distance, default=None)
 

@@ -220,9 +220,8 @@ def dynamic_choices(
         if all(_is_stored(kind, shapes, Precision(*one, each)) for one in chosen)
     ]
     if not possible:
-        check_candidates(
-            (Precision(*each, first) for each in chosen), shapes, kind
-        )  # which says why
+        # This says why.
+        check_candidates((Precision(*each, first) for each in chosen), shapes, kind)
     choices = Choices(chosen, possible[0], dtype)
     check_target(target_bpw, *_reach(shapes, choices))
     return choices
@@ -275,11 +274,7 @@ def _default_choices(
 def _is_stored(
     kind: type[Format], shapes: Mapping[str, tuple[int, int]], precision: Precision
 ) -> bool:
-    with suppress(ValueError):
-        for shape in set(shapes.values()):
-            kind.check("", shape, precision)
-        return True
-    return False
+    return all(kind.stores(shape, precision) for shape in set(shapes.values()))
 
 
 def _weights(shapes: Mapping[str, tuple[int, int]]) -> NDArray[np.float64]:
@@ -519,9 +514,8 @@ class _Written:
         return None, False
 
     def _inode(self) -> int:
-        return (
-            (self._out / "config.json").stat().st_ino
-        )  # a folder that is a mount point keeps its own
+        # Of the file: a folder that is a mount point keeps its own.
+        return (self._out / "config.json").stat().st_ino
 
     def commit(self, report: QuantizationReport | None) -> None:
         """Remember that the output is about to be written, or is."""
@@ -538,7 +532,6 @@ def _check_plan(
     model: Model, format: FormatName, finest: Candidate, grid: Grid | None, options: dict[str, Any]
 ) -> None:
     """Raise ValueError if layers that are left out or overridden cannot be so."""
-    check_choice("format", format, FORMATS)
     kind = FORMATS[format]
     asked = ("include", "exclude", "overrides", "embedding_bits", "head_bits", "allow_unfused")
     given = {name: options[name] for name in asked if name in options}

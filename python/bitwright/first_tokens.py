@@ -40,9 +40,8 @@ def first_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _first(processor: Mapping[str, Any]) -> tuple[int, ...]:
     match processor["type"]:
-        case (
-            "Sequence"
-        ):  # where more than one adds tokens, the library leaves out those of the later
+        case "Sequence":
+            # Where more than one adds tokens, the library leaves out those of the later ones.
             return next(filter(None, map(_first, processor["processors"])), ())
         case "TemplateProcessing":
             ids: list[int] = []

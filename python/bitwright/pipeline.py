@@ -76,10 +76,8 @@ from bitwright.scaling import (
 )
 from bitwright.small_weights import (
     MOST_LOST,
-    is_below_scales,
     largest_of,
-    raising_power,
-    too_small,
+    require_kept,
     warn_of_small_weights,
 )
 from bitwright.states import ChunkPlan, States, read_states
@@ -1342,17 +1340,18 @@ class Run:
         out: int,
     ) -> None:
         """Raise ValueError if a layer loses most of its energy because scales cannot be so small."""
+
+        def lost_if_raised(power: int) -> float:
+            energies = []
+            for rows, weight in pieces:
+                raised = np.ldexp(weight, power)
+                found = solve(rows, raised).dequantize()
+                energies.append(error_energies(raised, found, gram, rows.start, out))
+            return summed([pair for each in self.ranks.gather(energies) for pair in each])
+
         largest = max(self.ranks.gather(largest_of(weight for _, weight in pieces)))
-        power = raising_power(largest)
-        energies = []
-        for rows, weight in pieces:
-            raised = np.ldexp(weight, power)
-            found = solve(rows, raised).dequantize()
-            energies.append(error_energies(raised, found, gram, rows.start, out))
-        energies = [pair for each in self.ranks.gather(energies) for pair in each]
-        if is_below_scales(lost, summed(energies)):
-            place = f"{self.model.checkpoint.folder}: layer {name}"
-            raise ValueError(too_small(place, self.format, tensor, largest, lost))
+        place = f"{self.model.checkpoint.folder}: layer {name}"
+        require_kept(place, self.format, tensor, lost, largest, lost_if_raised)
 
     def _carry(self, names: Iterable[str]) -> None:
         """Write the tensors that stay as they are; a tied matrix once, under the embedding's name."""

@@ -1,6 +1,7 @@
 """Salient-weight AWQ of whole models, from a file of activations."""
 
 import os
+from collections.abc import Mapping, Sequence
 
 from bitwright.formats import FormatName
 from bitwright.home import expands_home
@@ -22,6 +23,9 @@ def awq_quantize_model(
     verbose: bool = True,
     *,
     format: FormatName = "awq",
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, Mapping[str, int]] | None = None,
+    allow_unfused: bool = False,
     overwrite: bool = False,
 ) -> QuantizationReport:
     """Quantize all linear layers of a model's blocks to symmetric INT4, protecting the salient weights.
@@ -40,6 +44,8 @@ def awq_quantize_model(
         Show a progress bar.
     format
         ``"awq"`` (transformers, vLLM), ``"mlx"`` or ``"gptq"``: all hold the same codes and scales.
+    exclude, overrides, allow_unfused
+        As for `quantize`.
     overwrite
         Replace an existing checkpoint folder.
 
@@ -75,6 +81,9 @@ def awq_quantize_model(
         salient_ratio=salient_ratio,
         activation_method=activation_method,
         activations=activations_path,
+        exclude=exclude,
+        overrides=overrides,
+        allow_unfused=allow_unfused,
         overwrite=overwrite,
         progress=verbose,
     )

@@ -1,6 +1,6 @@
 """Layers whose weights are smaller than the scales that can be stored: what is said of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,36 @@ def largest_of(weights: Iterable[NDArray[Any]]) -> float:
     return max((float(np.abs(weight).max()) for weight in weights), default=0.0)
 
 
-def raising_power(largest: float) -> int:
-    """Return the power of two that takes the largest weight of a layer to 1, or a little less."""
-    return -int(np.frexp(np.float32(largest))[1])
+def require_kept(
+    layer: str,
+    format: type[Format] | None,
+    tensor: QuantizedTensor,
+    lost: float,
+    largest: float,
+    lost_if_raised: Callable[[int], float],
+) -> None:
+    """Raise ValueError if a layer loses most of its energy because scales cannot be so small: multiplied by
+    a power of two, and quantized in the same way, it would lose less than half as much.
 
-
-def is_below_scales(lost: float, raised: float) -> bool:
-    """Tell whether it is the scales that a layer loses its energy to: multiplied by a power of two, and
-    quantized in the same way, it loses less than half as much."""
-    return lost > MOST_LOST and raised < 0.5 * lost
-
-
-def too_small(
-    place: str, format: type[Format] | None, tensor: QuantizedTensor, largest: float, lost: float
-) -> str:
-    """Say that a layer cannot be stored so, and what to do."""
+    Parameters
+    ----------
+    layer
+        Folder and name.
+    format, tensor
+        What it is stored in, and as.
+    lost
+        The share of its energy that this loses, more than `MOST_LOST`.
+    largest
+        The largest magnitude of its weights.
+    lost_if_raised
+        Given a power of two, returns the share that is lost by the weights times that.
+    """
+    power = -int(np.frexp(np.float32(largest))[1])  # that takes the largest to 1, or a little less
+    if not lost_if_raised(power) < 0.5 * lost:
+        return
     dtype = FLOAT16 if tensor.superblocks is not None else tensor.scales.dtype
-    return (
-        f"{place}: its weights, {largest:.1e} at most, are so small that {dtype.name} scales lose "
+    raise ValueError(
+        f"{layer}: its weights, {largest:.1e} at most, are so small that {dtype.name} scales lose "
         f"{lost:.0%} of its energy; {remedy(format, dtype)}"
     )
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint
 from bitwright.checkpoint.config import MODEL_DTYPES
+from bitwright.checkpoint.reader import written_dtype
 from bitwright.errors import BitwrightError, MissingExtraError, UnsupportedModelError, shown
 from bitwright.formats import detect_format
 from bitwright.models.contents import (
@@ -188,11 +189,17 @@ class TorchModel:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The dtype that config.json declares, or else that of the first linear."""
+        """The dtype that config.json declares, or else that of the first linear, as it is written."""
         config = self.checkpoint.config
         declared = MODEL_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
         first = next(iter(self.linears().values()))
-        return declared or self.checkpoint.dtype(f"{first.name}.weight")
+        return declared or written_dtype(self.checkpoint.dtype(f"{first.name}.weight"))
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix."""
+        head, embedding = self.module.get_output_embeddings(), self.module.get_input_embeddings()
+        return head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
 
     def linears(self) -> dict[str, Linear]:
         """Return the linears of the blocks that can be quantized, by name."""
@@ -268,13 +275,9 @@ class TorchModel:
 
     def _settle_head(self) -> None:
         """Say in config.json that embedding and head are two matrices where transformers has kept both."""
-        head, embedding = self.module.get_output_embeddings(), self.module.get_input_embeddings()
-        text = self.module.config.get_text_config()
-        if (
-            head is not None
-            and getattr(text, "tie_word_embeddings", False)
-            and head.weight.data_ptr() != embedding.weight.data_ptr()
-        ):
+        head, text = self.module.get_output_embeddings(), self.module.config.get_text_config()
+        said = getattr(text, "tie_word_embeddings", False)
+        if head is not None and said and not self.tied:
             names = {module: name for name, module in self.module.named_modules()}
             warn_of_head(self.checkpoint, names[head])
             self.checkpoint.config = untied(self.checkpoint.config)

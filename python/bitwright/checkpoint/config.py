@@ -33,6 +33,8 @@ LayerType = Literal["full_attention", "sliding_attention"]
 _LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 _LARGEST_INTEGER = 2**31 - 1
 QUANTIZATION_KEYS = ("quantization", "quantization_config", "compression_config")
+SEPARATE_FILES = ("quantize_config.json", "quant_config.json")
+"""Where AutoGPTQ and AutoAWQ said what is said in config.json today."""
 _COUNT = re.compile(
     r"(num|n|max)_\w+|\w+_(size|dim|rank|embeddings|window|group|scalar|replace|step)"
 )

@@ -2,8 +2,8 @@
 
 Three lists hold for every family, and a family has more of its own (`ConfigRules`): harmless keys never
 enter a forward pass, refused ones are computed by transformers, disputed ones by other families or by
-some engines. A key of the last two passes with a value that changes
-nothing, or with null. Any other key is declared by no class of transformers, and overlooked by it, too.
+some engines. A key of the last two passes with a value that changes nothing, or with null. Any other
+key is declared by no class of transformers, and overlooked by it, too.
 """
 
 from collections.abc import Collection, Mapping

@@ -83,7 +83,7 @@ def check_new_file(path: Path, read: Callable[[Path], object], overwrite: bool =
             except BitwrightError as error:
                 raise OutputExistsError(
                     f"{path}: exists already, and is not what this command would write there. Write "
-                    f"elsewhere, or replace it with --overwrite (overwrite=True)"
+                    f"elsewhere, or ask for overwriting (overwrite, --overwrite)"
                 ) from error
         if path.exists() and is_mount_point(path):
             raise OutputError(

@@ -7,6 +7,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from bitwright.checkpoint.config import SEPARATE_FILES
 from bitwright.checkpoint.reader import Checkpoint, is_plain_file_name
 from bitwright.errors import shown
 from bitwright.warned import warn
@@ -16,25 +17,11 @@ SIDE_FILES_LIMIT = 512 << 20  # bytes of all
 SIDE_FILES = 1000  # how many; models with much code of their own have some tens
 SIDE_FOLDERS = 1000
 DEPTH = 5  # folders within each other
-WEIGHTS = tuple(
-    f".{suffix}"
-    for suffix in (
-        *(
-            "safetensors",
-            "bin",
-            "pt",
-            "pth",
-            "ckpt",
-            "gguf",
-            "ggml",
-            "h5",
-            "hdf5",
-            "msgpack",
-            "npz",
-        ),
-        *("onnx", "onnx_data", "onnx.data", "tflite", "ot", "pdparams", "nemo", "engine", "distcp"),
-    )
-)
+_WEIGHTS = """
+    safetensors bin pt pth ckpt gguf ggml h5 hdf5 msgpack npz onnx onnx_data onnx.data tflite ot pdparams
+    nemo engine distcp
+"""
+WEIGHTS = tuple(f".{suffix}" for suffix in _WEIGHTS.split())
 INDEX = ".index.json"
 # The same weights in other forms, what a training has left, and Python's own.
 _LEFT_FOLDERS = (
@@ -43,7 +30,7 @@ _LEFT_FOLDERS = (
 )
 # Of an earlier quantization, of a training, and of an adapter.
 _LEFT_FILES = (
-    *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quant_log*"),
+    *(*SEPARATE_FILES, "hf_quant_config.json", "quant_log*"),
     *("recipe.yaml", "dwq.json", "*imatrix*"),
     *("optimizer.*", "scheduler.*", "rng_state*", "trainer_state.json", "trainer_log.jsonl"),
     *("training_args.*", "*_results.json", "events.out.tfevents*", "zero_to_fp32.py", "latest"),
@@ -133,9 +120,8 @@ class SideFiles:
             name = f"{within}{entry.name}"
             if entry.name.startswith(".") or not is_plain_file_name(entry.name):
                 continue
-            if os.path.isdir(
-                entry.path
-            ):  # not the entry's own test: that raises on links in circles
+            # Not by the entry's own test, which raises on links in circles.
+            if os.path.isdir(entry.path):
                 if not _matches(entry.name, _LEFT_FOLDERS) and not self._is_besides(entry.path):
                     folders.append((name, entry.is_symlink()))
             elif os.path.isfile(entry.path) and not self._is_left_out(within, entry.name):

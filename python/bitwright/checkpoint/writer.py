@@ -516,7 +516,8 @@ class CheckpointWriter:
         if not self._overwrite:
             self._work.forget_finished()
             raise OutputExistsError(
-                f"{out}: exists already. Remove it, write elsewhere, or ask for overwriting"
+                f"{out}: exists already. Remove it, write elsewhere, or ask for overwriting "
+                f"(overwrite, --overwrite)"
             )
         if content is None:
             raise OutputError(f"{out}: is a file; only a checkpoint folder is overwritten")

@@ -103,7 +103,7 @@ class AwqFormat(Format):
             if precision not in (None, default):
                 raise ValueError(
                     f"{name}: the awq format has one precision for all layers; an override can only "
-                    "be had in the mlx and gptq formats"
+                    "be had in the mlx, gptq, compressed-tensors and gguf formats"
                 )
         in_float = [name for name, precision in layers.items() if precision is None]
         return {

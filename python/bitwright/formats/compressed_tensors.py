@@ -18,11 +18,8 @@ from bitwright.warned import warn
 METHOD, LAYOUT = "compressed-tensors", "pack-quantized"
 HEAD = "lm_head"  # a module of its own for loaders even where it is tied to the embedding
 
-PRESETS = (
-    "W4A16",
-    "W4A16_ASYM",
-    "W8A16",
-)  # schemes by their names, with a list of what they are for
+# Schemes that are given by name, with a list of what they are for.
+PRESETS = ("W4A16", "W4A16_ASYM", "W8A16")
 SETTINGS = Settings(
     read="quant_method config_groups format sparsity_config kv_cache_scheme",
     harmless="""

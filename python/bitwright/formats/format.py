@@ -177,6 +177,15 @@ class Format:
         return {"group_size": max(sizes)} if sizes and not cls.one_precision else {}
 
     @classmethod
+    def stores(cls, shape: tuple[int, int], precision: Precision) -> bool:
+        """Tell whether a layer ``[out, in]`` can be stored so."""
+        try:
+            cls.check("", shape, precision)
+        except ValueError:
+            return False
+        return True
+
+    @classmethod
     def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
         """Raise ValueError unless a layer ``[out, in]`` can be stored so."""
         channels = shape[1]

@@ -18,10 +18,7 @@ from bitwright.tensor import QuantizedTensor
 BITS, ZERO = 4, 8
 GROUP = 128
 TILE = 16  # input and output channels of a tile
-INPUTS, OUTPUTS = (
-    128,
-    64,
-)  # what vLLM's kernel takes multiples of; OUTPUTS is the width of four tiles
+INPUTS, OUTPUTS = 128, 64  # vLLM's kernel takes multiples of these; the second is four tiles
 
 SETTINGS = replace(
     GPTQ, neutral={**GPTQ.neutral, "bits": (BITS,), "sym": (True,), "desc_act": (False,)}
@@ -110,7 +107,7 @@ class MarlinFormat(Format):
             if precision not in (None, default):
                 raise ValueError(
                     f"{name}: the marlin format has one precision for all layers; an override can only "
-                    "be had in the mlx, gptq and compressed-tensors formats"
+                    "be had in the mlx, gptq, compressed-tensors and gguf formats"
                 )
         return {
             "quantization_config": {

@@ -6,14 +6,12 @@ from typing import Any
 import numpy as np
 
 from bitwright.checkpoint import Checkpoint, GgufCheckpoint, float_config
-from bitwright.checkpoint.config import MODEL_DTYPES, QUANTIZATION_KEYS
+from bitwright.checkpoint.config import MODEL_DTYPES, QUANTIZATION_KEYS, SEPARATE_FILES
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.shard import FLOATS_OF_8_BITS
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.warned import warn
 
-SEPARATE_FILES = ("quantize_config.json", "quant_config.json")
-"""Where AutoGPTQ and AutoAWQ said what is said in config.json today."""
 _SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size"}
 _SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scales")
 _PACKED_PARTS = (*(f".{part}" for part in _SCALES), ".qweight", ".qzeros", ".weight_packed", ".B")

@@ -133,9 +133,8 @@ def _fit(
     for end in (high, low) if low else (high,):
         for shrink in SHRINKS:
             offer(extreme / np.float32(end * shrink))
-        if (
-            np.abs(extreme) < 2 * SMALLEST * end
-        ).any():  # the number after the smallest is twice it
+        # The number after the smallest is twice it.
+        if (np.abs(extreme) < 2 * SMALLEST * end).any():
             offer(extreme / np.float32(end), 2 * SMALLEST)
     if not np.isfinite(best).all():
         raise ValueError(

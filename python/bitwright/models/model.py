@@ -77,7 +77,8 @@ class Model:
         self.checkpoint = checkpoint
         source = checkpoint.folder / "config.json"
         rules = {name: family.rules for name, family in ARCHITECTURES.items()}
-        self.config = ModelConfig.from_dict(checkpoint.config, source, rules)
+        read = checkpoint.config
+        self.config = ModelConfig.from_dict(read, source, rules)
         self.architecture = ARCHITECTURES[self.config.model_type]
         self.names = self.architecture.names[0]
         settle_names(checkpoint, self.names)
@@ -88,7 +89,8 @@ class Model:
         if self.config.tie_word_embeddings and has_own_head(checkpoint, self.names):
             warn_of_head(checkpoint, self.names.head)
             checkpoint.config = untied(checkpoint.config)
-        self.config = ModelConfig.from_dict(checkpoint.config, source, rules)
+        if checkpoint.config is not read:  # what contradicts the tensors is corrected
+            self.config = ModelConfig.from_dict(checkpoint.config, source, rules)
         self.embedding_name, self.head_name = self._embedding_and_head()
         self.experts: dict[str, ExpertPlace] = {}
         for name in (self.embedding_name, self.head_name):
