@@ -282,6 +282,23 @@ def test_quantized_layers_are_found_under_other_prefixes(format: Any, tmp_path: 
     assert np.array_equal(logits(tmp_path / "float"), expected)
 
 
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_options_of_formats_are_no_names_of_layers(format: Any, tmp_path: Path) -> None:
+    """GPTQ's lm_head says whether the head is quantized; what is written is opened without a word."""
+
+    def own_head(arrays: Arrays) -> Arrays:
+        embedding = arrays["language_model.model.embed_tokens.weight"]
+        return {**arrays, "language_model.lm_head.weight": embedding[::-1].copy()}
+
+    folder = changed(TINY / "gemma3", tmp_path / "in", untie, own_head)
+    out = tmp_path / "out"
+    bitwright.quantize(folder, out, "rtn", 4, 32, format=format, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = bitwright.load_model(out).checkpoint.config["quantization_config"]
+    assert read == json.loads((out / "config.json").read_text())["quantization_config"]
+
+
 def test_two_decoders_and_two_tensors_of_one_name_are_errors(tmp_path: Path) -> None:
     def twice(arrays: Arrays) -> Arrays:
         inner = {n.removeprefix("model."): a for n, a in arrays.items() if n.startswith("model.")}

@@ -87,7 +87,7 @@ def test_disks_that_are_too_small_are_refused(
 ) -> None:
     monkeypatch.setattr("bitwright.planner._free_disk", lambda _: 1000)
     with pytest.raises(
-        bitwright.OutputError, match=r"out: the result takes .* 0.00 GB of the disk"
+        bitwright.OutputError, match=r"out: the result takes .* 0.00 MB of the disk"
     ):
         quantize(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,7 @@
 """Refinement and drift correction: what they promise, and what they are worth."""
 
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from reference import DTYPES
+from safetensors.numpy import load_file, save_file
 from shared_data import SHARED, TESTS, needs_shared
 
 import bitwright
@@ -151,6 +154,32 @@ def test_drift_gives_the_best_weights_for_the_original_outputs() -> None:
         np.testing.assert_allclose(found, weight + change, atol=2e-4)
         for each in (chunk, reference):
             block.advance(stage, block.stage_input(stage, each), each, rope)
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "gguf"])
+@pytest.mark.parametrize("layer", ["gate_proj", "v_proj"])
+def test_layers_that_add_next_to_nothing_do_not_take_back_the_errors_of_others(
+    layer: str, format: Any, tmp_path: Path
+) -> None:
+    """What o_proj and down_proj would have to be for that, no scale holds."""
+    folder = tmp_path / "in"
+    shutil.copytree(DEMO, folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    for name in tensors:
+        if layer in name:
+            tensors[name] = (tensors[name].astype(np.float32) * 1e-10).astype(tensors[name].dtype)
+    save_file(tensors, file, {"format": "pt"})
+    ids = np.random.default_rng(0).integers(3, 90, (8, 32)).astype(np.int32)
+    method: Any = "awq" if format == "awq" else "gptq"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bitwright.BitwrightWarning)
+        bitwright.quantize(
+            folder, tmp_path / "out", method, 4, format=format, calibration=ids, progress=False
+        )
+        found = bitwright.evaluate(tmp_path / "out", ids, reference=folder)
+    assert found.kl_divergence is not None
+    assert found.kl_divergence < 0.5
 
 
 def test_drift_is_estimated_on_half_of_many_tokens() -> None:

@@ -84,8 +84,9 @@ class Budget:
 
 
 def gigabytes(count: float) -> str:
-    """Say a number of bytes."""
-    return f"{max(count, 0) / 1e9:.2f} GB"
+    """Say a number of bytes, in smaller units where two decimals of a gigabyte say nothing."""
+    count = max(count, 0)
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 or count == 0 else f"{count / 1e6:.2f} MB"
 
 
 def _up(count: float) -> str:

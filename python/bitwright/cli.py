@@ -641,7 +641,7 @@ def sensitivities(
 @_threads
 def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None:
     """Quantize MODEL to a target size, with more bits where they matter."""
-    _check_apart(recipe=recipe, sensitivities=options["sensitivities"])
+    _check_apart(out=out, recipe=recipe, sensitivities=options["sensitivities"])
     if recipe is not None:
         check_new_file(recipe, bitwright.Recipe.load, options["overwrite"])
     report = bitwright.dynamic_quantize(model, out, **options)

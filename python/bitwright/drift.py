@@ -15,6 +15,7 @@ from bitwright.statistics import LayerStatistics, Moments
 
 DAMPING = 0.1  # of the mean of the gram's diagonal: towards the weights as they are
 FEEDBACK = 0.75  # share of the error in the residual stream that a layer is to take back
+LARGEST = 16.0  # change of a row that is still taken for a correction, times the row's own norm
 ENOUGH_TOKENS = 8192  # of which half of the calibration's may be less
 
 
@@ -179,6 +180,11 @@ class Drift:
             change = np.empty_like(weight)
             _kernels.linear_backward_input(weight, self._cross, change, False)
         _kernels.cholesky_solve(self._factor, change)
+        # Of a layer that adds next to nothing, the error of all others asks for weights without bounds,
+        # which no scale holds and whose products with tiny inputs engines in half precision lose.
+        with np.errstate(over="ignore", invalid="ignore"):
+            asked, own = (np.einsum("ij,ij->i", each, each) for each in (change, weight))
+        change[~(asked <= np.float32(LARGEST**2) * own)] = 0
         change += weight
         return change
 

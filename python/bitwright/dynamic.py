@@ -17,6 +17,7 @@ from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import write_json
 from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, as_identity
+from bitwright.checkpoint.writer import check_apart
 from bitwright.distributed import current
 from bitwright.errors import MALFORMED, OutputExistsError, SensitivityError, check_choice
 from bitwright.evaluate import Evaluation, check_text, evaluate
@@ -391,6 +392,8 @@ def dynamic_quantize(
     )
     low, high = choices.ends
     ranks = current()
+    if sensitivities is not None and not isinstance(sensitivities, Sensitivities):
+        check_apart(Path(os.path.realpath(out)), Path(sensitivities), "sensitivities")
     _check_plan(original, format, high, choices.grid, options)
     known = ranks.on_first(lambda: _known(sensitivities))
     if known is not None:

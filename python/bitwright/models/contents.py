@@ -94,9 +94,14 @@ def _with_names(config: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[s
     """Return config.json with the new names of layers where it speaks of their quantization."""
     layers = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in renamed.items()}
 
+    def name(key: str, value: Any) -> str:
+        # GPTQ and AWQ say by the option lm_head whether the head is quantized: that is no layer's name.
+        is_option = "." not in key and isinstance(value, bool)
+        return key if is_option else layers.get(key, key)
+
     def changed(value: Any) -> Any:
         if isinstance(value, dict):
-            return {layers.get(key, key): changed(each) for key, each in value.items()}
+            return {name(key, each): changed(each) for key, each in value.items()}
         return value
 
     keys = ("quantization", "quantization_config")
