@@ -118,6 +118,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*QUANTIZE, "--calibration", "DIR/few.txt"), "too few for one sample of 256"),
     ((*QUANTIZE, "--calibration", "DIR/beyond.npy"), "token id 1000000"),
     ((*CALIBRATED, "--samples", "99999"), "99999 samples were asked for"),
+    ((*CALIBRATED, "--recipe", "DIR/none.json"), "none.json: there is no such file')"),
     ((*CALIBRATED, "--group-size", "48"), "stores groups of 32, 64 or 128, not 48"),
     ((*CALIBRATED, "--format", "awq", "--bits", "3"), "awq format stores 4 bits"),
     ((*CALIBRATED, "--format", "gptq", "--bits", "5"), "2, 3, 4 or 8 bits"),

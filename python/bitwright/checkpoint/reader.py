@@ -99,7 +99,9 @@ class Checkpoint:
     @expands_home
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = _existing_folder(Path(folder))
-        self.config: dict[str, Any] = read_json_object(self.folder / "config.json")
+        self.config: dict[str, Any] = read_json_object(
+            self.folder / "config.json", "; a checkpoint needs it"
+        )
         weight_map = _weight_map(self.folder)
         if weight_map is None:
             files = _files_without_index(self.folder)
@@ -485,13 +487,15 @@ def written_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return _WRITTEN_AS.get(dtype, dtype)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, reason: str = "") -> dict[str, Any]:
     """Read a JSON file that must hold an object.
 
     Parameters
     ----------
     path : pathlib.Path
         File to read.
+    reason : str
+        Why it must be there, for the message if it is not.
 
     Returns
     -------
@@ -506,7 +510,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         If the file is too large, not UTF-8, not JSON, or not an object.
     """
     if not os.path.isfile(path):
-        raise CheckpointNotFoundError(f"{path}: there is no such file; a checkpoint needs it")
+        raise CheckpointNotFoundError(f"{path}: there is no such file{reason}")
     try:
         if path.stat().st_size > JSON_LIMIT:
             raise CheckpointError(f"{path}: is larger than {JSON_LIMIT >> 20} MiB, so not believed")
