@@ -1,0 +1,241 @@
+"""Runs a function in a child process that is stopped before every change it makes to files.
+
+The kernel stops it, by a seccomp filter that tells this process of system calls before they are done, and
+waits for an answer. So nothing passes by unseen, whoever makes the call: Python, NumPy, the kernels in C++,
+safetensors and tokenizers in Rust, libraries in C, all threads, and processes that the child starts. Told are
+files that are opened to write or made, every write, what is renamed, linked, removed, cut, made longer or
+synchronized, and folders that are made or removed. Not told are pages of a file that is mapped to be written
+(its opening and its length are; nothing here writes so), and times and modes, which are no bytes.
+
+This needs Linux 5.9 or newer, on x86-64 or ARM64; no rights but those of any user.
+"""
+
+import ctypes
+import fcntl
+import os
+import platform
+import select
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+# Numbers of system calls on x86-64 and ARM64, of which the second has no call in two forms; then where in
+# its arguments are folders, paths (which follow these) or open files, and the flags of an opening.
+_CALLS: dict[str, tuple[int | None, int | None, str]] = {
+    "open": (2, None, "pf"),
+    "openat": (257, 56, "dpf"),
+    "openat2": (437, 437, "dph"),
+    "creat": (85, None, "p"),
+    "rename": (82, None, "pp"),
+    "renameat": (264, 38, "dpdp"),
+    "renameat2": (316, 276, "dpdp"),
+    "link": (86, None, "pp"),
+    "linkat": (265, 37, "dpdp"),
+    "symlink": (88, None, "_p"),
+    "symlinkat": (266, 36, "_dp"),
+    "unlink": (87, None, "p"),
+    "unlinkat": (263, 35, "dp"),
+    "rmdir": (84, None, "p"),
+    "mkdir": (83, None, "p"),
+    "mkdirat": (258, 34, "dp"),
+    "mknod": (133, None, "p"),
+    "mknodat": (259, 33, "dp"),
+    "truncate": (76, 45, "p"),
+    "ftruncate": (77, 46, "o"),
+    "fallocate": (285, 47, "o"),
+    "fsync": (74, 82, "o"),
+    "fdatasync": (75, 83, "o"),
+    "sync_file_range": (277, 84, "o"),
+    "write": (1, 64, "o"),
+    "pwrite": (18, 68, "o"),
+    "writev": (20, 66, "o"),
+    "pwritev": (296, 70, "o"),
+    "pwritev2": (328, 287, "o"),
+    "sendfile": (40, 71, "o"),
+    "copy_file_range": (326, 285, "__o"),
+    "splice": (275, 76, "__o"),
+}
+WRITES = ("write", "pwrite", "writev", "pwritev", "pwritev2", "sendfile", "copy_file_range", "splice")
+_COLUMN = ("x86_64", "aarch64")
+_SECCOMP = {"x86_64": 317, "aarch64": 277}
+_NEW = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC  # flags of openings that may change a file
+_AT_FDCWD = -100
+# From linux/seccomp.h, linux/filter.h and linux/prctl.h.
+_NO_NEW_PRIVS, _SET_MODE_FILTER, _NEW_LISTENER, _CONTINUE = 38, 1, 1 << 3, 1
+_RECEIVE, _SEND = 0xC0502100, 0xC0182101
+_LOAD, _IF_EQUAL, _IF_ANY, _RETURN = 0x20, 0x15, 0x45, 0x06
+_ALLOW, _TELL = 0x7FFF0000, 0x7FC00000
+_TOLD, _ANSWER = struct.Struct("QIIiIQ6Q"), struct.Struct("QqiI")
+
+
+@dataclass(frozen=True)
+class Event:
+    """A system call that changes files, and the paths it names, below the folder that is watched."""
+
+    call: str
+    paths: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.call} {' -> '.join(self.paths)}"
+
+
+def missing() -> str | None:
+    """Say what is missing here to stop processes so; None if nothing is."""
+    if platform.machine() not in _COLUMN or platform.system() != "Linux":
+        return "only Linux on x86-64 and ARM64 stops processes before system calls"
+    try:
+        run(lambda: 0, Path("/"), lambda number, event: False)
+    except OSError as error:
+        return f"the kernel does not stop processes before system calls: {error}"
+    return None
+
+
+def run(
+    function: Callable[[], int], folder: Path, is_last: Callable[[int, Event], bool]
+) -> tuple[int, list[Event]]:
+    """Run a function in a child, which is killed before an event of which `is_last` says so.
+
+    Parameters
+    ----------
+    function
+        Returns the child's exit status.
+    folder
+        Only events below it count; without links in its path.
+    is_last
+        Is given the number of an event, from 0, and the event.
+
+    Returns
+    -------
+    int
+        The exit status, negative after a signal.
+    list
+        The events, the one before which the child was killed included.
+    """
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        ours.close()
+        os.setsid()  # so that processes it starts are killed, too
+        try:
+            listener = _listen()
+        except OSError as error:
+            theirs.send(struct.pack("i", error.errno or 1))
+            os._exit(1)
+        socket.send_fds(theirs, [struct.pack("i", 0)], [listener])
+        os.close(listener)
+        theirs.close()
+        status = 1
+        try:
+            status = function()
+        finally:
+            os._exit(status)
+    theirs.close()
+    with ours:
+        message, descriptors, _, _ = socket.recv_fds(ours, 4, 1)
+    if not descriptors:
+        os.waitpid(child, 0)
+        number = struct.unpack("i", message)[0]
+        raise OSError(number, os.strerror(number))
+    (listener,) = descriptors
+    events: list[Event] = []
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    while not poll.poll()[0][1] & select.POLLHUP:  # until nobody is left
+        told = bytearray(_TOLD.size)
+        try:
+            fcntl.ioctl(listener, _RECEIVE, told)
+            identity, process, _, number, _, _, *arguments = _TOLD.unpack(told)
+            event = _event(process, number, arguments, folder)
+        except OSError:  # of one that is being killed
+            continue
+        if event is not None:
+            events.append(event)
+            if is_last(len(events) - 1, event):
+                os.killpg(child, signal.SIGKILL)
+                continue
+        with suppress(OSError):
+            fcntl.ioctl(listener, _SEND, bytearray(_ANSWER.pack(identity, 0, 0, _CONTINUE)))
+    os.close(listener)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), events
+
+
+class _Instruction(ctypes.Structure):
+    _fields_ = (
+        ("code", ctypes.c_uint16),
+        ("if_true", ctypes.c_uint8),
+        ("if_false", ctypes.c_uint8),
+        ("value", ctypes.c_uint32),
+    )
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(_Instruction)))
+
+
+def _numbers() -> dict[int, tuple[str, str]]:
+    column = _COLUMN.index(platform.machine())
+    named = ((call, entry[column], entry[2]) for call, entry in _CALLS.items())
+    return {number: (call, places) for call, number, places in named if number is not None}
+
+
+def _listen() -> int:
+    """Have the kernel tell of this process's calls, and return the open file it does so by."""
+    steps = [(_LOAD, 0, 0, 0)]  # the call's number
+    for number, (_, places) in _numbers().items():
+        if "f" in places:
+            steps += [
+                (_IF_EQUAL, 0, 4, number),
+                (_LOAD, 0, 0, 16 + 8 * places.index("f")),
+                (_IF_ANY, 0, 1, _NEW),
+                (_RETURN, 0, 0, _TELL),
+                (_RETURN, 0, 0, _ALLOW),
+            ]
+        else:
+            steps += [(_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _TELL)]
+    steps.append((_RETURN, 0, 0, _ALLOW))
+    instructions = (_Instruction * len(steps))(*steps)
+    program = _Program(len(steps), instructions)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0)
+    listener: int = libc.syscall(
+        _SECCOMP[platform.machine()], _SET_MODE_FILTER, _NEW_LISTENER, ctypes.byref(program)
+    )
+    if listener < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return listener
+
+
+def _event(process: int, number: int, arguments: list[int], folder: Path) -> Event | None:
+    """Return what a process is about to do; None if it is not below the folder."""
+    call, places = _numbers()[number]
+    root = f"{folder}".rstrip("/") + "/"
+    start, paths = f"/proc/{process}/cwd", list[str]()
+    for place, argument in zip(places, arguments, strict=False):
+        if place == "d":
+            at = ctypes.c_int(argument & 0xFFFFFFFF).value
+            start = f"/proc/{process}/" + ("cwd" if at == _AT_FDCWD else f"fd/{at}")
+        elif place == "o":
+            paths.append(os.readlink(f"/proc/{process}/fd/{argument & 0xFFFFFFFF}"))
+        elif place == "p":
+            path = os.fsdecode(_memory(process, argument).split(b"\0")[0])
+            paths.append(os.path.normpath(os.path.join(os.readlink(start), path)))
+            start = f"/proc/{process}/cwd"
+        elif place == "h" and not struct.unpack("Q", _memory(process, argument)[:8])[0] & _NEW:
+            return None
+    if not any(path.startswith(root) for path in paths):
+        return None
+    return Event(call, tuple(path.removeprefix(root) for path in paths))
+
+
+def _memory(process: int, address: int, size: int = 4096) -> bytes:
+    """Return what another process holds from an address to the end of its page, or of the next one."""
+    size += -address % 4096  # a string may go on in the next page, which may not be there
+    with open(f"/proc/{process}/mem", "rb", buffering=0) as file:
+        try:
+            return os.pread(file.fileno(), size, address)
+        except OSError:
+            return os.pread(file.fileno(), -address % 4096 or 4096, address)

@@ -1,0 +1,425 @@
+"""Kills every command before every change it makes to files, repeats it, and compares all bytes.
+
+    python tests/kill_at_events.py [COMMAND …] [--sample SEED] [--twice] [--list]
+
+Each command is run undisturbed once, and what it changes is counted: openings to write, writes, renames,
+removals, folders, synchronizing; see file_system_events.py. Then, for each of these events, it is started anew
+in the same place, killed just before the event, and repeated to the end. The repeat must end well (or say that
+the output exists, where all of it was there), all files must have the bytes of the undisturbed run, and
+nothing else may be left, in the folder of the output or the one for temporary files. Of many writes in a row
+to one file, the first, one between and the last are taken.
+
+With --sample only some events are: all around those by which something appears in its place, and a few more,
+drawn by the seed. With --twice the repeat is killed, too, at an event drawn for each, and repeated again.
+One row is printed for each command; the exit status is 1 if any repeat failed.
+
+Models and data are tiny, so that each run takes a fraction of a second.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
+
+import command_server
+import file_system_events
+import numpy as np
+from file_system_events import WRITES, Event
+
+import bitwright
+from bitwright import best, planner
+from bitwright.checkpoint import work_folder, writer
+
+TESTS = Path(__file__).parent
+MODEL, EXPERTS = TESTS / "data" / "tiny" / "qwen2", TESTS / "data" / "tiny" / "qwen3_moe"
+DEMO = bitwright.demo_folder()
+DRAWN = 2  # events of a sample beside those around the moves
+Content = dict[str, bytes | None]
+
+
+def nothing() -> None:
+    """Leave everything as it is."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is run again and again.
+
+    Attributes
+    ----------
+    name
+        For people.
+    run
+        Arguments of bitwright, or a function; paths are relative to the folder of the output.
+    before
+        Commands whose output is there when it starts.
+    begun
+        Whether an interrupted run of the same is there when it starts.
+    patch
+        Changes in the child what the place or the model would have to be for.
+    """
+
+    name: str
+    run: list[str] | Callable[[], object]
+    before: Sequence[list[str]] = ()
+    begun: bool = False
+    patch: Callable[[], object] = nothing
+    needs: Sequence[str] = field(default=())
+
+
+@dataclass
+class Row:
+    """What has come of the kills of one command."""
+
+    events: int = 0
+    kills: int = 0
+    equal: int = 0
+    whole: int = 0  # of these, where the output was all there
+    left_over: int = 0
+    faults: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Place:
+    """A folder for the output of commands, and one beside it for temporary files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.inputs, self.log = root / "inputs", root / "log.txt"
+        self.watched = root / "watched"
+        self.folder, self.temporary = self.watched / "place", self.watched / "temporary"
+        self.inputs.mkdir()
+        self.start = root / "start"
+        self.begin(empty=True)
+
+    def begin(self, empty: bool = False) -> None:
+        """Make everything as it is when a command starts."""
+        if empty:
+            shutil.rmtree(self.start, ignore_errors=True)
+            self.start.mkdir()
+        shutil.rmtree(self.watched, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        shutil.copytree(self.start, self.folder, symlinks=True)
+
+    def keep(self) -> None:
+        """Make what is there what is there when a command starts."""
+        shutil.rmtree(self.start)
+        shutil.copytree(self.folder, self.start, symlinks=True)
+
+    def run(
+        self, command: Command, is_last: Callable[[int, Event], bool] = lambda number, event: False
+    ) -> tuple[int, list[Event]]:
+        """Run a command, which is killed at an event of which `is_last` says so."""
+        self.log.write_text("")
+
+        def child() -> int:
+            os.chdir(self.folder)
+            os.environ["TMPDIR"] = tempfile.tempdir = str(self.temporary)
+            command.patch()
+            return command_server.run(command.run, str(self.log))
+
+        return file_system_events.run(child, self.watched, is_last)
+
+    def content(self) -> Content:
+        """Return all that is there: the bytes of files, None for folders."""
+        paths = sorted(self.watched.rglob("*"))
+        return {
+            str(path.relative_to(self.watched)): path.read_bytes() if path.is_file() else None
+            for path in paths
+        }
+
+
+def taken(events: Sequence[Event], sample: random.Random | None) -> list[int]:
+    """Choose events to kill at; of writes in a row the first, one between and the last."""
+    numbers: list[int] = []
+    row: list[int] = []
+    for number, event in enumerate([*events, None]):
+        if event is not None and event.call in WRITES and row and events[row[0]] == event:
+            row.append(number)
+            continue
+        numbers += sorted({row[0], row[len(row) // 2], row[-1]}) if row else []
+        row = []
+        if event is not None and event.call in WRITES:
+            row = [number]
+        elif event is not None:
+            numbers.append(number)
+    if sample is None:
+        return numbers
+    moves = [place for place, number in enumerate(numbers) if shows(events[number])]
+    near = {place + step for place in moves for step in (0, 1)} & set(range(len(numbers)))
+    rest = sorted(set(range(len(numbers))) - near)
+    drawn = sample.sample(rest, min(DRAWN, len(rest)))
+    return [numbers[place] for place in sorted({*near, *drawn})]
+
+
+def shows(event: Event) -> bool:
+    """Tell whether something gets or loses a name that is not hidden."""
+    return event.call.startswith(("rename", "link")) and any(
+        not any(part.startswith(".") for part in path.split("/")) for path in event.paths
+    )
+
+
+def trial(command: Command, place: Place, seed: int | None, twice: bool) -> Row:
+    """Kill a command at its events, one after another."""
+    row, start = Row(), time.perf_counter()
+    place.begin(empty=True)
+    for arguments in command.before:
+        require(place.run(Command("", arguments))[0] == 0, place)
+    place.keep()
+    if command.begun:
+        fresh = place.run(command)[1]
+        require(place.run(command)[0] == 0 or bool(fresh), place)
+        expected_fresh = place.content()
+        moved = next(number for number, event in enumerate(fresh) if shows(event))
+        place.begin()
+        place.run(command, lambda number, event: number == moved * 2 // 3)
+        place.keep()
+    status, events = place.run(command)
+    require(status == 0, place)
+    expected = place.content()
+    if command.begun and expected != expected_fresh:
+        row.faults.append("a resumed run ends otherwise than one that was not interrupted")
+    row.events = len(events)
+    rng = random.Random(f"{command.name} {seed}")
+    for number in taken(events, None if seed is None else rng):
+        place.begin()
+        where = f"before event {number}, {events[number]}"
+        status, seen = place.run(command, lambda found, event, last=number: found == last)
+        if seen[number : number + 1] != events[number : number + 1]:
+            found = seen[number] if number < len(seen) else None
+            where += f" (which was {found} this time)"
+        if status != -signal.SIGKILL:
+            row.faults.append(f"{where}: the run ended with {status} before it")
+            continue
+        row.kills += 1
+        if twice:
+            second = rng.randrange(len(events))
+            status, seen = place.run(command, lambda found, event, last=second: found == last)
+            if status == -signal.SIGKILL:
+                row.kills += 1
+                where += f", then before event {second}, {seen[-1]}"
+        whole = differences(place.content(), expected, hidden=False) == []
+        status, _ = place.run(command)
+        differ = differences(place.content(), expected)
+        extra = [each for each in differ if each.startswith("left")]
+        refused = status == 1 and whole and "exists already" in place.log.read_text()
+        row.left_over += bool(extra)
+        if differ or not (status == 0 or refused):
+            said = place.log.read_text().strip().splitlines()[-1:]
+            row.faults.append(f"{where}: status {status}, {'; '.join(differ)} {said}")
+        else:
+            row.equal += 1
+            row.whole += refused
+    row.seconds = time.perf_counter() - start
+    return row
+
+
+def differences(found: Content, expected: Content, hidden: bool = True) -> list[str]:
+    """Say in what two folders differ, hidden files included or not."""
+
+    def counts(path: str) -> bool:
+        return hidden or not any(part.startswith(".") for part in path.split("/"))
+
+    return [
+        f"left {path}" if path not in expected
+        else f"no {path}" if path not in found
+        else f"other bytes in {path}"
+        for path in sorted({*found, *expected})
+        if counts(path) and (path not in found or path not in expected or found[path] != expected[path])
+    ]  # fmt: skip
+
+
+def require(is_so: bool, place: Place) -> None:
+    if not is_so:
+        raise RuntimeError(f"an undisturbed run failed: {place.log.read_text()}")
+
+
+def taken_for_mount_point() -> None:
+    """Have the output taken for a folder that cannot be moved."""
+    real = work_folder.is_mount_point
+    work_folder.is_mount_point = lambda path: path.name == "out" or real(path)
+
+
+def small_files() -> None:
+    """Have weights in several files."""
+    writer.CheckpointWriter.__init__.__defaults__ = tuple(
+        30_000 if value == writer.SHARD_BYTES else value
+        for value in writer.CheckpointWriter.__init__.__defaults__ or ()
+    )
+
+
+def commands(inputs: Path) -> Iterator[Command]:
+    """Yield all commands."""
+    ids, other_ids = str(inputs / "ids.npy"), str(inputs / "other.npy")
+    model, out = str(MODEL), ["--out", "out"]
+    one = ["--threads", "1"]
+    read = ["--calibration", ids, *one]
+    gptq, rtn = ["quantize", model, *out, "--group-size", "32", *read], inputs / "rtn"
+    for method in ("gptq", "rtn", "awq", "awq+gptq", "salient"):
+        yield Command(f"quantize {method}", [*gptq, "--method", method])
+    for name in ("gptq", "awq", "compressed-tensors", "gguf", "marlin"):
+        size = "128" if name == "marlin" else "32"
+        source = str(DEMO) if name in ("marlin", "gguf") else model
+        arguments = ["quantize", source, *out, "--format", name, "--group-size", size, *read]
+        yield Command(f"quantize to {name}", arguments)
+    yield Command("quantize k", ["quantize", str(DEMO), *out, "--format", "gguf", "--grid", "k", *read])
+    yield Command("quantize fast", [*gptq, "--preset", "fast"])
+    yield Command("quantize best", [*gptq, "--preset", "best", "--bits", "4"])
+    experts = ["quantize", str(EXPERTS), *out, "--group-size", "32", *read]
+    yield Command("quantize experts", experts)
+    yield Command("quantize in files", [*gptq, "--method", "rtn"], patch=small_files)
+    yield Command("quantize again", [*gptq, "--overwrite"], [[*gptq, "--bits", "3"]])
+    yield Command("quantize resumed", gptq, begun=True)
+    yield Command(
+        "quantize anew", [*gptq, "--no-resume", "--overwrite"], [[*gptq, "--bits", "3"]], True
+    )
+    fixed = Command("", [*gptq, "--bits", "3"]).run
+    yield Command("quantize in place", [*gptq], patch=taken_for_mount_point)
+    yield Command(
+        "quantize in place again", [*gptq, "--overwrite"], [fixed], patch=taken_for_mount_point
+    )
+    statistics = ["--statistics", str(inputs / "statistics")]
+    yield Command(
+        "quantize statistics", ["quantize", model, *out, "--group-size", "32", *statistics, *one]
+    )
+    yield Command(
+        "quantize transformers",
+        [*gptq, "--backend", "transformers"],
+        needs=("torch", "transformers"),
+    )
+    salient = [
+        *("salient", "--model-path", model, "--output-path", "out", "--group-size", "32"),
+        *("--activations-path", "a.npz", *one),
+    ]
+    yield Command("salient", [*salient, "--calibration", ids])
+    yield Command("salient dry", [*salient, "--calibration", ids, "--dry-run"])
+    yield Command("salient given", salient, [[*salient, "--calibration", ids, "--dry-run"]])
+    yield Command(
+        "salient again",
+        [*salient, "--calibration", ids, "--overwrite"],
+        [[*salient, "--calibration", other_ids]],
+    )
+    data = ["--data", ids, "--batch-size", "2", *one]
+    low = ["--low", "3:32", "--high", "4:32"]
+    sensitivities = ["sensitivities", model, "--out", "s.json", *data, *low]
+    yield Command("sensitivities", sensitivities)
+    yield Command("sensitivities plot", [*sensitivities, "--plot", "s.svg"], needs=("matplotlib",))
+    dynamic = [
+        *("dynamic", model, *out, "--data", ids, *one, "--target-bpw", "4.4"),
+        *("--candidates", "3:32,4:32"),
+    ]
+    extra = ["--sensitivities", "s.json", "--recipe", "r.json", "--evaluate", ids]
+    yield Command("dynamic", dynamic)
+    yield Command("dynamic files", [*dynamic, *extra])
+    yield Command("dynamic again", [*dynamic, *extra, "--overwrite"], [dynamic])
+    dwq = ["dwq", "--teacher", model, *out, *data, "--checkpoint-every", "1", "--validate-every"]
+    dwq += ["2", "--tokens", "128", "--validation-samples", "2"]
+    given = ["--student", str(rtn)]
+    made = ["--group-size", "32", "--bits", "3"]
+    yield Command("dwq", [*dwq, *given])
+    yield Command("dwq targets", [*dwq, *given, "--targets", "targets"])
+    yield Command("dwq made", [*dwq, *made])
+    yield Command(
+        "dwq dynamic", [*dwq, *made, "--target-bpw", "4.4", "--candidates", "3:32,4:32"]
+    )
+    yield Command("dwq plot", [*dwq, *given, "--plot", "p.svg"], needs=("matplotlib",))
+    yield Command("dwq again", [*dwq, *given, "--overwrite"], [[*dwq, *made]])
+    yield Command("refine", ["refine", str(rtn), "--original", model, *out, *read])
+    for source, to in (("rtn", "gptq"), ("demo", "gguf"), ("rtn", "float"), ("gguf", "mlx")):
+        yield Command(f"convert {source} to {to}", [
+            "convert", str(inputs / source), *out, "--to", to, "--allow-requantize"
+        ])  # fmt: skip
+    convert_back = ["convert", str(rtn), *out, "--to", "float"]
+    yield Command("convert again", [*convert_back, "--overwrite"], [gptq])
+    collect = ["statistics", "collect", model, *out, *read]
+    yield Command("statistics collect", collect)
+    yield Command("statistics collect experts", ["statistics", "collect", str(EXPERTS), *out, *read])
+    yield Command("statistics resumed", collect, begun=True)
+    parts = [str(inputs / "statistics"), str(inputs / "more")]
+    yield Command("statistics merge", ["statistics", "merge", *parts, *out])
+    yield Command("evaluate", ["evaluate", str(rtn), "--reference", model, "--text", ids, *one])
+    yield Command("inspect", ["inspect", str(rtn), *one])
+    yield Command("demo", ["demo", *one])
+
+
+def make_inputs(place: Path, run: Callable[[Command], object]) -> None:
+    """Write what the commands read."""
+    rng = np.random.default_rng(0)
+    np.save(place / "ids.npy", rng.integers(0, 96, (6, 16)))
+    np.save(place / "other.npy", rng.integers(0, 96, (6, 16)))
+    model, one = str(MODEL), ["--threads", "1"]
+    rtn = ["--method", "rtn", "--group-size", "32", *one]
+    for arguments in (
+        ["quantize", model, *rtn, "--out", str(place / "rtn")],
+        ["quantize", str(DEMO), *rtn, "--out", str(place / "demo")],
+        ["quantize", str(DEMO), *rtn, "--format", "gguf", "--out", str(place / "gguf")],
+        *(
+            ["statistics", "collect", model, *one, "--out", str(place / name), "--calibration", each]
+            for name, each in (
+                ("statistics", str(place / "ids.npy")),
+                ("more", str(place / "other.npy")),
+            )
+        ),
+    ):
+        run(Command("", arguments))
+
+
+def is_there(module: str) -> bool:
+    try:
+        __import__(module)
+    except ImportError:
+        return False
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", nargs="*", help="Names, or their beginnings; by default all.")
+    parser.add_argument("--sample", type=int, metavar="SEED", help="Kill at some events only.")
+    parser.add_argument("--twice", action="store_true", help="Kill the repeat, too.")
+    parser.add_argument("--list", action="store_true", help="Print the commands' names.")
+    options = parser.parse_args()
+    if problem := file_system_events.missing():
+        parser.error(problem)
+    planner.MEASURED_SECONDS, planner.MEASURED_SIZE = 0.0, 8  # only a forecast is made with it
+    best.TRAINED_TOKENS = 256
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="kills-") as root:
+        place = Place(Path(os.path.realpath(root)))
+        chosen = [
+            each
+            for each in commands(place.inputs)
+            if not options.command or any(map(each.name.startswith, options.command))
+        ]
+        if options.list:
+            print(*(each.name for each in chosen), sep="\n")
+            return 0
+        make_inputs(place.inputs, lambda made: require(place.run(made)[0] == 0, place))
+        print("| command | events | kills | equal | whole already | left-overs | faults | seconds |")
+        print("|---|--:|--:|--:|--:|--:|--:|--:|")
+        for command in chosen:
+            lacking = [each for each in command.needs if not is_there(each)]
+            if lacking:
+                print(f"| {command.name} | needs {', '.join(lacking)} |", flush=True)
+                continue
+            row = trial(command, place, options.sample, options.twice)
+            numbers = (row.events, row.kills, row.equal, row.whole, row.left_over, len(row.faults))
+            cells = " | ".join(map(str, numbers))
+            print(f"| {command.name} | {cells} | {row.seconds:.1f} |", flush=True)
+            for fault in row.faults:
+                print(f"{command.name}: {fault}", file=sys.stderr, flush=True)
+            failed = failed or bool(row.faults)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
