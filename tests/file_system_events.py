@@ -1,11 +1,12 @@
 """Runs a function in a child process that is stopped before every change it makes to files.
 
-The kernel stops it, by a seccomp filter that tells this process of system calls before they are done, and
-waits for an answer. So nothing passes by unseen, whoever makes the call: Python, NumPy, the kernels in C++,
-safetensors and tokenizers in Rust, libraries in C, all threads, and processes that the child starts. Told are
-files that are opened to write or made, every write, what is renamed, linked, removed, cut, made longer or
-synchronized, and folders that are made or removed. Not told are pages of a file that is mapped to be written
-(its opening and its length are; nothing here writes so), and times and modes, which are no bytes.
+The kernel stops it: a seccomp filter tells this process of system calls before they are done, and waits for
+an answer. So nothing passes by unseen, whoever makes the call: Python, NumPy, kernels in C++, safetensors
+and tokenizers in Rust, libraries in C, all threads, and processes that the child starts. It tells of files
+that are opened to write or made, of every write, of what is renamed, linked, removed, cut, made longer or
+synchronized, and of folders that are made or removed. It does not tell of pages of a file that is mapped to
+be written, only of its opening and its length, nor of what goes through io_uring (nothing here writes by
+either), nor of times and modes, which are no bytes.
 
 This needs Linux 5.9 or newer, on x86-64 or ARM64; no rights but those of any user.
 """
@@ -22,45 +23,65 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-# Numbers of system calls on x86-64 and ARM64, of which the second has no call in two forms; then where in
-# its arguments are folders, paths (which follow these) or open files, and the flags of an opening.
-_CALLS: dict[str, tuple[int | None, int | None, str]] = {
-    "open": (2, None, "pf"),
-    "openat": (257, 56, "dpf"),
-    "openat2": (437, 437, "dph"),
-    "creat": (85, None, "p"),
-    "rename": (82, None, "pp"),
-    "renameat": (264, 38, "dpdp"),
-    "renameat2": (316, 276, "dpdp"),
-    "link": (86, None, "pp"),
-    "linkat": (265, 37, "dpdp"),
-    "symlink": (88, None, "_p"),
-    "symlinkat": (266, 36, "_dp"),
-    "unlink": (87, None, "p"),
-    "unlinkat": (263, 35, "dp"),
-    "rmdir": (84, None, "p"),
-    "mkdir": (83, None, "p"),
-    "mkdirat": (258, 34, "dp"),
-    "mknod": (133, None, "p"),
-    "mknodat": (259, 33, "dp"),
-    "truncate": (76, 45, "p"),
-    "ftruncate": (77, 46, "o"),
-    "fallocate": (285, 47, "o"),
-    "fsync": (74, 82, "o"),
-    "fdatasync": (75, 83, "o"),
-    "sync_file_range": (277, 84, "o"),
-    "write": (1, 64, "o"),
-    "pwrite": (18, 68, "o"),
-    "writev": (20, 66, "o"),
-    "pwritev": (296, 70, "o"),
-    "pwritev2": (328, 287, "o"),
-    "sendfile": (40, 71, "o"),
-    "copy_file_range": (326, 285, "__o"),
-    "splice": (275, 76, "__o"),
+
+class _Call(NamedTuple):
+    """A system call: its numbers, None where there is none, and what its arguments are.
+
+    p is a path, after the folder d that it starts from, if any; o an open file, f the flags of an opening,
+    h where they are in memory; _ is anything else.
+    """
+
+    x86_64: int | None
+    aarch64: int | None
+    arguments: str
+
+
+_CALLS = {
+    "open": _Call(2, None, "pf"),
+    "openat": _Call(257, 56, "dpf"),
+    "openat2": _Call(437, 437, "dph"),
+    "creat": _Call(85, None, "p"),
+    "rename": _Call(82, None, "pp"),
+    "renameat": _Call(264, 38, "dpdp"),
+    "renameat2": _Call(316, 276, "dpdp"),
+    "link": _Call(86, None, "pp"),
+    "linkat": _Call(265, 37, "dpdp"),
+    "symlink": _Call(88, None, "_p"),
+    "symlinkat": _Call(266, 36, "_dp"),
+    "unlink": _Call(87, None, "p"),
+    "unlinkat": _Call(263, 35, "dp"),
+    "rmdir": _Call(84, None, "p"),
+    "mkdir": _Call(83, None, "p"),
+    "mkdirat": _Call(258, 34, "dp"),
+    "mknod": _Call(133, None, "p"),
+    "mknodat": _Call(259, 33, "dp"),
+    "truncate": _Call(76, 45, "p"),
+    "ftruncate": _Call(77, 46, "o"),
+    "fallocate": _Call(285, 47, "o"),
+    "fsync": _Call(74, 82, "o"),
+    "fdatasync": _Call(75, 83, "o"),
+    "sync_file_range": _Call(277, 84, "o"),
+    "write": _Call(1, 64, "o"),
+    "pwrite": _Call(18, 68, "o"),
+    "writev": _Call(20, 66, "o"),
+    "pwritev": _Call(296, 70, "o"),
+    "pwritev2": _Call(328, 287, "o"),
+    "sendfile": _Call(40, 71, "o"),
+    "copy_file_range": _Call(326, 285, "__o"),
+    "splice": _Call(275, 76, "__o"),
 }
-WRITES = ("write", "pwrite", "writev", "pwritev", "pwritev2", "sendfile", "copy_file_range", "splice")
-_COLUMN = ("x86_64", "aarch64")
+WRITES = (
+    "write",
+    "pwrite",
+    "writev",
+    "pwritev",
+    "pwritev2",
+    "sendfile",
+    "copy_file_range",
+    "splice",
+)
 _SECCOMP = {"x86_64": 317, "aarch64": 277}
 _NEW = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC  # flags of openings that may change a file
 _AT_FDCWD = -100
@@ -85,7 +106,7 @@ class Event:
 
 def missing() -> str | None:
     """Say what is missing here to stop processes so; None if nothing is."""
-    if platform.machine() not in _COLUMN or platform.system() != "Linux":
+    if platform.machine() not in _SECCOMP or platform.system() != "Linux":
         return "only Linux on x86-64 and ARM64 stops processes before system calls"
     try:
         run(lambda: 0, Path("/"), lambda number, event: False)
@@ -176,20 +197,20 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(_Instruction)))
 
 
-def _numbers() -> dict[int, tuple[str, str]]:
-    column = _COLUMN.index(platform.machine())
-    named = ((call, entry[column], entry[2]) for call, entry in _CALLS.items())
-    return {number: (call, places) for call, number, places in named if number is not None}
+def _names() -> dict[int, str]:
+    """Return the calls here by their numbers."""
+    numbers = {name: getattr(call, platform.machine()) for name, call in _CALLS.items()}
+    return {number: name for name, number in numbers.items() if number is not None}
 
 
 def _listen() -> int:
     """Have the kernel tell of this process's calls, and return the open file it does so by."""
     steps = [(_LOAD, 0, 0, 0)]  # the call's number
-    for number, (_, places) in _numbers().items():
-        if "f" in places:
+    for number, name in _names().items():
+        if "f" in _CALLS[name].arguments:
             steps += [
                 (_IF_EQUAL, 0, 4, number),
-                (_LOAD, 0, 0, 16 + 8 * places.index("f")),
+                (_LOAD, 0, 0, 16 + 8 * _CALLS[name].arguments.index("f")),
                 (_IF_ANY, 0, 1, _NEW),
                 (_RETURN, 0, 0, _TELL),
                 (_RETURN, 0, 0, _ALLOW),
@@ -197,7 +218,7 @@ def _listen() -> int:
         else:
             steps += [(_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _TELL)]
     steps.append((_RETURN, 0, 0, _ALLOW))
-    instructions = (_Instruction * len(steps))(*steps)
+    instructions = (_Instruction * len(steps))(*(_Instruction(*step) for step in steps))
     program = _Program(len(steps), instructions)
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -211,10 +232,10 @@ def _listen() -> int:
 
 def _event(process: int, number: int, arguments: list[int], folder: Path) -> Event | None:
     """Return what a process is about to do; None if it is not below the folder."""
-    call, places = _numbers()[number]
+    call = _names()[number]
     root = f"{folder}".rstrip("/") + "/"
     start, paths = f"/proc/{process}/cwd", list[str]()
-    for place, argument in zip(places, arguments, strict=False):
+    for place, argument in zip(_CALLS[call].arguments, arguments, strict=False):
         if place == "d":
             at = ctypes.c_int(argument & 0xFFFFFFFF).value
             start = f"/proc/{process}/" + ("cwd" if at == _AT_FDCWD else f"fd/{at}")

@@ -2,21 +2,22 @@
 
     python tests/kill_at_events.py [COMMAND …] [--sample SEED] [--twice] [--list]
 
-Each command is run undisturbed once, and what it changes is counted: openings to write, writes, renames,
-removals, folders, synchronizing; see file_system_events.py. Then, for each of these events, it is started anew
-in the same place, killed just before the event, and repeated to the end. The repeat must end well (or say that
-the output exists, where all of it was there), all files must have the bytes of the undisturbed run, and
-nothing else may be left, in the folder of the output or the one for temporary files. Of many writes in a row
-to one file, the first, one between and the last are taken.
+Each command is run undisturbed once, and its events are counted: what it opens to write, makes, writes,
+renames, removes and synchronizes; see file_system_events.py. Then, for each of these events, it is started
+anew in the same place, killed just before the event, and repeated to the end. The repeat must end well (or
+say that the output exists, where all of it was there), all files must have the bytes of the undisturbed
+run, and nothing else may be left, in the folder of the output or in the one for temporary files. Of
+several writes in a row to one file, the first, one between and the last are taken.
 
-With --sample only some events are: all around those by which something appears in its place, and a few more,
-drawn by the seed. With --twice the repeat is killed, too, at an event drawn for each, and repeated again.
-One row is printed for each command; the exit status is 1 if any repeat failed.
+With --sample only some events are: all around those by which something appears in its place, and a few
+more, drawn by the seed. With --twice the repeat is killed, too, at an event drawn for each, and repeated
+again. One row is printed for each command; the exit status is 1 if any repeat failed.
 
-Models and data are tiny, so that each run takes a fraction of a second.
+Models and data are tiny, so that a run takes a fraction of a second.
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -34,6 +36,7 @@ import command_server
 import file_system_events
 import numpy as np
 from file_system_events import WRITES, Event
+from safetensors.numpy import load_file, save_file
 
 import bitwright
 from bitwright import best, planner
@@ -44,6 +47,7 @@ MODEL, EXPERTS = TESTS / "data" / "tiny" / "qwen2", TESTS / "data" / "tiny" / "q
 DEMO = bitwright.demo_folder()
 DRAWN = 2  # events of a sample beside those around the moves
 Content = dict[str, bytes | None]
+Run = list[str] | Callable[[], object]
 
 
 def nothing() -> None:
@@ -69,8 +73,8 @@ class Command:
     """
 
     name: str
-    run: list[str] | Callable[[], object]
-    before: Sequence[list[str]] = ()
+    run: Run
+    before: Sequence[Run] = ()
     begun: bool = False
     patch: Callable[[], object] = nothing
     needs: Sequence[str] = field(default=())
@@ -125,7 +129,10 @@ class Place:
             os.chdir(self.folder)
             os.environ["TMPDIR"] = tempfile.tempdir = str(self.temporary)
             command.patch()
-            return command_server.run(command.run, str(self.log))
+            if isinstance(command.run, list):
+                return command_server.run(command.run, str(self.log))
+            command.run()
+            return 0
 
         return file_system_events.run(child, self.watched, is_last)
 
@@ -136,6 +143,11 @@ class Place:
             str(path.relative_to(self.watched)): path.read_bytes() if path.is_file() else None
             for path in paths
         }
+
+
+def at(number: int) -> Callable[[int, Event], bool]:
+    """Return what is true of the event of this number."""
+    return lambda found, event: found == number
 
 
 def taken(events: Sequence[Event], sample: random.Random | None) -> list[int]:
@@ -172,8 +184,8 @@ def trial(command: Command, place: Place, seed: int | None, twice: bool) -> Row:
     """Kill a command at its events, one after another."""
     row, start = Row(), time.perf_counter()
     place.begin(empty=True)
-    for arguments in command.before:
-        require(place.run(Command("", arguments))[0] == 0, place)
+    for before in command.before:
+        require(place.run(Command("", before))[0] == 0, place)
     place.keep()
     if command.begun:
         fresh = place.run(command)[1]
@@ -181,7 +193,7 @@ def trial(command: Command, place: Place, seed: int | None, twice: bool) -> Row:
         expected_fresh = place.content()
         moved = next(number for number, event in enumerate(fresh) if shows(event))
         place.begin()
-        place.run(command, lambda number, event: number == moved * 2 // 3)
+        place.run(command, at(moved * 2 // 3))
         place.keep()
     status, events = place.run(command)
     require(status == 0, place)
@@ -193,17 +205,16 @@ def trial(command: Command, place: Place, seed: int | None, twice: bool) -> Row:
     for number in taken(events, None if seed is None else rng):
         place.begin()
         where = f"before event {number}, {events[number]}"
-        status, seen = place.run(command, lambda found, event, last=number: found == last)
-        if seen[number : number + 1] != events[number : number + 1]:
-            found = seen[number] if number < len(seen) else None
-            where += f" (which was {found} this time)"
+        status, seen = place.run(command, at(number))
+        if [event.call for event in seen] != [event.call for event in events[: number + 1]]:
+            row.faults.append(f"{where}: the run did something else before, up to {seen[-1]}")
         if status != -signal.SIGKILL:
             row.faults.append(f"{where}: the run ended with {status} before it")
             continue
         row.kills += 1
         if twice:
             second = rng.randrange(len(events))
-            status, seen = place.run(command, lambda found, event, last=second: found == last)
+            status, seen = place.run(command, at(second))
             if status == -signal.SIGKILL:
                 row.kills += 1
                 where += f", then before event {second}, {seen[-1]}"
@@ -245,8 +256,7 @@ def require(is_so: bool, place: Place) -> None:
 
 def taken_for_mount_point() -> None:
     """Have the output taken for a folder that cannot be moved."""
-    real = work_folder.is_mount_point
-    work_folder.is_mount_point = lambda path: path.name == "out" or real(path)
+    vars(work_folder)["is_mount_point"] = lambda place: place.name == "out"
 
 
 def small_files() -> None:
@@ -260,7 +270,7 @@ def small_files() -> None:
 def commands(inputs: Path) -> Iterator[Command]:
     """Yield all commands."""
     ids, other_ids = str(inputs / "ids.npy"), str(inputs / "other.npy")
-    model, out = str(MODEL), ["--out", "out"]
+    model, wide, out = str(MODEL), str(inputs / "wide"), ["--out", "out"]
     one = ["--threads", "1"]
     read = ["--calibration", ids, *one]
     gptq, rtn = ["quantize", model, *out, "--group-size", "32", *read], inputs / "rtn"
@@ -268,10 +278,10 @@ def commands(inputs: Path) -> Iterator[Command]:
         yield Command(f"quantize {method}", [*gptq, "--method", method])
     for name in ("gptq", "awq", "compressed-tensors", "gguf", "marlin"):
         size = "128" if name == "marlin" else "32"
-        source = str(DEMO) if name in ("marlin", "gguf") else model
+        source = {"marlin": wide, "gguf": str(DEMO)}.get(name, model)
         arguments = ["quantize", source, *out, "--format", name, "--group-size", size, *read]
         yield Command(f"quantize to {name}", arguments)
-    yield Command("quantize k", ["quantize", str(DEMO), *out, "--format", "gguf", "--grid", "k", *read])
+    yield Command("quantize k", ["quantize", wide, *out, "--format", "gguf", "--grid", "k", *read])
     yield Command("quantize fast", [*gptq, "--preset", "fast"])
     yield Command("quantize best", [*gptq, "--preset", "best", "--bits", "4"])
     experts = ["quantize", str(EXPERTS), *out, "--group-size", "32", *read]
@@ -282,10 +292,10 @@ def commands(inputs: Path) -> Iterator[Command]:
     yield Command(
         "quantize anew", [*gptq, "--no-resume", "--overwrite"], [[*gptq, "--bits", "3"]], True
     )
-    fixed = Command("", [*gptq, "--bits", "3"]).run
-    yield Command("quantize in place", [*gptq], patch=taken_for_mount_point)
+    fixed: dict[str, Any] = {"patch": taken_for_mount_point}
+    yield Command("quantize in place", gptq, [lambda: os.mkdir("out")], **fixed)
     yield Command(
-        "quantize in place again", [*gptq, "--overwrite"], [fixed], patch=taken_for_mount_point
+        "quantize in place again", [*gptq, "--overwrite"], [[*gptq, "--bits", "3"]], **fixed
     )
     statistics = ["--statistics", str(inputs / "statistics")]
     yield Command(
@@ -312,7 +322,9 @@ def commands(inputs: Path) -> Iterator[Command]:
     low = ["--low", "3:32", "--high", "4:32"]
     sensitivities = ["sensitivities", model, "--out", "s.json", *data, *low]
     yield Command("sensitivities", sensitivities)
-    yield Command("sensitivities plot", [*sensitivities, "--plot", "s.svg"], needs=("matplotlib",))
+    yield Command(
+        "sensitivities plot", [*sensitivities, "--plot", "s.svg"], needs=("matplotlib.figure",)
+    )
     dynamic = [
         *("dynamic", model, *out, "--data", ids, *one, "--target-bpw", "4.4"),
         *("--candidates", "3:32,4:32"),
@@ -328,10 +340,8 @@ def commands(inputs: Path) -> Iterator[Command]:
     yield Command("dwq", [*dwq, *given])
     yield Command("dwq targets", [*dwq, *given, "--targets", "targets"])
     yield Command("dwq made", [*dwq, *made])
-    yield Command(
-        "dwq dynamic", [*dwq, *made, "--target-bpw", "4.4", "--candidates", "3:32,4:32"]
-    )
-    yield Command("dwq plot", [*dwq, *given, "--plot", "p.svg"], needs=("matplotlib",))
+    yield Command("dwq dynamic", [*dwq, *made, "--target-bpw", "4.4", "--candidates", "3:32,4:32"])
+    yield Command("dwq plot", [*dwq, *given, "--plot", "p.svg"], needs=("matplotlib.figure",))
     yield Command("dwq again", [*dwq, *given, "--overwrite"], [[*dwq, *made]])
     yield Command("refine", ["refine", str(rtn), "--original", model, *out, *read])
     for source, to in (("rtn", "gptq"), ("demo", "gguf"), ("rtn", "float"), ("gguf", "mlx")):
@@ -342,7 +352,9 @@ def commands(inputs: Path) -> Iterator[Command]:
     yield Command("convert again", [*convert_back, "--overwrite"], [gptq])
     collect = ["statistics", "collect", model, *out, *read]
     yield Command("statistics collect", collect)
-    yield Command("statistics collect experts", ["statistics", "collect", str(EXPERTS), *out, *read])
+    yield Command(
+        "statistics collect experts", ["statistics", "collect", str(EXPERTS), *out, *read]
+    )
     yield Command("statistics resumed", collect, begun=True)
     parts = [str(inputs / "statistics"), str(inputs / "more")]
     yield Command("statistics merge", ["statistics", "merge", *parts, *out])
@@ -351,11 +363,26 @@ def commands(inputs: Path) -> Iterator[Command]:
     yield Command("demo", ["demo", *one])
 
 
+def make_wide(folder: Path) -> None:
+    """Write the first block of the demo model with four times the channels."""
+    shutil.copytree(DEMO, folder)
+    config = json.loads((DEMO / "config.json").read_text())
+    config |= {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    wide = {}
+    for name, tensor in load_file(DEMO / "model.safetensors").items():
+        times = (1 if "embed" in name else 4, 4) if tensor.ndim == 2 else (4,)
+        if ".layers." not in name or ".layers.0." in name:
+            wide[name] = np.tile(tensor, times)
+    save_file(wide, folder / "model.safetensors")
+
+
 def make_inputs(place: Path, run: Callable[[Command], object]) -> None:
     """Write what the commands read."""
     rng = np.random.default_rng(0)
     np.save(place / "ids.npy", rng.integers(0, 96, (6, 16)))
     np.save(place / "other.npy", rng.integers(0, 96, (6, 16)))
+    make_wide(place / "wide")
     model, one = str(MODEL), ["--threads", "1"]
     rtn = ["--method", "rtn", "--group-size", "32", *one]
     for arguments in (
@@ -363,7 +390,16 @@ def make_inputs(place: Path, run: Callable[[Command], object]) -> None:
         ["quantize", str(DEMO), *rtn, "--out", str(place / "demo")],
         ["quantize", str(DEMO), *rtn, "--format", "gguf", "--out", str(place / "gguf")],
         *(
-            ["statistics", "collect", model, *one, "--out", str(place / name), "--calibration", each]
+            [
+                "statistics",
+                "collect",
+                model,
+                *one,
+                "--out",
+                str(place / name),
+                "--calibration",
+                each,
+            ]
             for name, each in (
                 ("statistics", str(place / "ids.npy")),
                 ("more", str(place / "other.npy")),
@@ -404,14 +440,19 @@ def main() -> int:
             print(*(each.name for each in chosen), sep="\n")
             return 0
         make_inputs(place.inputs, lambda made: require(place.run(made)[0] == 0, place))
-        print("| command | events | kills | equal | whole already | left-overs | faults | seconds |")
+        print(
+            "| command | events | kills | equal | whole already | left-overs | faults | seconds |"
+        )
         print("|---|--:|--:|--:|--:|--:|--:|--:|")
         for command in chosen:
             lacking = [each for each in command.needs if not is_there(each)]
             if lacking:
                 print(f"| {command.name} | needs {', '.join(lacking)} |", flush=True)
                 continue
-            row = trial(command, place, options.sample, options.twice)
+            try:
+                row = trial(command, place, options.sample, options.twice)
+            except RuntimeError as error:
+                row = Row(faults=[str(error)])
             numbers = (row.events, row.kills, row.equal, row.whole, row.left_over, len(row.faults))
             cells = " | ".join(map(str, numbers))
             print(f"| {command.name} | {cells} | {row.seconds:.1f} |", flush=True)

@@ -5,19 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitwright.checkpoint.replacing import check_new_file, output_errors
+from bitwright.checkpoint.replacing import check_new_file, replaced
 from bitwright.errors import MissingExtraError, OutputError
 from bitwright.home import expands_home
 from bitwright.report import DwqReport
 from bitwright.sensitivity import Sensitivities, precision_name
 
 MARK = "bitwright.plots"  # by which a plot is known again, in the kinds of files that have a place for it
-_MARKED = {
-    ".png": "Software",
-    ".svg": "Creator",
-    ".pdf": "Creator",
-    ".eps": "Creator",
-    ".ps": "Creator",
+_METADATA: dict[str, dict[str, str | None]] = {
+    "png": {"Software": MARK},
+    "svg": {"Creator": MARK, "Date": None},  # the same plot has the same bytes
+    "pdf": {"Creator": MARK, "CreationDate": None},
+    "eps": {"Creator": MARK},
+    "ps": {"Creator": MARK},
 }
 
 
@@ -158,6 +158,9 @@ def _figure(height: float = 4.0) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    with output_errors(Path(path)):
-        key = _MARKED.get(Path(path).suffix.lower())
-        figure.savefig(path, metadata=None if key is None else {key: MARK})
+    from matplotlib import rc_context
+
+    place = Path(path)
+    kind = place.suffix[1:].lower()
+    with replaced(place) as partial, rc_context({"svg.hashsalt": MARK}):  # or names are random
+        figure.savefig(partial, format=kind, metadata=_METADATA.get(kind))
