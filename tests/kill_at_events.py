@@ -45,7 +45,7 @@ from bitwright.checkpoint import work_folder, writer
 TESTS = Path(__file__).parent
 MODEL, EXPERTS = TESTS / "data" / "tiny" / "qwen2", TESTS / "data" / "tiny" / "qwen3_moe"
 DEMO = bitwright.demo_folder()
-DRAWN = 2  # events of a sample beside those around the moves
+DRAWN = 1  # events of a sample beside those around the moves
 Content = dict[str, bytes | None]
 Run = list[str] | Callable[[], object]
 
@@ -431,11 +431,16 @@ def main() -> int:
     failed = False
     with tempfile.TemporaryDirectory(prefix="kills-") as root:
         place = Place(Path(os.path.realpath(root)))
-        chosen = [
-            each
-            for each in commands(place.inputs)
-            if not options.command or any(map(each.name.startswith, options.command))
+        known = {each.name: each for each in commands(place.inputs)}
+        named = [
+            [name] if name in known else [each for each in known if each.startswith(name)]
+            for name in options.command or [""]
         ]
+        if unknown := [
+            name for name, found in zip(options.command, named, strict=False) if not found
+        ]:
+            parser.error(f"unknown commands: {', '.join(unknown)}")
+        chosen = [known[name] for names in named for name in names]
         if options.list:
             print(*(each.name for each in chosen), sep="\n")
             return 0
