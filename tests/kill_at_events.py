@@ -70,6 +70,10 @@ class Command:
         Whether an interrupted run of the same is there when it starts.
     patch
         Changes in the child what the place or the model would have to be for.
+    needs
+        Modules that it takes.
+    grows
+        Whether folders are filled file by file in their places.
     """
 
     name: str
@@ -77,7 +81,8 @@ class Command:
     before: Sequence[Run] = ()
     begun: bool = False
     patch: Callable[[], object] = nothing
-    needs: Sequence[str] = field(default=())
+    needs: Sequence[str] = ()
+    grows: bool = False
 
 
 @dataclass
@@ -176,7 +181,7 @@ def taken(events: Sequence[Event], sample: random.Random | None) -> list[int]:
 def shows(event: Event) -> bool:
     """Tell whether something gets or loses a name that is not hidden."""
     return event.call.startswith(("rename", "link")) and any(
-        not any(part.startswith(".") for part in path.split("/")) for path in event.paths
+        not is_hidden(path) for path in event.paths
     )
 
 
@@ -195,6 +200,7 @@ def trial(command: Command, place: Place, seed: int | None, twice: bool) -> Row:
         place.begin()
         place.run(command, at(moved * 2 // 3))
         place.keep()
+    started = place.content()
     status, events = place.run(command)
     require(status == 0, place)
     expected = place.content()
@@ -212,6 +218,8 @@ def trial(command: Command, place: Place, seed: int | None, twice: bool) -> Row:
             row.faults.append(f"{where}: the run ended with {status} before it")
             continue
         row.kills += 1
+        if half := half_written(command, place.content(), started, expected):
+            row.faults.append(f"{where}: half-written: {', '.join(half)}")
         if twice:
             second = rng.randrange(len(events))
             status, seen = place.run(command, at(second))
@@ -236,17 +244,43 @@ def trial(command: Command, place: Place, seed: int | None, twice: bool) -> Row:
 
 def differences(found: Content, expected: Content, hidden: bool = True) -> list[str]:
     """Say in what two folders differ, hidden files included or not."""
-
-    def counts(path: str) -> bool:
-        return hidden or not any(part.startswith(".") for part in path.split("/"))
-
     return [
         f"left {path}" if path not in expected
         else f"no {path}" if path not in found
         else f"other bytes in {path}"
         for path in sorted({*found, *expected})
-        if counts(path) and (path not in found or path not in expected or found[path] != expected[path])
+        if found.get(path, 0) != expected.get(path, 0) and (hidden or not is_hidden(path))
     ]  # fmt: skip
+
+
+def half_written(
+    command: Command, found: Content, started: Content, expected: Content
+) -> list[str]:
+    """Return what of the output is there, neither as it was nor as it will be."""
+
+    def of(content: Content, name: str) -> Content:
+        start = f"place/{name}"
+        return {
+            path: value for path, value in content.items() if f"{path}/".startswith(f"{start}/")
+        }
+
+    if command.grows:
+        return [
+            path
+            for path, value in found.items()
+            if not is_hidden(path) and value not in (started.get(path), expected.get(path))
+        ]
+    names = {path.split("/")[1] for path in (*found, *expected) if path.startswith("place/")}
+    return [
+        name
+        for name in sorted(names)
+        if not is_hidden(name)
+        and of(found, name) not in ({}, of(started, name), of(expected, name))
+    ]
+
+
+def is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
 
 
 def require(is_so: bool, place: Place) -> None:
@@ -292,7 +326,7 @@ def commands(inputs: Path) -> Iterator[Command]:
     yield Command(
         "quantize anew", [*gptq, "--no-resume", "--overwrite"], [[*gptq, "--bits", "3"]], True
     )
-    fixed: dict[str, Any] = {"patch": taken_for_mount_point}
+    fixed: dict[str, Any] = {"patch": taken_for_mount_point, "grows": True}
     yield Command("quantize in place", gptq, [lambda: os.mkdir("out")], **fixed)
     yield Command(
         "quantize in place again", [*gptq, "--overwrite"], [[*gptq, "--bits", "3"]], **fixed
@@ -304,7 +338,7 @@ def commands(inputs: Path) -> Iterator[Command]:
     yield Command(
         "quantize transformers",
         [*gptq, "--backend", "transformers"],
-        needs=("torch", "transformers"),
+        needs=("torch", "transformers.models.qwen2.modeling_qwen2"),
     )
     salient = [
         *("salient", "--model-path", model, "--output-path", "out", "--group-size", "32"),
@@ -338,7 +372,7 @@ def commands(inputs: Path) -> Iterator[Command]:
     given = ["--student", str(rtn)]
     made = ["--group-size", "32", "--bits", "3"]
     yield Command("dwq", [*dwq, *given])
-    yield Command("dwq targets", [*dwq, *given, "--targets", "targets"])
+    yield Command("dwq targets", [*dwq, *given, "--targets", "targets"], grows=True)
     yield Command("dwq made", [*dwq, *made])
     yield Command("dwq dynamic", [*dwq, *made, "--target-bpw", "4.4", "--candidates", "3:32,4:32"])
     yield Command("dwq plot", [*dwq, *given, "--plot", "p.svg"], needs=("matplotlib.figure",))
