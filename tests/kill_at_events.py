@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from file_system_events import WRITES, Event
 from safetensors.numpy import load_file, save_file
 
 import bitwright
-from bitwright import best, planner
+from bitwright import best, card, planner, states
 from bitwright.checkpoint import work_folder, writer
 
 TESTS = Path(__file__).parent
@@ -256,26 +256,28 @@ def differences(found: Content, expected: Content, hidden: bool = True) -> list[
 def half_written(
     command: Command, found: Content, started: Content, expected: Content
 ) -> list[str]:
-    """Return what of the output is there, neither as it was nor as it will be."""
-
-    def of(content: Content, name: str) -> Content:
-        start = f"place/{name}"
-        return {
-            path: value for path, value in content.items() if f"{path}/".startswith(f"{start}/")
-        }
-
+    """Return what is there of the output, neither as it was nor as it will be."""
+    files: Content = {
+        path: data for path, data in found.items() if data is not None and not is_hidden(path)
+    }
+    wrong = [
+        path for path, data in files.items() if data not in (started.get(path), expected.get(path))
+    ]
     if command.grows:
-        return [
-            path
-            for path, value in found.items()
-            if not is_hidden(path) and value not in (started.get(path), expected.get(path))
-        ]
-    names = {path.split("/")[1] for path in (*found, *expected) if path.startswith("place/")}
-    return [
-        name
-        for name in sorted(names)
-        if not is_hidden(name)
-        and of(found, name) not in ({}, of(started, name), of(expected, name))
+        return wrong
+
+    def folders(content: Content) -> dict[str, set[str]]:
+        names: dict[str, set[str]] = {}
+        for path, data in content.items():
+            if data is not None and not is_hidden(path):
+                names.setdefault(os.path.dirname(path), set()).add(path)
+        return names
+
+    before, after = folders(started), folders(expected)
+    return wrong + [
+        folder
+        for folder, paths in folders(files).items()
+        if folder != "place" and paths not in (before.get(folder), after.get(folder))
     ]
 
 
@@ -291,6 +293,22 @@ def require(is_so: bool, place: Place) -> None:
 def taken_for_mount_point() -> None:
     """Have the output taken for a folder that cannot be moved."""
     vars(work_folder)["is_mount_point"] = lambda place: place.name == "out"
+
+
+def states_in_files() -> None:
+    """Have no room in memory for what layers see."""
+    shared = states.ChunkPlan.shared
+
+    def without_room(*arguments: Any) -> states.ChunkPlan:
+        return replace(shared(*arguments), resident=0)
+
+    states.ChunkPlan.shared = without_room  # type: ignore[method-assign, assignment]
+
+
+def add_evaluations() -> None:
+    """Add a table to the card of the output."""
+    found = bitwright.evaluate(MODEL, np.arange(64).reshape(4, 16))
+    card.add_evaluations("out", {"original": found})
 
 
 def small_files() -> None:
@@ -321,6 +339,10 @@ def commands(inputs: Path) -> Iterator[Command]:
     experts = ["quantize", str(EXPERTS), *out, "--group-size", "32", *read]
     yield Command("quantize experts", experts)
     yield Command("quantize in files", [*gptq, "--method", "rtn"], patch=small_files)
+    yield Command("quantize in little memory", gptq, patch=states_in_files)
+    yield Command("quantize deeper", [*gptq, "--out", "a/b/out"])
+    linked = [lambda: os.mkdir("there"), lambda: os.symlink("there", "out")]
+    yield Command("quantize through a link", gptq, linked)
     yield Command("quantize again", [*gptq, "--overwrite"], [[*gptq, "--bits", "3"]])
     yield Command("quantize resumed", gptq, begun=True)
     yield Command(
@@ -393,6 +415,7 @@ def commands(inputs: Path) -> Iterator[Command]:
     parts = [str(inputs / "statistics"), str(inputs / "more")]
     yield Command("statistics merge", ["statistics", "merge", *parts, *out])
     yield Command("evaluate", ["evaluate", str(rtn), "--reference", model, "--text", ids, *one])
+    yield Command("evaluations on the card", add_evaluations, [gptq])
     yield Command("inspect", ["inspect", str(rtn), *one])
     yield Command("demo", ["demo", *one])
 
