@@ -74,6 +74,8 @@ class Command:
         Modules that it takes.
     grows
         Whether folders are filled file by file in their places.
+    status
+        With which it ends.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Command:
     patch: Callable[[], object] = nothing
     needs: Sequence[str] = ()
     grows: bool = False
+    status: int = 0
 
 
 @dataclass
@@ -202,7 +205,7 @@ def trial(command: Command, place: Place, seed: int | None, twice: bool) -> Row:
         place.keep()
     started = place.content()
     status, events = place.run(command)
-    require(status == 0, place)
+    require(status == command.status, place)
     expected = place.content()
     if command.begun and expected != expected_fresh:
         row.faults.append("a resumed run ends otherwise than one that was not interrupted")
@@ -232,7 +235,7 @@ def trial(command: Command, place: Place, seed: int | None, twice: bool) -> Row:
         extra = [each for each in differ if each.startswith("left")]
         refused = status == 1 and whole and "exists already" in place.log.read_text()
         row.left_over += bool(extra)
-        if differ or not (status == 0 or refused):
+        if differ or not (status == command.status or refused):
             said = place.log.read_text().strip().splitlines()[-1:]
             row.faults.append(f"{where}: status {status}, {'; '.join(differ)} {said}")
         else:
@@ -340,6 +343,8 @@ def commands(inputs: Path) -> Iterator[Command]:
     yield Command("quantize experts", experts)
     yield Command("quantize in files", [*gptq, "--method", "rtn"], patch=small_files)
     yield Command("quantize in little memory", gptq, patch=states_in_files)
+    spoilt = ["quantize", str(inputs / "spoilt"), *out, "--group-size", "32", *read]
+    yield Command("quantize what cannot be", spoilt, status=1)
     yield Command("quantize deeper", [*gptq, "--out", "a/b/out"])
     linked = [lambda: os.mkdir("there"), lambda: os.symlink("there", "out")]
     yield Command("quantize through a link", gptq, linked)
@@ -434,12 +439,21 @@ def make_wide(folder: Path) -> None:
     save_file(wide, folder / "model.safetensors")
 
 
+def make_spoilt(folder: Path) -> None:
+    """Write the model with a weight in its last block that is no number."""
+    shutil.copytree(MODEL, folder)
+    tensors = load_file(MODEL / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+
+
 def make_inputs(place: Path, run: Callable[[Command], object]) -> None:
     """Write what the commands read."""
     rng = np.random.default_rng(0)
     np.save(place / "ids.npy", rng.integers(0, 96, (6, 16)))
     np.save(place / "other.npy", rng.integers(0, 96, (6, 16)))
     make_wide(place / "wide")
+    make_spoilt(place / "spoilt")
     model, one = str(MODEL), ["--threads", "1"]
     rtn = ["--method", "rtn", "--group-size", "32", *one]
     for arguments in (
