@@ -1,7 +1,7 @@
 """Runs a function in a child process that is stopped before every change it makes to files.
 
 The kernel stops it: a seccomp filter tells this process of system calls before they are done, and waits for
-an answer. So nothing passes by unseen, whoever makes the call: Python, NumPy, kernels in C++, safetensors
+an answer: that the call may go on, or with which error it ends. So nothing passes by unseen, whoever makes the call: Python, NumPy, kernels in C++, safetensors
 and tokenizers in Rust, libraries in C, all threads, and processes that the child starts. It tells of files
 that are opened to write or made, of every write, of what is renamed, linked, removed, cut, made longer or
 synchronized, and of folders that are made or removed. It does not tell of pages of a file that is mapped to
@@ -91,6 +91,7 @@ _RECEIVE, _SEND = 0xC0502100, 0xC0182101
 _LOAD, _IF_EQUAL, _IF_ANY, _RETURN = 0x20, 0x15, 0x45, 0x06
 _ALLOW, _TELL = 0x7FFF0000, 0x7FC00000
 _TOLD, _ANSWER = struct.Struct("QIIiIQ6Q"), struct.Struct("QqiI")
+KILL = -1
 
 
 @dataclass(frozen=True)
@@ -104,21 +105,24 @@ class Event:
         return f"{self.call} {' -> '.join(self.paths)}"
 
 
+Answer = Callable[[int, Event], int]
+
+
 def missing() -> str | None:
     """Say what is missing here to stop processes so; None if nothing is."""
     if platform.machine() not in _SECCOMP or platform.system() != "Linux":
         return "only Linux on x86-64 and ARM64 stops processes before system calls"
     try:
-        run(lambda: 0, Path("/"), lambda number, event: False)
+        run(lambda: 0, Path("/"))
     except OSError as error:
         return f"the kernel does not stop processes before system calls: {error}"
     return None
 
 
 def run(
-    function: Callable[[], int], folder: Path, is_last: Callable[[int, Event], bool]
+    function: Callable[[], int], folder: Path, answer: Answer = lambda number, event: 0
 ) -> tuple[int, list[Event]]:
-    """Run a function in a child, which is killed before an event of which `is_last` says so.
+    """Run a function in a child, which does what `answer` says before each event.
 
     Parameters
     ----------
@@ -126,8 +130,9 @@ def run(
         Returns the child's exit status.
     folder
         Only events below it count; without links in its path.
-    is_last
-        Is given the number of an event, from 0, and the event.
+    answer
+        Is given the number of an event, from 0, and the event. Returns 0 to let it happen, `KILL`, or
+        the number of the error that it ends with instead, such as ``errno.ENOSPC``.
 
     Returns
     -------
@@ -173,13 +178,16 @@ def run(
             event = _event(process, number, arguments, folder)
         except OSError:  # of one that is being killed
             continue
+        what = 0
         if event is not None:
             events.append(event)
-            if is_last(len(events) - 1, event):
-                os.killpg(child, signal.SIGKILL)
-                continue
+            what = answer(len(events) - 1, event)
+        if what == KILL:
+            os.killpg(child, signal.SIGKILL)
+            continue
+        told = bytearray(_ANSWER.pack(identity, 0, -what, 0 if what else _CONTINUE))
         with suppress(OSError):
-            fcntl.ioctl(listener, _SEND, bytearray(_ANSWER.pack(identity, 0, 0, _CONTINUE)))
+            fcntl.ioctl(listener, _SEND, told)
     os.close(listener)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), events
 

@@ -1,6 +1,6 @@
 """Kills every command before every change it makes to files, repeats it, and compares all bytes.
 
-    python tests/kill_at_events.py [COMMAND …] [--sample SEED] [--twice] [--list]
+    python tests/kill_at_events.py [COMMAND …] [--sample SEED] [--twice] [--errors] [--list]
 
 Each command is run undisturbed once, and its events are counted: what it opens to write, makes, writes,
 renames, removes and synchronizes; see file_system_events.py. Then, for each of these events, it is started
@@ -11,12 +11,15 @@ several writes in a row to one file, the first, one between and the last are tak
 
 With --sample only some events are: all around those by which something appears in its place, and a few
 more, drawn by the seed. With --twice the repeat is killed, too, at an event drawn for each, and repeated
-again. One row is printed for each command; the exit status is 1 if any repeat failed.
+again. With --errors nothing is killed, but each event ends with the error of a full or a broken disk: the
+command must end well all the same, or say what is wrong, and the repeat goes on. One row is printed for
+each command; the exit status is 1 if any repeat failed.
 
 Models and data are tiny, so that a run takes a fraction of a second.
 """
 
 import argparse
+import errno
 import json
 import os
 import random
@@ -35,7 +38,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
 import command_server
 import file_system_events
 import numpy as np
-from file_system_events import WRITES, Event
+from file_system_events import KILL, WRITES, Answer, Event
 from safetensors.numpy import load_file, save_file
 
 import bitwright
@@ -98,7 +101,6 @@ class Row:
     whole: int = 0  # of these, where the output was all there
     left_over: int = 0
     faults: list[str] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 class Place:
@@ -128,9 +130,9 @@ class Place:
         shutil.copytree(self.folder, self.start, symlinks=True)
 
     def run(
-        self, command: Command, is_last: Callable[[int, Event], bool] = lambda number, event: False
+        self, command: Command, answer: Answer = lambda number, event: 0
     ) -> tuple[int, list[Event]]:
-        """Run a command, which is killed at an event of which `is_last` says so."""
+        """Run a command, which does at each event what `answer` says."""
         self.log.write_text("")
 
         def child() -> int:
@@ -142,7 +144,7 @@ class Place:
             command.run()
             return 0
 
-        return file_system_events.run(child, self.watched, is_last)
+        return file_system_events.run(child, self.watched, answer)
 
     def content(self) -> Content:
         """Return all that is there: the bytes of files, None for folders."""
@@ -153,9 +155,9 @@ class Place:
         }
 
 
-def at(number: int) -> Callable[[int, Event], bool]:
-    """Return what is true of the event of this number."""
-    return lambda found, event: found == number
+def at(number: int, answer: int) -> Answer:
+    """Return what answers so to the event of this number, and lets all others happen."""
+    return lambda found, event: answer if found == number else 0
 
 
 def taken(events: Sequence[Event], sample: random.Random | None) -> list[int]:
@@ -188,61 +190,107 @@ def shows(event: Event) -> bool:
     )
 
 
-def trial(command: Command, place: Place, seed: int | None, twice: bool) -> Row:
-    """Kill a command at its events, one after another."""
-    row, start = Row(), time.perf_counter()
-    place.begin(empty=True)
-    for before in command.before:
-        require(place.run(Command("", before))[0] == 0, place)
-    place.keep()
-    if command.begun:
-        fresh = place.run(command)[1]
-        require(place.run(command)[0] == 0 or bool(fresh), place)
-        expected_fresh = place.content()
-        moved = next(number for number, event in enumerate(fresh) if shows(event))
-        place.begin()
-        place.run(command, at(moved * 2 // 3))
+class Trial:
+    """One command, killed at its events one after another.
+
+    Attributes
+    ----------
+    started, expected
+        What is there before an undisturbed run, and after it.
+    events
+        What it does.
+    """
+
+    def __init__(self, command: Command, place: Place, seed: int | None) -> None:
+        self.command, self.place, self.row = command, place, Row()
+        self.rng = random.Random(f"{command.name} {seed}")
+        place.begin(empty=True)
+        for before in command.before:
+            self._undisturbed(Command("", before))
         place.keep()
-    started = place.content()
-    status, events = place.run(command)
-    require(status == command.status, place)
-    expected = place.content()
-    if command.begun and expected != expected_fresh:
-        row.faults.append("a resumed run ends otherwise than one that was not interrupted")
-    row.events = len(events)
-    rng = random.Random(f"{command.name} {seed}")
-    for number in taken(events, None if seed is None else rng):
+        if command.begun:
+            events = self._undisturbed(command)
+            expected = place.content()
+            moved = next(number for number, event in enumerate(events) if shows(event))
+            place.begin()
+            place.run(command, at(moved * 2 // 3, KILL))
+            place.keep()
+        self.started = place.content()
+        self.events = self._undisturbed(command)
+        self.expected = place.content()
+        if command.begun and self.expected != expected:
+            self.row.faults.append("a resumed run ends otherwise than one that never stopped")
+        self.row.events = len(self.events)
+        self.numbers = taken(self.events, None if seed is None else self.rng)
+
+    def kill(self, number: int, twice: bool) -> None:
+        """Kill the command before an event, and repeat it."""
+        command, place, row = self.command, self.place, self.row
         place.begin()
-        where = f"before event {number}, {events[number]}"
-        status, seen = place.run(command, at(number))
-        if [event.call for event in seen] != [event.call for event in events[: number + 1]]:
-            row.faults.append(f"{where}: the run did something else before, up to {seen[-1]}")
+        where = f"killed before event {number}, {self.events[number]}"
+        status, seen = place.run(command, at(number, KILL))
+        if [each.call for each in seen] != [each.call for each in self.events[: number + 1]]:
+            row.faults.append(f"{where}: it did something else before, up to {seen[-1]}")
         if status != -signal.SIGKILL:
-            row.faults.append(f"{where}: the run ended with {status} before it")
-            continue
+            row.faults.append(f"{where}: it ended with {status} before")
+            return
         row.kills += 1
-        if half := half_written(command, place.content(), started, expected):
-            row.faults.append(f"{where}: half-written: {', '.join(half)}")
+        self._check_half(where)
         if twice:
-            second = rng.randrange(len(events))
-            status, seen = place.run(command, at(second))
+            second = self.rng.randrange(len(self.events))
+            status, seen = place.run(command, at(second, KILL))
             if status == -signal.SIGKILL:
                 row.kills += 1
                 where += f", then before event {second}, {seen[-1]}"
-        whole = differences(place.content(), expected, hidden=False) == []
-        status, _ = place.run(command)
-        differ = differences(place.content(), expected)
-        extra = [each for each in differ if each.startswith("left")]
-        refused = status == 1 and whole and "exists already" in place.log.read_text()
-        row.left_over += bool(extra)
-        if differ or not (status == command.status or refused):
-            said = place.log.read_text().strip().splitlines()[-1:]
-            row.faults.append(f"{where}: status {status}, {'; '.join(differ)} {said}")
+        self._repeat(where)
+
+    def fail(self, number: int) -> None:
+        """Have an event end with an error, and repeat the command if that was its end."""
+        place, error = self.place, self.rng.choice([errno.ENOSPC, errno.EIO])
+        place.begin()
+        where = f"{errno.errorcode[error]} at event {number}, {self.events[number]}"
+        status, _ = place.run(self.command, at(number, error))
+        said = place.log.read_text()
+        self.row.kills += 1
+        self._check_half(where)
+        if status == self.command.status:
+            self._check_end(where, status, hidden=False)  # what cannot be removed stays
+            return
+        if status != 1 or "Traceback" in said:
+            self.row.faults.append(f"{where}: status {status}: {last_line(said)}")
+        self._repeat(where)
+
+    def _undisturbed(self, command: Command) -> list[Event]:
+        status, events = self.place.run(command)
+        if status != command.status:
+            raise RuntimeError(f"an undisturbed run failed: {self.place.log.read_text()}")
+        return events
+
+    def _check_half(self, where: str) -> None:
+        half = half_written(self.command, self.place.content(), self.started, self.expected)
+        if half:
+            self.row.faults.append(f"{where}: half-written: {', '.join(half)}")
+
+    def _repeat(self, where: str) -> None:
+        whole = differences(self.place.content(), self.expected, hidden=False) == []
+        status, _ = self.place.run(self.command)
+        if status == 1 and whole and "exists already" in self.place.log.read_text():
+            self.row.whole += 1
+            status = self.command.status
+        self._check_end(where, status)
+
+    def _check_end(self, where: str, status: int, hidden: bool = True) -> None:
+        differ = differences(self.place.content(), self.expected, hidden)
+        self.row.left_over += any(each.startswith("left") for each in differ)
+        if differ or status != self.command.status:
+            said = last_line(self.place.log.read_text())
+            self.row.faults.append(f"{where}: status {status}, {'; '.join(differ)}: {said}")
         else:
-            row.equal += 1
-            row.whole += refused
-    row.seconds = time.perf_counter() - start
-    return row
+            self.row.equal += 1
+
+
+def last_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()[-1:]), "")
 
 
 def differences(found: Content, expected: Content, hidden: bool = True) -> list[str]:
@@ -286,11 +334,6 @@ def half_written(
 
 def is_hidden(path: str) -> bool:
     return any(part.startswith(".") for part in path.split("/"))
-
-
-def require(is_so: bool, place: Place) -> None:
-    if not is_so:
-        raise RuntimeError(f"an undisturbed run failed: {place.log.read_text()}")
 
 
 def taken_for_mount_point() -> None:
@@ -447,37 +490,26 @@ def make_spoilt(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def make_inputs(place: Path, run: Callable[[Command], object]) -> None:
+def make_inputs(place: Place) -> None:
     """Write what the commands read."""
-    rng = np.random.default_rng(0)
-    np.save(place / "ids.npy", rng.integers(0, 96, (6, 16)))
-    np.save(place / "other.npy", rng.integers(0, 96, (6, 16)))
-    make_wide(place / "wide")
-    make_spoilt(place / "spoilt")
-    model, one = str(MODEL), ["--threads", "1"]
-    rtn = ["--method", "rtn", "--group-size", "32", *one]
-    for arguments in (
-        ["quantize", model, *rtn, "--out", str(place / "rtn")],
-        ["quantize", str(DEMO), *rtn, "--out", str(place / "demo")],
-        ["quantize", str(DEMO), *rtn, "--format", "gguf", "--out", str(place / "gguf")],
-        *(
-            [
-                "statistics",
-                "collect",
-                model,
-                *one,
-                "--out",
-                str(place / name),
-                "--calibration",
-                each,
-            ]
-            for name, each in (
-                ("statistics", str(place / "ids.npy")),
-                ("more", str(place / "other.npy")),
-            )
-        ),
-    ):
-        run(Command("", arguments))
+    inputs, rng = place.inputs, np.random.default_rng(0)
+    make_wide(inputs / "wide")
+    make_spoilt(inputs / "spoilt")
+    rtn = ["--method", "rtn", "--group-size", "32", "--threads", "1", "--out"]
+    made = [
+        ["quantize", str(MODEL), *rtn, str(inputs / "rtn")],
+        ["quantize", str(DEMO), *rtn, str(inputs / "demo")],
+        ["quantize", str(DEMO), "--format", "gguf", *rtn, str(inputs / "gguf")],
+    ]
+    for ids, statistics in ("ids.npy", "statistics"), ("other.npy", "more"):
+        np.save(inputs / ids, rng.integers(0, 96, (6, 16)))
+        collect = ["statistics", "collect", str(MODEL), "--threads", "1"]
+        made.append(
+            [*collect, "--calibration", str(inputs / ids), "--out", str(inputs / statistics)]
+        )
+    for arguments in made:
+        status, _ = place.run(Command("", arguments))
+        assert status == 0, place.log.read_text()
 
 
 def is_there(module: str) -> bool:
@@ -493,6 +525,7 @@ def main() -> int:
     parser.add_argument("command", nargs="*", help="Names, or their beginnings; by default all.")
     parser.add_argument("--sample", type=int, metavar="SEED", help="Kill at some events only.")
     parser.add_argument("--twice", action="store_true", help="Kill the repeat, too.")
+    parser.add_argument("--errors", action="store_true", help="Let events fail, instead of kills.")
     parser.add_argument("--list", action="store_true", help="Print the commands' names.")
     options = parser.parse_args()
     if problem := file_system_events.missing():
@@ -515,7 +548,7 @@ def main() -> int:
         if options.list:
             print(*(each.name for each in chosen), sep="\n")
             return 0
-        make_inputs(place.inputs, lambda made: require(place.run(made)[0] == 0, place))
+        make_inputs(place)
         print(
             "| command | events | kills | equal | whole already | left-overs | faults | seconds |"
         )
@@ -525,13 +558,22 @@ def main() -> int:
             if lacking:
                 print(f"| {command.name} | needs {', '.join(lacking)} |", flush=True)
                 continue
+            start = time.perf_counter()
             try:
-                row = trial(command, place, options.sample, options.twice)
+                trial = Trial(command, place, options.sample)
             except RuntimeError as error:
-                row = Row(faults=[str(error)])
+                print(f"{command.name}: {error}", file=sys.stderr, flush=True)
+                failed = True
+                continue
+            for number in trial.numbers:
+                if options.errors:
+                    trial.fail(number)
+                else:
+                    trial.kill(number, options.twice)
+            row, seconds = trial.row, time.perf_counter() - start
             numbers = (row.events, row.kills, row.equal, row.whole, row.left_over, len(row.faults))
             cells = " | ".join(map(str, numbers))
-            print(f"| {command.name} | {cells} | {row.seconds:.1f} |", flush=True)
+            print(f"| {command.name} | {cells} | {seconds:.1f} |", flush=True)
             for fault in row.faults:
                 print(f"{command.name}: {fault}", file=sys.stderr, flush=True)
             failed = failed or bool(row.faults)

@@ -1,5 +1,6 @@
 """Kills before every kind of event, as a sample of what kill_at_events.py does with every command."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import file_system_events
 import numpy as np
 import pytest
+from file_system_events import KILL
 from safetensors.numpy import save_file
 from shared_data import TESTS
 
@@ -47,7 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_change_is_an_event(folder: Path) -> None:
-    status, events = file_system_events.run(change_files, folder, lambda number, event: False)
+    status, events = file_system_events.run(change_files, folder)
     assert status == 3
     wanted = [
         ("open", "a"),
@@ -99,9 +101,11 @@ def test_the_event_of_a_kill_does_not_happen(folder: Path, last: int) -> None:
             each()
         return 0
 
-    everything = file_system_events.run(change, folder, lambda number, event: False)[1]
+    everything = file_system_events.run(change, folder)[1]
     last %= len(everything)
-    status, events = file_system_events.run(change, folder, lambda number, event: number == last)
+    status, events = file_system_events.run(
+        change, folder, lambda number, event: KILL if number == last else 0
+    )
     assert status == -signal.SIGKILL
     assert events == everything[: last + 1]
     event = events[-1]
@@ -111,6 +115,24 @@ def test_the_event_of_a_kill_does_not_happen(folder: Path, last: int) -> None:
         assert not (folder / event.paths[-1]).exists()
     elif event.call.startswith(("unlink", "rmdir", "truncate")):
         assert (folder / event.paths[0]).exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_events_can_end_with_an_error(folder: Path, number: int) -> None:
+    def change() -> int:
+        os.mkdir("folder")
+        try:
+            Path("a").write_bytes(b"one")
+        except OSError as error:
+            return error.errno or 0
+        return 0
+
+    status, events = file_system_events.run(
+        change, folder, lambda found, event: number if event.call == "write" else 0
+    )
+    assert status == number
+    assert Path("a").read_bytes() == b""
+    assert len(events) == 3
 
 
 @pytest.mark.slow
