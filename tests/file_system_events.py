@@ -20,6 +20,7 @@ import select
 import signal
 import socket
 import struct
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -143,7 +144,9 @@ def run(
         The events, the one before which the child was killed included.
     """
     ours, theirs = socket.socketpair()
-    child = os.fork()
+    with warnings.catch_warnings():  # of threads here, which the child does not need
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child == 0:
         ours.close()
         os.setsid()  # so that processes it starts are killed, too

@@ -154,7 +154,16 @@ def test_events_can_end_with_an_error(folder: Path, number: int) -> None:
     ids=lambda commands: commands[0],
 )
 def test_killed_commands_go_on(commands: list[str]) -> None:
-    program = [sys.executable, str(TESTS / "kill_at_events.py"), "--sample", str(SEED)]
+    check(commands)
+
+
+@pytest.mark.slow
+def test_commands_go_on_after_errors_of_the_disk() -> None:
+    check(["quantize again", "dwq again", "statistics merge"], "--errors")
+
+
+def check(commands: list[str], *options: str) -> None:
+    program = [sys.executable, str(TESTS / "kill_at_events.py"), "--sample", str(SEED), *options]
     done = subprocess.run([*program, *commands], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]]
