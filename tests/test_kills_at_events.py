@@ -146,10 +146,10 @@ def test_events_can_end_with_an_error(folder: Path, number: int) -> None:
         ["quantize gptq", "quantize to gguf", "quantize in files", "convert again"],
         ["quantize again", "quantize in place again"],
         ["quantize resumed", "quantize best", "refine"],
-        ["statistics resumed", "statistics merge", "sensitivities"],
+        ["statistics resumed", "statistics merge"],
         ["dwq targets", "dwq made", "dwq plot"],
-        ["salient", "salient again"],
-        ["dynamic files", "dynamic again"],
+        ["salient", "salient dry", "salient again"],
+        ["dynamic files", "dynamic again", "sensitivities plot"],
     ],
     ids=lambda commands: commands[0],
 )
