@@ -20,9 +20,12 @@ import numpy as np
 from bitwright.checkpoint import Checkpoint
 from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.replacing import replaced
+from bitwright.errors import CalibrationError
 from bitwright.evaluate import Evaluation
 from bitwright.formats import Format
+from bitwright.links import is_own_file
 from bitwright.report import DwqReport, QuantizationReport, error_text, megabytes
+from bitwright.text_file import TEXT_LIMIT, read_text
 
 CARD_NAME = "README.md"
 CARD_LIMIT = 64 << 10  # bytes of the original's card that are looked at
@@ -224,9 +227,9 @@ def model_card(
 
 def is_made_by_this(folder: Path) -> bool:
     """Tell whether a folder's card names the very command, or call, that runs now."""
-    with suppress(OSError, UnicodeDecodeError):
+    with suppress(CalibrationError):
         command = _made_by.get()
-        card = (folder / CARD_NAME).read_text(encoding="utf-8")
+        card = read_text(folder / CARD_NAME, TEXT_LIMIT)
         return command is not None and f"\n{command}\n" in card
     return False
 
@@ -476,7 +479,7 @@ def _front_matter(folder: Path) -> dict[str, list[str]]:
     Whatever is more than that is left out, and of a strange file everything."""
     path = folder / CARD_NAME
     try:
-        if not path.is_file():
+        if not is_own_file(path, folder):
             return {}
         with open(path, "rb") as file:
             text = file.read(CARD_LIMIT).decode("utf-8-sig", errors="replace")
