@@ -23,7 +23,6 @@ from bitwright.errors import CalibrationError, shown
 from bitwright.message_forms import NotTextError, Worth, forms, kinds_without_text
 from bitwright.template_sandbox import (
     ALL_SECONDS,
-    TEXT_SECONDS,
     BoundedSandbox,
     SlowTemplateError,
 )
@@ -195,9 +194,8 @@ class ChatTemplate:
             except SlowTemplateError as error:
                 raise CalibrationError(
                     f"{where}: the chat template in {template.path} is too slow: after {self._done} chats "
-                    f"it has used up the {ALL_SECONDS} seconds that it has for all and some "
-                    f"{1000 * TEXT_SECONDS:.0f} ms more for each. Give fewer chats, or write each as one "
-                    f'"text"'
+                    f"it has used up the {ALL_SECONDS} seconds that it has for all, and some ms more for each. "
+                    f'Give fewer chats, or write each as one "text"'
                 ) from error
             except (SecurityError, RecursionError, OverflowError, MemoryError) as error:
                 raise CalibrationError(template.failed(where, error)) from error

@@ -79,8 +79,8 @@ def check_own(path: Path, folder: Path, kind: type[BitwrightError] = CheckpointE
     """Raise an error of a kind for a link out of the model's folder, unless all are followed."""
     if _follow.get() is not True and leads_out(path, folder):
         raise kind(
-            f"{path}: leads out of the model's folder, to {shown(os.path.realpath(path))}, and of what "
-            f"lies there only weights and their index are read: {REMEDY}"
+            f"{path}: leads out of the model's folder, where only weights and their index are read: "
+            f"{REMEDY}"
         )
 
 

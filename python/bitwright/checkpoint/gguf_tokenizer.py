@@ -7,7 +7,13 @@ from typing import Any
 
 from bitwright.chat_template_files import DEFAULT, chat_templates
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.errors import CheckpointError, UnsupportedModelError, malformed_as, shown
+from bitwright.errors import (
+    CalibrationError,
+    CheckpointError,
+    UnsupportedModelError,
+    malformed_as,
+    shown,
+)
 from bitwright.links import check_own
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -86,8 +92,10 @@ def tokenizer_metadata(folder: Path, vocab_size: int, config: Mapping[str, Any])
             key = f"tokenizer.ggml.{word}_token_id"
             if (number := values.get(key, tokenizer.special(role, [*sources, config]))) is not None:
                 values[key] = number
-        values |= _chat_templates(folder)
-    return values
+    try:
+        return values | _chat_templates(folder)
+    except CalibrationError as error:
+        raise CheckpointError(str(error)) from error
 
 
 class _Tokenizer:
