@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 import bitwright
 from bitwright.checkpoint import Checkpoint
+from bitwright.checkpoint.side_files import SideFiles
 from bitwright.errors import CalibrationError, CheckpointError
 from bitwright.links import follow_links, leads_out
 from bitwright.warned import BitwrightWarning
@@ -157,6 +158,33 @@ def test_what_is_no_cache(tmp_path: Path, name: str) -> None:
     other = tmp_path / "snapshots" / "4f2c"
     put(tmp_path / "blobs", {"1": SECRET})
     assert leads_out(link(other / "LICENSE", "../../blobs/1"), other)
+
+
+def test_the_packages_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some installers make a link of each of a package's files."""
+    model = tmp_path / "site-packages" / "bitwright" / "demo_data"
+    for path in cached(tmp_path / "cache", "moved").iterdir():
+        if path.is_file():
+            link(model / path.name, path.resolve())
+    with pytest.raises(CheckpointError, match="leads out"):
+        Checkpoint(model)
+    monkeypatch.setattr("bitwright.links.PACKAGE", model.parent)
+    with follow_links(False), Checkpoint(model) as checkpoint:
+        assert SideFiles(checkpoint.folder).missed == []
+        assert "LICENSE" in SideFiles(checkpoint.folder).names
+
+
+def test_settings_of_older_tools(tmp_path: Path, run: Run) -> None:
+    """What they say of packed tensors comes from the folder, or from nowhere."""
+    model = put(tmp_path / "model", files.packed()["gptq"])
+    config = json.loads((model / "config.json").read_text())
+    settings = json.dumps(config.pop("quantization_config"))
+    put(tmp_path, {"model/config.json": json.dumps(config), "settings.json": settings})
+    link(model / "quantize_config.json", tmp_path / "settings.json")
+    code, lines, _ = run("inspect", model)
+    assert (code, len(lines)) == (1, 1)
+    assert f"{model}/quantize_config.json: leads out of the model's folder" in lines[0]
+    assert run("inspect", model, "--links")[:2] == (0, [])
 
 
 # what is done about them
@@ -348,7 +376,8 @@ def attacked(chance: random.Random, model: Path, outside: Path) -> set[str]:
     leading: set[str] = set()
     names = [*SIDE, *READ, "config.json", "tokenizer.json", "tokenizer_config.json", "COPYING", "own",
              "own/layers", "additional_chat_templates", "additional_chat_templates/rag.jinja", "a/b/c.py",
-             "quantize_config.json", "adapter_config.json", "model.safetensors.index.json"]  # fmt: skip
+             "quantize_config.json", "adapter_config.json", "model.safetensors.index.json",
+             "model.safetensors"]  # fmt: skip
     for number in range(chance.randint(1, 4)):
         name = chance.choice(names)
         if any(parent.is_symlink() for parent in (model / name).parents if parent != model.parent):

@@ -194,8 +194,8 @@ class ChatTemplate:
             except SlowTemplateError as error:
                 raise CalibrationError(
                     f"{where}: the chat template in {template.path} is too slow: after {self._done} chats "
-                    f"it has used up the {ALL_SECONDS} seconds that it has for all, and some ms more for each. "
-                    f'Give fewer chats, or write each as one "text"'
+                    f"it has used up the {ALL_SECONDS} seconds that it has for all, and some ms more for "
+                    f'each. Give fewer chats, or write each as one "text"'
                 ) from error
             except (SecurityError, RecursionError, OverflowError, MemoryError) as error:
                 raise CalibrationError(template.failed(where, error)) from error

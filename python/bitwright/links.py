@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bitwright.errors import BitwrightError, CheckpointError, shown
 
+PACKAGE = Path(__file__).parent  # whose files installers may link to
 DEPTH = 5  # folders within each other that files are taken from
 _follow: ContextVar[bool | None] = ContextVar("follow", default=None)
 # The name is a digest of the content, so whoever links to it knows that.
@@ -32,7 +33,7 @@ def follow_links(follow: bool) -> Iterator[None]:
     ----------
     follow : bool
         True for folders of one's own, where links are one's own, too. False refuses every folder with a
-        link out of it, whatever it is, weights included.
+        link out of it, whatever it is, weights included. It holds in this thread.
 
     Examples
     --------
@@ -63,6 +64,8 @@ def leads_out(path: Path, folder: Path) -> bool:
     >>> leads_out(Path("model/../LICENSE"), Path("model")), leads_out(Path("model/a"), Path("model"))
     (True, False)
     """
+    if Path(os.path.abspath(folder)).is_relative_to(PACKAGE):
+        return False
     real, home = os.path.realpath(path), Path(os.path.realpath(folder))
     if Path(real).is_relative_to(home) or _BLOB.fullmatch(real):
         return False
