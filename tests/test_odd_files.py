@@ -15,6 +15,8 @@ from hostile import files
 from strangers import FEW, GGUF, READ, SIDE, TEXT, Run, link, put, quick, run
 
 import bitwright
+from bitwright.errors import CalibrationError
+from bitwright.text_file import read_bytes
 
 __all__ = ["quick", "run"]  # fixtures
 PASSED_ON = ("LICENSE", "modules.json", "own/layers/attention.py", "README.md")
@@ -204,3 +206,12 @@ def test_odd_files(
         assert spared, said
     if odd is endless and command == QUANTIZE and spared and path.name != "README.md":
         assert path.name in said, said
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
+def test_files_that_do_not_tell_their_size() -> None:
+    """Those of /proc are regular and empty by their size, and reading some of them waits for ever."""
+    assert Path("/proc/self/status").read_bytes()
+    assert read_bytes(Path("/proc/self/status"), 1 << 20) == b""
+    with pytest.raises(CalibrationError, match="is not a regular file"):
+        read_bytes(Path("/dev/zero"), 1 << 20)
