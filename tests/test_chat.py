@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_template_sandbox import USUAL
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from bitwright import template_sandbox
 from bitwright.calibration import load_tokens
 from bitwright.chat import ChatTemplate
 from bitwright.errors import CalibrationError
@@ -284,3 +286,48 @@ def test_too_much_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     chat = {"messages": [{"role": "user", "content": "a" * (17 << 20)}]}
     with pytest.raises(CalibrationError, match=r"line 1: .* writes more than 32 MiB"):
         loaded(tmp_path, chat)
+
+
+SLOW = {
+    "loop": "{% for i in range(30000) %}{% endfor %}",
+    "values": "{% for i in range(5000) %}{% set a = i ~ 'a' %}{% endfor %}",
+    "some": "{% for i in range(90000 if messages[0].content | length % 3 == 0 else 0) %}{% endfor %}",
+    "forms": "{% for i in range(30000) %}{% endfor %}{{ '' if messages[0].content is string else 1 / 0 }}",
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_slow_templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Each text is quick enough by itself; all together are not, and few are enough to know that."""
+    monkeypatch.setattr(template_sandbox, "ALL_SECONDS", 0.2)
+    monkeypatch.setattr("bitwright.chat.ALL_SECONDS", 0.2)
+    (tmp_path / "chat_template.jinja").write_text(SLOW[name] + "{{ messages[0].content }}")
+    known = ChatTemplate(tmp_path, "chats")
+    done, message = 0, ""
+    while not message and done < 1000:
+        chat = {"messages": [{"role": "user", "content": "a" * (1 + done % 9)}]}
+        try:
+            assert known.render(chat, f"chats, line {done}")
+            done += 1
+        except CalibrationError as error:
+            message = str(error)
+    assert done > 0
+    assert message.startswith(f"chats, line {done}: the chat template in {tmp_path}/chat_templ")
+    assert f"after {done} chats it has used up the 0.2 seconds" in message
+    assert "Give fewer chats" in message
+
+
+@pytest.mark.parametrize("turns", [2, 20, 100])
+def test_usual_templates_have_time_for_any_number_of_chats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    """What each text adds to the time of all is more than such templates need for it."""
+    monkeypatch.setattr(template_sandbox, "ALL_SECONDS", 0)
+    (tmp_path / "chat_template.jinja").write_text(USUAL)
+    known = ChatTemplate(tmp_path, "chats")
+    said = [
+        {"role": "user", "content": "a cat " * 5},
+        {"role": "assistant", "content": "a dog " * 9},
+    ]
+    for _ in range(1000 // turns):
+        assert known.render({"messages": said * (turns // 2)}, "")

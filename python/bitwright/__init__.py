@@ -34,6 +34,7 @@ from bitwright.errors import (
 )
 from bitwright.evaluate import Evaluation, evaluate
 from bitwright.inspection import Inspection, LayerKind, inspect_model
+from bitwright.links import follow_links
 from bitwright.merging import merge_statistics
 from bitwright.methods.awq import (
     ScaleSearch,
@@ -149,6 +150,7 @@ __all__ = [
     "factor_gram",
     "find_salient_weights",
     "fold_scale",
+    "follow_links",
     "gram",
     "gram_loss",
     "inspect_model",

@@ -16,6 +16,7 @@ from bitwright.chat import Chats, is_chat
 from bitwright.errors import CalibrationError, shown
 from bitwright.first_tokens import first_tokens
 from bitwright.home import expands_home
+from bitwright.links import check_own
 from bitwright.text_file import TEXT_LIMIT, read_bytes, read_text
 from bitwright.tokenizer_growth import check_growth
 from bitwright.warned import warn
@@ -376,6 +377,7 @@ def load_tokenizer(tokenizer: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
         path = Path(tokenizer)
         if os.path.isdir(path):
             path = path / "tokenizer.json"
+            check_own(path, path.parent, CalibrationError)
         if not os.path.isfile(path):
             raise CalibrationError(
                 f"{path}: is missing, and text cannot be tokenized without it. Copy it there, or "

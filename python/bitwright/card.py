@@ -22,6 +22,7 @@ from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.replacing import replaced
 from bitwright.evaluate import Evaluation
 from bitwright.formats import Format
+from bitwright.links import is_own_file
 from bitwright.report import DwqReport, QuantizationReport, error_text, megabytes
 
 CARD_NAME = "README.md"
@@ -467,7 +468,7 @@ def _front_matter(folder: Path) -> dict[str, list[str]]:
     Whatever is more than that is left out, and of a strange file everything."""
     path = folder / CARD_NAME
     try:
-        if not path.is_file():
+        if not is_own_file(path, folder):
             return {}
         with open(path, "rb") as file:
             text = file.read(CARD_LIMIT).decode("utf-8-sig", errors="replace")

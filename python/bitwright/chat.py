@@ -21,7 +21,11 @@ from bitwright.chat_template_files import (
 )
 from bitwright.errors import CalibrationError, shown
 from bitwright.message_forms import NotTextError, Worth, forms, kinds_without_text
-from bitwright.template_sandbox import BoundedSandbox
+from bitwright.template_sandbox import (
+    ALL_SECONDS,
+    BoundedSandbox,
+    SlowTemplateError,
+)
 from bitwright.text_file import TEXT_LIMIT
 from bitwright.warned import warn
 
@@ -144,6 +148,7 @@ class ChatTemplate:
         self._tokens = special_tokens(folder)
         self._found = found
         self._compiled: dict[str, _Compiled] = {}
+        self._done = 0  # chats
         if DEFAULT in found:
             self._template(DEFAULT)
 
@@ -186,6 +191,12 @@ class ChatTemplate:
         for form in forms(messages):
             try:
                 text = template.write({"messages": form, "tools": tools, **others}, self._tokens)
+            except SlowTemplateError as error:
+                raise CalibrationError(
+                    f"{where}: the chat template in {template.path} is too slow: after {self._done} chats "
+                    f"it has used up the {ALL_SECONDS} seconds that it has for all, and some ms more for "
+                    f'each. Give fewer chats, or write each as one "text"'
+                ) from error
             except (SecurityError, RecursionError, OverflowError, MemoryError) as error:
                 raise CalibrationError(template.failed(where, error)) from error
             except Exception as error:
@@ -197,6 +208,7 @@ class ChatTemplate:
                 best = value, text
             if value == worth.whole:
                 break
+        self._done += 1
         if best is None:
             assert refused is not None
             raise RefusedChatError(template.failed(where, refused)) from refused
@@ -233,10 +245,13 @@ class _Compiled:
         """Return the text, or raise whatever the template raises."""
         text = StringIO()
         self._environment.start(variables)
-        for piece in self._template.generate(tokens | variables):
-            text.write(piece)
-            if text.tell() > TEXT_LIMIT:
-                raise OverflowError(f"it writes more than {TEXT_LIMIT >> 20} MiB")
+        try:
+            for piece in self._template.generate(tokens | variables):
+                text.write(piece)
+                if text.tell() > TEXT_LIMIT:
+                    raise OverflowError(f"it writes more than {TEXT_LIMIT >> 20} MiB")
+        finally:
+            self._environment.stop()
         return text.getvalue()
 
     def failed(self, where: str, error: Exception) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.errors import CalibrationError, shown
+from bitwright.links import check_own
 from bitwright.text_file import read_text
 
 TEMPLATE_LIMIT = 16 << 20  # bytes, of tokenizer_config.json too; the usual ones are below 2 MB
@@ -53,12 +54,12 @@ def chat_templates(folder: Path) -> dict[str, TemplateText]:
     {}
     """
     paths = {DEFAULT: folder / "chat_template.jinja"}
-    paths |= {path.stem: path for path in _additional(folder / ADDITIONAL)}
-    found = {
-        name: TemplateText(path, read_text(path, TEMPLATE_LIMIT))
-        for name, path in paths.items()
-        if os.path.isfile(path)
-    }
+    paths |= {path.stem: path for path in _additional(folder)}
+    found = {}
+    for name, path in paths.items():
+        check_own(path, folder, CalibrationError)
+        if os.path.isfile(path):
+            found[name] = TemplateText(path, read_text(path, TEMPLATE_LIMIT))
     for name in _HOLDERS:
         if DEFAULT in found:
             break
@@ -112,6 +113,7 @@ def special_tokens(folder: Path) -> dict[str, Any]:
 
 def json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; an empty one if there is no such file."""
+    check_own(path, path.parent, CalibrationError)
     if not os.path.isfile(path):
         return {}
     try:
@@ -125,7 +127,9 @@ def json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _additional(folder: Path) -> list[Path]:
+def _additional(model: Path) -> list[Path]:
+    folder = model / ADDITIONAL
+    check_own(folder, model, CalibrationError)
     if not os.path.isdir(folder):
         return []
     try:

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
-from hashlib import file_digest
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, cast
@@ -27,6 +26,7 @@ import bitwright
 from bitwright.activations import DEFAULT_SAMPLES
 from bitwright.calibration import existing_file
 from bitwright.card import command_line, made_by
+from bitwright.checkpoint.fingerprint import digest, file_fingerprint
 from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.work_folder import WorkFolder, kept_until_written
 from bitwright.demo import run_demo
@@ -37,6 +37,7 @@ from bitwright.errors import MissingExtraError
 from bitwright.evaluate import WINDOWS
 from bitwright.formats import FORMATS
 from bitwright.home import expanded
+from bitwright.links import follow_links
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.metrics import METRICS
 from bitwright.methods.salient import ACTIVATION_METHODS
@@ -56,6 +57,7 @@ from bitwright.sensitivity import DEFAULT_SAMPLES as SENSITIVITY_SAMPLES
 from bitwright.sensitivity import parse_precision
 from bitwright.student import ZEROS
 from bitwright.tensor import BITS, GRIDS
+from bitwright.text_file import TEXT_LIMIT, read_bytes
 from bitwright.warned import BitwrightWarning
 
 FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
@@ -164,8 +166,11 @@ def _check_apart(**files: Path | None) -> None:
 
 
 def _digest(path: Path) -> str:
-    with open(existing_file(Path(expanded(path))), "rb") as file:
-        return file_digest(file, "sha256").hexdigest()[:16]
+    place = existing_file(Path(expanded(path)))
+    # Arrays may be large, and are mapped where they are read.
+    return (
+        file_fingerprint(place) if place.suffix == ".npy" else digest(read_bytes(place, TEXT_LIMIT))
+    )
 
 
 def _method_and_format(function: Callable[..., None]) -> Callable[..., None]:
@@ -289,6 +294,24 @@ def _chosen_tokens(function: Callable[..., None]) -> Callable[..., None]:
     ):
         function = option(function)
     return _bos(function)
+
+
+def _links(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the option of all commands that read a model, which holds from here to their end."""
+
+    def enter(context: click.Context, _: click.Parameter, follow: bool | None) -> None:
+        if follow is not None:
+            context.with_resource(follow_links(follow))
+
+    return click.option(
+        "--links/--no-links",
+        default=None,
+        is_eager=True,
+        expose_value=False,
+        callback=enter,
+        help="Follow all links out of the folders of models, or refuse folders with any; by default only "
+        "weights and their index may be links to other places.",
+    )(function)
 
 
 def _threads(function: Callable[..., None]) -> Callable[..., None]:
@@ -441,6 +464,7 @@ def cli(context: click.Context, fixed_order: bool) -> None:
     "model in memory; pip install bitwright[transformers]).",
 )
 @_resumable
+@_links
 @_threads
 def quantize(
     backend: str, overrides: tuple[tuple[str, dict[str, int]], ...], **options: Any
@@ -508,6 +532,7 @@ def quantize(
 @click.option("--dry-run", is_flag=True, help="Only write the activations.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @_resume
+@_links
 @_threads
 def salient(
     model_path: Path,
@@ -592,6 +617,7 @@ def salient(
 @click.option("--overwrite", is_flag=True, help="Replace files that hold something else.")
 @_resume
 @click.option("--plot", type=_NewFile(), help="Plot them to this file (.png, .svg, .pdf).")
+@_links
 @_threads
 def sensitivities(
     model: Path,
@@ -645,6 +671,7 @@ def sensitivities(
     help="Text or token ids to measure perplexity and KL on, before and after.",
 )
 @_resumable
+@_links
 @_threads
 def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None:
     """Quantize MODEL to a target size, with more bits where they matter."""
@@ -710,6 +737,7 @@ def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None
     type=click.FloatRange(0, min_open=True),
     help="Make the student with dynamic precision; see bitwright dynamic.",
 )
+@_links
 @_threads
 def dwq(
     teacher: Path,
@@ -800,6 +828,7 @@ def dwq(
     help="Of the weights in float; by default as they are.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+@_links
 def convert(source: Path, out: Path, **options: Any) -> None:
     """Store the model SOURCE, a checkpoint folder or GGUF file, in another format."""
     print_conversion(bitwright.convert(source, out, **options), Console())
@@ -829,6 +858,7 @@ def convert(source: Path, out: Path, **options: Any) -> None:
 @click.option("--damping", type=click.FloatRange(0), help="Of the gram's mean diagonal.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
 @_resumable
+@_links
 @_threads
 def refine(quantized: Path, original: Path, out: Path, **options: Any) -> None:
     """Improve the codes and scales of the model QUANTIZED, by any tool; its format and size stay."""
@@ -852,6 +882,7 @@ def statistics() -> None:
 )
 @_chosen_tokens
 @_resumable
+@_links
 @_threads
 def collect(model: Path, out: Path, calibration: Path, **options: Any) -> None:
     """Run the float model MODEL and write what its layers see."""
@@ -899,6 +930,7 @@ def _described(found: bitwright.Statistics) -> str:
 )
 @_memory
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_links
 @_threads
 def evaluate(
     model: Path,
@@ -944,6 +976,7 @@ def evaluate(
 @click.option("--samples", type=click.IntRange(1), default=128, help="Calibration samples.")
 @click.option("--length", type=click.IntRange(1), help="Tokens per sample; by default up to 512.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_links
 @_threads
 def inspect_command(model: Path, as_json: bool, threads: int | None, **options: Any) -> None:
     """Describe MODEL: its layers, what would be quantized, and what a run would take."""

@@ -53,6 +53,7 @@ from bitwright.errors import (
 from bitwright.formats import Format
 from bitwright.formats.engine_names import unfused
 from bitwright.home import expands_home
+from bitwright.links import is_own_file
 from bitwright.memory import peak_memory_bytes
 from bitwright.methods.adam import Adam
 from bitwright.models.model import Model, load_model
@@ -712,8 +713,9 @@ def check_pair(teacher: Model, student: Model) -> None:
 
 
 def _vocabulary(model: Model) -> dict[str, int] | None:
-    path = model.checkpoint.folder / "tokenizer.json"
-    return load_tokenizer(path).get_vocab() if path.is_file() else None
+    folder = model.checkpoint.folder
+    known = is_own_file(folder / "tokenizer.json", folder)
+    return load_tokenizer(folder).get_vocab() if known else None
 
 
 def _load(

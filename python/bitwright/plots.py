@@ -11,8 +11,10 @@ from bitwright.errors import MissingExtraError, OutputError
 from bitwright.home import expands_home
 from bitwright.report import DwqReport
 from bitwright.sensitivity import Sensitivities, precision_name
+from bitwright.text_file import read_bytes
 
 MARK = "bitwright.plots"  # by which a plot is known again, in the kinds of files that have a place for it
+MOST_BYTES = 64 << 20  # of a plot
 _METADATA: dict[str, dict[str, str | None]] = {
     "png": {"Software": MARK},
     "svg": {"Creator": MARK, "Date": None},  # the same plot has the same bytes
@@ -181,7 +183,7 @@ def check_plot(path: str | os.PathLike[str], overwrite: bool = False) -> None:
 
 
 def _read_mark(path: Path) -> None:
-    if not path.is_file() or MARK.encode() not in path.read_bytes():
+    if MARK.encode() not in read_bytes(path, MOST_BYTES, OutputError):
         raise OutputError(f"{path}: is not a plot of bitwright's")
 
 

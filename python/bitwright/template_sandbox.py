@@ -15,6 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 SECONDS = 5  # of processor time for one text; templates need thousandths of one
+ALL_SECONDS = 30  # for all texts together, and beside them
+TEXT_SECONDS, BYTE_SECONDS = 2e-3, 1e-5  # for each of them, and for each byte that it is made of
 SPARE = 1 << 20  # bytes that a value may have
 FACTOR = 4  # times what the template is given that it may have beside them
 VALUES = 256  # times that is what all values may have that are made for one text
@@ -33,6 +35,10 @@ _FORMATTING = ("%", "format", "format_map")
 _LONG = (str, bytes, list, tuple)
 _HOLDERS = (list, tuple, dict, KeysView, ValuesView, ItemsView)
 _NUMBERS = re.compile(r"\d+")
+
+
+class SlowTemplateError(SecurityError):
+    """All texts together take too long, though no single one does."""
 
 
 class _Generator(CodeGenerator):
@@ -77,7 +83,8 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
     Every value that a template makes is measured, with all that is in it, and before that what operators,
     methods and filters would make that can multiply. Time is looked at whenever a block is entered or a
-    value made; as no value is large, nothing in between takes long.
+    value made; as no value is large, nothing in between takes long. What is made between `start` and `stop`
+    counts as one text; all texts together have less time than each has by itself.
 
     Parameters
     ----------
@@ -116,22 +123,32 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         }
         self.globals["namespace"] = _Namespace
         del self.globals["lipsum"]
+        self._left: float = ALL_SECONDS
         self.start({})
 
     def start(self, given: dict[str, Any]) -> None:
         """Allow time for another text, and memory by the size of what it is made of."""
         self._most = 1 << 62
-        self._most = SPARE + FACTOR * self._size(given)
+        size = self._size(given)
+        self._most = SPARE + FACTOR * size
         self._written = self._made = 0
-        self._end = time.thread_time() + SECONDS
+        self._left += TEXT_SECONDS + BYTE_SECONDS * size
+        self._begin = time.thread_time()
+
+    def stop(self) -> None:
+        """Take the time since the start off what all texts have."""
+        self._left -= time.thread_time() - self._begin
 
     def write(self, count: int) -> None:
         """Take so many characters, and the time until now, off what is left."""
         self._written += count
         if self._written > self._most:
             raise SecurityError(f"it writes more than {self._most} characters")
-        if time.thread_time() > self._end:
+        taken = time.thread_time() - self._begin
+        if taken > SECONDS:
             raise SecurityError(f"it takes more than {SECONDS} seconds")
+        if taken > self._left:
+            raise SlowTemplateError("all texts together take too long")
 
     def made(self, value: Any) -> Any:
         """Return a value that was made, if it is not too large, nor are all together."""

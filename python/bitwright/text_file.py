@@ -1,14 +1,16 @@
 """Files read whole, which must not be larger than their kind ever is."""
 
+import os
+import stat
 from pathlib import Path
 
-from bitwright.errors import CalibrationError
+from bitwright.errors import BitwrightError, CalibrationError
 
 TEXT_LIMIT = 32 << 20  # bytes; the tokenizer needs about 130 bytes of memory for each of them
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """Read a file.
+def read_bytes(path: Path, limit: int, kind: type[BitwrightError] = CalibrationError) -> bytes:
+    """Read a regular file: never more of it than it has when it is opened.
 
     Parameters
     ----------
@@ -16,6 +18,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
         File to read.
     limit : int
         The most bytes that it may have.
+    kind : type, optional
+        Of the error.
 
     Returns
     -------
@@ -25,14 +29,19 @@ def read_bytes(path: Path, limit: int) -> bytes:
     Raises
     ------
     CalibrationError
-        If the file is too large or cannot be read.
+        If the file is too large, not a regular one, or cannot be read.
     """
     try:
-        if path.stat().st_size > limit:
-            raise CalibrationError(f"{path}: is larger than {limit >> 20} MiB; give a smaller one")
-        return path.read_bytes()
+        # Otherwise opening a pipe would wait for someone to write to it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise kind(f"{path}: is not a regular file, so it is not read")
+            if found.st_size > limit:
+                raise kind(f"{path}: is larger than {limit >> 20} MiB; give a smaller one")
+            return file.read(found.st_size)
     except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from error
+        raise kind(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def read_text(path: Path, limit: int) -> str:

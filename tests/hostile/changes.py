@@ -62,7 +62,7 @@ class Place:
     """Something other than a file at its name; "elsewhere" is a link to the file, out of the folder."""
 
     file: str
-    kind: Literal["nothing", "folder", "fifo", "itself", "zeros", "nowhere", "elsewhere"]
+    kind: Literal["nothing", "folder", "fifo", "itself", "zeros", "nowhere", "elsewhere", "endless"]
 
 
 PLACES = get_args(Place.__annotations__["kind"])
@@ -205,6 +205,9 @@ def put_in_place(folder: Path, edit: Place) -> None:
     }
     if edit.kind == "folder":
         path.mkdir()
+    elif edit.kind == "endless":
+        path.touch()
+        os.truncate(path, 1 << 40)
     elif edit.kind == "fifo":
         os.mkfifo(path)
     elif edit.kind in links:

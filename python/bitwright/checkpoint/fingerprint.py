@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bitwright.checkpoint.reader import Checkpoint
+from bitwright.checkpoint.reader import JSON_LIMIT, Checkpoint
 from bitwright.errors import CheckpointError
+from bitwright.links import is_own_file
+from bitwright.text_file import read_bytes
 
 PIECE, PIECES = 1 << 16, 64  # bytes, and how many places of a weight file are looked at
 HEADER_LIMIT = 100_000_000  # bytes, which the safetensors library holds headers to as well
@@ -81,12 +83,8 @@ def _add_pieces(known: Any, path: Path) -> None:
 
 
 def tokenizer_fingerprint(checkpoint: Checkpoint) -> str | None:
-    """Return a digest of tokenizer.json, None where there is none."""
+    """Return a digest of tokenizer.json, None where the folder has none of its own."""
     path = checkpoint.folder / "tokenizer.json"
-    if not path.is_file():
+    if not is_own_file(path, checkpoint.folder):
         return None
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest(read_bytes(path, JSON_LIMIT, CheckpointError))

@@ -17,8 +17,11 @@ from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES, Header, TensorInf
 from bitwright.checkpoint.gguf_metadata import config_from_gguf
 from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames, nested
 from bitwright.checkpoint.reader import Checkpoint, _Tensor, read_json_object
+from bitwright.checkpoint.side_files import READ_BESIDE
 from bitwright.errors import CheckpointError, CheckpointNotFoundError, malformed_as, shown
 from bitwright.home import expands_home
+from bitwright.links import REMEDY, check_no_links, is_own_file
+from bitwright.warned import warn
 
 
 class _GgufShard:
@@ -104,6 +107,8 @@ class GgufCheckpoint(Checkpoint):
         self.folder = self.path.parent
         if not os.path.isfile(self.path):
             raise CheckpointNotFoundError(f"{self.path}: there is no such file")
+        beside_it = (self.folder / name for name in ("config.json", *READ_BESIDE))
+        check_no_links(self.folder, (self.path, *beside_it))
         what = f"{self.path}: is not a sound GGUF file"
         damaged = malformed_as(CheckpointError, what, ". Download it again", IndexError)
         with ExitStack() as stack, damaged:
@@ -115,6 +120,8 @@ class GgufCheckpoint(Checkpoint):
             self.metadata = header.metadata
             beside = self._names_beside(header)
             self._owns_folder = beside is not None
+            if self._owns_folder:
+                check_no_links(self.folder)
             names = beside or self._own_names(header)
             self.config: dict[str, Any] = {
                 key: value
@@ -177,8 +184,14 @@ class GgufCheckpoint(Checkpoint):
     def _names_beside(self, header: Header) -> GgufNames | None:
         """Return the names by the config.json beside the file, None unless it is of the same model."""
         said, tensors = Keys(header.metadata, self.path), header.tensors
+        path = self.folder / "config.json"
+        if os.path.isfile(path) and not is_own_file(path, self.folder):
+            warn(
+                f"{path}: leads out of its folder, so it is not looked at. If {self.path.name} belongs to "
+                f"it, {REMEDY}"
+            )
+            return None
         with suppress(CheckpointError):
-            path = self.folder / "config.json"
             config = nested(
                 read_json_object(path), tie_word_embeddings="output.weight" not in tensors
             )

@@ -7,7 +7,14 @@ from typing import Any
 
 from bitwright.chat_template_files import DEFAULT, chat_templates
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.errors import CheckpointError, UnsupportedModelError, malformed_as, shown
+from bitwright.errors import (
+    CalibrationError,
+    CheckpointError,
+    UnsupportedModelError,
+    malformed_as,
+    shown,
+)
+from bitwright.links import check_own
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -64,6 +71,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int, config: Mapping[str, Any])
         If llama.cpp has no such tokenizer.
     """
     path = folder / "tokenizer.json"
+    check_own(path, folder)
     if not path.is_file():
         raise CheckpointError(
             f"{path}: there is no such file; llama.cpp finds the tokenizer in the GGUF file, which is "
@@ -75,13 +83,19 @@ def tokenizer_metadata(folder: Path, vocab_size: int, config: Mapping[str, Any])
     with malformed_as(CheckpointError, what, ". Download them again", IndexError):
         tokenizer = _Tokenizer(path, read_json_object(path), vocab_size)
         values = tokenizer.metadata()
-        sources = [read_json_object(file) for file in side if file.is_file()]
+        sources = []
+        for file in side:
+            check_own(file, folder)
+            if file.is_file():
+                sources.append(read_json_object(file))
         for role, word in _ROLES.items():
             key = f"tokenizer.ggml.{word}_token_id"
             if (number := values.get(key, tokenizer.special(role, [*sources, config]))) is not None:
                 values[key] = number
-        values |= _chat_templates(folder)
-    return values
+    try:
+        return values | _chat_templates(folder)
+    except CalibrationError as error:
+        raise CheckpointError(str(error)) from error
 
 
 class _Tokenizer:

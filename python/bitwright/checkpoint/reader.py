@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any, Self
 
 import ml_dtypes
@@ -23,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from bitwright.checkpoint.shard import FLOATS_OF_8_BITS, Shard
 from bitwright.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError, shown
 from bitwright.home import expands_home
+from bitwright.links import check_no_links, check_own
+from bitwright.text_file import read_bytes
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -99,6 +101,8 @@ class Checkpoint:
     @expands_home
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = _existing_folder(Path(folder))
+        check_no_links(self.folder)
+        check_own(self.folder / "config.json", self.folder)
         self.config: dict[str, Any] = read_json_object(
             self.folder / "config.json", "; a checkpoint needs it"
         )
@@ -511,12 +515,7 @@ def read_json_object(path: Path, reason: str = "") -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise CheckpointNotFoundError(f"{path}: there is no such file{reason}")
-    try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise CheckpointError(f"{path}: is larger than {JSON_LIMIT >> 20} MiB, so not believed")
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    content = read_bytes(path, JSON_LIMIT, CheckpointError)
     try:
         value = json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -529,7 +528,11 @@ def read_json_object(path: Path, reason: str = "") -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path}: the JSON holds a number with too many digits") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, but holds {shown(value)}")
+        # What it says may be nobody's business: an index may be a link to any file.
+        kind = {list: "a list", str: "a string", NoneType: "null"}.get(
+            type(value), "a number or truth"
+        )
+        raise CheckpointError(f"{path}: must hold a JSON object, but holds {kind}")
     return value
 
 

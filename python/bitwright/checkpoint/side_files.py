@@ -10,13 +10,15 @@ from pathlib import Path
 from bitwright.checkpoint.config import SEPARATE_FILES
 from bitwright.checkpoint.reader import Checkpoint, is_plain_file_name
 from bitwright.errors import shown
+from bitwright.links import DEPTH, is_own_file
 from bitwright.warned import warn
 
 SIDE_FILE_LIMIT = 64 << 20  # bytes of one; the largest public tokenizers are below 40 MB
 SIDE_FILES_LIMIT = 512 << 20  # bytes of all
 SIDE_FILES = 1000  # how many; models with much code of their own have some tens
 SIDE_FOLDERS = 1000
-DEPTH = 5  # folders within each other
+SHOWN = 8  # names in a warning
+LEADING_OUT = "links out of the folder, which are followed only if asked for: follow_links, --links"
 _WEIGHTS = """
     safetensors bin pt pth ckpt gguf ggml h5 hdf5 msgpack npz onnx onnx_data onnx.data tflite ot pdparams
     nemo engine distcp
@@ -36,12 +38,13 @@ _LEFT_FILES = (
     *("training_args.*", "*_results.json", "events.out.tfevents*", "zero_to_fp32.py", "latest"),
     *("adapter_config.json", "adapter_model.*"),
 )
+CARD = "README.md"  # of which the new one takes some entries over
 _WRITTEN_ANEW = ("config.json", "readme*")  # in the folder itself
-# What the tools here read beside a GGUF file, whatever else lies there.
-_READ = (
+READ_BESIDE = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("generation_config.json", "chat_template.json", "chat_template.jinja"),
 )
+"""What is read beside a GGUF file, whatever else lies there."""
 
 
 class SideFiles:
@@ -97,12 +100,7 @@ class SideFiles:
     @property
     def missed(self) -> list[str]:
         """Lines for warnings."""
-        return [
-            f"{self._folder}: {len(names)} files or folders are not copied to the output ({matter}): "
-            f"{', '.join(map(shown, names[:3]))}{', …' if len(names) > 3 else ''}. Copy them yourself if "
-            f"the model needs them"
-            for matter, names in self._missed.items()
-        ]
+        return [_line(self._folder, matter, names) for matter, names in self._missed.items()]
 
     def _miss(self, matter: str, name: str) -> None:
         self._missed.setdefault(matter, []).append(name)
@@ -124,8 +122,13 @@ class SideFiles:
             if os.path.isdir(entry.path):
                 if not _matches(entry.name, _LEFT_FOLDERS) and not self._is_besides(entry.path):
                     folders.append((name, entry.is_symlink()))
-            elif os.path.isfile(entry.path) and not self._is_left_out(within, entry.name):
-                yield name
+            elif os.path.isfile(entry.path):
+                left = self._is_left_out(within, entry.name)
+                is_read = not left or (not within and entry.name == CARD)
+                if is_read and not is_own_file(Path(entry.path), self._folder):
+                    self._miss(LEADING_OUT, name)
+                elif not left:
+                    yield name
         for name, is_link in folders:
             if is_link:
                 self._miss("a link to another folder", name)
@@ -159,11 +162,24 @@ def side_files(checkpoint: Checkpoint, besides: Path | None = None) -> list[str]
     here belongs to it.
     """
     if not checkpoint.owns_folder:
-        return [name for name in _READ if os.path.isfile(checkpoint.folder / name)]
+        folder = checkpoint.folder
+        there = [name for name in READ_BESIDE if os.path.isfile(folder / name)]
+        out = [name for name in there if not is_own_file(folder / name, folder)]
+        if out:
+            warn(_line(folder, LEADING_OUT, out))
+        return [name for name in there if name not in out]
     found = SideFiles(checkpoint.folder, besides)
     for line in found.missed:
         warn(line)
     return found.names
+
+
+def _line(folder: Path, matter: str, names: list[str]) -> str:
+    return (
+        f"{folder}: {len(names)} files or folders are not copied to the output ({matter}): "
+        f"{', '.join(map(shown, names[:SHOWN]))}{', …' if len(names) > SHOWN else ''}. Copy them yourself "
+        f"if the model needs them"
+    )
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -175,7 +191,7 @@ def _modules(folder: Path) -> set[str]:
     found: set[str] = set()
     path = folder / "modules.json"
     with suppress(OSError, ValueError, RecursionError):
-        if path.is_file() and path.stat().st_size <= SIDE_FILE_LIMIT >> 6:
+        if is_own_file(path, folder) and path.stat().st_size <= SIDE_FILE_LIMIT >> 6:
             modules = json.loads(path.read_bytes())
             for module in modules if isinstance(modules, list) else ():
                 place = module.get("path") if isinstance(module, dict) else None

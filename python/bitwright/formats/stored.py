@@ -10,6 +10,7 @@ from bitwright.checkpoint.config import MODEL_DTYPES, QUANTIZATION_KEYS, SEPARAT
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.shard import FLOATS_OF_8_BITS
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.links import check_own
 from bitwright.warned import warn
 
 _SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size"}
@@ -52,6 +53,7 @@ def settle_quantization(checkpoint: Checkpoint) -> str | None:
         if name is not None and found is None and _all_floats(checkpoint):
             _warn_of_leftover(checkpoint, name)
         elif name is not None and found in ("gptq", "awq", "marlin"):
+            check_own(checkpoint.folder / name, checkpoint.folder)
             checkpoint.config = {
                 **float_config(config),
                 "quantization_config": _as_in_config(
