@@ -66,7 +66,7 @@ bitwright.cli.main()
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stderr == "bitwright: warning: a b\n"
+    assert done.stderr == "bitwright: warning: a\\nb\n"
 
 
 def test_a_command_says_each_warning_once() -> None:

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from bitwright.calibration import TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import file_fingerprint
-from bitwright.checkpoint.replacing import check_new_file
-from bitwright.errors import CalibrationError, OutputError, OutputExistsError, shown
+from bitwright.checkpoint.replacing import check_new_file, taken
+from bitwright.errors import CalibrationError, OutputError, shown
 from bitwright.home import expands_home
 from bitwright.models.block import ChunkStates
 from bitwright.models.model import load_model
@@ -230,10 +230,7 @@ def collect_activations(
     target = Path(out)
     source = load_model(model)
     if os.path.lexists(target) and not overwrite:
-        raise OutputExistsError(
-            f"{target}: exists already. Remove it, write elsewhere, or ask for overwriting "
-            f"(overwrite, --overwrite)"
-        )
+        raise taken(target)
     check_new_file(target, lambda _: None)
     tokens = load_samples(
         calibration,

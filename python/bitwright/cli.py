@@ -301,7 +301,23 @@ def _threads(function: Callable[..., None]) -> Callable[..., None]:
     )(function)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+class _Commands(click.Group):
+    """Commands whose interruption is told by `main` alone; click would add a line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interruption from error
+
+
+class _Interruption(BaseException):
+    """A KeyboardInterrupt, its cause."""
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
+)
 @click.version_option(bitwright.__version__, prog_name="bitwright")
 @click.option(
     "--fixed-order",
@@ -858,6 +874,7 @@ def statistics() -> None:
     help="Text (.txt, .jsonl) or token ids (.npy).",
 )
 @_chosen_tokens
+@click.option("--overwrite", is_flag=True, help="Replace other statistics.")
 @_resumable
 @_threads
 def collect(model: Path, out: Path, calibration: Path, **options: Any) -> None:
@@ -869,9 +886,10 @@ def collect(model: Path, out: Path, calibration: Path, **options: Any) -> None:
 @statistics.command()
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-def merge(parts: tuple[Path, ...], out: Path) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace other statistics.")
+def merge(parts: tuple[Path, ...], out: Path, overwrite: bool) -> None:
     """Merge the statistics PARTS of one model over different tokens."""
-    click.echo(_described(bitwright.merge_statistics(parts, out)))
+    click.echo(_described(bitwright.merge_statistics(parts, out, overwrite=overwrite)))
 
 
 def _described(found: bitwright.Statistics) -> str:
@@ -995,7 +1013,7 @@ def _main() -> None:
         with made_by(command_line(sys.argv[1:])):
             status = cli.main(standalone_mode=False)
         flush_output()
-    except click.exceptions.Abort as error:
+    except (click.exceptions.Abort, _Interruption) as error:
         _interrupted(error.__cause__)
     except click.ClickException as error:
         message = printable(error.format_message())
@@ -1036,6 +1054,8 @@ def _interrupted(error: BaseException | None) -> NoReturn:
     terminated = isinstance(error, Terminated)
     what = "terminated" if terminated else "interrupted"
     reason = str(error or "") or "nothing was written"
+    if sys.stderr is not None and sys.stderr.isatty():
+        click.echo(err=True)  # after the ^C
     _end(f"{what}; {reason}", TERMINATED if terminated else INTERRUPTED)
 
 

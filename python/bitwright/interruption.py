@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
@@ -35,6 +36,7 @@ def while_starting() -> None:
         _leave(number, "nothing was written")
 
     _answer(leave)
+    atexit.register(_ignore)  # what is registered first comes last, when nothing waits any more
 
 
 def while_running() -> None:
@@ -66,6 +68,12 @@ def _answer(handler: Callable[[int, FrameType | None], None]) -> None:
             signal.getsignal(number) != signal.SIG_IGN
         ):  # as of what a shell has put into the background
             signal.signal(number, handler)
+
+
+def _ignore() -> None:
+    """Let the interpreter take itself apart in peace: it forgets handlers, and would die of the signal."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _leave(number: int, reason: str) -> NoReturn:
