@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -262,3 +263,14 @@ def test_commands_in_cards_are_what_was_given() -> None:
     script = command_line(words).replace("bitwright", "printf '%s\\0'", 1)
     done = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
     assert done.stdout.decode(errors="surrogateescape").split("\0")[:-1] == words
+
+
+def test_plots_are_sound_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    names = {f"{EVIL}{i}": float(i) for i in range(3)}
+    counts = dict.fromkeys(names, 10)
+    found = bitwright.Sensitivities(names, counts, (3, 64), (5, 64), "m", "t", "kl", 0.1)
+    bitwright.plot_sensitivities(found, tmp_path / "bars.svg")
+    text = (tmp_path / "bars.svg").read_text()
+    ElementTree.fromstring(text)
+    check(text.replace("\t", " "))

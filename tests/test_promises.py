@@ -233,8 +233,8 @@ print(bitwright.build_info().instruction_set, known.hexdigest())
 
 def test_a_smaller_budget_changes_no_bytes(tmp_path: Path) -> None:
     """Though most of the states then go to files."""
-    ids = np.random.default_rng(0).integers(0, 512, (64, 256))
-    options: dict[str, Any] = {"calibration": ids, "progress": False}
+    ids = np.random.default_rng(0).integers(0, 512, (24, 128))
+    options: dict[str, Any] = {"calibration": ids, "preset": "fast", "progress": False}
     with pytest.raises(bitwright.MemoryBudgetError) as caught:
         bitwright.quantize(DEMO, tmp_path / "none", memory=1e-3, **options)
     found = re.search(r"--memory ([\d.]+)", str(caught.value))
@@ -259,9 +259,7 @@ def test_code_of_a_model_is_never_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bitwright"]
     text = ("--samples", "4", "--length", "32")
     for arguments in (
-        ("inspect", str(model)),
         ("quantize", str(model), "--out", "q", "--calibration", str(TEXT), *text),
-        ("evaluate", "q", "--reference", str(model), "--text", str(TEXT), *text),
         ("convert", "q", "--out", "f", "--to", "float"),
     ):
         subprocess.run([*command, *arguments], cwd=tmp_path, check=True, capture_output=True)
