@@ -252,6 +252,7 @@ assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] 
         (["-m"], ["python", "-m", "bitwright.formats.table"], False),
         (["-c"], ["python", "-c", "import bitwright"], False),
         (["my_bitwright"], ["python", "my_bitwright"], False),
+        (["-m", "a", "b"], [], False),
         ([""], ["python"], False),
         ([], ["python"], False),
     ],

@@ -82,14 +82,18 @@ def test_budgets_are_positive(tmp_path: Path, memory: float) -> None:
         quantize(tmp_path / "out", memory=memory)
 
 
+@pytest.mark.parametrize("short", [1, 1_000, 10**9])
 def test_disks_that_are_too_small_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: int
 ) -> None:
-    monkeypatch.setattr("bitwright.planner._free_disk", lambda _: 1000)
-    with pytest.raises(
-        bitwright.OutputError, match=r"out: the result takes .* 0.00 MB of the disk"
-    ):
+    """Also if a byte is missing, and then the numbers differ."""
+    monkeypatch.setattr("bitwright.planner._free_disk", lambda _: 1_000_000_000 - short)
+    monkeypatch.setattr("bitwright.planner._written_bytes", lambda _: 1_000_000_000)
+    with pytest.raises(bitwright.OutputError, match=r"out: the result takes .* of the disk") as one:
         quantize(tmp_path / "out")
+    found = re.search(r"takes ([\d.]+) GB, but only ([\d.]+) GB", str(one.value))
+    assert found
+    assert float(found[1]) > float(found[2])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ def is_command(arguments: list[str], words: list[str]) -> bool:
         names.
     """
     if arguments[:1] == ["-m"]:
-        return words[-len(arguments)].removeprefix("-m") == "bitwright"
+        return words[-len(arguments) :][:1] in (["bitwright"], ["-mbitwright"])
     return bool(arguments) and os.path.basename(arguments[0]) == "bitwright"
 
 
