@@ -59,8 +59,7 @@ def test_evaluations_in_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate_module, "LOGIT_BYTES", 1)  # a quarter of a sample at a time
     with pytest.raises(bitwright.MemoryBudgetError, match=r"demo.*needs at least .* GB") as caught:
         bitwright.evaluate(DEMO, ids, reference=DEMO, memory=0.01)
-    words = str(caught.value).split()
-    least = float(words[words.index("--memory") + 1].rstrip("),"))
+    least = float(str(caught.value).split("needs at least ")[1].split()[0])
     shares: list[float] = []
     part = bitwright.evaluate(
         DEMO, ids, reference=DEMO, memory=least + 0.008, on_progress=shares.append
