@@ -343,8 +343,8 @@ def test_python_call() -> None:
         defaults = {"method": "gptq", "bits": 4, "include": (), "progress": True, "seed": 0}
         return python_call(bitwright.quantize, {**everything, **defaults, **arguments})
 
-    plain = {"model": Path("m"), "out": 'o"\n'}
-    assert call(plain) == 'bitwright.quantize("m", "o\\"\N{REPLACEMENT CHARACTER}")'
+    plain = {"model": Path("m"), "out": 'o"\n\x1b\u2028'}
+    assert call(plain) == 'bitwright.quantize("m", "o\\"\\n\\u001b\\u2028")'
     assert call({**plain, "include": [], "progress": False}) == call(plain)
     text = call(
         {

@@ -16,6 +16,7 @@ from shared_data import TESTS
 
 import bitwright
 from bitwright.checkpoint import CheckpointWriter, work_folder
+from bitwright.checkpoint.replacing import taken
 from bitwright.checkpoint.work_folder import LAST, WorkFolder, content_of
 from bitwright.cli import cli
 from bitwright.home import expanded
@@ -494,6 +495,14 @@ def test_own_files_are_replaced_and_others_are_not(
     assert mine.read_bytes() == known
     assert bitwright.Recipe.load(recipe).target_bpw == 4.5
     assert names(tmp_path) == {"mine.json", "plot.svg", "recipe.json", "out"}
+
+
+def test_what_exists_is_told_in_one_place() -> None:
+    """With how to replace it, wherever that is found."""
+    package = Path(bitwright.__file__).parent
+    said = [path for path in package.rglob("*.py") if "exists already" in path.read_text()]
+    assert [path.name for path in said] == ["replacing.py"]
+    assert "(overwrite=True, --overwrite)" in str(taken(Path("a")))
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf", "eps"])

@@ -59,8 +59,7 @@ def test_evaluations_in_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate_module, "LOGIT_BYTES", 1)  # a quarter of a sample at a time
     with pytest.raises(bitwright.MemoryBudgetError, match=r"demo.*needs at least .* GB") as caught:
         bitwright.evaluate(DEMO, ids, reference=DEMO, memory=0.01)
-    words = str(caught.value).split()
-    least = float(words[words.index("--memory") + 1].rstrip("),"))
+    least = float(str(caught.value).split("needs at least ")[1].split()[0])
     shares: list[float] = []
     part = bitwright.evaluate(
         DEMO, ids, reference=DEMO, memory=least + 0.008, on_progress=shares.append
@@ -82,14 +81,18 @@ def test_budgets_are_positive(tmp_path: Path, memory: float) -> None:
         quantize(tmp_path / "out", memory=memory)
 
 
+@pytest.mark.parametrize("short", [1, 1_000, 10**9])
 def test_disks_that_are_too_small_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: int
 ) -> None:
-    monkeypatch.setattr("bitwright.planner._free_disk", lambda _: 1000)
-    with pytest.raises(
-        bitwright.OutputError, match=r"out: the result takes .* 0.00 MB of the disk"
-    ):
+    """Also if a byte is missing, and then the numbers differ."""
+    monkeypatch.setattr("bitwright.planner._free_disk", lambda _: 1_000_000_000 - short)
+    monkeypatch.setattr("bitwright.planner._written_bytes", lambda _: 1_000_000_000)
+    with pytest.raises(bitwright.OutputError, match=r"out: the result takes .* of the disk") as one:
         quantize(tmp_path / "out")
+    found = re.search(r"takes ([\d.]+) GB, but only ([\d.]+) GB", str(one.value))
+    assert found
+    assert float(found[1]) > float(found[2])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -391,6 +391,35 @@ def test_places_that_are_taken_or_wrong(tmp_path: Path, made: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_only_statistics_are_overwritten(tmp_path: Path, made: Path) -> None:
+    """By statistics, when it is asked for; what is there stays until all is done."""
+    out = tmp_path / "s"
+    old = collect(out, IDS[:2]).fingerprint()
+    with pytest.raises(bitwright.OutputExistsError, match=r"\(overwrite=True, --overwrite\)"):
+        collect(out, IDS[2:5])
+    assert bitwright.Statistics(out).fingerprint() == old
+    new = collect(out, IDS[2:5], overwrite=True).fingerprint()
+    assert new == collect(tmp_path / "fresh", IDS[2:5]).fingerprint() != old
+    merged = bitwright.merge_statistics([made], out, overwrite=True)
+    assert merged.tokens == bitwright.Statistics(made).tokens
+    assert {path.name for path in tmp_path.iterdir()} == {"s", "fresh"}
+    for name in ("notes.txt", "folder/a"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        for call in (
+            lambda: collect(out, IDS[:2], overwrite=True),
+            lambda: bitwright.merge_statistics([made], out, overwrite=True),
+        ):
+            with pytest.raises(bitwright.OutputError, match="not a folder of statistics"):
+                call()
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(bitwright.OutputError, match="not a folder of statistics"):
+        collect(tmp_path / "file", IDS[:2], overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Path) -> None:
     """Nothing is left of a merge; of collecting, what it goes on from."""
 

@@ -28,15 +28,15 @@ def _inner(*messages: str) -> _Report:
 def _outer() -> _Report:
     first, second = _inner("one"), _inner("two\n  lines", "one")
     assert first.warnings == ("one",)
-    assert second.warnings == ("two lines", "one")
+    assert second.warnings == ("two\\n  lines", "one")
     return _Report("outer")
 
 
 def test_reports_hold_their_own_warnings_and_those_of_what_they_call() -> None:
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
-        assert _outer().warnings == ("one", "two lines")
-    assert [str(each.message) for each in given] == ["one", "two lines"]
+        assert _outer().warnings == ("one", "two\\n  lines")
+    assert [str(each.message) for each in given] == ["one", "two\\n  lines"]
     assert {each.category for each in given} == {bitwright.BitwrightWarning}
     assert {each.filename for each in given} == {__file__}
 
@@ -66,7 +66,7 @@ bitwright.cli.main()
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stderr == "bitwright: warning: a b\n"
+    assert done.stderr == "bitwright: warning: a\\nb\n"
 
 
 def test_a_command_says_each_warning_once() -> None:

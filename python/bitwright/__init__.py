@@ -1,5 +1,8 @@
 """bitwright quantizes language models on any CPU."""
 
+from bitwright import startup as _startup  # noqa: F401, before all that takes time
+
+# isort: split
 from importlib.metadata import version as _version
 
 from bitwright.activations import collect_activations

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from bitwright.calibration import TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import file_fingerprint, model_fingerprint
-from bitwright.checkpoint.replacing import check_new_file, output_errors, synchronize
+from bitwright.checkpoint.replacing import check_new_file, output_errors, synchronize, taken
 from bitwright.checkpoint.work_folder import STATE, WorkFolder, again_message
 from bitwright.checkpoint.writer import COPY_BYTES
 from bitwright.errors import CalibrationError, OutputExistsError, ResumeError, shown
@@ -293,10 +293,7 @@ def collect_activations(
 
 def _check_new(path: Path, overwrite: bool) -> None:
     if os.path.lexists(path) and not overwrite:
-        raise OutputExistsError(
-            f"{path}: exists already. Remove it, write elsewhere, or ask for overwriting (overwrite, "
-            f"--overwrite)"
-        )
+        raise taken(path)
 
 
 def _collect(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from bitwright import _kernels
@@ -11,6 +12,9 @@ from bitwright.memory import group_memory, machine_memory, process_memory, resid
 
 FREE_SHARE = 0.75  # of the memory that is free, which a run takes at most unless told otherwise
 THREAD_BYTES = 10_000_000  # of OpenBLAS' buffers and ours
+VARIATION = 10_000_000  # of what a process has taken before it begins, from one time to another
+FIGURES = 3  # of a number of bytes in a message
+UNITS = (("GB", 9), ("MB", 6), ("kB", 3), ("bytes", 0))
 
 
 @dataclass(frozen=True)
@@ -69,25 +73,65 @@ class Budget:
         )
 
     def require(self, least: int, folder: Path, instead: str = "") -> None:
-        """Raise MemoryBudgetError, with the smallest budget that would work, where `least` is more."""
+        """Raise MemoryBudgetError, with a budget that would work, where `least` is more than this one."""
         if least <= self.bytes:
             return
-        given, remedy = self.given, f"Give it more (memory, --memory {_up(least)})"
+        given, remedy = self.given, f"Give it more (memory, --memory {_up(least + VARIATION)})"
         if least > self.limit:
             whose = "of its control group" if self.group else "of the process (ulimit -v, -d)"
             given = f"what the limit {whose} leaves"
-            remedy = f"Raise that by {_up(least - self.limit)} GB"
+            remedy = f"Raise that by {_up(least - self.limit + VARIATION)} GB"
+        needed, there = told_apart(least, self.bytes)
         raise MemoryBudgetError(
-            f"{folder}: this run needs at least {gigabytes(least)}, but {given} is "
-            f"{gigabytes(self.bytes)}. {remedy}{instead}"
+            f"{folder}: this run needs at least {needed}, but {given} is {there}. {remedy}{instead}"
         )
 
 
 def gigabytes(count: float) -> str:
-    """Say a number of bytes, in smaller units where two decimals of a gigabyte say nothing."""
+    """Say a number of bytes in three figures, in smaller units where it is less than a tenth of a
+    gigabyte."""
     count = max(count, 0)
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 or count == 0 else f"{count / 1e6:.2f} MB"
+    return _said(count, count, FIGURES)
+
+
+def told_apart(more: float, less: float) -> tuple[str, str]:
+    """Say two numbers of bytes, of which the first is larger, in the same unit and in as many figures as
+    tell them apart.
+
+    Parameters
+    ----------
+    more, less
+        Bytes.
+
+    Returns
+    -------
+    tuple of str
+
+    Examples
+    --------
+    >>> told_apart(291_400_000, 290_000_000)
+    ('0.291 GB', '0.290 GB')
+    >>> told_apart(12_000_000_001, 12_000_000_000)
+    ('12.000000001 GB', '12.000000000 GB')
+    """
+    more, less = math.ceil(more), max(math.floor(less), 0)
+    figures = FIGURES
+    while _said(more, more, figures) == _said(less, more, figures):
+        figures += 1
+    return _said(more, more, figures), _said(less, more, figures)
+
+
+def _said(count: float, like: float, figures: int) -> str:
+    """Say a number of bytes in the unit and to the decimals that give another one so many figures."""
+    like = max(like, 1)
+    unit, exponent = next(
+        (unit, exponent) for unit, exponent in UNITS if like >= 10 ** (exponent - 1)
+    )
+    decimals = min(exponent, max(0, figures + exponent - len(str(int(like)))))
+    return f"{Decimal(count).scaleb(-exponent):.{decimals}f} {unit}"
 
 
 def _up(count: float) -> str:
-    return f"{math.ceil(count / 1e7) / 100:g}"
+    """Say bytes as gigabytes, no fewer, to be read as a number."""
+    hundredths = -(-math.ceil(count) // 10_000_000)
+    return f"{hundredths // 100}.{hundredths % 100:02d}"

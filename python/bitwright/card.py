@@ -20,6 +20,7 @@ import numpy as np
 from bitwright.checkpoint import Checkpoint
 from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.replacing import replaced
+from bitwright.errors import printable
 from bitwright.evaluate import Evaluation
 from bitwright.formats import Format
 from bitwright.links import is_own_file
@@ -89,12 +90,12 @@ def command_line(arguments: Sequence[str]) -> str:
         option, equals, value = each.partition("=")
         is_option = equals and option.startswith("--")
         told.append(f"{option}={without_place(value)}" if is_option else without_place(each))
-    return shlex.join(["bitwright", *told])
+    return " ".join(["bitwright", *map(_word, told)])
 
 
 def without_place(path: str) -> str:
     """Return a path as strangers may read it: of one that is absolute, or in somebody's home, the name."""
-    if not path.startswith(("/", "~")) or "\n" in path:
+    if not path.startswith(("/", "~")):
         return path
     return os.path.basename(os.path.normpath(path)) or path
 
@@ -368,14 +369,14 @@ def _loading(
     out: str, format: type[Format] | None, mixed: bool, unfused: bool = False
 ) -> list[str]:
     """Return how to load it, for people who have none of the tools yet."""
-    place = shlex.quote(out)
+    place = _word(out)
     vllm = [] if unfused else [_block("sh", f"pip install vllm\nvllm serve {place}")]
     name = "float" if format is None else format.name
     if name == "mlx":
         run = f'mlx_lm.generate --model {place} --prompt "{PROMPT}"'
         return [_block("sh", f"pip install mlx-lm\n{run}")]
     if name == "gguf":
-        weights = shlex.quote(os.path.join(out, "model.gguf"))
+        weights = _word(os.path.join(out, "model.gguf"))
         return [_block("sh", f'llama-cli -m {weights} -p "{PROMPT}"')]
     if name == "marlin":
         run = f"vllm serve {place} --dtype float16"
@@ -517,15 +518,33 @@ def _scalar(content: str) -> str | None:
 
 def _yaml(value: str) -> str:
     """Write a string so that YAML reads that string."""
-    value = _printable(value)
     if _PLAIN_YAML.fullmatch(value) and value.lower() not in _YAML_WORDS:
         return value
-    return json.dumps(value, ensure_ascii=False)
+    return printable(json.dumps(value, ensure_ascii=False))
 
 
 def _argument(value: object) -> str:
     """Write an argument of a call; of an absolute path its name."""
     return _literal(without_place(os.fspath(value)) if isinstance(value, str | Path) else value)
+
+
+def _word(text: str) -> str:
+    """Quote a word of a command for a shell; signs that nobody sees are told by their bytes.
+
+    Examples
+    --------
+    >>> print(_word("my q"), _word("a\\x1b'"))
+    'my q' $'a\\x1b\\x27'
+    """
+    if text.isprintable():
+        return shlex.quote(text)
+    told = (
+        each
+        if each.isprintable() and each not in "'\\"
+        else "".join(f"\\x{byte:02x}" for byte in os.fsencode(each))
+        for each in text
+    )
+    return f"$'{''.join(told)}'"
 
 
 def _literal(value: object) -> str:
@@ -537,7 +556,7 @@ def _literal(value: object) -> str:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str):
-        return json.dumps(_printable(value), ensure_ascii=False)
+        return printable(json.dumps(value, ensure_ascii=False))
     if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
         return json.dumps(np.dtype(value).name)
     if isinstance(value, Mapping):
@@ -549,7 +568,7 @@ def _literal(value: object) -> str:
     if isinstance(shape, tuple):
         return f"<array of shape {list(shape)}>"
     name = getattr(value, "__name__", None)
-    return f"<{_printable(str(name))}>" if name else f"<{type(value).__name__}>"
+    return f"<{printable(str(name))}>" if name else f"<{type(value).__name__}>"
 
 
 def _short(literal: str, value: list[Any] | tuple[Any, ...] | Mapping[Any, Any]) -> str:
@@ -557,27 +576,21 @@ def _short(literal: str, value: list[Any] | tuple[Any, ...] | Mapping[Any, Any])
     return literal if len(literal) <= SHOWN else f"<{kind} of {len(value)}>"
 
 
-def _printable(text: str) -> str:
-    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in text)
-
-
 def _text(text: str) -> str:
     """Write text so that Markdown shows just that."""
-    return _MARKUP.sub(lambda each: f"&#{ord(each[0])};", _printable(text)[:SHOWN])
+    return _MARKUP.sub(lambda each: f"&#{ord(each[0])};", printable(text)[:SHOWN])
 
 
 def _code(text: str) -> str:
     """Write a name as code; one with signs that would end it, as text."""
     return (
-        _text(text)
-        if set(text) & set("`|") or not text.strip()
-        else f"`{_printable(text)[:SHOWN]}`"
+        _text(text) if set(text) & set("`|") or not text.strip() else f"`{printable(text)[:SHOWN]}`"
     )
 
 
 def _block(language: str, code: str) -> str:
     """Write a block of code, whatever is in it."""
-    code = "\n".join(map(_printable, code.split("\n")))
+    code = "\n".join(map(printable, code.split("\n")))
     longest = max((len(run) for run in re.findall("`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{code}\n{fence}"

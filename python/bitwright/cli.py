@@ -4,7 +4,6 @@ import inspect
 import io
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -13,7 +12,6 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, cast
 
 import click
@@ -33,10 +31,18 @@ from bitwright.demo import run_demo
 from bitwright.distillation import LOSSES
 from bitwright.distributed import launched, spread_over, world
 from bitwright.dwq import SCHEDULES
-from bitwright.errors import MissingExtraError
+from bitwright.errors import MissingExtraError, printable
 from bitwright.evaluate import WINDOWS
 from bitwright.formats import FORMATS
 from bitwright.home import expanded
+from bitwright.interruption import (
+    INTERRUPTED,
+    OTHERS_WAIT,
+    TERMINATED,
+    Terminated,
+    while_ending,
+    while_running,
+)
 from bitwright.links import follow_links
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.metrics import METRICS
@@ -55,19 +61,16 @@ from bitwright.report import (
 from bitwright.scaling import CLIPS, OBJECTIVES
 from bitwright.sensitivity import DEFAULT_SAMPLES as SENSITIVITY_SAMPLES
 from bitwright.sensitivity import parse_precision
+from bitwright.standard_streams import flush_output, tell_of_lost_output
 from bitwright.student import ZEROS
+from bitwright.tables import print_sentence
 from bitwright.tensor import BITS, GRIDS
 from bitwright.text_file import TEXT_LIMIT, read_bytes
 from bitwright.warned import BitwrightWarning
 
-FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
+FAILED = 1
 # Over MPI ranks:
 SPREAD = ("quantize", "refine", "statistics", "sensitivities", "dynamic", "dwq")
-OTHERS_WAIT = 1.0  # seconds, for the first rank to say what is wrong with all of them
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as whoever shuts a machine down or ends a job sends it: an interruption, too."""
 
 
 class _NewFile(click.ParamType[Path]):
@@ -320,7 +323,23 @@ def _threads(function: Callable[..., None]) -> Callable[..., None]:
     )(function)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+class _Commands(click.Group):
+    """Commands whose interruption is told by `main` alone; click would add a line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interruption from error
+
+
+class _Interruption(BaseException):
+    """A KeyboardInterrupt, its cause."""
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
+)
 @click.version_option(bitwright.__version__, prog_name="bitwright")
 @click.option(
     "--fixed-order",
@@ -488,9 +507,10 @@ def quantize(
     asked = CORRECTED_DAMPING if options["damping"] is None else options["damping"]
     raised = report.dampings_raised(asked)
     if raised:
-        console.print(
+        print_sentence(
             f"{len(raised)} layers needed more damping than {asked:g}, for example "
-            f"{raised[0].name}: {raised[0].damping:g}. More calibration data would help."
+            f"{raised[0].name}: {raised[0].damping:g}. More calibration data would help.",
+            console,
         )
 
 
@@ -571,7 +591,7 @@ def salient(
             overwrite=overwrite,
             resume=resume,
         )
-        click.echo(f"wrote the inputs of {count} groups of layers to {activations_path}")
+        click.echo(printable(f"wrote the inputs of {count} groups of layers to {activations_path}"))
 
     if output_path is None or dry_run:
         collect(activations_path)
@@ -881,6 +901,7 @@ def statistics() -> None:
     help="Text (.txt, .jsonl) or token ids (.npy).",
 )
 @_chosen_tokens
+@click.option("--overwrite", is_flag=True, help="Replace other statistics.")
 @_resumable
 @_links
 @_threads
@@ -893,13 +914,14 @@ def collect(model: Path, out: Path, calibration: Path, **options: Any) -> None:
 @statistics.command()
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-def merge(parts: tuple[Path, ...], out: Path) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace other statistics.")
+def merge(parts: tuple[Path, ...], out: Path, overwrite: bool) -> None:
     """Merge the statistics PARTS of one model over different tokens."""
-    click.echo(_described(bitwright.merge_statistics(parts, out)))
+    click.echo(_described(bitwright.merge_statistics(parts, out, overwrite=overwrite)))
 
 
 def _described(found: bitwright.Statistics) -> str:
-    return (
+    return printable(
         f"statistics of {len(found.stages)} groups of layers over {found.tokens} tokens are in "
         f"{found.folder}"
     )
@@ -1007,22 +1029,30 @@ def info() -> None:
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one line on standard error."""
-
-    def terminate(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
-    _show_warnings_as_lines()
     try:
+        _main()
+    except KeyboardInterrupt as error:  # while it was about to end in another way
+        _interrupted(error)
+
+
+def _main() -> None:
+    try:
+        while_running()
+        tell_of_lost_output()
+        _show_warnings_as_lines()
         with made_by(command_line(sys.argv[1:])):
             status = cli.main(standalone_mode=False)
-    except click.exceptions.Abort as error:
+        flush_output()
+    except (click.exceptions.Abort, _Interruption) as error:
         _interrupted(error.__cause__)
     except click.ClickException as error:
-        error.show()
+        message = printable(error.format_message())
+        click.UsageError(message, getattr(error, "ctx", None)).show()
         _end("", error.exit_code)
     except KeyboardInterrupt as error:
         _interrupted(error)
+    except SystemExit as error:  # where nobody reads what is printed
+        _end("", error.code if isinstance(error.code, int) else FAILED)
     except (ValueError, TypeError, OSError, MemoryError, MissingExtraError) as error:
         _end(f"bitwright: {error or type(error).__name__}", FAILED)
     except BaseException:
@@ -1030,6 +1060,7 @@ def main() -> None:
             traceback.print_exc()
             _end("", FAILED)
         raise
+    while_ending(status or 0)
     sys.exit(status)
 
 
@@ -1053,17 +1084,21 @@ def _interrupted(error: BaseException | None) -> NoReturn:
     terminated = isinstance(error, Terminated)
     what = "terminated" if terminated else "interrupted"
     reason = str(error or "") or "nothing was written"
+    if sys.stderr is not None and sys.stderr.isatty():
+        click.echo(err=True)  # after the ^C
     _end(f"{what}; {reason}", TERMINATED if terminated else INTERRUPTED)
 
 
 def _end(message: str, status: int) -> NoReturn:
     """Leave with a message; of several MPI ranks, which may wait for this one, all."""
+    while_ending(status)
     ranks = launched()
     if ranks and world().Get_rank() > 0:
         time.sleep(OTHERS_WAIT)  # which ends here if the first has the same to say
     if message:
-        click.echo(message, err=True)
-    if ranks:
+        click.echo(printable(message), err=True)
+    if ranks and sys.stderr is not None:
         sys.stderr.flush()
+    if ranks:
         world().Abort(status)
     sys.exit(status)

@@ -48,6 +48,7 @@ def collect_statistics(
     bos: bool = True,
     memory: float | None = None,
     resume: bool = True,
+    overwrite: bool = False,
     threads: int | None = None,
     progress: bool = True,
 ) -> Statistics:
@@ -68,6 +69,8 @@ def collect_statistics(
     resume
         Go on where an interrupted run with the same arguments has stopped, after its last complete block,
         with the bytes that an undisturbed run gives. False starts over.
+    overwrite
+        Replace other statistics.
 
     Returns
     -------
@@ -117,7 +120,7 @@ def collect_statistics(
 
     def check() -> None:
         check_apart(work.out, source.checkpoint.source, "checkpoint that is read")
-        check_place(work)
+        check_place(work, overwrite)
 
     ranks.on_first(check)
     rows, width = tokens.shape
@@ -137,7 +140,7 @@ def collect_statistics(
     with work, kept_when_interrupted(work):
         journal = Journal(work, identity, start)
         state = journal.begin(resume)
-        writer = StatisticsWriter(work) if ranks.is_first else None
+        writer = StatisticsWriter(work, overwrite) if ranks.is_first else None
         with journal.going_on():
             first = 0 if state is None else int(state["blocks"])
             if writer is not None:

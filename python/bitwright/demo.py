@@ -14,6 +14,7 @@ from bitwright.checkpoint.work_folder import remove_tree
 from bitwright.evaluate import evaluate
 from bitwright.pipeline import quantize
 from bitwright.report import print_evaluations, print_report
+from bitwright.tables import print_sentence
 
 
 def demo_folder() -> Path:
@@ -34,7 +35,8 @@ def run_demo(console: Console) -> None:
     """Evaluate the demo model, quantize it by both methods, evaluate the results, compare."""
     folder = demo_folder()
     text = folder / "evaluation.txt"
-    console.print(f"The model is {folder}; 3 bits in groups of 64.\n")
+    print_sentence(f"The model is {folder}; 3 bits in groups of 64.", console)
+    console.print()
     rows = {"original": evaluate(folder, text, length=256)}
     with _scratch() as scratch:
         jobs: tuple[tuple[Literal["rtn", "gptq"], Path | None], ...] = (

@@ -11,12 +11,12 @@ class BitwrightError(Exception):
     Parameters
     ----------
     message : str
-        What is wrong, where, and what to do about it.
+        What is wrong, where, and what to do about it; one line, in which `printable` escapes what is none.
     """
 
     # One argument only: OSError's two-argument form would turn the message into "[Errno ...]".
     def __init__(self, message: str) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
 
 
 class CheckpointError(BitwrightError, ValueError):
@@ -138,3 +138,29 @@ def shown(value: object) -> str:
     "'a\\\\n'"
     """
     return _REPR.repr(value)
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would act on, or not show: names of files and tensors may hold anything.
+
+    Parameters
+    ----------
+    text : str
+        For people, of one line: a message, a warning, a cell of a table.
+
+    Returns
+    -------
+    str
+        The same, with line ends, control characters, invisible ones and bytes that are no text as Python
+        escapes them. Doing it twice changes nothing more.
+
+    Examples
+    --------
+    >>> printable("a\\nb.safetensors")
+    'a\\\\nb.safetensors'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )

@@ -18,7 +18,10 @@ from bitwright.statistics_files import Statistics, StatisticsWriter, check_place
 
 @expands_home
 def merge_statistics(
-    parts: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]
+    parts: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
 ) -> Statistics:
     """Merge what `collect_statistics` has written for parts of the tokens, on one machine or several.
 
@@ -31,6 +34,8 @@ def merge_statistics(
         Folders of statistics of one model; no sample may be in two of them.
     out
         Folder to write, whole or not at all.
+    overwrite
+        Replace other statistics.
 
     Returns
     -------
@@ -42,7 +47,7 @@ def merge_statistics(
         If a part is damaged, of another model, or has samples of another part, or if the text of one
         was begun with the tokenizer's first token and that of another without; the message names it.
     OutputError
-        If `out` exists, or cannot be written.
+        If `out` exists and may not be replaced, or cannot be written.
 
     Examples
     --------
@@ -58,17 +63,17 @@ def merge_statistics(
     if not parts:
         raise ValueError("parts: there are none")
     ranks, work = current(), WorkFolder(out)
-    opened = ranks.on_first(lambda: _checked([Statistics(part) for part in parts], work))
+    opened = ranks.on_first(lambda: _checked([Statistics(part) for part in parts], work, overwrite))
     with work:
         # Nothing to go on from, but what another run has left there is not to be lost.
         work.resume({"statistics": [part.fingerprint() for part in opened]})
-        ranks.on_first(lambda: _write(opened, work))
+        ranks.on_first(lambda: _write(opened, work, overwrite))
     return Statistics(out)
 
 
-def _checked(parts: Sequence[Statistics], work: WorkFolder) -> list[Statistics]:
+def _checked(parts: Sequence[Statistics], work: WorkFolder, overwrite: bool) -> list[Statistics]:
     """Return the parts in an order of their own, if they belong together."""
-    check_place(work)
+    check_place(work, overwrite)
     first = parts[0]
     of_text = [part for part in parts if part.first is not None]
     place_of: dict[str, Path] = {}
@@ -113,8 +118,8 @@ def _channels(part: Statistics) -> list[tuple[str, list[tuple[str, int]]]]:
     ]
 
 
-def _write(parts: Sequence[Statistics], work: WorkFolder) -> None:
-    writer = StatisticsWriter(work)
+def _write(parts: Sequence[Statistics], work: WorkFolder, overwrite: bool) -> None:
+    writer = StatisticsWriter(work, overwrite)
     for file, stages in parts[0].by_file().items():
         for name, stage in stages.items():
             writer.add(name, stage.channels, _merged(parts, name))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from bitwright import _kernels
-from bitwright.budget import Budget, gigabytes
+from bitwright.budget import Budget, gigabytes, told_apart
 from bitwright.checkpoint.work_folder import work_path
 from bitwright.checkpoint.writer import SHARD_BYTES
 from bitwright.distributed import current
@@ -175,9 +175,10 @@ def plan_run(
     if out is not None and ranks.is_first:
         room_there = _free_disk(out)
         if room_there is not None and _written_bytes(work) > room_there:
+            taken, free = told_apart(_written_bytes(work), room_there)
             raise OutputError(
-                f"{out}: the result takes {gigabytes(_written_bytes(work))}, but only "
-                f"{gigabytes(room_there)} of the disk are free. Write elsewhere or make room"
+                f"{out}: the result takes {taken}, but only {free} of the disk are free. Write elsewhere "
+                f"or make room"
             )
     return RunPlan(
         fixed + in_memory * per_chunk if work.tokens else fixed,

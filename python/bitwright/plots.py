@@ -7,7 +7,7 @@ from typing import Any
 
 from bitwright.checkpoint.replacing import check_new_file, replaced
 from bitwright.checkpoint.work_folder import WorkFolder
-from bitwright.errors import MissingExtraError, OutputError
+from bitwright.errors import MissingExtraError, OutputError, printable
 from bitwright.home import expands_home
 from bitwright.report import DwqReport
 from bitwright.sensitivity import Sensitivities, precision_name
@@ -99,7 +99,7 @@ def plot_sensitivities(sensitivities: Sensitivities, path: str | os.PathLike[str
     """
     values: Mapping[str, float] = sensitivities.per_million
     figure, axes = _figure(height=max(3.0, 0.18 * len(values)))
-    axes.barh(list(values), list(values.values()))
+    axes.barh([printable(name) for name in values], list(values.values()))
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
     axes.set(

@@ -15,7 +15,7 @@ from bitwright.inspection import Inspection
 from bitwright.methods.awq import ScaleSearch
 from bitwright.recipe import Recipe
 from bitwright.sensitivity import Sensitivities, precision_name
-from bitwright.tables import print_facts, print_table
+from bitwright.tables import print_facts, print_sentence, print_table
 
 SHOWN_EXPERTS = 12
 
@@ -277,9 +277,9 @@ def print_dwq_report(report: DwqReport, console: Console) -> None:
     }
     print_facts(facts, console)
     if report.stopped:
-        _say(f"Stopped: {report.stopped}. What was best until then is written.", console)
+        print_sentence(f"Stopped: {report.stopped}. What was best until then is written.", console)
     if report.best_step == 0:
-        _say(
+        print_sentence(
             "Training made nothing better: the scales are those of the student that was given. A smaller "
             "learning rate or more data may help.",
             console,
@@ -375,13 +375,13 @@ def print_conversion(report: ConversionReport, console: Console) -> None:
     ]
     headings = ("layers", report.source_format, report.format, "weights")
     print_table(headings, rows, console, words=(1, 2, 3))
-    _say(
+    print_sentence(
         f"written to {report.out}: {megabytes(report.size_bytes)}, from "
         f"{megabytes(report.original_bytes)}",
         console,
     )
     for change, what in report.changes().items():
-        _say(f"{change}: {what}", console)
+        print_sentence(f"{change}: {what}", console)
 
 
 def print_sensitivities(found: Sensitivities, console: Console, count: int = 10) -> None:
@@ -395,7 +395,7 @@ def print_sensitivities(found: Sensitivities, console: Console, count: int = 10)
     rows = [(name, "" if value is None else f"{value:.4g}") for name, value in shown]
     title = f"{low} instead of {high}, per million parameters"
     print_table(("layer", "sensitivity"), rows, console, title, words=(0,))
-    _say(f"all layers in {low}: KL {found.kl_divergence:.5f} nats per token", console)
+    print_sentence(f"all layers in {low}: KL {found.kl_divergence:.5f} nats per token", console)
 
 
 def print_recipe(recipe: Recipe, found: Sensitivities, console: Console) -> None:
@@ -444,7 +444,7 @@ def print_report(report: QuantizationReport, console: Console) -> None:
     few = report.experts_with_few_tokens()
     if few:
         shown = ", ".join(few[:SHOWN_EXPERTS]) + (", …" if len(few) > SHOWN_EXPERTS else "")
-        _say(
+        print_sentence(
             f"{len(few)} layers of experts received too few calibration tokens and share their "
             f"layer's statistics: {shown}",
             console,
@@ -490,7 +490,9 @@ def print_evaluations(rows: dict[str, Evaluation], console: Console) -> None:
     headings = (*of_model, "bits/weight", "tokens/s", "memory")
     print_table(headings, shown, console, words=(0,))
     if any(result.windows == "llama.cpp" for result in rows.values()):
-        _say("judged as by llama-perplexity: the second halves of windows of the text", console)
+        print_sentence(
+            "judged as by llama-perplexity: the second halves of windows of the text", console
+        )
 
 
 def print_inspection(found: Inspection, console: Console) -> None:
@@ -518,11 +520,6 @@ def print_inspection(found: Inspection, console: Console) -> None:
     ]
     headings = ("layer", "out × in", "count", "quantized")
     print_table(headings, rows, console, "matrices in the blocks", words=(0,))
-
-
-def _say(sentence: str, console: Console) -> None:
-    """Print a sentence, which a terminal breaks where a line ends, and a pipe nowhere."""
-    console.print(sentence, soft_wrap=not console.is_terminal, highlight=False, markup=False)
 
 
 def error_text(error: float | None) -> str:

@@ -15,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.reader import is_plain_file_name, read_json_object
-from bitwright.checkpoint.replacing import output_errors, synchronize, write_json
+from bitwright.checkpoint.replacing import output_errors, synchronize, taken, write_json
 from bitwright.checkpoint.work_folder import WorkFolder, again_message, content_of
 from bitwright.checkpoint.writer import SafetensorsFiles, StoredTensor
 from bitwright.errors import (
     BitwrightError,
     CheckpointError,
-    OutputExistsError,
+    OutputError,
     ResumeError,
     StatisticsError,
     malformed_as,
@@ -210,10 +210,13 @@ class StatisticsWriter:
     ----------
     work
         The work folder of the output, entered already.
+    overwrite
+        Whether other statistics may be replaced.
     """
 
-    def __init__(self, work: WorkFolder) -> None:
+    def __init__(self, work: WorkFolder, overwrite: bool = False) -> None:
         self._work = work
+        self._overwrite = overwrite
         self._folder = folder = work.path / UNFINISHED
         self._files: dict[str, dict[str, StageRecord]] = {}
         self._open: dict[str, StageRecord] = {}
@@ -292,7 +295,7 @@ class StatisticsWriter:
             "files": self.state(),
         }
         write_json(self._folder / MANIFEST, content)
-        check_place(self._work)  # hours may have passed since it was looked at
+        check_place(self._work, self._overwrite)  # hours may have passed since it was looked at
         with output_errors(self._work.out):
             synchronize(self._folder)
         self._work.put_into_place(UNFINISHED, last=MANIFEST)
@@ -309,15 +312,26 @@ def expected_stages(model: Model) -> list[tuple[str, int]]:
     return [*found, (model.names.head, model.config.hidden_size)]
 
 
-def check_place(work: WorkFolder) -> None:
-    """Raise OutputError unless the output can be put into its place."""
+def check_place(work: WorkFolder, overwrite: bool = False) -> None:
+    """Raise OutputError unless the output can be put into its place, that of other statistics if they may
+    be replaced."""
     out = work.out
     work.take_back()
     with output_errors(out):
-        taken = os.path.lexists(out) and not (out.is_dir() and not content_of(out))
-    if taken:
+        content = content_of(out) if out.is_dir() else []
+        is_taken = bool(content) or (os.path.lexists(out) and not out.is_dir())
+    if is_taken and not overwrite:
         work.forget_finished()
-        raise OutputExistsError(f"{out}: exists already. Remove it or write elsewhere")
+        raise taken(out)
+    files = {entry.name for entry in content if entry.is_file(follow_symlinks=False)}
+    others = [
+        entry.name for entry in content if not entry.name.endswith((MANIFEST, ".safetensors"))
+    ]
+    if is_taken and (MANIFEST not in files or others or len(files) < len(content)):
+        raise OutputError(
+            f"{out}: is not a folder of statistics, so it is not overwritten. Remove it yourself or write "
+            f"elsewhere"
+        )
     work.check_place()
 
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bitwright.errors import printable
+
 NARROWEST = 16  # of a column whose words may go on in the next line
 MOST_TURNED = 4  # rows that become columns
 _BETWEEN = 3  # columns of the terminal
@@ -39,8 +41,9 @@ def print_table(
         The columns that hold names or words, which may go on in the next line. All others are numbers,
         which stay in one piece.
     """
-    with _wide_enough(console, _width(zip(headings, *rows, strict=True))):
-        lines = [headings, *rows]
+    lines = [[printable(cell) for cell in line] for line in (headings, *rows)]
+    headings, *rows = lines
+    with _wide_enough(console, _width(zip(*lines, strict=True))):
         if _fits(lines, words, (), console):
             _print(lines, console, title, words, ())
             return
@@ -59,7 +62,7 @@ def print_table(
 
 def print_facts(facts: Mapping[str, str], console: Console) -> None:
     """Print what is known, one fact a line, by names; facts that are empty are left out."""
-    known = [(name, value) for name, value in facts.items() if value]
+    known = [(printable(name), printable(value)) for name, value in facts.items() if value]
     names = max((cell_len(name) for name, _ in known), default=0)
     word = max((cell_len(word) for _, value in known for word in value.split()), default=0)
     with _wide_enough(console, _width(zip(*known, strict=True))):
@@ -74,6 +77,13 @@ def print_facts(facts: Mapping[str, str], console: Console) -> None:
         for name, value in known:
             table.add_row(Text(name), Text(value))
         console.print(table)
+
+
+def print_sentence(sentence: str, console: Console) -> None:
+    """Print a sentence, which a terminal breaks where a line ends, and a pipe nowhere."""
+    console.print(
+        printable(sentence), soft_wrap=not console.is_terminal, highlight=False, markup=False
+    )
 
 
 def _print(

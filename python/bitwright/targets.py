@@ -324,7 +324,9 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
             not folder.is_dir()
             or any(not each.name.startswith(started) for each in content_of(folder))
         ):
-            raise OutputError(f"{folder}: exists and holds no targets; choose another folder")
+            raise OutputError(
+                f"{folder}: holds no targets, but something else; choose another folder"
+            )
         return
     for key, value in manifest.items():
         # The same tokens are the same, whether they came as text or as ids.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 
 from bitwright.distributed import current
+from bitwright.errors import printable
 
 P = ParamSpec("P")
 PACKAGE = str(Path(__file__).parent)
@@ -41,7 +42,7 @@ def warn(message: str) -> None:
     message : str
         One line: what is wrong, where, and what to do about it.
     """
-    message = " ".join(message.split())
+    message = printable(message)
     collectors = _collectors.get()
     is_new = not collectors or message not in collectors[0]
     for messages in collectors:

@@ -81,10 +81,7 @@ def check_new_file(path: Path, read: Callable[[Path], object], overwrite: bool =
             try:
                 read(path)
             except BitwrightError as error:
-                raise OutputExistsError(
-                    f"{path}: exists already, and is not what this command would write there. Write "
-                    f"elsewhere, or ask for overwriting (overwrite, --overwrite)"
-                ) from error
+                raise taken(path, ", and is not what this command would write there") from error
         if path.exists() and is_mount_point(path):
             raise OutputError(
                 f"{path}: cannot be replaced: it is a mount point. Mount the folder that it lies in"
@@ -92,6 +89,14 @@ def check_new_file(path: Path, read: Callable[[Path], object], overwrite: bool =
         folder = next(each for each in path.absolute().parents if each.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(f"{path}: cannot be written: nothing can be made in {folder}")
+
+
+def taken(path: Path, but: str = "") -> OutputExistsError:
+    """Return the error that a place for results is taken, and how it may be replaced."""
+    return OutputExistsError(
+        f"{path}: exists already{but}. Remove it, write elsewhere, or replace it (overwrite=True, "
+        f"--overwrite)"
+    )
 
 
 def is_mount_point(place: Path) -> bool:

@@ -22,13 +22,12 @@ from bitwright.checkpoint.reader import (
     Checkpoint,
     is_plain_file_name,
 )
-from bitwright.checkpoint.replacing import output_errors, synchronize
+from bitwright.checkpoint.replacing import output_errors, synchronize, taken
 from bitwright.checkpoint.side_files import SideFiles, side_files
 from bitwright.checkpoint.work_folder import WorkFolder, content_of, remove_tree
 from bitwright.errors import (
     CheckpointError,
     OutputError,
-    OutputExistsError,
     shown,
 )
 
@@ -539,10 +538,7 @@ class CheckpointWriter:
             return
         if not self._overwrite:
             self._work.forget_finished()
-            raise OutputExistsError(
-                f"{out}: exists already. Remove it, write elsewhere, or ask for overwriting "
-                f"(overwrite, --overwrite)"
-            )
+            raise taken(out)
         if content is None:
             raise OutputError(f"{out}: is a file; only a checkpoint folder is overwritten")
         names = {entry.name for entry in content}
