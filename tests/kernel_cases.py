@@ -194,7 +194,12 @@ def tiled_cases() -> list[tuple[str, tuple[Any, ...]]]:
     """Products of more than one tile, with outputs of more rows than columns and the other way round."""
     cases: list[tuple[str, tuple[Any, ...]]] = []
     for dtype in FLOATS:
-        for rows, depth, columns in ((333, 288, 1001), (300, 1001, 130), (1, 300, 700), (640, 1, 5)):
+        for rows, depth, columns in (
+            (333, 288, 1001),
+            (300, 1001, 130),
+            (1, 300, 700),
+            (640, 1, 5),
+        ):
             states, weight = normal(rows, depth, dtype=dtype), normal(columns, depth, dtype=dtype)
             above = normal(rows, columns, dtype=dtype)
             cases += [

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "linalg/threads.hpp"
 
@@ -70,13 +71,26 @@ struct Tiling {
     }
 };
 
+// A factor in the scalar of the product: itself, or a copy of what a tile needs of one that is stored
+// in 16 bits.
+template <typename Scalar, typename Factor>
+decltype(auto) widened(const Factor& factor) {
+    if constexpr (std::is_same_v<Scalar, typename Factor::Scalar>)
+        return (factor);
+    else
+        return Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic,
+                             Factor::IsRowMajor ? Eigen::RowMajor : Eigen::ColMajor>(
+            factor.template cast<Scalar>());
+}
+
 // output = left · right
 template <typename Output, typename Left, typename Right>
 void set_product(Output&& output, const Left& left, const Right& right) {
     Tiling(output.rows(), output.cols())
         .each([&](Index row, Index rows, Index column, Index columns) {
             output.block(row, column, rows, columns).noalias() =
-                left.middleRows(row, rows) * right.middleCols(column, columns);
+                left.middleRows(row, rows) *
+                widened<typename Left::Scalar>(right.middleCols(column, columns));
         });
 }
 
@@ -87,7 +101,8 @@ void add_product(Output&& output, const Left& left, const Right& right,
     Tiling(output.rows(), output.cols())
         .each([&](Index row, Index rows, Index column, Index columns) {
             output.block(row, column, rows, columns).noalias() +=
-                factor * left.middleRows(row, rows) * right.middleCols(column, columns);
+                factor * left.middleRows(row, rows) *
+                widened<typename Left::Scalar>(right.middleCols(column, columns));
         });
 }
 

@@ -12,8 +12,8 @@ constexpr Index TILE_BYTES = 4 << 20;  // of the dense gradient that exists at a
 
 }  // namespace
 
-template <typename Scalar>
-void linear(ConstMatrixView<Scalar> input, ConstMatrixView<Scalar> weight, const Scalar* bias,
+template <typename Scalar, typename Weight>
+void linear(ConstMatrixView<Scalar> input, ConstMatrixView<Weight> weight, const Scalar* bias,
             bool accumulate, MatrixView<Scalar> output) {
     if (accumulate)
         add_product(output, input, weight.transpose());
@@ -22,8 +22,8 @@ void linear(ConstMatrixView<Scalar> input, ConstMatrixView<Scalar> weight, const
     if (bias) output.rowwise() += ConstVectorView<Scalar>(bias, output.cols()).transpose();
 }
 
-template <typename Scalar>
-void linear_backward_input(ConstMatrixView<Scalar> gradient, ConstMatrixView<Scalar> weight,
+template <typename Scalar, typename Weight>
+void linear_backward_input(ConstMatrixView<Scalar> gradient, ConstMatrixView<Weight> weight,
                            bool accumulate, MatrixView<Scalar> input_gradient) {
     if (accumulate)
         add_product(input_gradient, gradient, weight);
@@ -70,11 +70,17 @@ void linear_backward_groups(ConstMatrixView<Scalar> gradient, ConstMatrixView<Sc
     }
 }
 
-#define BITWRIGHT_LINEAR(Scalar)                                                                \
-    template void linear(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>, const Scalar*, bool, \
+#define BITWRIGHT_LINEAR_OF(Scalar, Weight)                                                     \
+    template void linear(ConstMatrixView<Scalar>, ConstMatrixView<Weight>, const Scalar*, bool, \
                          MatrixView<Scalar>);                                                   \
-    template void linear_backward_input(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>, bool, \
-                                        MatrixView<Scalar>);                                    \
+    template void linear_backward_input(ConstMatrixView<Scalar>, ConstMatrixView<Weight>, bool, \
+                                        MatrixView<Scalar>);
+BITWRIGHT_LINEAR_OF(float, float)
+BITWRIGHT_LINEAR_OF(float, Eigen::half)
+BITWRIGHT_LINEAR_OF(float, Eigen::bfloat16)
+BITWRIGHT_LINEAR_OF(double, double)
+
+#define BITWRIGHT_LINEAR(Scalar)                                                                \
     template void linear_backward_weight(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,      \
                                          MatrixView<Scalar>);                                   \
     template void linear_backward_groups(                                                       \
