@@ -509,7 +509,7 @@ class _Run:
         self.loss = loss
         self.ranks = current()
         self.checkpoint = work / TRAINING
-        self.network = Network(student.model, student.weight)
+        self.network = Network(student.model, student.weight, rows=student.rows)
         self.adam = Adam(student.parameters)
         self.state = _Progress()
         self.best = {name: array.copy() for name, array in student.parameters.items()}

@@ -33,6 +33,7 @@ from bitwright.formats import Format, Precision
 from bitwright.home import expands_home
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.rtn import quantize_rtn
+from bitwright.models.matrix_rows import MatrixRows
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import Network
 from bitwright.models.operations import Float, Float32
@@ -404,12 +405,12 @@ class _Estimate:
         return known
 
     @cached_property
-    def _reference(self) -> tuple[Network, Float32]:
-        return Network(self.original), self.original.head()
+    def _reference(self) -> tuple[Network, MatrixRows]:
+        return Network(self.original), self.original.rows(self.original.head_name)
 
     @cached_property
     def _student(self) -> Network:
-        return Network(self.original, self._low_weight)
+        return Network(self.original, self._low_weight, rows=self.original.rows)
 
     def _low_weight(self, name: str, shape: tuple[int, ...]) -> Float32:
         if name in self.shapes:
