@@ -101,7 +101,9 @@ def test_every_scale_group_folds(folder: Path) -> None:
             scaled.fold(group, np.exp(rng.standard_normal(outputs) / 2).astype(np.float32))
             assert (scaled.block.weights[f"{group.layers[0]}.weight"] != before).any()
         scaled.block.forward(hidden, rotation)
-    logits = model.head_logits(model.final_norm(hidden), model.head()).reshape(expected.shape)
+    logits = model.head_logits(model.final_norm(hidden), model.rows(model.head_name)).reshape(
+        expected.shape
+    )
     assert np.abs(logits - expected).max() < 1e-4 * max(1.0, float(np.abs(expected).max()))
 
 

@@ -59,8 +59,14 @@ class _GgufSlice:
     info: TensorInfo
     position: int
 
-    def __getitem__(self, part: tuple[slice, slice]) -> NDArray[Any]:
-        """Return consecutive rows of one matrix of a stack; no stack's rows are reordered."""
+    def __getitem__(self, part: slice | tuple[slice, slice]) -> NDArray[Any]:
+        """Return consecutive rows of a matrix, or of one of a stack. Neither stacks have reordered rows, nor
+        embeddings and heads, which are all that is read so."""
+        if isinstance(part, slice):
+            rows, width = self.info.shape
+            first, last, _ = part.indices(rows)
+            place = self.position + first * width * self.info.dtype.itemsize
+            return self.shard.load(place, self.info.dtype, (max(last - first, 0), width))
         _, rows, width = self.info.shape
         first, last, _ = part[1].indices(rows)
         start = part[0].start * rows + first
