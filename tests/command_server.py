@@ -37,12 +37,14 @@ def run(arguments: list[str], log: str) -> int:
 
 bitwright.targets.SHARD_BYTES = 1 << 18
 bitwright.best.TRAINED_TOKENS = 1024
-for line in sys.stdin:
-    arguments, log, delay = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os._exit(run(arguments, log))
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)  # it is there until it is waited for
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        arguments, log, delay = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os._exit(run(arguments, log))
+        if delay is not None:
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)  # it is there until it is waited for
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

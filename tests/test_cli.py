@@ -1,6 +1,8 @@
 """The command as a user runs it: a process of its own, its exit codes and what it leaves behind."""
 
+import fcntl
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 import bitwright
+from bitwright.demo import _scratch
 
 DEMO = bitwright.demo_folder()
 TEXT = str(DEMO / "calibration.txt")
@@ -57,6 +60,26 @@ def test_quantize_and_evaluate(tmp_path: Path) -> None:
     assert (figures["windows"], figures["first_tokens"]) == ("whole", [])
     table = bitwright_command("evaluate", out, "--text", TEXT, "--length", "64", "--samples", "4")
     assert "tokens/s" in table.stdout
+
+
+def test_demos_clear_what_killed_ones_have_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("bitwright-demo-killed", "bitwright-demo-other", "bitwright-else"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("one")
+    (tmp_path / "bitwright-demo-file").write_text("is no folder")
+    other = os.open(tmp_path / "bitwright-demo-other", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with _scratch() as folder:
+        kept = {"bitwright-demo-other", "bitwright-else", "bitwright-demo-file"}
+        assert {path.name for path in tmp_path.iterdir()} == {folder.name, *kept}
+        with _scratch() as second:
+            assert folder.is_dir()
+            assert second != folder
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    os.close(other)
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:

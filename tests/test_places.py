@@ -514,6 +514,35 @@ def test_plots_are_known_again(tmp_path: Path, ending: str) -> None:
     check_plot(path, overwrite=True)
 
 
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_the_same_plot_has_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """Whatever the date, and whatever names are drawn; and it is whole or not there."""
+    from matplotlib.figure import Figure
+
+    path = tmp_path / f"plot.{ending}"
+    found = bitwright.Sensitivities(
+        {"a": 0.1, "b": 0.2}, {"a": 64, "b": 64}, (3, 64), (5, 64), "model", "tokens", "kl", 0.1
+    )
+    plots = set()
+    for date in "0", "1000000000":
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", date)
+        bitwright.plot_sensitivities(found, path)
+        plots.add(path.read_bytes())
+    assert len(plots) == 1
+
+    def save_half(figure: Figure, place: Path, **options: Any) -> None:
+        Path(place).write_text("half")
+        raise OSError("no space is left")
+
+    monkeypatch.setattr(Figure, "savefig", save_half)
+    with pytest.raises(bitwright.OutputError, match=f"plot.{ending}: cannot be written: no space"):
+        bitwright.plot_sensitivities(found, path)
+    assert {path.read_bytes()} == plots
+    assert names(tmp_path) == {path.name}
+
+
 def test_a_file_that_appears_meanwhile_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

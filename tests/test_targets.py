@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import bitwright
 from bitwright import targets as targets_module
 from bitwright.calibration import load_tokens
+from bitwright.checkpoint.work_folder import work_path
 
 DEMO = bitwright.demo_folder()
 TEXT = DEMO / "calibration.txt"
@@ -195,6 +196,19 @@ def other_weights(folder: Path) -> Path:
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.mark.parametrize("content", [[], ["lock"], ["lock", "last"]], ids=str)
+def test_the_work_folder_of_one_killed_at_its_end_is_removed(
+    copied: Path, sharded: None, content: list[str]
+) -> None:
+    work, before = work_path(copied), digests(copied)
+    work.mkdir()
+    for name in content:
+        (work / name).write_text("checkpoint" if name == "last" else "")
+    make(copied)
+    assert not work.exists()
+    assert digests(copied) == before
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """Files of layer inputs: an .npz with one array ``[samples, length, in]`` per layer."""
 
+import hashlib
 import math
 import os
-import tempfile
+import time
 import zipfile
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext, suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib.format import (
@@ -20,17 +22,22 @@ from numpy.lib.format import (
 from numpy.typing import NDArray
 
 from bitwright.calibration import TokenSource, load_samples
-from bitwright.checkpoint.fingerprint import file_fingerprint
-from bitwright.checkpoint.replacing import check_new_file
-from bitwright.errors import CalibrationError, OutputError, OutputExistsError, shown
+from bitwright.checkpoint.fingerprint import file_fingerprint, model_fingerprint
+from bitwright.checkpoint.replacing import check_new_file, output_errors, synchronize
+from bitwright.checkpoint.work_folder import STATE, WorkFolder, again_message
+from bitwright.checkpoint.writer import COPY_BYTES
+from bitwright.errors import CalibrationError, OutputExistsError, ResumeError, shown
 from bitwright.home import expands_home
-from bitwright.models.block import ChunkStates
-from bitwright.models.model import load_model
+from bitwright.journal import Journal, kept_when_interrupted
+from bitwright.models.model import Model, load_model
 from bitwright.models.operations import Float32
+from bitwright.states import ChunkPlan, States, read_states
 from bitwright.statistics import require_finite
+from bitwright.targets import tokens_fingerprint
 
 DEFAULT_SAMPLES = 8
 SHOWN_NAMES = 5
+WHOLE = "activations.npz"  # in the work folder: what is moved into place
 MOST_EXPANSION = 16  # of a compressed array when it is read; activations shrink by less than half
 _HEADERS = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}
 
@@ -185,7 +192,7 @@ class ActivationFile:
 @expands_home
 def collect_activations(
     model: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | WorkFolder,
     calibration: TokenSource,
     *,
     samples: int | None = None,
@@ -193,6 +200,7 @@ def collect_activations(
     seed: int = 0,
     bos: bool = True,
     overwrite: bool = False,
+    resume: bool = True,
 ) -> int:
     """Run a model on calibration text and write what its layers see.
 
@@ -203,11 +211,15 @@ def collect_activations(
     out
         The .npz to write, whole or not at all: arrays ``[samples, length, in]`` float32, one for each group
         of layers with one input, by the full name of the first of them; of an expert ``[tokens, in]``, the
-        tokens that it received, or all where it received none.
+        tokens that it received, or all where it received none. Until it is there what is done lies beside
+        it, in ``.NAME.work``. Or the work folder of such a file, entered: then a file that an interrupted
+        call with the same arguments has put into its place is taken as it is.
     calibration, samples, length, seed, bos
         As for `quantize`; by default 8 samples. Every token takes ``4 * in`` bytes per group.
     overwrite
         Replace an existing file.
+    resume
+        Go on where an interrupted call with the same `out` and arguments stopped.
 
     Returns
     -------
@@ -216,6 +228,8 @@ def collect_activations(
 
     Raises
     ------
+    ResumeError
+        If the interrupted call had other arguments; the message says which.
     CheckpointError, CalibrationError, OutputError
         If anything is wrong with what was given.
 
@@ -227,15 +241,13 @@ def collect_activations(
     ...     bitwright.collect_activations(demo, f"{folder}/a.npz", demo / "calibration.txt", length=64)
     12
     """
-    target = Path(out)
+    start = time.perf_counter()
     source = load_model(model)
-    if os.path.lexists(target) and not overwrite:
-        raise OutputExistsError(
-            f"{target}: exists already. Remove it, write elsewhere, or ask for overwriting "
-            f"(overwrite, --overwrite)"
-        )
-    check_new_file(target, lambda _: None)
-    tokens = load_samples(
+    work = out if isinstance(out, WorkFolder) else WorkFolder(out)
+    if not (resume and (work.path / STATE).is_file()):
+        _check_new(work.out, overwrite)
+    check_new_file(work.out, lambda _: None)
+    loaded = load_samples(
         calibration,
         tokenizer=source.checkpoint.folder,
         length=length,
@@ -245,37 +257,193 @@ def collect_activations(
         positions=source.positions,
         bos=bos,
         most=DEFAULT_SAMPLES,
-    ).tokens
-    hidden = source.embed(tokens)
+    )
+    identity = {
+        "version of bitwright": version("bitwright"),
+        "model": model_fingerprint(source.checkpoint),
+        "calibration": tokens_fingerprint(loaded.tokens),
+        "bos": loaded.bos,
+    }
+    with work if work is not out else nullcontext(), kept_when_interrupted(work):
+        journal = Journal(work, identity, start)
+        state = journal.begin(resume)
+        archive = _GrowingArchive(work)
+        if state is not None:
+            with journal.going_on():
+                blocks, written = int(state["blocks"]), state["writer"]
+            if blocks == source.config.num_hidden_layers:
+                if archive.is_in_place(written):
+                    return int(written["count"])
+                if not (work.path / WHOLE).exists():  # nor is it where it was put
+                    state = journal.begin(resume=False)
+        _check_new(work.out, overwrite)
+        if state is not None:
+            with journal.going_on():
+                archive.restore(state["writer"])
+        with closing(archive):
+            _collect(source, loaded.tokens, journal, state, archive)
+        _check_new(work.out, overwrite)  # hours may have passed
+        archive.put_into_place()
+    return archive.count
+
+
+def _check_new(path: Path, overwrite: bool) -> None:
+    if os.path.lexists(path) and not overwrite:
+        raise OutputExistsError(
+            f"{path}: exists already. Remove it, write elsewhere, or ask for overwriting (overwrite, "
+            f"--overwrite)"
+        )
+
+
+def _collect(
+    source: Model,
+    tokens: NDArray[np.int32],
+    journal: Journal,
+    state: Mapping[str, Any] | None,
+    archive: "_GrowingArchive",
+) -> None:
+    """Run the blocks that are left, and write what their layers see."""
     rope = source.rotation(tokens.shape[1])
-    count = 0
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            partial = Path(folder, "activations.npz")
-            with zipfile.ZipFile(partial, "w") as archive:
-                for index in range(source.config.num_hidden_layers):
-                    block = source.block(index)
-                    chunks = [ChunkStates(rows) for rows in rope.chunks(hidden)]
-                    for stage in block.stages:
-                        inputs = [block.stage_input(stage, chunk) for chunk in chunks]
-                        if stage.linears:
-                            name = source.block_prefix(index) + stage.linears[0]
-                            array = np.concatenate(inputs)
-                            if len(array) == 0:  # an expert that no token was routed to
-                                every = [block.as_if_routed(stage, chunk) for chunk in chunks]
-                                array = np.concatenate(every)
-                            if stage.expert is None:
-                                array = array.reshape(*tokens.shape, -1)
-                            require_finite(
-                                array, f"{source.checkpoint.folder}: the inputs of {name}"
-                            )
-                            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                                np.lib.format.write_array(entry, array, allow_pickle=False)
-                            count += 1
-                        for states, chunk in zip(inputs, chunks, strict=True):
-                            block.advance(stage, states, chunk, rope)
-                        block.release(stage)
-            os.replace(partial, target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from error
-    return count
+    plan = ChunkPlan.shared(tokens.size, rope.chunk_rows, 0)
+    count = source.config.num_hidden_layers
+    first = 0
+    hidden: Iterable[Float32] = ()
+    if state is None:
+        hidden = rope.chunks(source.embed(tokens))
+    else:
+        with journal.going_on():
+            first = int(state["blocks"])
+            if first == count:
+                return
+            size = 4 * tokens.size * source.config.hidden_size
+            place = journal.states_file(state["states"]["hidden"], size)
+        hidden = read_states(place, plan, source.config.hidden_size)
+    states = States(plan, hidden)
+    for index in range(first, count):
+        block = source.block(index)
+        chunks = list(states.chunks())
+        for stage in block.stages:
+            inputs = [block.stage_input(stage, chunk) for chunk in chunks]
+            if stage.linears:
+                name = source.block_prefix(index) + stage.linears[0]
+                array = np.concatenate(inputs)
+                if len(array) == 0:  # an expert that no token was routed to
+                    array = np.concatenate([block.as_if_routed(stage, chunk) for chunk in chunks])
+                if stage.expert is None:
+                    array = array.reshape(*tokens.shape, -1)
+                require_finite(array, f"{source.checkpoint.folder}: the inputs of {name}")
+                archive.add(name, array)
+            for seen, chunk in zip(inputs, chunks, strict=True):
+                block.advance(stage, seen, chunk, rope)
+            block.release(stage)
+        states.forget_inner()
+        kept = {"hidden": states} if index + 1 < count else {}
+        journal.commit(index + 1, None, archive, kept)
+
+
+class _GrowingArchive:
+    """An .npz in a work folder, which grows, and is gone on with from where it was committed.
+
+    A zip file ends with the list of what is in it, which gives way to what is added; so it is a part of the
+    state.
+    """
+
+    def __init__(self, work: WorkFolder) -> None:
+        self.count = 0
+        self._work = work
+        self._path = work.path / WHOLE
+        self._pieces: list[tuple[int, str]] = []  # where each ends, and its digest
+        self._archive: zipfile.ZipFile | None = None
+
+    def close(self) -> None:
+        """Close the file; what is not committed is lost."""
+        with suppress(OSError):  # of a full disk, which has been told already
+            if self._archive is not None:
+                self._archive.close()
+
+    def add(self, name: str, array: NDArray[Any]) -> None:
+        """Write an array."""
+        with output_errors(self._work.out):
+            if self._archive is None:
+                self._archive = zipfile.ZipFile(self._path, "a" if self._pieces else "w")
+            with self._archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
+        self.count += 1
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs, with all that was added on the disk."""
+        with output_errors(self._work.out):
+            if self._archive is not None:
+                self._archive.close()
+                self._archive = None
+            synchronize(self._path)
+            with zipfile.ZipFile(self._path) as archive:
+                end = archive.start_dir
+            with open(self._path, "rb") as file:
+                start = self._pieces[-1][0] if self._pieces else 0
+                file.seek(start)
+                self._pieces.append((end, _digest(file, end - start)))
+                directory = file.read().hex()
+        return {
+            "count": self.count,
+            "pieces": self._pieces,
+            "directory": directory,
+            "file": _known_by(self._path),
+        }
+
+    def committed(self) -> None:
+        """Nothing is left of states before the last one."""
+
+    def is_in_place(self, state: Mapping[str, Any]) -> bool:
+        """Tell whether the file lies where it belongs, as it was in this state."""
+        try:
+            return bool(_known_by(self._work.out) == state["file"])
+        except OSError:
+            return False
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises
+        ------
+        ResumeError
+            If what was written is not there any more.
+        """
+        self.count = int(state["count"])
+        self._pieces = [(int(end), str(known)) for end, known in state["pieces"]]
+        directory = bytes.fromhex(state["directory"])
+        self._work.require(self._path, self._pieces[-1][0], or_more=True)
+        with output_errors(self._path), open(self._path, "r+b") as file:
+            start = 0
+            for end, known in self._pieces:
+                if _digest(file, end - start) != known:
+                    raise ResumeError(
+                        f"{self._path}: was changed since it was written; "
+                        f"{again_message(self._work.path)}"
+                    )
+                start = end
+            file.truncate()
+            file.write(directory)
+        modified = int(state["file"][-1])
+        os.utime(self._path, ns=(modified, modified))  # by which it is known
+
+    def put_into_place(self) -> None:
+        """Move the file to where it belongs; by its state it is known there."""
+        with output_errors(self._work.out):
+            os.replace(self._path, self._work.out)
+            with suppress(OSError):  # some file systems cannot synchronize folders
+                synchronize(self._work.out.parent)
+
+
+def _digest(file: BinaryIO, size: int) -> str:
+    """Return a digest of what comes next in a file."""
+    known = hashlib.sha256()
+    for start in range(0, size, COPY_BYTES):
+        known.update(file.read(min(COPY_BYTES, size - start)))
+    return known.hexdigest()
+
+
+def _known_by(path: Path) -> list[int]:
+    """Return what a file keeps when it is moved, and loses when it is changed."""
+    found = path.stat()
+    return [found.st_ino, found.st_size, found.st_mtime_ns]

@@ -14,9 +14,10 @@ from bitwright.calibration import TokenSource
 from bitwright.card import made_by, python_call
 from bitwright.checkpoint import CheckpointWriter
 from bitwright.checkpoint.reader import require_model
+from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
 from bitwright.distributed import current
 from bitwright.dwq import check_training, dwq_quantize
-from bitwright.dynamic import Candidate, choose_precisions, fineness, sensitivities_kept
+from bitwright.dynamic import Candidate, choose_precisions, fineness
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
 from bitwright.home import expands_home
 from bitwright.models.model import load_model
@@ -101,7 +102,10 @@ def quantize_best(
     # Layers that are left out because they have no whole groups cannot be compared in them either.
     fits = all(kind.fits(channels, asked) for channels in original.input_channels())
     writer = CheckpointWriter(out, overwrite, source=original.checkpoint.source)
-    with made_by(python_call(quantize_best, arguments)), sensitivities_kept(out) as work:
+    with (
+        made_by(python_call(quantize_best, arguments)),
+        kept_until_written(WorkFolder(out, SENSITIVITIES)) as work,
+    ):
         current().on_first(writer.check_place)
         making = {
             "method": method,

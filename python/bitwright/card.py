@@ -9,7 +9,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
@@ -220,15 +220,6 @@ def model_card(
         _block("sh", command_line(evaluate)),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def is_made_by_this(folder: Path) -> bool:
-    """Tell whether a folder's card names the very command, or call, that runs now."""
-    with suppress(OSError, UnicodeDecodeError):
-        command = _made_by.get()
-        card = (folder / CARD_NAME).read_text(encoding="utf-8")
-        return command is not None and f"\n{command}\n" in card
-    return False
 
 
 def add_evaluations(folder: str | os.PathLike[str], rows: Mapping[str, Evaluation]) -> None:

@@ -10,12 +10,12 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from hashlib import file_digest
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import click
 import numpy as np
@@ -28,10 +28,10 @@ from bitwright.activations import DEFAULT_SAMPLES
 from bitwright.calibration import existing_file
 from bitwright.card import command_line, made_by
 from bitwright.checkpoint.reader import require_model
-from bitwright.checkpoint.replacing import check_new_file
+from bitwright.checkpoint.work_folder import WorkFolder, kept_until_written
 from bitwright.demo import run_demo
 from bitwright.distillation import LOSSES
-from bitwright.distributed import current, launched, spread_over, world
+from bitwright.distributed import launched, spread_over, world
 from bitwright.dwq import SCHEDULES
 from bitwright.errors import MissingExtraError
 from bitwright.evaluate import WINDOWS
@@ -42,7 +42,6 @@ from bitwright.methods.metrics import METRICS
 from bitwright.methods.salient import ACTIVATION_METHODS
 from bitwright.methods.solver import CORRECTED_DAMPING, METHODS, PRESETS
 from bitwright.pipeline import check_quantization
-from bitwright.plots import check_plot
 from bitwright.report import (
     print_conversion,
     print_dwq_report,
@@ -508,6 +507,7 @@ def quantize(
 @_bos
 @click.option("--dry-run", is_flag=True, help="Only write the activations.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@_resume
 @_threads
 def salient(
     model_path: Path,
@@ -520,6 +520,7 @@ def salient(
     bos: bool,
     dry_run: bool,
     overwrite: bool,
+    resume: bool,
     threads: int | None,
     overrides: tuple[tuple[str, dict[str, int]], ...],
     **options: Any,
@@ -532,34 +533,45 @@ def salient(
     if not dry_run and output_path is None:
         raise click.UsageError("--output-path is missing; only --dry-run does without")
     options["overrides"] = dict(overrides)
-    if calibration is not None and output_path is not None and not dry_run:
-        # Whether the format takes such a model is known before the model is run.
-        tokens = np.zeros((1, 2), np.int32)
-        check_quantization(
-            model_path,
-            output_path,
-            method="salient",
-            calibration=tokens,
-            overwrite=overwrite,
-            **{**options, "activation_method": "rms"},
-        )
-    if calibration is not None:
+
+    def collect(out: Any) -> None:
         count = bitwright.collect_activations(
             model_path,
-            activations_path,
-            calibration,
+            out,
+            cast(Path, calibration),
             samples=samples,
             length=length,
             seed=seed,
             bos=bos,
             overwrite=overwrite,
+            resume=resume,
         )
         click.echo(f"wrote the inputs of {count} groups of layers to {activations_path}")
-    if output_path is not None and not dry_run:
+
+    if output_path is None or dry_run:
+        collect(activations_path)
+        return
+    with (
+        nullcontext()
+        if calibration is None
+        else kept_until_written(WorkFolder(expanded(activations_path))) as work
+    ):
+        if calibration is not None:
+            # Whether the format takes such a model is known before the model is run.
+            tokens = np.zeros((1, 2), np.int32)
+            check_quantization(
+                model_path,
+                output_path,
+                method="salient",
+                calibration=tokens,
+                overwrite=overwrite,
+                **{**options, "activation_method": "rms"},
+            )
+            collect(work)
         report = bitwright.awq_quantize_model(
-            model_path, output_path, activations_path, overwrite=overwrite, **options
+            model_path, output_path, activations_path, overwrite=overwrite, resume=resume, **options
         )
-        print_report(report, Console())
+    print_report(report, Console())
 
 
 @cli.command()
@@ -590,14 +602,9 @@ def sensitivities(
 ) -> None:
     """Estimate how much the precision of each layer of MODEL matters."""
     _check_apart(out=options["out"], plot=plot)
-    if plot is not None:
-        check_plot(plot, options["overwrite"])
     found = bitwright.estimate_sensitivities(
-        model, options.pop("data"), *low[0], *high[0], **options
+        model, options.pop("data"), *low[0], *high[0], plot=plot, **options
     )
-    if plot is not None and current().is_first:
-        check_plot(plot, options["overwrite"])  # hours may have passed
-        bitwright.plot_sensitivities(found, plot)
     print_sensitivities(found, Console())
 
 
@@ -642,12 +649,7 @@ def sensitivities(
 def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None:
     """Quantize MODEL to a target size, with more bits where they matter."""
     _check_apart(out=out, recipe=recipe, sensitivities=options["sensitivities"])
-    if recipe is not None:
-        check_new_file(recipe, bitwright.Recipe.load, options["overwrite"])
-    report = bitwright.dynamic_quantize(model, out, **options)
-    if recipe is not None and current().is_first:
-        check_new_file(recipe, bitwright.Recipe.load, options["overwrite"])  # hours may have passed
-        report.recipe.save(recipe)
+    report = bitwright.dynamic_quantize(model, out, recipe=recipe, **options)
     console = Console()
     print_recipe(report.recipe, report.sensitivities, console)
     print_report(report.quantization, console)
@@ -738,8 +740,6 @@ def dwq(
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 option = name.replace("_", "-")
                 raise click.UsageError(f"--{option} says how to make a student, but one is given")
-    if plot is not None:
-        check_plot(plot, options["overwrite"])
     shared: dict[str, Any] = {
         "samples": samples,
         "length": options["length"],
@@ -773,11 +773,8 @@ def dwq(
         **shared,
     }
     report = bitwright.dwq_quantize(
-        teacher, student or make, out, data, made_with=made_with, **options
+        teacher, student or make, out, data, made_with=made_with, plot=plot, **options
     )
-    if plot is not None and current().is_first:
-        check_plot(plot, options["overwrite"])  # hours may have passed
-        bitwright.plot_dwq(report, plot)
     print_dwq_report(report, Console())
 
 

@@ -1,11 +1,16 @@
 """The small model and text that the package carries, and the whole job done on them."""
 
+import fcntl
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
+from bitwright.checkpoint.work_folder import remove_tree
 from bitwright.evaluate import evaluate
 from bitwright.pipeline import quantize
 from bitwright.report import print_evaluations, print_report
@@ -31,13 +36,13 @@ def run_demo(console: Console) -> None:
     text = folder / "evaluation.txt"
     console.print(f"The model is {folder}; 3 bits in groups of 64.\n")
     rows = {"original": evaluate(folder, text, length=256)}
-    with tempfile.TemporaryDirectory(prefix="bitwright-demo-") as scratch:
+    with _scratch() as scratch:
         jobs: tuple[tuple[Literal["rtn", "gptq"], Path | None], ...] = (
             ("rtn", None),
             ("gptq", folder / "calibration.txt"),
         )
         for method, calibration in jobs:
-            out = Path(scratch, method)
+            out = scratch / method
             report = quantize(
                 folder, out, method, bits=3, calibration=calibration, length=256, progress=False
             )
@@ -48,3 +53,25 @@ def run_demo(console: Console) -> None:
         "GPTQ stores as many bytes as rounding to nearest (rtn) and stays closer to the original.\n"
         "Next: bitwright quantize MODEL --out DIR --bits 4 --calibration FILE"
     )
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """Yield a temporary folder; those of runs that were killed, which hold them no longer, are removed."""
+    prefix = "bitwright-demo-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with suppress(OSError), _held(left):
+            remove_tree(left)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder, _held(Path(folder)):
+        yield Path(folder)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder; OSError if it is another process's or user's."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from bitwright.checkpoint.work_folder import (
     check_identity,
     remove_tree,
 )
-from bitwright.checkpoint.writer import UNFINISHED, check_apart, write_safetensors
+from bitwright.checkpoint.writer import UNFINISHED, check_apart, completed, write_safetensors
 from bitwright.distillation import (
     LOSSES,
     DistillationLoss,
@@ -57,6 +58,7 @@ from bitwright.methods.adam import Adam
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import Network
 from bitwright.models.operations import Float32
+from bitwright.plots import PlotBeside, plot_dwq
 from bitwright.progress import progress_bar
 from bitwright.report import DwqReport, QuantizationReport
 from bitwright.student import ZEROS, Student, Zeros
@@ -165,6 +167,7 @@ def dwq_quantize(
     validate_every: int | None = None,
     patience: int | None = None,
     checkpoint_every: int | None = None,
+    plot: str | os.PathLike[str] | None = None,
     resume: bool = True,
     overwrite: bool = False,
     threads: int | None = None,
@@ -227,10 +230,13 @@ def dwq_quantize(
         Stop after so many validations without a new best; by default never.
     checkpoint_every
         Steps between two checkpoints, by default as `validate_every`.
+    plot
+        File to plot loss and KL to, see `plot_dwq`, just before `out` appears.
     resume
         Go on where an interrupted run of the same settings stopped.
     overwrite
-        Replace an existing checkpoint folder `out`, once the new one is complete.
+        Replace an existing checkpoint folder `out`, once the new one is complete, and whatever file `plot`
+        is; otherwise only a plot of bitwright's.
     threads
         Number of threads from now on, in the whole process.
     progress
@@ -317,6 +323,8 @@ def dwq_quantize(
     ranks, work = current(), WorkFolder(out)
     source = teacher_model.checkpoint.source
     writer = CheckpointWriter(out, overwrite, source=source, work=work)
+    beside = PlotBeside(plot, work, overwrite)
+    ranks.on_first(beside.check)
     if given is not None:
         for taken in (work.out, work.path):
             check_apart(taken, given, "targets")
@@ -373,7 +381,8 @@ def dwq_quantize(
 
             def write() -> None:
                 remove_tree(work.path / UNFINISHED)  # of a run that was interrupted here
-                with writer:
+                draw = partial(plot_dwq, report)
+                with completed(out, lambda folder: beside.write(draw)), writer:
                     _write(writer, learner, report)
                     card = model_card(
                         teacher_model.checkpoint,

@@ -1,9 +1,10 @@
 """Dynamic precision: a model within a size, with the bits where they matter."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -12,14 +13,13 @@ from numpy.typing import DTypeLike, NDArray
 
 from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource
-from bitwright.card import add_evaluations, is_made_by_this, made_by, python_call
+from bitwright.card import add_evaluations, made_by, python_call
 from bitwright.checkpoint.fingerprint import model_fingerprint
-from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.replacing import write_json
-from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, as_identity
-from bitwright.checkpoint.writer import check_apart
+from bitwright.checkpoint.replacing import check_new_file
+from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
+from bitwright.checkpoint.writer import check_apart, completed
 from bitwright.distributed import current
-from bitwright.errors import MALFORMED, OutputExistsError, SensitivityError, check_choice
+from bitwright.errors import SensitivityError, check_choice
 from bitwright.evaluate import Evaluation, check_text, evaluate
 from bitwright.formats import FORMATS, Format, FormatName, Precision
 from bitwright.formats.engine_names import fused_groups
@@ -326,6 +326,7 @@ def dynamic_quantize(
     seed: int = 0,
     bos: bool = True,
     grid: Grid | None = None,
+    recipe: str | os.PathLike[str] | None = None,
     evaluate_on: TokenSource | None = None,
     memory: float | None = None,
     overwrite: bool = False,
@@ -352,8 +353,10 @@ def dynamic_quantize(
         How many samples of `data` the estimate takes; by default at most 32.
     calibration, samples, length, seed, bos, grid, memory, overwrite, threads, progress, options
         As for `bitwright.quantize`.
+    recipe
+        JSON file to write the layers' precisions to, just before `out` appears.
     evaluate_on
-        Text or token ids to evaluate the original and the result on.
+        Text or token ids to evaluate the original and the result on, just before `out` appears.
     resume
         Go on where the same call was interrupted. Until its end the sensitivities are kept beside `out`, in
         ``.NAME.sensitivities.work``, whatever the target is then.
@@ -394,6 +397,14 @@ def dynamic_quantize(
     ranks = current()
     if sensitivities is not None and not isinstance(sensitivities, Sensitivities):
         check_apart(Path(os.path.realpath(out)), Path(sensitivities), "sensitivities")
+    if recipe is not None:
+        check_apart(Path(os.path.realpath(out)), Path(recipe), "recipe")
+
+    def check_recipe_file() -> None:
+        if recipe is not None:
+            check_new_file(Path(recipe), Recipe.load, overwrite)
+
+    ranks.on_first(check_recipe_file)
     _check_plan(original, format, high, choices.grid, options)
     known = ranks.on_first(lambda: _known(sensitivities))
     if known is not None:
@@ -416,16 +427,16 @@ def dynamic_quantize(
         "resume": resume,
         **options,
     }
-    with sensitivities_kept(out) as work, made_by(python_call(dynamic_quantize, arguments)):
-        written = _Written(work, Path(out), arguments, model_fingerprint(original.checkpoint))
-        report = None
-        if resume and evaluate_on is not None:
-            report, again = ranks.on_first(written.found)
-            overwrite = overwrite or again
-        if report is None:
-            # All that does not depend on which layer gets what.
-            same = Recipe(dict.fromkeys(original.linear_shapes(), low), target_bpw, target_bpw)
-            check_quantization(model, out, recipe=same, overwrite=overwrite, **making)
+    found: list[Evaluation] = []
+    problem: ValueError | None = None
+    evaluating = 0.0  # seconds
+    with (
+        kept_until_written(WorkFolder(out, SENSITIVITIES)) as work,
+        made_by(python_call(dynamic_quantize, arguments)),
+    ):
+        # All that does not depend on which layer gets what.
+        same = Recipe(dict.fromkeys(original.linear_shapes(), low), target_bpw, target_bpw)
+        check_quantization(model, out, recipe=same, overwrite=overwrite, **making)
         if known is None:
             file = None if isinstance(sensitivities, Sensitivities) else sensitivities
             known = estimate_sensitivities(
@@ -441,7 +452,7 @@ def dynamic_quantize(
                 resume=resume,
                 progress=progress,
             )
-        recipe = choose_precisions(
+        chosen = choose_precisions(
             original,
             known,
             target_bpw,
@@ -451,81 +462,36 @@ def dynamic_quantize(
             scale_dtype=choices.scale_dtype,
             allow_unfused=options.get("allow_unfused", False),
         )
-        if report is None:
+
+        def complete(folder: Path) -> None:
+            nonlocal problem, evaluating
+            start = time.perf_counter()
             if evaluate_on is not None:
-                written.commit(None)
+                try:
+                    before = evaluate(original, evaluate_on, length=length, bos=bos)
+                    after = evaluate(
+                        folder, evaluate_on, reference=original, length=length, bos=bos
+                    )
+                    found.extend((before, after))
+                    add_evaluations(folder, {"original": before, "quantized": after})
+                except ValueError as error:
+                    # What does not depend on it is worth having.
+                    problem = error
+            evaluating = time.perf_counter() - start
+            check_recipe_file()  # hours may have passed
+            if recipe is not None:
+                chosen.save(recipe)
+
+        with completed(out, complete):
             report = quantize(
-                model, out, recipe=recipe, overwrite=overwrite, progress=progress, **making
+                model, out, recipe=chosen, overwrite=overwrite, progress=progress, **making
             )
-        before = after = None
-        if evaluate_on is not None:
-            written.commit(report)
-            before = evaluate(original, evaluate_on, length=length, bos=bos)
-            after = evaluate(out, evaluate_on, reference=original, length=length, bos=bos)
-            rows = {"original": before, "quantized": after}
-            ranks.on_first(lambda: add_evaluations(out, rows))
-    return DynamicReport(recipe, known, report, before, after)
-
-
-@contextmanager
-def sensitivities_kept(out: str | os.PathLike[str]) -> Iterator[WorkFolder]:
-    """Hold a work folder for sensitivities until what follows from them is written."""
-    with WorkFolder(out, SENSITIVITIES) as work:
-        try:
-            yield work
-        except OutputExistsError:
-            work.keep = False  # of a run that was killed at its very end
-            raise
-
-
-class _Written:
-    """What is known of an output that is there already, and is to be evaluated.
-
-    Parameters
-    ----------
-    work
-        Where that is kept.
-    out
-        The output.
-    arguments, model
-        Of the call, and the fingerprint of its model.
-    """
-
-    def __init__(
-        self, work: WorkFolder, out: Path, arguments: Mapping[str, object], model: str
-    ) -> None:
-        self._work = work
-        self._path = work.path / "written.json"
-        self._out = out
-        free = ("memory", "overwrite", "progress", "resume", "threads")
-        given = {name: value for name, value in arguments.items() if name not in free}
-        self._identity = as_identity({**given, "model": model})
-
-    def found(self) -> tuple[QuantizationReport | None, bool]:
-        """Return what an interrupted run of this very call reported of the output that it has written, and
-        whether it has written one without a word of that."""
-        with suppress(*MALFORMED, OSError):
-            content = read_json_object(self._path)
-            if content["identity"] == self._identity:
-                self._work.keep = True
-                if content["inode"] == self._inode():
-                    return QuantizationReport.from_dict(content["report"]), False
-                return None, is_made_by_this(self._out)
-        return None, False
-
-    def _inode(self) -> int:
-        # Of the file: a folder that is a mount point keeps its own.
-        return (self._out / "config.json").stat().st_ino
-
-    def commit(self, report: QuantizationReport | None) -> None:
-        """Remember that the output is about to be written, or is."""
-        content = {
-            "identity": self._identity,
-            "inode": None if report is None else self._inode(),
-            "report": None if report is None else report.as_dict(),
-        }
-        current().on_first(lambda: write_json(self._path, content))
-        self._work.keep = self._work.keep or report is not None
+    found, problem, evaluating = ranks.broadcast((found, problem, evaluating))
+    if problem is not None:
+        raise problem
+    before, after = found or (None, None)
+    report = replace(report, seconds=report.seconds - evaluating)
+    return DynamicReport(chosen, known, report, before, after)
 
 
 def _check_plan(
@@ -543,6 +509,7 @@ def _known(
 ) -> Sensitivities | None:
     if sensitivities is None or isinstance(sensitivities, Sensitivities):
         return sensitivities
+    WorkFolder(sensitivities).forget_finished()
     return Sensitivities.load(sensitivities) if Path(sensitivities).exists() else None
 
 

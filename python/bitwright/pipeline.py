@@ -638,6 +638,9 @@ class Run:
             with nullcontext() if writer is None else writer:
                 self.output = Output(writer, kind, experts, stack_size, model.nested)
                 self._go(journal, state, writer, progress)
+                self.states = self.original = (
+                    None  # there may be more to do before the folder appears
+                )
                 warn_of_small_weights(model.checkpoint.folder, kind, self.output)
                 report = self.output.report(
                     Path(out),

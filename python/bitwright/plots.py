@@ -1,23 +1,24 @@
 """Plots of runs, by matplotlib, which is not needed for anything else."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bitwright.checkpoint.replacing import check_new_file, output_errors
+from bitwright.checkpoint.replacing import check_new_file, replaced
+from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.errors import MissingExtraError, OutputError
 from bitwright.home import expands_home
 from bitwright.report import DwqReport
 from bitwright.sensitivity import Sensitivities, precision_name
 
 MARK = "bitwright.plots"  # by which a plot is known again, in the kinds of files that have a place for it
-_MARKED = {
-    ".png": "Software",
-    ".svg": "Creator",
-    ".pdf": "Creator",
-    ".eps": "Creator",
-    ".ps": "Creator",
+_METADATA: dict[str, dict[str, str | None]] = {
+    "png": {"Software": MARK},
+    "svg": {"Creator": MARK, "Date": None},  # the same plot has the same bytes
+    "pdf": {"Creator": MARK, "CreationDate": None},
+    "eps": {"Creator": MARK},
+    "ps": {"Creator": MARK},
 }
 
 
@@ -106,6 +107,41 @@ def plot_sensitivities(sensitivities: Sensitivities, path: str | os.PathLike[str
     _save(figure, path)
 
 
+class PlotBeside:
+    """A plot that is asked for beside an output, and written just before that appears.
+
+    Parameters
+    ----------
+    path
+        Where it is asked for; None for no plot.
+    work
+        The work folder of the output.
+    overwrite
+        Whether the plot may take the place of any file.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None, work: WorkFolder, overwrite: bool
+    ) -> None:
+        self._path = None if path is None else Path(path)
+        self._name = f"plot{'' if self._path is None else self._path.suffix}"
+        self._work = work
+        self._may_replace = overwrite
+
+    def check(self) -> None:
+        """Raise what `check_plot` does; what an interrupted run has left there may be replaced."""
+        if self._path is not None:
+            self._may_replace |= self._work.has_written(self._name, self._path)
+            check_plot(self._path, self._may_replace)
+
+    def write(self, plot: Callable[[Path], object]) -> None:
+        """Have `plot` write it, unless none is asked for."""
+        if self._path is not None:
+            self.check()  # hours may have passed
+            plot(self._work.path / self._name)
+            self._work.write_beside(self._name, self._path)
+
+
 def require_matplotlib() -> None:
     """Raise MissingExtraError unless plots can be made."""
     try:
@@ -158,6 +194,9 @@ def _figure(height: float = 4.0) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    with output_errors(Path(path)):
-        key = _MARKED.get(Path(path).suffix.lower())
-        figure.savefig(path, metadata=None if key is None else {key: MARK})
+    from matplotlib import rc_context
+
+    place = Path(path)
+    kind = place.suffix[1:].lower()
+    with replaced(place) as partial, rc_context({"svg.hashsalt": MARK}):  # or names are random
+        figure.savefig(partial, format=kind, metadata=_METADATA.get(kind))

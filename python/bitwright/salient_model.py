@@ -27,6 +27,7 @@ def awq_quantize_model(
     overrides: Mapping[str, Mapping[str, int]] | None = None,
     allow_unfused: bool = False,
     overwrite: bool = False,
+    resume: bool = True,
 ) -> QuantizationReport:
     """Quantize all linear layers of a model's blocks to symmetric INT4, protecting the salient weights.
 
@@ -48,6 +49,8 @@ def awq_quantize_model(
         As for `quantize`.
     overwrite
         Replace an existing checkpoint folder.
+    resume
+        Go on where the same call was interrupted.
 
     Returns
     -------
@@ -85,5 +88,6 @@ def awq_quantize_model(
         overrides=overrides,
         allow_unfused=allow_unfused,
         overwrite=overwrite,
+        resume=resume,
         progress=verbose,
     )

@@ -48,6 +48,7 @@ from bitwright.tensor import BITS, Grid
 DEFAULT_SAMPLES = 32
 VERSION = 1
 BATCH = "batch-{}.json"  # in the work folder
+WHOLE = "sensitivities.json"  # there, too: what is moved into place
 
 
 class _Batch(TypedDict):
@@ -177,6 +178,7 @@ def estimate_sensitivities(
     loss: str = "kl",
     grid: Grid = "affine",
     out: str | os.PathLike[str] | WorkFolder | None = None,
+    plot: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     memory: float | None = None,
     resume: bool = True,
@@ -213,8 +215,11 @@ def estimate_sensitivities(
     out
         JSON file to write. Until it is there the batches that are done lie beside it, in ``.NAME.work``. Or
         such a folder by itself, entered, in which they stay.
+    plot
+        File to plot them to, see `plot_sensitivities`, before `out` is there.
     overwrite
-        Replace whatever file `out` is; otherwise only one that holds sensitivities is replaced.
+        Replace whatever files `out` and `plot` are; otherwise only such as hold sensitivities, and plots of
+        bitwright's.
     memory
         Budget in gigabytes (10⁹ bytes); by default three quarters of what is free.
     resume
@@ -249,6 +254,8 @@ def estimate_sensitivities(
     >>> len(found.per_million) == len(bitwright.load_model(demo).linear_shapes())
     True
     """
+    from bitwright.plots import PlotBeside, plot_sensitivities  # which import this
+
     if threads is not None:
         set_num_threads(threads)
     original = model if isinstance(model, Model) else load_model(model)
@@ -275,17 +282,27 @@ def estimate_sensitivities(
     if isinstance(out, WorkFolder):
         return estimate.go(out, resume, progress)
     if out is None:
-        return estimate.go(None, resume, progress)
-    place = Path(out)
+        found = estimate.go(None, resume, progress)
+        if plot is not None:
+            current().on_first(lambda: plot_sensitivities(found, plot))
+        return found
+    place, work = Path(out), WorkFolder(out)
+    beside = PlotBeside(plot, work, overwrite)
 
     def check() -> None:
         check_new_file(place, Sensitivities.load, overwrite)
+        beside.check()
+
+    def write() -> None:
+        check()  # hours may have passed
+        beside.write(lambda path: plot_sensitivities(found, path))
+        found.save(work.path / WHOLE)
+        work.put_file_into_place(WHOLE)
 
     current().on_first(check)
-    with WorkFolder(out) as work:
+    with work:
         found = estimate.go(work, resume, progress)
-        current().on_first(check)  # hours may have passed
-        current().on_first(lambda: found.save(work.out))
+        current().on_first(write)
     return found
 
 

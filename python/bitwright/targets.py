@@ -269,6 +269,8 @@ def write_targets(
                 with replaced(_shard_path(folder, shard)) as partial:
                     write_safetensors(partial, {**arrays, "tokens": shards[shard]}, {})
             ranks.barrier()
+    else:
+        ranks.on_first(WorkFolder(folder).forget_finished)
     if on_progress is not None:
         on_progress(1.0)
     return DwqTargets(folder)

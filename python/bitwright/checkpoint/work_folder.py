@@ -6,8 +6,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +19,19 @@ from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import (
     is_mount_point,
     output_errors,
+    replaced,
     synchronize,
     write_json,
 )
 from bitwright.distributed import current
-from bitwright.errors import CheckpointError, OutputError, ResumeError, malformed_as, shown
+from bitwright.errors import (
+    CheckpointError,
+    OutputError,
+    OutputExistsError,
+    ResumeError,
+    malformed_as,
+    shown,
+)
 from bitwright.warned import warn
 
 LOCK, STATE, REPLACED, LAST = "lock", "state.json", "replaced", "last"
@@ -192,6 +200,33 @@ class WorkFolder:
         remove_tree(aside)
         if aside.exists():
             warn(f"{aside}: what was replaced could not be removed")
+
+    def put_file_into_place(self, name: str) -> None:
+        """Make a file in here the output, in place of what is there, as the last step of a run; see
+        `put_into_place`."""
+        with output_errors(self.out):
+            synchronize(self.path / name)
+            (self.path / LAST).write_text(name)
+            os.replace(self.path / name, self.out)
+            with suppress(OSError):  # some file systems cannot synchronize folders
+                synchronize(self.out.parent)
+
+    def write_beside(self, name: str, place: Path) -> None:
+        """Write a file in here to where it was asked for, before the output is put into its place.
+
+        So a run that is killed between the two still has its last step to do, and one that has done it has
+        written everything. What is in here stays: by it the file is known again, see `has_written`.
+        """
+        content = (self.path / name).read_bytes()
+        with replaced(place) as partial:
+            partial.write_bytes(content)
+
+    def has_written(self, name: str, place: Path) -> bool:
+        """Tell whether a file is what an interrupted run has written beside its output."""
+        kept = self.path / name
+        with suppress(OSError):
+            return kept.is_file() and place.is_file() and kept.read_bytes() == place.read_bytes()
+        return False
 
     def _move_whole(self, folder: Path, aside: Path) -> bool:
         """Move a folder into the place of the output; False, and nothing has changed, if what is there
@@ -369,6 +404,17 @@ class WorkFolder:
         for parent in self._made_parents:
             with suppress(OSError):  # the output is there, or others have put something there
                 parent.rmdir()
+
+
+@contextmanager
+def kept_until_written(work: WorkFolder) -> Iterator[WorkFolder]:
+    """Hold a work folder of what an output is made from until that is written."""
+    with work:
+        try:
+            yield work
+        except OutputExistsError:
+            work.keep = False  # of a run that was killed at its very end
+            raise
 
 
 def work_path(out: Path, part: str = "") -> Path:

@@ -4,8 +4,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -38,6 +39,10 @@ STACK_NAME = "stack.{}"  # in the work folder: of a tensor whose parts are not a
 UNFINISHED = "checkpoint"  # in the work folder: what is moved into place
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".gguf")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What is done with an output before it appears; see `completed`.
+_completing: ContextVar[tuple[Path | None, Callable[[Path], object]]] = ContextVar(
+    "completing", default=(None, lambda folder: None)
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,25 @@ class SafetensorsFiles:
         file.write(_safetensors_header(ordered, metadata))
         for tensor in ordered:
             tensor.copy(data, file)
+
+
+@contextmanager
+def completed(out: str | os.PathLike[str], complete: Callable[[Path], object]) -> Iterator[None]:
+    """Have a checkpoint folder completed before it appears, whoever writes it in this context.
+
+    Parameters
+    ----------
+    out
+        The folder.
+    complete
+        Is called with the place where all that belongs to it lies, on the rank that writes. What it adds
+        there, or writes elsewhere, is there when ``out`` is. An error in it leaves ``out`` as it was.
+    """
+    token = _completing.set((Path(os.path.realpath(out)), complete))
+    try:
+        yield
+    finally:
+        _completing.reset(token)
 
 
 class CheckpointWriter:
@@ -582,6 +606,10 @@ class CheckpointWriter:
             self._flush(folder)
         with output_errors(self._out):
             self._name_shards(folder)
+        out, complete = _completing.get()
+        if out == self._out:
+            complete(folder)
+        with output_errors(self._out):
             for path in (*folder.rglob("*"), folder):
                 synchronize(path)
         # Hours may have passed since the place was looked at.
