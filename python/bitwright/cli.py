@@ -507,7 +507,7 @@ def quantize(
 @_bos
 @click.option("--dry-run", is_flag=True, help="Only write the activations.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
-@_resume
+@_resumable
 @_threads
 def salient(
     model_path: Path,
@@ -521,6 +521,7 @@ def salient(
     dry_run: bool,
     overwrite: bool,
     resume: bool,
+    memory: float | None,
     threads: int | None,
     overrides: tuple[tuple[str, dict[str, int]], ...],
     **options: Any,
@@ -543,6 +544,7 @@ def salient(
             length=length,
             seed=seed,
             bos=bos,
+            memory=memory,
             overwrite=overwrite,
             resume=resume,
         )
@@ -564,12 +566,19 @@ def salient(
                 output_path,
                 method="salient",
                 calibration=tokens,
+                memory=memory,
                 overwrite=overwrite,
                 **{**options, "activation_method": "rms"},
             )
             collect(work)
         report = bitwright.awq_quantize_model(
-            model_path, output_path, activations_path, overwrite=overwrite, resume=resume, **options
+            model_path,
+            output_path,
+            activations_path,
+            memory=memory,
+            overwrite=overwrite,
+            resume=resume,
+            **options,
         )
     print_report(report, Console())
 
@@ -590,7 +599,7 @@ def salient(
 @click.option("--batch-size", type=click.IntRange(1), default=4, help="Samples at a time.")
 @click.option("--loss", type=click.Choice(LOSSES), default="kl", help="Whose gradient is taken.")
 @click.option("--overwrite", is_flag=True, help="Replace files that hold something else.")
-@_resume
+@_resumable
 @click.option("--plot", type=_NewFile(), help="Plot them to this file (.png, .svg, .pdf).")
 @_threads
 def sensitivities(
@@ -799,6 +808,7 @@ def dwq(
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Of the weights in float; by default as they are.",
 )
+@_memory
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
 def convert(source: Path, out: Path, **options: Any) -> None:
     """Store the model SOURCE, a checkpoint folder or GGUF file, in another format."""
@@ -862,9 +872,10 @@ def collect(model: Path, out: Path, calibration: Path, **options: Any) -> None:
 @statistics.command()
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-def merge(parts: tuple[Path, ...], out: Path) -> None:
+@_memory
+def merge(parts: tuple[Path, ...], out: Path, memory: float | None) -> None:
     """Merge the statistics PARTS of one model over different tokens."""
-    click.echo(_described(bitwright.merge_statistics(parts, out)))
+    click.echo(_described(bitwright.merge_statistics(parts, out, memory=memory)))
 
 
 def _described(found: bitwright.Statistics) -> str:

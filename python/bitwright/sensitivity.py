@@ -46,6 +46,7 @@ from bitwright.targets import DEFAULT_K, tokens_fingerprint
 from bitwright.tensor import BITS, Grid
 
 DEFAULT_SAMPLES = 32
+BATCH_SIZE = 4
 VERSION = 1
 BATCH = "batch-{}.json"  # in the work folder
 WHOLE = "sensitivities.json"  # there, too: what is moved into place
@@ -174,7 +175,7 @@ def estimate_sensitivities(
     length: int | None = None,
     seed: int = 0,
     bos: bool = True,
-    batch_size: int = 4,
+    batch_size: int = BATCH_SIZE,
     loss: str = "kl",
     grid: Grid = "affine",
     out: str | os.PathLike[str] | WorkFolder | None = None,
@@ -264,17 +265,7 @@ def estimate_sensitivities(
     check_choice("loss", loss, LOSSES)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    loaded = load_samples(
-        data,
-        tokenizer=original.checkpoint.folder,
-        length=length,
-        samples=samples,
-        seed=seed,
-        vocab_size=original.config.vocab_size,
-        positions=original.positions,
-        bos=bos,
-        most=DEFAULT_SAMPLES,
-    )
+    loaded = _loaded(original, data, samples, length, seed, bos)
     low, high = (low_bits, low_group_size), (high_bits, high_group_size)
     _check_groups(original, (low, high), grid)
     pieces = plan_estimate(original, loaded.tokens, batch_size, memory)
@@ -304,6 +295,43 @@ def estimate_sensitivities(
         found = estimate.go(work, resume, progress)
         current().on_first(write)
     return found
+
+
+def check_estimate(
+    original: Model,
+    data: TokenSource,
+    *,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    bos: bool,
+    memory: float | None,
+) -> None:
+    """Raise CalibrationError or MemoryBudgetError where there can be no estimate, see
+    `estimate_sensitivities`."""
+    tokens = _loaded(original, data, samples, length, seed, bos).tokens
+    plan_estimate(original, tokens, BATCH_SIZE, memory)
+
+
+def _loaded(
+    model: Model,
+    data: TokenSource,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    bos: bool,
+) -> Samples:
+    return load_samples(
+        data,
+        tokenizer=model.checkpoint.folder,
+        length=length,
+        samples=samples,
+        seed=seed,
+        vocab_size=model.config.vocab_size,
+        positions=model.positions,
+        bos=bos,
+        most=DEFAULT_SAMPLES,
+    )
 
 
 def _check_groups(model: Model, precisions: tuple[tuple[int, int | None], ...], grid: Grid) -> None:
