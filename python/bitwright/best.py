@@ -138,7 +138,7 @@ def quantize_best(
         }
         plans: list[Callable[[], object]] = [
             lambda: check_quantization(model, out, recipe=recipe, **limits, **making),
-            lambda: check_training(original, calibration, length, seed, bos),
+            lambda: check_training(original, calibration, length, seed, bos, memory),
         ]
         if chooses:
             plans.append(lambda: check_estimate(original, calibration, samples=None, **estimated))
@@ -200,6 +200,7 @@ def quantize_best(
             seed=seed,
             bos=bos,
             learning_rate=LEARNING_RATE,
+            memory=memory,
             overwrite=overwrite,
             resume=resume,
             progress=progress,

@@ -745,7 +745,7 @@ def dwq(
     making = ("method", "format", "candidates", "calibration", "samples", "bits", "group_size")
     context = click.get_current_context()
     if student is not None:
-        for name in (*making, "target_bpw", "memory"):
+        for name in (*making, "target_bpw"):
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 option = name.replace("_", "-")
                 raise click.UsageError(f"--{option} says how to make a student, but one is given")
