@@ -782,7 +782,14 @@ def dwq(
         **shared,
     }
     report = bitwright.dwq_quantize(
-        teacher, student or make, out, data, made_with=made_with, plot=plot, **options
+        teacher,
+        student or make,
+        out,
+        data,
+        made_with=made_with,
+        plot=plot,
+        memory=memory,
+        **options,
     )
     print_dwq_report(report, Console())
 

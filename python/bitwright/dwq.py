@@ -330,7 +330,7 @@ def dwq_quantize(
         validate_every=validate_every or max(1, steps // VALIDATIONS),
         patience=patience,
     )
-    plan_training(teacher_model, *rows.shape, batch_size, memory)
+    plan_training(teacher_model, len(rows), rows.shape[1], batch_size, memory)
     given = None if targets is None else Path(targets)
     k = _token_count(teacher_model, k, given)
     ranks, work = current(), WorkFolder(out)
@@ -769,7 +769,7 @@ def check_training(
     if the budget is too small for that."""
     rows = _load(data, None, teacher, length, bos).tokens
     _plan(rows, None, None, None, 1, seed)
-    plan_training(teacher, *rows.shape, BATCH_SIZE, memory)
+    plan_training(teacher, len(rows), rows.shape[1], BATCH_SIZE, memory)
 
 
 def plan_training(

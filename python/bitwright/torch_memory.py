@@ -12,10 +12,8 @@ from bitwright.planner import REFINED_ROWS
 from bitwright.torch_model import CHUNK_TOKENS, TorchModel
 
 Shape = tuple[int, int]
-SCORES = (
-    4  # arrays of attention's scores that exist at one time: masked, in float32, and as weights
-)
-ACTIVATED = 3  # of what a block computes: as it is, and changed by activations and norms
+SCORES = 3  # arrays of attention's scores that exist at one time
+ACTIVATED = 2  # of what a block computes: as it is, and changed by activations and norms
 SOLVED_COPIES = 3  # of a matrix that is being solved, beside the codes
 
 
@@ -40,8 +38,7 @@ def needed_bytes(
     width = max(model.checkpoint.dtype(name).itemsize for name in model.checkpoint.names())
     compared = (width + 4 + 1) * max(each.numel() for each in parameters)
     _, blocks = model.find_blocks()
-    solving = max(_block_bytes(block, options, tokens) for block in blocks)
-    calibrating = 0
+    observing = hidden_states = 0
     if tokens is not None:
         text = model.module.config.get_text_config()
         rows = min(tokens.size, max(1, CHUNK_TOKENS // tokens.shape[1]) * tokens.shape[1])
@@ -49,12 +46,16 @@ def needed_bytes(
         hidden = int(text.hidden_size)
         scores = SCORES * heads * rows * tokens.shape[1]
         inner = max(sum(out for out, _ in map(_flat, _matrices(block))) for block in blocks)
-        calibrating = 4 * (tokens.size * hidden + scores + ACTIVATED * rows * inner)
-    return int(weights + max(files, compared, calibrating + solving))
+        hidden_states = 4 * tokens.size * hidden
+        observing = 4 * (scores + ACTIVATED * rows * inner)
+    solving = max(_block_bytes(block, options, tokens, observing) for block in blocks)
+    return int(weights + max(files, compared, hidden_states + solving))
 
 
-def _block_bytes(block: Any, options: MethodOptions, tokens: NDArray[np.int32] | None) -> int:
-    """Return what statistics and solving take for a block."""
+def _block_bytes(
+    block: Any, options: MethodOptions, tokens: NDArray[np.int32] | None, observing: int
+) -> int:
+    """Return what the statistics of a block take, with what gathers them or what solving works on."""
     inputs = list(_inputs(block))
     shapes = [_flat(each) for each in _matrices(block)]
     largest = max(math.prod(shape) for shape in shapes)
@@ -62,12 +63,11 @@ def _block_bytes(block: Any, options: MethodOptions, tokens: NDArray[np.int32] |
     if tokens is None:
         return work
     widest = max(inputs)
-    factors = 2 if "gptq" in options.method else 1
-    work += 4 * factors * widest**2 + (12 * REFINED_ROWS * widest if options.refine else 0)
+    work += 4 * widest**2 + (12 * REFINED_ROWS * widest if options.refine else 0)
     held = 4 * sum(width**2 for width in inputs)
     if options.method in SCALED_METHODS:  # the weights as they were, and both forms that are judged
         held += (4 + 2) * sum(map(math.prod, map(tuple, _matrices(block))))
-    return held + work
+    return held + max(observing, work)
 
 
 def _matrices(block: Any) -> Iterator[tuple[int, ...]]:
