@@ -14,9 +14,11 @@ KEPT_STATES = 2  # of every block, where a backward pass begins
 
 
 def logits_bytes(model: Model, rows: int, copies: int) -> int:
-    """Return what so many copies take of the logits that exist at one time."""
+    """Return what so many copies take of the logits that exist at one time, with what is left of those
+    before them."""
     row = 4 * model.config.vocab_size
-    return copies * row * min(rows, logit_rows(row, HEAD_BYTES))
+    at_once = logit_rows(row, HEAD_BYTES)
+    return (copies + (rows > at_once)) * row * min(rows, at_once)
 
 
 def linears_of(layout: BlockLayout, stages: Iterable[Stage]) -> list[int]:

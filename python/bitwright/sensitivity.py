@@ -385,8 +385,7 @@ def plan_estimate(
     batch = min(batch_size, len(tokens))
     rope = Rotation(length, {})
     at_once = logit_rows(4 * model.config.vocab_size, HEAD_BYTES)
-    steps = (rope.chunk_rows, rope.tape_rows, at_once)
-    step = math.lcm(length, *(rows for rows in steps if rows < batch * length)) // length
+    step = math.lcm(length, rope.chunk_rows, rope.tape_rows, at_once) // length
     every = max(len(layout.linears) for layout in model.layouts)
     # From what is fastest to what takes least.
     choices = [(batch, every)]
@@ -406,7 +405,7 @@ def _piece_bytes(model: Model, length: int, samples: int, differences: int) -> i
     head = 4 * config.vocab_size * config.hidden_size
     kept = KEPT_STATES * config.num_hidden_layers
     # Both models' last states, before their norm and with their gradient.
-    peaks = [2 * head + logits_bytes(model, rows, 3) + (kept + 4) * states]
+    peaks = [2 * head + logits_bytes(model, rows, 2) + (kept + 4) * states]
     for index, layout in enumerate(model.layouts):
         read: list[int] = []
         for stages in reversed(model.block(index).sub_blocks):
