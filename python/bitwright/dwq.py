@@ -785,7 +785,7 @@ def plan_training(
     peaks = [(kept + 4) * states + logits_bytes(model, rows, 2)]
     for index in range(config.num_hidden_layers):
         read: list[int] = []
-        for stages in reversed(model.block(index).sub_blocks):
+        for stages in reversed(model.layouts[index].sub_blocks):
             read += linears_of(model.layouts[index], stages)
             tape = tape_bytes(model, index, stages, length, rows)
             peaks.append((KEPT_STATES * (index + 1) + 1) * states + 4 * sum(read) + tape)

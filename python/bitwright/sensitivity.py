@@ -408,7 +408,7 @@ def _piece_bytes(model: Model, length: int, samples: int, differences: int) -> i
     peaks = [2 * head + logits_bytes(model, rows, 2) + (kept + 4) * states]
     for index, layout in enumerate(model.layouts):
         read: list[int] = []
-        for stages in reversed(model.block(index).sub_blocks):
+        for stages in reversed(model.layouts[index].sub_blocks):
             own = linears_of(layout, stages)
             read += own
             known = 4 * sum(sorted(read)[-differences:])
