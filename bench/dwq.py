@@ -254,7 +254,7 @@ def run_measure(options: argparse.Namespace) -> None:
     targets = TopTokens(batch["ids"], batch["log_probabilities"], batch["rest"])
     model = bitwright.load_model(options.folder / STUDENT)
     student = Student(model)
-    network, adam = Network(model, student.weight), Adam(student.parameters)
+    network, adam = Network(model, student.weight, rows=student.rows), Adam(student.parameters)
     loss = DistillationLoss(targets.rows, next_tokens(ids), factor=1 / ids.size)
     loaded = peak_memory_bytes()
     forward, step, losses = [], [], []

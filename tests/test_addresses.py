@@ -4,206 +4,16 @@ Eigen computes what lies before the first aligned address one by one, in another
 roundings than whole registers: every kernel is called on buffers at several distances from an aligned
 address, and everything that it returns or writes is compared bit by bit."""
 
-import inspect
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-
-from bitwright import _kernels
+from kernel_cases import CASES, NAMES, bits, kernels_of_arrays
 
 CPP = Path(__file__).parents[1] / "cpp"
 OFFSETS = (0, 4, 8, 16, 32, 48)
-RNG = np.random.default_rng(0)
-ROWS, WIDTH, OUT = 37, 128, 70  # rows end inside a tile; widths of 67 end inside a register
-FLOATS = (np.float32, np.float64)
-
-
-def normal(*shape: int, dtype: Any = np.float32) -> NDArray[Any]:
-    return RNG.standard_normal(shape).astype(dtype)
-
-
-def gram_of(size: int) -> NDArray[Any]:
-    states = normal(3 * size, size)
-    return (states.T @ states / len(states)).astype(np.float32)
-
-
-def empty(*shape: int, dtype: Any = np.float32) -> NDArray[Any]:
-    return np.full(shape, 7, dtype)
-
-
-def linalg_cases() -> list[tuple[str, tuple[Any, ...]]]:
-    gram = gram_of(WIDTH)
-    factor = np.linalg.cholesky(gram).astype(np.float32)
-    order = RNG.permutation(WIDTH).astype(np.int32)
-    return [
-        ("accumulate_gram", (normal(ROWS, 67), empty(67, 67))),
-        ("mirror_lower", (normal(67, 67),)),
-        ("inverse_factor", (gram, order, 0.01)),
-        ("cholesky_factor", (gram,)),
-        ("cholesky_solve", (factor, normal(ROWS, WIDTH))),
-        ("row_quadratic_forms", (normal(ROWS, WIDTH), gram)),
-        ("row_quadratic_forms", (normal(ROWS, 67), gram_of(67))),
-    ]
-
-
-def quantizing_cases() -> list[tuple[str, tuple[Any, ...]]]:
-    weight, gram = normal(ROWS, WIDTH), gram_of(WIDTH)
-    importance = np.abs(normal(WIDTH))
-    order = np.arange(WIDTH, dtype=np.int32)
-    upper = _kernels.inverse_factor(gram, order, 0.01)
-    cases: list[tuple[str, tuple[Any, ...]]] = []
-    for grid in ("affine", "zero_point", "symmetric"):
-        rule = (4, 32, grid, "float16")
-        found = _kernels.quantize_rtn(weight, importance, *rule, True)
-        cases += [
-            ("quantize_rtn", (weight, importance, *rule, True)),
-            ("quantize_rtn", (weight.astype(np.float16), importance, *rule, False)),
-            ("quantize_gptq", (weight, upper, order, importance, *rule, True, 32, True)),
-            ("quantize_gptq", (weight, upper, order, importance, *rule, False, 64, False)),
-            ("quantize_clipped", (weight, gram, *rule, 5, 0.5)),
-            ("refine", (weight, gram, *found, *rule, 2)),
-            ("encode", (weight, found[1], found[2], *rule[:3])),
-            ("range_grids", (weight.min(1), weight.max(1), 4, grid, "float16")),
-            (
-                "scaled_rounding_change",
-                (weight, importance + 1, importance, *rule, True, empty(ROWS, WIDTH)),
-            ),
-        ]
-    codes = RNG.integers(0, 16, (ROWS, WIDTH)).astype(np.uint8)
-    scales, offsets = normal(ROWS, 4), normal(ROWS, 4)
-    groups = RNG.permutation(np.arange(WIDTH) % 4).astype(np.int32)
-    return [
-        *cases,
-        ("dequantize", (codes, scales, None, offsets, None, empty(ROWS, WIDTH))),
-        ("dequantize", (codes, scales, offsets, None, groups, empty(ROWS, WIDTH))),
-        ("pack", (codes, 4)),
-        ("unpack", (_kernels.pack(codes, 4), 4)),
-    ]
-
-
-def forward_cases(dtype: Any) -> list[tuple[str, tuple[Any, ...]]]:
-    def floats(*shape: int) -> NDArray[Any]:
-        return normal(*shape, dtype=dtype)
-
-    def out(*shape: int) -> NDArray[Any]:
-        return empty(*shape, dtype=dtype)
-
-    states, gain = floats(ROWS, 67), floats(67)
-    angles = RNG.uniform(0, 9, (ROWS, 5))
-    turns = (np.cos(angles).astype(dtype), np.sin(angles).astype(dtype))
-    cases = [
-        ("linear", (states, floats(OUT, 67), floats(OUT), out(ROWS, OUT), False)),
-        ("linear", (states, floats(OUT, 67), None, out(ROWS, OUT), True)),
-        ("linear", (states[:1], floats(3, 67), None, out(1, 3), False)),
-        ("linear", (floats(3, 5), floats(7, 5), None, out(3, 7), False)),
-        ("rms_norm", (states, gain, 1e-6, out(ROWS, 67))),
-        ("layer_norm", (states, gain, floats(67), 1e-6, out(ROWS, 67))),
-        ("rotate", (floats(ROWS, 66), *turns, 3, 1, True, False)),
-        ("rotate", (floats(ROWS, 66), *turns, 3, 0, False, True)),
-        ("cap_logits", (states, 1.3, 5.0)),
-        ("cap_logits", (states, 1.3, 0.0)),
-        (
-            "top_tokens",
-            (states, 1.1, empty(ROWS, 9, dtype=np.int32), out(ROWS, 9), out(ROWS)),
-        ),
-    ]
-    for length, heads, key_heads, width in ((ROWS, 4, 2, 20), (ROWS, 1, 1, 3)):
-        for window, softcap in ((0, 0.0), (9, 3.0)):
-            shape = (length, heads, key_heads, 0.3)
-            cases.append(
-                (
-                    "attention",
-                    (
-                        floats(ROWS, heads * width),
-                        *(floats(ROWS, key_heads * width) for _ in range(2)),
-                        *(*shape, out(ROWS, heads * width), window, softcap),
-                    ),
-                )
-            )
-    for name in ("silu", "gelu_pytorch_tanh", "gelu", "relu"):
-        cases += [
-            ("activate", (states, name)),
-            ("activate_multiply", (states, floats(ROWS, 67), name)),
-        ]
-    if dtype is np.float32:
-        targets = RNG.integers(0, 67, ROWS).astype(np.int32)
-        cases += [
-            ("cross_entropy", (states, targets)),
-            ("kl_divergence", (states, floats(ROWS, 67))),
-        ]
-    return cases
-
-
-def backward_cases(dtype: Any) -> list[tuple[str, tuple[Any, ...]]]:
-    def floats(*shape: int) -> NDArray[Any]:
-        return normal(*shape, dtype=dtype)
-
-    def out(*shape: int) -> NDArray[Any]:
-        return empty(*shape, dtype=dtype)
-
-    states, gain, above = floats(ROWS, 67), floats(67), floats(ROWS, 67)
-    many = floats(600, 67)
-    codes = RNG.integers(0, 16, (OUT, 66)).astype(np.uint8)
-    groups = np.repeat(np.arange(3), 22).astype(np.int32)
-    cases = [
-        ("linear_backward_input", (floats(ROWS, OUT), floats(OUT, 67), out(ROWS, 67), True)),
-        ("linear_backward_weight", (floats(ROWS, OUT), states, out(OUT, 67))),
-        (
-            "linear_backward_groups",
-            (floats(ROWS, OUT), floats(ROWS, 66), codes, groups, out(OUT, 3), out(OUT, 3)),
-        ),
-        ("rms_norm_backward", (states, gain, 1e-6, above, out(ROWS, 67), out(67))),
-        ("rms_norm_backward", (many, gain, 1e-6, floats(600, 67), out(600, 67), out(67))),
-        ("layer_norm_backward", (states, gain, 1e-6, above, out(ROWS, 67), out(67))),
-        ("layer_norm_backward", (many, gain, 1e-6, floats(600, 67), out(600, 67), None)),
-        ("cap_logits_backward", (5 * np.tanh(states), 1.3, 5.0, above)),
-        ("cap_logits_backward", (states, 1.3, 0.0, above)),
-    ]
-    for length, heads, key_heads, width in ((ROWS, 4, 2, 20), (ROWS, 1, 1, 3)):
-        for window, softcap in ((0, 0.0), (9, 3.0)):
-            wide, narrow = (ROWS, heads * width), (ROWS, key_heads * width)
-            cases.append(
-                (
-                    "attention_backward",
-                    (
-                        *(floats(*wide), floats(*narrow), floats(*narrow)),
-                        *(length, heads, key_heads, 0.3),
-                        *(floats(*wide), out(*wide), out(*narrow), out(*narrow)),
-                        *(window, softcap),
-                    ),
-                )
-            )
-    for name in ("silu", "gelu_pytorch_tanh", "gelu", "relu"):
-        cases += [
-            ("activate_backward", (states, name, above)),
-            ("activate_multiply_backward", (states, floats(ROWS, 67), name, above, out(ROWS, 67))),
-        ]
-    for loss in ("kl", "reverse_kl", "js", "cross_entropy", "logits_mse"):
-        for count in (9, 67):
-            ids, known = empty(ROWS, count, dtype=np.int32), out(ROWS, count)
-            rest = out(ROWS)
-            _kernels.top_tokens(floats(ROWS, 67), 1.0, ids, known, rest)
-            following = RNG.integers(0, 67, ROWS).astype(np.int32)
-            for gradient in (out(ROWS, 67), None):
-                cases.append(
-                    (
-                        "distillation_loss",
-                        (states, ids, known, rest, following, loss, 1.1, 0.7, gradient),
-                    )
-                )
-    return cases
-
-
-CASES = [
-    *linalg_cases(),
-    *quantizing_cases(),
-    *(case for dtype in FLOATS for case in (*forward_cases(dtype), *backward_cases(dtype))),
-]
 
 
 def at_offset(value: Any, offset: int) -> Any:
@@ -218,36 +28,18 @@ def at_offset(value: Any, offset: int) -> Any:
     return copy
 
 
-def outcome(name: str, arguments: tuple[Any, ...], offset: int) -> list[Any]:
-    """Return the bits of all that a kernel returns, and of its arguments afterwards."""
-    moved = [at_offset(value, offset) for value in arguments]
-    returned = getattr(_kernels, name)(*moved)
-    found = [*moved, *(returned if isinstance(returned, list | tuple) else [returned])]
-    flat = [each for value in found for each in (value if isinstance(value, tuple) else [value])]
-    return [value.tobytes() if isinstance(value, np.ndarray) else value for value in flat]
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"), CASES, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CASES)]
-)
+@pytest.mark.parametrize(("name", "arguments"), CASES, ids=NAMES)
 def test_bits_do_not_depend_on_addresses(name: str, arguments: tuple[Any, ...]) -> None:
-    wanted = outcome(name, arguments, 0)
-    for offset in OFFSETS[1:]:
-        assert outcome(name, arguments, offset) == wanted, f"{name} at {offset} bytes"
+    found = [
+        bits(name, tuple(at_offset(value, offset) for value in arguments)) for offset in OFFSETS
+    ]
+    for offset, other in zip(OFFSETS, found, strict=True):
+        assert other == found[0], f"{name} at {offset} bytes"
 
 
 def test_every_kernel_is_called() -> None:
-    """A kernel that takes arrays and is in no case above would not be compared."""
-
-    def takes_arrays(function: Callable[..., Any]) -> bool:
-        return "object" in str(inspect.getdoc(function)).partition("\n")[0]
-
-    there = {
-        name
-        for name, value in vars(_kernels).items()
-        if callable(value) and takes_arrays(value) and not name.startswith("_")
-    }
-    assert there == {name for name, _ in CASES}
+    """A kernel that takes arrays and is in no case would not be compared."""
+    assert kernels_of_arrays() == {name for name, _ in CASES}
 
 
 def test_sums_are_taken_in_one_place() -> None:
@@ -261,3 +53,15 @@ def test_sums_are_taken_in_one_place() -> None:
         if sums.search(line.split("//")[0])
     ]
     assert not found, "\n".join(found)
+
+
+def test_products_are_taken_in_one_place() -> None:
+    """A product outside of parallel_for would be one of BLAS's own threads: see linalg/product.hpp."""
+    products = re.compile(r"noalias\(\)|rankUpdate")
+    found = {
+        str(path.relative_to(CPP))
+        for path in sorted(CPP.rglob("*.[ch]pp"))
+        if any(products.search(line.split("//")[0]) for line in path.read_text().splitlines())
+    }
+    # Attention and the fit of grids have their own pieces, each on one thread.
+    assert found == {"linalg/product.hpp", "nn/attention.cpp", "quant/refine.cpp"}

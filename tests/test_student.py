@@ -189,6 +189,6 @@ def test_network_of_a_quantized_model_is_the_model(tmp_path: Path) -> None:
     model = bitwright.load_model(tmp_path / "q")
     ids = np.arange(24, dtype=np.int32).reshape(2, 12)
     states = Network(model, Student(model).weight).final_states(ids)
-    logits = model.head_logits(states, model.head())
+    logits = model.head_logits(states, model.rows(model.head_name))
     np.testing.assert_array_equal(logits.reshape(2, 12, -1), model.logits(ids))
     assert _kernels.num_threads() >= 1

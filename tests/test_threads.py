@@ -4,9 +4,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import pytest
+from kernel_cases import CASES, NAMES, bits
 from numpy.typing import NDArray
 
 import bitwright
@@ -90,14 +93,14 @@ def test_numbers_of_threads_out_of_range_are_refused(threads: int) -> None:
     assert bitwright.build_info().threads == before
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_results_do_not_depend_on_the_number_of_threads(kernel: Callable[[], Float32]) -> None:
-    results = []
-    for threads in (1, 2, 5):
+@pytest.mark.parametrize(("name", "arguments"), CASES, ids=NAMES)
+def test_bits_do_not_depend_on_the_number_of_threads(name: str, arguments: tuple[Any, ...]) -> None:
+    wanted: list[Any] = []
+    for threads in (1, 2, 3, 5, 8):
         _kernels.set_num_threads(threads)
-        results.append(kernel())
-    for result in results[1:]:
-        assert_close(result, results[0])
+        found = bits(name, tuple(deepcopy(arguments)))
+        wanted = wanted or found
+        assert found == wanted, f"{name} on {threads} threads"
 
 
 def test_python_threads_do_not_disturb_each_other() -> None:
@@ -123,7 +126,7 @@ def test_python_threads_do_not_disturb_each_other() -> None:
     for results, result in zip(found, wanted, strict=True):
         assert len(results) == REPEATS
         for other in results:
-            assert_close(other, result)
+            np.testing.assert_array_equal(other, result)
 
 
 def test_other_python_threads_run_during_a_kernel() -> None:

@@ -14,6 +14,20 @@ void require_positive(Index value, const char* name) {
                               std::to_string(value));
 }
 
+// Calls body with a map over a weight: in the scalar of the states, or for float in 16 bits.
+template <typename Scalar, typename Body>
+void with_stored(const py::object& weight, const char* name, Index rows, Index columns,
+                 const Body& body) {
+    if constexpr (std::is_same_v<Scalar, float>) {
+        const py::array array = contiguous(weight, name, 2);
+        if (!has_dtype<float>(array) && has_dtype<Eigen::bfloat16>(array))
+            return body(matrix<Eigen::bfloat16>(weight, name, rows, columns));
+        if (!has_dtype<float>(array) && has_dtype<Eigen::half>(array))
+            return body(matrix<Eigen::half>(weight, name, rows, columns));
+    }
+    body(matrix<Scalar>(weight, name, rows, columns));
+}
+
 Activation activation_named(const std::string& name) {
     if (name == "silu") return Activation::silu;
     if (name == "gelu_pytorch_tanh") return Activation::gelu_tanh;
@@ -30,11 +44,12 @@ void bind_linear(py::module_& module) {
            const py::object& out, bool accumulate) {
             with_floats(input, [&]<typename Scalar>(Scalar) {
                 const auto x = matrix<Scalar>(input, "input");
-                const auto w = matrix<Scalar>(weight, "weight", -1, x.cols());
-                const Scalar* b = optional_vector<Scalar>(bias, "bias", w.rows());
-                auto y = writable_matrix<Scalar>(out, "out", x.rows(), w.rows());
-                const py::gil_scoped_release release;
-                linear(x, w, b, accumulate, y);
+                with_stored<Scalar>(weight, "weight", -1, x.cols(), [&](auto w) {
+                    const Scalar* b = optional_vector<Scalar>(bias, "bias", w.rows());
+                    auto y = writable_matrix<Scalar>(out, "out", x.rows(), w.rows());
+                    const py::gil_scoped_release release;
+                    linear(x, w, b, accumulate, y);
+                });
             });
         },
         py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("out"),
@@ -45,10 +60,11 @@ void bind_linear(py::module_& module) {
            bool accumulate) {
             with_floats(gradient, [&]<typename Scalar>(Scalar) {
                 const auto g = matrix<Scalar>(gradient, "gradient");
-                const auto w = matrix<Scalar>(weight, "weight", g.cols());
-                auto x = writable_matrix<Scalar>(out, "out", g.rows(), w.cols());
-                const py::gil_scoped_release release;
-                linear_backward_input(g, w, accumulate, x);
+                with_stored<Scalar>(weight, "weight", g.cols(), -1, [&](auto w) {
+                    auto x = writable_matrix<Scalar>(out, "out", g.rows(), w.cols());
+                    const py::gil_scoped_release release;
+                    linear_backward_input(g, w, accumulate, x);
+                });
             });
         },
         py::arg("gradient"), py::arg("weight"), py::arg("out"), py::arg("accumulate"));

@@ -7,7 +7,7 @@
 
 PYBIND11_MODULE(BITWRIGHT_MODULE, module) {
     module.attr("instruction_set") = BITWRIGHT_INSTRUCTION_SET;
-    bitwright::num_threads();  // installs the thread pool before the first BLAS call
+    bitwright::num_threads();  // before the first call of BLAS
     bitwright::bind_linalg(module);
     bitwright::bind_quant(module);
     bitwright::bind_nn(module);

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 
-#include "linalg/threads.hpp"
+#include "linalg/product.hpp"
 
 namespace bitwright {
 
 void accumulate_gram(ConstMatrixView<float> activations, MatrixView<float> gram) {
-    gram.selfadjointView<Eigen::Lower>().rankUpdate(activations.transpose());
+    add_lower_product(gram, activations.transpose());
 }
 
 void mirror_lower(MatrixView<float> matrix) {

@@ -2,13 +2,8 @@
 
 #include <algorithm>
 
+#include "linalg/cholesky.hpp"
 #include "linalg/threads.hpp"
-
-extern "C" {  // LAPACK, column-major; CMake maps the names where the library prefixes them
-void spotrf_(const char* triangle, const int* size, float* matrix, const int* stride, int* info);
-void strtri_(const char* triangle, const char* diagonal, const int* size, float* matrix,
-             const int* stride, int* info);
-}
 
 namespace bitwright {
 
@@ -29,12 +24,8 @@ bool inverse_factor(ConstMatrixView<float> gram, ConstVectorView<std::int32_t> o
             reversed[i] += reversed[i] == 0.0f ? 1.0f : damping;
         }
     });
-    // LAPACK's upper triangle is the lower one of a row-major matrix.
-    const int n = static_cast<int>(size);
-    int info = 0;
-    spotrf_("U", &n, upper.data(), &n, &info);
-    if (info == 0) strtri_("U", "N", &n, upper.data(), &n, &info);
-    if (info != 0) return false;
+    if (!cholesky_factor(upper)) return false;
+    invert_lower(upper);
     std::reverse(upper.data(), upper.data() + upper.size());
     return upper.diagonal().allFinite();
 }

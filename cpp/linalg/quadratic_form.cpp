@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "linalg/product.hpp"
 #include "linalg/sum.hpp"
-#include "linalg/threads.hpp"
 
 namespace bitwright {
 
@@ -20,10 +20,10 @@ void row_quadratic_forms(ConstMatrixView<float> change, ConstMatrixView<float> g
     for (Index first = 0; first < size; first += panel) {
         const Index width = std::min(panel, size - first), last = first + width;
         auto part = product.leftCols(width);
-        part.noalias() = change.middleCols(first, width) * gram.block(first, first, width, width);
+        set_product(part, change.middleCols(first, width), gram.block(first, first, width, width));
         if (last < size)
-            part.noalias() +=
-                2.0f * change.rightCols(size - last) * gram.block(last, first, size - last, width);
+            add_product(part, change.rightCols(size - last),
+                        gram.block(last, first, size - last, width), 2.0f);
         parallel_for(rows, 16, [&](Index begin, Index end) {
             for (Index row = begin; row < end; ++row)
                 forms[row] += dot(part.row(row), change.row(row).segment(first, width));

@@ -14,10 +14,6 @@
 
 #ifdef BITWRIGHT_SCIPY_OPENBLAS
 extern "C" {
-using openblas_job = void (*)(int thread, void* data, int extra);
-using openblas_runner = void (*)(int wait, openblas_job job, int jobs, size_t size, void* data,
-                                 int extra);
-void scipy_openblas_set_threads_callback_function(openblas_runner runner);
 void scipy_openblas_set_num_threads(int threads);
 char* scipy_openblas_get_config();
 }
@@ -46,8 +42,7 @@ void relax(int spin, int spins) {
     std::this_thread::yield();
 }
 
-// Workers 1 .. size-1; the caller of run() is worker 0. All jobs of a run are truly concurrent,
-// which OpenBLAS relies on: its jobs wait for each other.
+// Workers 1 .. size-1; the caller of run() is worker 0.
 class Pool {
   public:
     // Of more threads than processors, one that spins keeps another from its work.
@@ -115,16 +110,13 @@ class Pool {
 
 // Behind pointers, since a child process may find them locked by a thread that it does not have.
 std::mutex* settings_mutex = new std::mutex;
-std::mutex* blas_mutex = new std::mutex;
 std::atomic<int> thread_count{0};
-int serial_blas_depth = 0;
 Pool* pool = nullptr;  // never destroyed at exit: its threads may be inside the operating system
 
 // Threads do not survive fork(): the next call makes new ones.
 void start_afresh_in_child() {
     pool = nullptr;
     settings_mutex = new std::mutex;
-    blas_mutex = new std::mutex;
 }
 
 // The pool if nobody else is using it, made to the current size first; null while it is busy.
@@ -143,37 +135,6 @@ Pool* acquire_pool() {
     return pool;
 }
 
-#ifdef BITWRIGHT_SCIPY_OPENBLAS
-void run_blas_jobs(int /*wait*/, openblas_job job, int jobs, size_t size, void* data, int extra) {
-    // OpenBLAS gives thread i of every call the same buffer: one call at a time.
-    std::lock_guard lock(*blas_mutex);
-    const auto one = [&](int thread) {
-        job(thread, static_cast<char*>(data) + static_cast<size_t>(thread) * size, extra);
-    };
-    Pool* mine = acquire_pool();
-    if (mine && jobs <= mine->size()) {
-        mine->run(jobs, one);
-        mine->release();
-        return;
-    }
-    if (mine) mine->release();
-    // Two Python threads in BLAS at once, or a thread count that was lowered meanwhile: rare, so
-    // the cost of fresh threads does not matter; running the jobs one after another would deadlock.
-    std::vector<std::thread> threads;
-    for (int thread = 1; thread < jobs; ++thread) threads.emplace_back(one, thread);
-    one(0);
-    for (auto& thread : threads) thread.join();
-}
-#endif
-
-void set_blas_threads(int threads) {
-#ifdef BITWRIGHT_SCIPY_OPENBLAS
-    scipy_openblas_set_num_threads(threads);
-#else
-    (void)threads;
-#endif
-}
-
 }  // namespace
 
 int num_threads() {
@@ -182,9 +143,8 @@ int num_threads() {
         pthread_atfork(nullptr, nullptr, start_afresh_in_child);
         thread_count = std::clamp(available_processors(), 1, 64);
 #ifdef BITWRIGHT_SCIPY_OPENBLAS
-        scipy_openblas_set_threads_callback_function(run_blas_jobs);
+        scipy_openblas_set_num_threads(1);  // products are shared out in linalg/product.hpp
 #endif
-        set_blas_threads(thread_count);
     });
     return thread_count;
 }
@@ -193,7 +153,6 @@ void set_num_threads(int threads) {
     num_threads();
     std::lock_guard lock(*settings_mutex);
     thread_count = threads;
-    if (serial_blas_depth == 0) set_blas_threads(threads);
 }
 
 void parallel_for(Index count, Index grain, const std::function<void(Index, Index)>& body) {
@@ -217,17 +176,6 @@ void parallel_for(Index count, Index grain, const std::function<void(Index, Inde
     });
     mine->release();
     if (failure) std::rethrow_exception(failure);
-}
-
-SerialBlas::SerialBlas() {
-    num_threads();
-    std::lock_guard lock(*settings_mutex);
-    if (serial_blas_depth++ == 0) set_blas_threads(1);
-}
-
-SerialBlas::~SerialBlas() {
-    std::lock_guard lock(*settings_mutex);
-    if (--serial_blas_depth == 0) set_blas_threads(thread_count);
 }
 
 const char* blas_name() {

@@ -78,7 +78,6 @@ void attention(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
     const Index length = rule.length, heads = rule.heads;
     const Index width = query.cols() / heads, value_width = value.cols() / rule.key_heads;
     const Index batch = query.rows() / length, tiles = (length + TILE - 1) / TILE;
-    const SerialBlas serial;
     parallel_for(batch * heads * tiles, 1, [&](Index first, Index last) {
         Matrix<Scalar> scores(TILE, Tile::most_seen(rule));
         for (Index item = first; item < last; ++item) {
@@ -111,7 +110,6 @@ void attention_backward(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> k
     Matrix<Scalar> values_apart(shared > 1 ? query.rows() : 0, heads * value_width);
     MatrixView<Scalar> key_parts(keys_apart.data(), query.rows(), query.cols());
     MatrixView<Scalar> value_parts(values_apart.data(), query.rows(), heads * value_width);
-    const SerialBlas serial;
     parallel_for(batch * heads, 1, [&](Index first, Index last) {
         Matrix<Scalar> scores(TILE, Tile::most_seen(rule)), changes(scores), slopes;
         if (rule.softcap > 0) slopes.resize(scores.rows(), scores.cols());

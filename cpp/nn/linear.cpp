@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "linalg/product.hpp"
 #include "linalg/sum.hpp"
-#include "linalg/threads.hpp"
 
 namespace bitwright {
 namespace {
@@ -12,29 +12,29 @@ constexpr Index TILE_BYTES = 4 << 20;  // of the dense gradient that exists at a
 
 }  // namespace
 
-template <typename Scalar>
-void linear(ConstMatrixView<Scalar> input, ConstMatrixView<Scalar> weight, const Scalar* bias,
+template <typename Scalar, typename Weight>
+void linear(ConstMatrixView<Scalar> input, ConstMatrixView<Weight> weight, const Scalar* bias,
             bool accumulate, MatrixView<Scalar> output) {
     if (accumulate)
-        output.noalias() += input * weight.transpose();
+        add_product(output, input, weight.transpose());
     else
-        output.noalias() = input * weight.transpose();
+        set_product(output, input, weight.transpose());
     if (bias) output.rowwise() += ConstVectorView<Scalar>(bias, output.cols()).transpose();
 }
 
-template <typename Scalar>
-void linear_backward_input(ConstMatrixView<Scalar> gradient, ConstMatrixView<Scalar> weight,
+template <typename Scalar, typename Weight>
+void linear_backward_input(ConstMatrixView<Scalar> gradient, ConstMatrixView<Weight> weight,
                            bool accumulate, MatrixView<Scalar> input_gradient) {
     if (accumulate)
-        input_gradient.noalias() += gradient * weight;
+        add_product(input_gradient, gradient, weight);
     else
-        input_gradient.noalias() = gradient * weight;
+        set_product(input_gradient, gradient, weight);
 }
 
 template <typename Scalar>
 void linear_backward_weight(ConstMatrixView<Scalar> gradient, ConstMatrixView<Scalar> input,
                             MatrixView<Scalar> weight_gradient) {
-    weight_gradient.noalias() += gradient.transpose() * input;
+    add_product(weight_gradient, gradient.transpose(), input);
 }
 
 template <typename Scalar>
@@ -48,7 +48,7 @@ void linear_backward_groups(ConstMatrixView<Scalar> gradient, ConstMatrixView<Sc
     Matrix<Scalar> dense(std::min(tile, out), channels);
     for (Index first = 0; first < out; first += tile) {
         const Index rows = std::min(tile, out - first);
-        dense.topRows(rows).noalias() = gradient.middleCols(first, rows).transpose() * input;
+        set_product(dense.topRows(rows), gradient.middleCols(first, rows).transpose(), input);
         parallel_for(rows, 8, [&](Index begin, Index end) {
             Eigen::Array<Scalar, 1, Eigen::Dynamic> code(channels);
             for (Index row = begin; row < end; ++row) {
@@ -70,11 +70,17 @@ void linear_backward_groups(ConstMatrixView<Scalar> gradient, ConstMatrixView<Sc
     }
 }
 
-#define BITWRIGHT_LINEAR(Scalar)                                                                \
-    template void linear(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>, const Scalar*, bool, \
+#define BITWRIGHT_LINEAR_OF(Scalar, Weight)                                                     \
+    template void linear(ConstMatrixView<Scalar>, ConstMatrixView<Weight>, const Scalar*, bool, \
                          MatrixView<Scalar>);                                                   \
-    template void linear_backward_input(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>, bool, \
-                                        MatrixView<Scalar>);                                    \
+    template void linear_backward_input(ConstMatrixView<Scalar>, ConstMatrixView<Weight>, bool, \
+                                        MatrixView<Scalar>);
+BITWRIGHT_LINEAR_OF(float, float)
+BITWRIGHT_LINEAR_OF(float, Eigen::half)
+BITWRIGHT_LINEAR_OF(float, Eigen::bfloat16)
+BITWRIGHT_LINEAR_OF(double, double)
+
+#define BITWRIGHT_LINEAR(Scalar)                                                                \
     template void linear_backward_weight(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,      \
                                          MatrixView<Scalar>);                                   \
     template void linear_backward_groups(                                                       \

@@ -7,15 +7,15 @@ namespace bitwright {
 
 // output [tokens, out] = input [tokens, in] · weight [out, in]ᵀ + bias [out] (null: none). With
 // `accumulate` the result is added to the output: a residual connection without a buffer of its
-// own.
-template <typename Scalar>
-void linear(ConstMatrixView<Scalar> input, ConstMatrixView<Scalar> weight, const Scalar* bias,
+// own. A weight in 16 bits is widened tile by tile.
+template <typename Scalar, typename Weight>
+void linear(ConstMatrixView<Scalar> input, ConstMatrixView<Weight> weight, const Scalar* bias,
             bool accumulate, MatrixView<Scalar> output);
 
 // What reaches the input [tokens, in] of the gradient [tokens, out] of the output: gradient ·
 // weight, written or, with `accumulate`, added.
-template <typename Scalar>
-void linear_backward_input(ConstMatrixView<Scalar> gradient, ConstMatrixView<Scalar> weight,
+template <typename Scalar, typename Weight>
+void linear_backward_input(ConstMatrixView<Scalar> gradient, ConstMatrixView<Weight> weight,
                            bool accumulate, MatrixView<Scalar> input_gradient);
 
 // weight_gradient [out, in] += gradient [tokens, out]ᵀ · input [tokens, in].

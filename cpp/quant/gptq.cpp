@@ -1,8 +1,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "linalg/product.hpp"
 #include "linalg/sum.hpp"
-#include "linalg/threads.hpp"
 #include "quant/quantize.hpp"
 #include "quant/slab.hpp"
 
@@ -28,9 +28,9 @@ struct Solve {
         by_halves(
             0, work.cols(), block, [this](Index low, Index high) { columns(low, high); },
             [this](Index low, Index middle, Index high) {
-                work.middleCols(middle, high - middle).noalias() -=
-                    work.middleCols(low, middle - low) *
-                    upper.block(low, middle, middle - low, high - middle);
+                add_product(work.middleCols(middle, high - middle),
+                            work.middleCols(low, middle - low),
+                            upper.block(low, middle, middle - low, high - middle), -1.0f);
             },
             no_push);
     }

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "linalg/product.hpp"
 #include "linalg/sum.hpp"
-#include "linalg/threads.hpp"
 #include "quant/slab.hpp"
 
 namespace bitwright {
@@ -70,7 +70,7 @@ struct Refinement {
                                     (Eigen::Map<Lanes>(slab + j * lane_count) - value).matrix();
                             });
         });
-        residual.noalias() = change * gram;
+        set_product(residual, change, gram);
     }
 
     // change = what new grids have changed, and the residual of each block of columns knows of
@@ -109,8 +109,8 @@ struct Refinement {
 
     // What columns [low, high) of Ŵ have moved by reaches the residual of columns [first, end).
     void push(const Eigen::MatrixXf& moved, Index low, Index high, Index first, Index end) {
-        residual.middleCols(first, end - first).noalias() -=
-            moved.middleCols(low, high - low) * gram.block(low, first, high - low, end - first);
+        add_product(residual.middleCols(first, end - first), moved.middleCols(low, high - low),
+                    gram.block(low, first, high - low, end - first), -1.0f);
     }
 
     template <typename Body>
@@ -208,7 +208,6 @@ struct Refinement {
         const Index size = result.group_size, count = groups();
         const Index unknowns = affine() ? 2 * count : count;
         const Index tile = std::clamp<Index>(SYSTEM_BYTES / (4 * unknowns * unknowns), 4, 64);
-        const SerialBlas serial;
         parallel_for((out() + tile - 1) / tile, 1, [&](Index begin, Index end) {
             Matrix<float> codes(tile, in()), product(tile, in());
             std::vector<Matrix<float>> systems(static_cast<size_t>(tile),

@@ -53,7 +53,7 @@ from bitwright.errors import (
 )
 from bitwright.formats import Format
 from bitwright.formats.engine_names import unfused
-from bitwright.gradient_memory import KEPT_STATES, linears_of, logits_bytes, tape_bytes
+from bitwright.gradient_memory import KEPT_STATES, head_bytes, linears_of, logits_bytes, tape_bytes
 from bitwright.home import expands_home
 from bitwright.memory import peak_memory_bytes
 from bitwright.methods.adam import Adam
@@ -521,7 +521,7 @@ class _Run:
         self.loss = loss
         self.ranks = current()
         self.checkpoint = work / TRAINING
-        self.network = Network(student.model, student.weight)
+        self.network = Network(student.model, student.weight, rows=student.rows)
         self.adam = Adam(student.parameters)
         self.state = _Progress()
         self.best = {name: array.copy() for name, array in student.parameters.items()}
@@ -777,12 +777,11 @@ def plan_training(
 ) -> int:
     """Return what training a student of a model takes; MemoryBudgetError if the budget is too small."""
     config, budget = model.config, Budget.of(memory)
-    rows, table = length * batch_size, config.vocab_size * config.hidden_size
+    rows = length * batch_size
     states, kept = 4 * rows * config.hidden_size, KEPT_STATES * config.num_hidden_layers
     trained = sum(out * channels for out, channels in model.linear_shapes().values())
-    matrices = 4 * table * (1 if model.tied else 2)
     known = rows * min(DEFAULT_K, config.vocab_size) * TARGET_BYTES
-    peaks = [(kept + 4) * states + logits_bytes(model, rows, 2)]
+    peaks = [(kept + 4) * states + logits_bytes(model, rows, 3) + head_bytes(model, rows)]
     for index in range(config.num_hidden_layers):
         read: list[int] = []
         for stages in reversed(model.layouts[index].sub_blocks):
@@ -794,9 +793,9 @@ def plan_training(
     per_sample = length * max(packed, 4 * config.hidden_size)
     together = length * min(samples, max(1, SHARD_BYTES // per_sample))
     taught = together * (2 * packed + 2 * 4 * config.hidden_size)
-    teaching = 4 * table + logits_bytes(model, together, 1) + taught
+    teaching = head_bytes(model, together) + logits_bytes(model, together, 1) + taught
     most = budget.base + int(TRAINED_BYTES * trained)
-    most += max(teaching, matrices + known + max(peaks))
+    most += max(teaching, known + max(peaks))
     budget.require(most, model.checkpoint.folder)
     return most
 

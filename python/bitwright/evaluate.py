@@ -266,11 +266,12 @@ def _samples_at_once(models: list[Model], samples: int, length: int, memory: flo
     """Return how many samples' states fit, in the chunks that they are computed in."""
     budget = Budget.of(memory)
     chunk_rows = Rotation(length, {}).chunk_rows
-    heads = 4 * sum(each.config.vocab_size * each.config.hidden_size for each in models)
+    heads = max(each.rows_bytes(each.head_name) for each in models)
     blocks = max(passing_bytes(layout, chunk_rows) for each in models for layout in each.layouts)
+    embeddings = max(each.rows_bytes(each.embedding_name) for each in models)
     row = 4 * models[0].config.vocab_size
     logits = row * min(logit_rows(row, LOGIT_BYTES), samples * length)
-    fixed = budget.base + max(blocks, heads + len(models) * logits)
+    fixed = budget.base + max(blocks, embeddings, heads + len(models) * logits)
     per_row = sum(each.config.hidden_size for each in models)
     per_row += max(each.config.hidden_size + _inner(each) for each in models)  # normed at last
     per_chunk = 4 * min(chunk_rows, samples * length) * per_row
@@ -319,7 +320,7 @@ class _Comparison:
         chosen: NDArray[np.bool_],
     ) -> None:
         """Add what is `chosen` of some samples."""
-        heads = [model.head() for model in models]
+        heads = [model.rows(model.head_name) for model in models]
         # The last position of a sample has no next token: its loss is left out.
         targets = np.roll(tokens, -1, axis=1).reshape(-1)
         followed = chosen.copy()

@@ -7,6 +7,7 @@ from typing import cast
 from bitwright.models.architecture import Attention, LatentAttention
 from bitwright.models.block import Rotation
 from bitwright.models.layout import BlockLayout, Stage
+from bitwright.models.matrix_rows import piece_rows
 from bitwright.models.model import Model
 from bitwright.models.network import HEAD_BYTES, logit_rows
 
@@ -19,6 +20,13 @@ def logits_bytes(model: Model, rows: int, copies: int) -> int:
     row = 4 * model.config.vocab_size
     at_once = logit_rows(row, HEAD_BYTES)
     return (copies + (rows > at_once)) * row * min(rows, at_once)
+
+
+def head_bytes(model: Model, rows: int) -> int:
+    """Return what a piece of the head takes, with the logits that it makes."""
+    vocabulary, width = model.config.vocab_size, model.config.hidden_size
+    at_once = min(rows, logit_rows(4 * vocabulary, HEAD_BYTES))
+    return 4 * min(vocabulary, piece_rows(width)) * (width + at_once)
 
 
 def linears_of(layout: BlockLayout, stages: Iterable[Stage]) -> list[int]:

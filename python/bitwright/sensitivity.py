@@ -32,11 +32,12 @@ from bitwright.errors import (
     shown,
 )
 from bitwright.formats import Format, Precision
-from bitwright.gradient_memory import KEPT_STATES, linears_of, logits_bytes, tape_bytes
+from bitwright.gradient_memory import KEPT_STATES, head_bytes, linears_of, logits_bytes, tape_bytes
 from bitwright.home import expands_home
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.block import Rotation
+from bitwright.models.matrix_rows import MatrixRows
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import HEAD_BYTES, Network, logit_rows
 from bitwright.models.operations import Float, Float32
@@ -402,10 +403,9 @@ def _piece_bytes(model: Model, length: int, samples: int, differences: int) -> i
     """Return what some samples of a batch take, with so many layers' differences kept."""
     rows, config = samples * length, model.config
     states = 4 * rows * config.hidden_size
-    head = 4 * config.vocab_size * config.hidden_size
     kept = KEPT_STATES * config.num_hidden_layers
     # Both models' last states, before their norm and with their gradient.
-    peaks = [2 * head + logits_bytes(model, rows, 2) + (kept + 4) * states]
+    peaks = [head_bytes(model, rows) + logits_bytes(model, rows, 3) + (kept + 4) * states]
     for index, layout in enumerate(model.layouts):
         read: list[int] = []
         for stages in reversed(model.layouts[index].sub_blocks):
@@ -416,7 +416,7 @@ def _piece_bytes(model: Model, length: int, samples: int, differences: int) -> i
             rounding = (4 + 1 + 4 + (0 if differences > 1 else 4)) * max(own, default=0)
             tape = tape_bytes(model, index, stages, length, rows)
             held = (KEPT_STATES * (index + 1) + 2) * states
-            peaks.append(head + held + 4 * sum(read) + known + rounding + tape)
+            peaks.append(held + 4 * sum(read) + known + rounding + tape)
     return max(peaks)
 
 
@@ -513,12 +513,12 @@ class _Estimate:
         return known
 
     @cached_property
-    def _reference(self) -> tuple[Network, Float32]:
-        return Network(self.original), self.original.head()
+    def _reference(self) -> tuple[Network, MatrixRows]:
+        return Network(self.original), self.original.rows(self.original.head_name)
 
     @cached_property
     def _student(self) -> Network:
-        return Network(self.original, self._low_weight)
+        return Network(self.original, self._low_weight, rows=self.original.rows)
 
     def _low_weight(self, name: str, shape: tuple[int, ...]) -> Float32:
         if name in self.shapes:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.errors import UnsupportedModelError
 from bitwright.methods.grid import rounded_scales
+from bitwright.models.matrix_rows import MatrixRows
 from bitwright.models.model import Model
 from bitwright.models.operations import Float, Float32
 from bitwright.tensor import QuantizedTensor, SuperBlocks
@@ -189,6 +190,7 @@ class Student:
                 f"train; quantize it first (bitwright quantize), or give --student the quantized folder"
             )
         self._matrices: dict[str, Float32] = {}
+        self._rows: dict[str, MatrixRows] = {}
 
     @property
     def parameters(self) -> dict[str, Float32]:
@@ -201,9 +203,18 @@ class Student:
             return self.tensors[name].tensor().dequantize()
         if name in self._in_blocks:
             return self.model.weight(name, shape)
-        if name not in self._matrices:  # embedding, head and routers are used in every step
+        if name not in self._matrices:  # routers, which are used in every step
             self._matrices[name] = self.model.weight(name, shape)
         return self._matrices[name]
+
+    def rows(self, name: str) -> MatrixRows:
+        """Return the rows of embedding or head as they would be read back."""
+        if name in self.tensors:
+            tensor = self.tensors[name].tensor()
+            return MatrixRows(tensor.dequantize, tensor.shape, f"layer {name}")
+        if name not in self._rows:
+            self._rows[name] = self.model.rows(name)
+        return self._rows[name]
 
     def add_gradient(self, name: str, inputs: Float, above: Float) -> None:
         """Add what a linear's inputs and the gradient of its outputs say."""

@@ -391,7 +391,7 @@ def _teach(
 ) -> dict[str, NDArray[Any]]:
     network = Network(teacher)
     parts = []
-    for _, logits in network.logits(network.final_states(ids), teacher.head()):
+    for _, logits in network.logits(network.final_states(ids), teacher.rows(teacher.head_name)):
         if not np.isfinite(logits).all():
             raise NonFiniteError(f"{teacher.checkpoint.folder}: the logits are not finite")
         top = TopTokens.of(logits, k, temperature)

@@ -220,20 +220,26 @@ class QuantizedTensor:
         per_weight = stored_bits(self.bits, self.group_size, grid, self.scales.dtype)
         return self.codes.size * per_weight / 8
 
-    def dequantize(self) -> NDArray[np.float32]:
+    def dequantize(self, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
         """Return the weights that the codes stand for.
+
+        Parameters
+        ----------
+        first, last
+            Of which rows; the last is not one of them. All by default.
 
         Returns
         -------
         NDArray
             ``[out, in]`` float32, the same bits on every processor.
         """
-        weight = np.empty(self.shape, np.float32)
+        rows = slice(first, last)
+        weight = np.empty(self.codes[rows].shape, np.float32)
         _kernels.dequantize(
-            self.codes,
-            self.scales.astype(np.float32),
-            None if self.zeros is None else self.zeros.astype(np.float32),
-            None if self.biases is None else self.biases.astype(np.float32),
+            self.codes[rows],
+            self.scales[rows].astype(np.float32),
+            None if self.zeros is None else self.zeros[rows].astype(np.float32),
+            None if self.biases is None else self.biases[rows].astype(np.float32),
             self.group_index,
             weight,
         )

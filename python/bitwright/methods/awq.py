@@ -233,7 +233,7 @@ def token_loss(
     True
     """
     measure = find_metric(metric)
-    references = [activations @ weight.T for weight in weights]
+    references = [_outputs(activations, weight) for weight in weights]
     energies = np.square(activations).mean(axis=0)
     outputs = sum(len(weight) for weight in weights)
 
@@ -241,7 +241,7 @@ def token_loss(
         total = 0.0
         for weight, choice, reference in zip(weights, choices, references, strict=True):
             change = scaled_rounding(weight, scale, choice, energies)
-            error = total_error(measure, reference, reference + activations @ change.T)
+            error = total_error(measure, reference, reference + _outputs(activations, change))
             total += error * len(weight) / outputs
         return total
 
@@ -352,11 +352,18 @@ def _clip_on_tokens(
     return codes, scales, offsets
 
 
+def _outputs(inputs: Float32, weight: Float32) -> Float32:
+    """Return a layer's outputs; a product of NumPy's would have other bits on more threads."""
+    outputs = np.empty((len(inputs), len(weight)), np.float32)
+    _kernels.linear(inputs, weight, None, outputs, False)
+    return outputs
+
+
 def _clip_group(
     rows: Float32, inputs: Float32, choice: GridChoice, metric: Metric, shares: Sequence[float]
 ) -> tuple[NDArray[np.uint8], Float32, Float32]:
     """Return codes, scales and offsets of the rows of one group."""
-    reference = inputs @ rows.T
+    reference = _outputs(inputs, rows)
     low, high = rows.min(axis=1), rows.max(axis=1)
     best_low, best_high = low.copy(), high.copy()
     best_errors = np.full(len(rows), np.inf)
@@ -372,7 +379,7 @@ def _clip_group(
                 rows, scales, offsets, choice.bits, choice.group_size, choice.grid
             )
             tensor = QuantizedTensor(**choice.fields(codes, scales, offsets))
-            errors = channel_errors(metric, reference, inputs @ tensor.dequantize().T)
+            errors = channel_errors(metric, reference, _outputs(inputs, tensor.dequantize()))
             better = errors < best_errors
             for best, new in (
                 (best_errors, errors),

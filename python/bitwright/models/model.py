@@ -41,6 +41,7 @@ from bitwright.models.contents import (
     without_harmless,
 )
 from bitwright.models.layout import BlockLayout, ExpertPlace, block_layout
+from bitwright.models.matrix_rows import MatrixRows, piece_rows
 from bitwright.models.operations import BlockWeights, Float, Float32, Operations
 from bitwright.models.rope import rope_tables
 from bitwright.statistics import require_finite
@@ -339,6 +340,35 @@ class Model:
         weights = BlockWeights(read, {})
         return DecoderBlock(weights, layout, self.architecture, self.config, index)
 
+    def rows(self, name: str) -> MatrixRows:
+        """Return the rows of the embedding or the head, by its name, which are read as they are needed."""
+        shape = self.config.vocab_size, self.config.hidden_size
+        tensor = self.quantized(name)
+        if tensor is not None:
+            self._check_shape(f"{name} (quantized)", tensor.shape, shape)
+            return MatrixRows(
+                tensor.dequantize, shape, f"{self.checkpoint.folder}: quantized layer {name}"
+            )
+        stored = f"{name}.weight"
+        self._check_shape(stored, self.checkpoint.shape(stored), shape)
+        self._check_floats(stored)
+
+        def read(first: int, last: int) -> NDArray[Any]:
+            rows = self.checkpoint.read_rows(stored, first, last)
+            return rows if rows.dtype in MODEL_DTYPES.values() else rows.astype(np.float32)
+
+        return MatrixRows(read, shape, f"{self.checkpoint.file(stored)}: tensor {stored}")
+
+    def rows_bytes(self, name: str) -> int:
+        """Return what reading the rows of the embedding or the head takes: a piece of them, and of a
+        quantized matrix all codes, while they are unpacked twice."""
+        vocabulary, width = self.config.vocab_size, self.config.hidden_size
+        piece = 4 * width * min(vocabulary, piece_rows(width))
+        stored = f"{name}.weight"
+        if stored in self.checkpoint and self._is_float(stored):
+            return piece if self.checkpoint.dtype(stored) in MODEL_DTYPES.values() else 2 * piece
+        return 2 * vocabulary * width + piece
+
     def embedding(self) -> Float32:
         """Read the embedding matrix ``[vocabulary, hidden_size]``."""
         return self.weight(self.embedding_name, (self.config.vocab_size, self.config.hidden_size))
@@ -355,21 +385,23 @@ class Model:
             return self.embedding()
         return self.checkpoint.read(name)
 
-    def embed(self, ids: NDArray[np.int32], matrix: NDArray[Any] | None = None) -> Float:
+    def embed(
+        self, ids: NDArray[np.int32], matrix: NDArray[Any] | MatrixRows | None = None
+    ) -> Float:
         """Return the first hidden states ``[tokens, hidden_size]`` of token ids of any shape."""
-        table = self.embedding_table() if matrix is None else matrix
-        rows: Float = table[ids.reshape(-1)]
+        table = self.rows(self.embedding_name) if matrix is None else matrix
+        flat = ids.reshape(-1)
+        rows: Float = table.gather(flat) if isinstance(table, MatrixRows) else table[flat]
         if rows.dtype != np.float64:
             rows = rows.astype(np.float32, copy=False)
-        if not np.isfinite(rows).all():
-            require_finite(table, f"{self.checkpoint.folder}: tensor {self.embedding_name}.weight")
+        require_finite(rows, f"{self.checkpoint.folder}: {self.embedding_name} of these tokens")
         if self.config.embedding_scale != 1:
             with np.errstate(over="ignore"):  # whoever uses the states looks at them
                 rows *= np.float32(self.config.embedding_scale)
         return rows
 
     def head(self) -> Float32:
-        """Read the output matrix ``[vocabulary, hidden_size]``."""
+        """Read the output matrix ``[vocabulary, hidden_size]``, to quantize it."""
         return self.weight(self.head_name, (self.config.vocab_size, self.config.hidden_size))
 
     @property
@@ -382,10 +414,9 @@ class Model:
         """Whether the head's outputs are not the logits yet."""
         return self.logit_cap != (1, 0)
 
-    def head_logits(self, states: Float, head: Float) -> Float:
+    def head_logits(self, states: Float, head: MatrixRows) -> Float:
         """Return the logits ``[tokens, vocabulary]`` of states after the last norm."""
-        logits = np.empty((len(states), len(head)), states.dtype)
-        _kernels.linear(states, head, None, logits, False)
+        logits = head.outputs(states)
         if self.caps_logits:
             _kernels.cap_logits(logits, *self.logit_cap)
         return logits
@@ -480,7 +511,7 @@ class Model:
         (1, 3, 512)
         """
         *_, hidden = self.hidden_states(input_ids)
-        logits = self.head_logits(hidden.reshape(-1, hidden.shape[-1]), self.head())
+        logits = self.head_logits(hidden.reshape(-1, hidden.shape[-1]), self.rows(self.head_name))
         require_finite(logits, f"{self.checkpoint.folder}: logits of these tokens")
         return logits.reshape(*hidden.shape[:2], -1)
 

@@ -8,6 +8,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.models.block import Rotation
+from bitwright.models.matrix_rows import MatrixRows
 from bitwright.models.model import Model
 from bitwright.models.operations import Float
 from bitwright.models.tape import OnLinear, Tape
@@ -42,6 +43,9 @@ class Network:
         The checkpoint.
     weights
         Returns a layer's matrix by its full name and shape; the checkpoint's own by default.
+    rows
+        Returns the rows of embedding and head by their full names; by default those of `weights`, or the
+        checkpoint's own.
     dtype
         float32, or float64 for finite differences.
     """
@@ -51,9 +55,12 @@ class Network:
         model: Model,
         weights: Callable[[str, tuple[int, ...]], Float] | None = None,
         dtype: DTypeLike = np.float32,
+        *,
+        rows: Callable[[str], MatrixRows] | None = None,
     ) -> None:
         self.model = model
         self.dtype = np.dtype(dtype)
+        self._rows = rows or (model.rows if weights is None else self._rows_of_weight)
         self._weights = model.weight if weights is None else weights
         self._vectors: dict[str, Float] = {}
 
@@ -128,16 +135,21 @@ class Network:
             on_embedding(ids.reshape(-1), gradient)
         return losses
 
-    def logits(self, states: Float, head: Float) -> Iterator[tuple[int, Float]]:
+    def logits(self, states: Float, head: MatrixRows) -> Iterator[tuple[int, Float]]:
         """Yield the logits of some rows of the final states at a time, and which row is their first."""
-        step = logit_rows(states.itemsize * len(head), HEAD_BYTES)
+        step = logit_rows(states.itemsize * head.shape[0], HEAD_BYTES)
         for first in range(0, len(states), step):
             yield first, self.model.head_logits(states[first : first + step], head)
 
+    def _rows_of_weight(self, name: str) -> MatrixRows:
+        shape = self.model.config.vocab_size, self.model.config.hidden_size
+        matrix = self.weight(name, shape)
+        return MatrixRows(lambda first, last: matrix[first:last], shape, name)
+
     def _start(self, ids: NDArray[np.int32]) -> tuple[Float, Rotation]:
-        config = self.model.config
-        matrix = self.weight(self.model.embedding_name, (config.vocab_size, config.hidden_size))
-        return self.model.embed(ids, matrix), self.model.rotation(ids.shape[1], self.dtype)
+        hidden = self.model.embed(ids, self._rows(self.model.embedding_name))
+        rope = self.model.rotation(ids.shape[1], self.dtype)
+        return hidden.astype(self.dtype, copy=False), rope
 
     def _block_backward(
         self,
@@ -167,10 +179,9 @@ class Network:
         self, states: Float, loss: Loss, gradient: Float | None, on_head: OnLinear | None
     ) -> NDArray[np.float64]:
         """Return the losses; write the gradient of the states, so that logits never exist all at once."""
-        model, vocabulary = self.model, self.model.config.vocab_size
-        matrix = self.weight(model.head_name, (vocabulary, states.shape[1]))
+        model, head = self.model, self._rows(self.model.head_name)
         losses = np.empty(len(states))
-        for first, logits in self.logits(states, matrix):
+        for first, logits in self.logits(states, head):
             rows = slice(first, first + len(logits))
             above = None if gradient is None else np.empty_like(logits)
             losses[rows] = loss(first, logits, above)
@@ -180,5 +191,5 @@ class Network:
                 _kernels.cap_logits_backward(logits, *model.logit_cap, above)
             if on_head is not None:
                 on_head(model.head_name, states[rows], above)
-            _kernels.linear_backward_input(above, matrix, gradient[rows], False)
+            head.backward(above, gradient[rows])
         return losses

@@ -1,0 +1,258 @@
+"""Calls of every kernel, with arguments of odd sizes, and the bits that come out of them."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright import _kernels
+
+RNG = np.random.default_rng(0)
+ROWS, WIDTH, OUT = 37, 128, 70  # rows end inside a tile; widths of 67 end inside a register
+FLOATS = (np.float32, np.float64)
+
+
+def normal(*shape: int, dtype: Any = np.float32) -> NDArray[Any]:
+    return RNG.standard_normal(shape).astype(dtype)
+
+
+def gram_of(size: int) -> NDArray[Any]:
+    states = normal(3 * size, size)
+    return (states.T @ states / len(states)).astype(np.float32)
+
+
+def empty(*shape: int, dtype: Any = np.float32) -> NDArray[Any]:
+    return np.full(shape, 7, dtype)
+
+
+def linalg_cases() -> list[tuple[str, tuple[Any, ...]]]:
+    gram = gram_of(WIDTH)
+    factor = np.linalg.cholesky(gram).astype(np.float32)
+    order = RNG.permutation(WIDTH).astype(np.int32)
+    return [
+        ("accumulate_gram", (normal(ROWS, 67), empty(67, 67))),
+        ("mirror_lower", (normal(67, 67),)),
+        ("inverse_factor", (gram, order, 0.01)),
+        ("cholesky_factor", (gram,)),
+        ("cholesky_solve", (factor, normal(ROWS, WIDTH))),
+        ("row_quadratic_forms", (normal(ROWS, WIDTH), gram)),
+        ("row_quadratic_forms", (normal(ROWS, 67), gram_of(67))),
+    ]
+
+
+def quantizing_cases() -> list[tuple[str, tuple[Any, ...]]]:
+    weight, gram = normal(ROWS, WIDTH), gram_of(WIDTH)
+    importance = np.abs(normal(WIDTH))
+    order = np.arange(WIDTH, dtype=np.int32)
+    upper = _kernels.inverse_factor(gram, order, 0.01)
+    cases: list[tuple[str, tuple[Any, ...]]] = []
+    for grid in ("affine", "zero_point", "symmetric"):
+        rule = (4, 32, grid, "float16")
+        found = _kernels.quantize_rtn(weight, importance, *rule, True)
+        cases += [
+            ("quantize_rtn", (weight, importance, *rule, True)),
+            ("quantize_rtn", (weight.astype(np.float16), importance, *rule, False)),
+            ("quantize_gptq", (weight, upper, order, importance, *rule, True, 32, True)),
+            ("quantize_gptq", (weight, upper, order, importance, *rule, False, 64, False)),
+            ("quantize_clipped", (weight, gram, *rule, 5, 0.5)),
+            ("refine", (weight, gram, *found, *rule, 2)),
+            ("encode", (weight, found[1], found[2], *rule[:3])),
+            ("range_grids", (weight.min(1), weight.max(1), 4, grid, "float16")),
+            (
+                "scaled_rounding_change",
+                (weight, importance + 1, importance, *rule, True, empty(ROWS, WIDTH)),
+            ),
+        ]
+    codes = RNG.integers(0, 16, (ROWS, WIDTH)).astype(np.uint8)
+    scales, offsets = normal(ROWS, 4), normal(ROWS, 4)
+    groups = RNG.permutation(np.arange(WIDTH) % 4).astype(np.int32)
+    return [
+        *cases,
+        ("dequantize", (codes, scales, None, offsets, None, empty(ROWS, WIDTH))),
+        ("dequantize", (codes, scales, offsets, None, groups, empty(ROWS, WIDTH))),
+        ("pack", (codes, 4)),
+        ("unpack", (_kernels.pack(codes, 4), 4)),
+    ]
+
+
+def forward_cases(dtype: Any) -> list[tuple[str, tuple[Any, ...]]]:
+    def floats(*shape: int) -> NDArray[Any]:
+        return normal(*shape, dtype=dtype)
+
+    def out(*shape: int) -> NDArray[Any]:
+        return empty(*shape, dtype=dtype)
+
+    states, gain = floats(ROWS, 67), floats(67)
+    angles = RNG.uniform(0, 9, (ROWS, 5))
+    turns = (np.cos(angles).astype(dtype), np.sin(angles).astype(dtype))
+    cases = [
+        ("linear", (states, floats(OUT, 67), floats(OUT), out(ROWS, OUT), False)),
+        ("linear", (states, floats(OUT, 67), None, out(ROWS, OUT), True)),
+        ("linear", (states[:1], floats(3, 67), None, out(1, 3), False)),
+        ("linear", (floats(3, 5), floats(7, 5), None, out(3, 7), False)),
+        ("rms_norm", (states, gain, 1e-6, out(ROWS, 67))),
+        ("layer_norm", (states, gain, floats(67), 1e-6, out(ROWS, 67))),
+        ("rotate", (floats(ROWS, 66), *turns, 3, 1, True, False)),
+        ("rotate", (floats(ROWS, 66), *turns, 3, 0, False, True)),
+        ("cap_logits", (states, 1.3, 5.0)),
+        ("cap_logits", (states, 1.3, 0.0)),
+        (
+            "top_tokens",
+            (states, 1.1, empty(ROWS, 9, dtype=np.int32), out(ROWS, 9), out(ROWS)),
+        ),
+    ]
+    for length, heads, key_heads, width in ((ROWS, 4, 2, 20), (ROWS, 1, 1, 3)):
+        for window, softcap in ((0, 0.0), (9, 3.0)):
+            shape = (length, heads, key_heads, 0.3)
+            cases.append(
+                (
+                    "attention",
+                    (
+                        floats(ROWS, heads * width),
+                        *(floats(ROWS, key_heads * width) for _ in range(2)),
+                        *(*shape, out(ROWS, heads * width), window, softcap),
+                    ),
+                )
+            )
+    for name in ("silu", "gelu_pytorch_tanh", "gelu", "relu"):
+        cases += [
+            ("activate", (states, name)),
+            ("activate_multiply", (states, floats(ROWS, 67), name)),
+        ]
+    if dtype is np.float32:
+        targets = RNG.integers(0, 67, ROWS).astype(np.int32)
+        cases += [
+            ("cross_entropy", (states, targets)),
+            ("kl_divergence", (states, floats(ROWS, 67))),
+        ]
+    return cases
+
+
+def backward_cases(dtype: Any) -> list[tuple[str, tuple[Any, ...]]]:
+    def floats(*shape: int) -> NDArray[Any]:
+        return normal(*shape, dtype=dtype)
+
+    def out(*shape: int) -> NDArray[Any]:
+        return empty(*shape, dtype=dtype)
+
+    states, gain, above = floats(ROWS, 67), floats(67), floats(ROWS, 67)
+    many = floats(600, 67)
+    codes = RNG.integers(0, 16, (OUT, 66)).astype(np.uint8)
+    groups = np.repeat(np.arange(3), 22).astype(np.int32)
+    cases = [
+        ("linear_backward_input", (floats(ROWS, OUT), floats(OUT, 67), out(ROWS, 67), True)),
+        ("linear_backward_weight", (floats(ROWS, OUT), states, out(OUT, 67))),
+        (
+            "linear_backward_groups",
+            (floats(ROWS, OUT), floats(ROWS, 66), codes, groups, out(OUT, 3), out(OUT, 3)),
+        ),
+        ("rms_norm_backward", (states, gain, 1e-6, above, out(ROWS, 67), out(67))),
+        ("rms_norm_backward", (many, gain, 1e-6, floats(600, 67), out(600, 67), out(67))),
+        ("layer_norm_backward", (states, gain, 1e-6, above, out(ROWS, 67), out(67))),
+        ("layer_norm_backward", (many, gain, 1e-6, floats(600, 67), out(600, 67), None)),
+        ("cap_logits_backward", (5 * np.tanh(states), 1.3, 5.0, above)),
+        ("cap_logits_backward", (states, 1.3, 0.0, above)),
+    ]
+    for length, heads, key_heads, width in ((ROWS, 4, 2, 20), (ROWS, 1, 1, 3)):
+        for window, softcap in ((0, 0.0), (9, 3.0)):
+            wide, narrow = (ROWS, heads * width), (ROWS, key_heads * width)
+            cases.append(
+                (
+                    "attention_backward",
+                    (
+                        *(floats(*wide), floats(*narrow), floats(*narrow)),
+                        *(length, heads, key_heads, 0.3),
+                        *(floats(*wide), out(*wide), out(*narrow), out(*narrow)),
+                        *(window, softcap),
+                    ),
+                )
+            )
+    for name in ("silu", "gelu_pytorch_tanh", "gelu", "relu"):
+        cases += [
+            ("activate_backward", (states, name, above)),
+            ("activate_multiply_backward", (states, floats(ROWS, 67), name, above, out(ROWS, 67))),
+        ]
+    for loss in ("kl", "reverse_kl", "js", "cross_entropy", "logits_mse"):
+        for count in (9, 67):
+            ids, known = empty(ROWS, count, dtype=np.int32), out(ROWS, count)
+            rest = out(ROWS)
+            _kernels.top_tokens(floats(ROWS, 67), 1.0, ids, known, rest)
+            following = RNG.integers(0, 67, ROWS).astype(np.int32)
+            for gradient in (out(ROWS, 67), None):
+                cases.append(
+                    (
+                        "distillation_loss",
+                        (states, ids, known, rest, following, loss, 1.1, 0.7, gradient),
+                    )
+                )
+    return cases
+
+
+def tiled_cases() -> list[tuple[str, tuple[Any, ...]]]:
+    """Products of more than one tile, with outputs of more rows than columns and the other way round."""
+    cases: list[tuple[str, tuple[Any, ...]]] = []
+    for dtype in FLOATS:
+        for rows, depth, columns in (
+            (333, 288, 1001),
+            (300, 1001, 130),
+            (1, 300, 700),
+            (640, 1, 5),
+        ):
+            states, weight = normal(rows, depth, dtype=dtype), normal(columns, depth, dtype=dtype)
+            above = normal(rows, columns, dtype=dtype)
+            cases += [
+                ("linear", (states, weight, None, empty(rows, columns, dtype=dtype), False)),
+                ("linear_backward_input", (above, weight, empty(rows, depth, dtype=dtype), True)),
+                ("linear_backward_weight", (above, states, empty(columns, depth, dtype=dtype))),
+            ]
+    for size in (131, 540, 800):
+        gram, order = gram_of(size), RNG.permutation(size).astype(np.int32)
+        cases += [
+            ("accumulate_gram", (normal(77, size), empty(size, size))),
+            ("inverse_factor", (gram, order, 0.01)),
+            ("cholesky_factor", (gram,)),
+            ("cholesky_solve", (np.linalg.cholesky(gram).astype(np.float32), normal(150, size))),
+            ("row_quadratic_forms", (normal(150, size), gram)),
+        ]
+    weight, gram, ones = normal(150, 640), gram_of(640), np.ones(640, np.float32)
+    order = RNG.permutation(640).astype(np.int32)
+    upper = _kernels.inverse_factor(gram, order, 0.01)
+    rule = (3, 64, "affine", "bfloat16")
+    return [
+        *cases,
+        ("quantize_gptq", (weight, upper, order, ones, *rule, True, 128, True)),
+        ("refine", (weight, gram, *_kernels.quantize_rtn(weight, ones, *rule, True), *rule, 2)),
+        ("quantize_clipped", (weight, gram, *rule, 5, 0.5)),
+    ]
+
+
+CASES = [
+    *tiled_cases(),
+    *linalg_cases(),
+    *quantizing_cases(),
+    *(case for dtype in FLOATS for case in (*forward_cases(dtype), *backward_cases(dtype))),
+]
+NAMES = [f"{i}-{name}" for i, (name, _) in enumerate(CASES)]
+
+
+def bits(name: str, arguments: tuple[Any, ...]) -> list[Any]:
+    """Return the bits of all that a kernel returns, and of its arguments, which it may have written to."""
+    returned = getattr(_kernels, name)(*arguments)
+    found = [*arguments, *(returned if isinstance(returned, list | tuple) else [returned])]
+    flat = [each for value in found for each in (value if isinstance(value, tuple) else [value])]
+    return [value.tobytes() if isinstance(value, np.ndarray) else value for value in flat]
+
+
+def kernels_of_arrays() -> set[str]:
+    """Return the names of all kernels that take arrays."""
+
+    def takes_arrays(function: Callable[..., Any]) -> bool:
+        return "object" in str(inspect.getdoc(function)).partition("\n")[0]
+
+    return {
+        name
+        for name, value in vars(_kernels).items()
+        if callable(value) and takes_arrays(value) and not name.startswith("_")
+    }
