@@ -21,6 +21,7 @@ from numpy.lib.format import (
 )
 from numpy.typing import NDArray
 
+from bitwright.budget import Budget
 from bitwright.calibration import TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import file_fingerprint, model_fingerprint
 from bitwright.checkpoint.replacing import check_new_file, output_errors, synchronize, taken
@@ -29,8 +30,10 @@ from bitwright.checkpoint.writer import COPY_BYTES
 from bitwright.errors import CalibrationError, OutputExistsError, ResumeError, shown
 from bitwright.home import expands_home
 from bitwright.journal import Journal, kept_when_interrupted
+from bitwright.models.block import Rotation
 from bitwright.models.model import Model, load_model
 from bitwright.models.operations import Float32
+from bitwright.planner import inner_width, passing_bytes
 from bitwright.states import ChunkPlan, States, read_states
 from bitwright.statistics import require_finite
 from bitwright.targets import tokens_fingerprint
@@ -102,6 +105,16 @@ class ActivationFile:
                 if math.prod(shape) * dtype.itemsize == entry.file_size - start:
                     counts.append(math.prod(shape[:-1]))
         return max(counts)
+
+    def largest_bytes(self) -> int:
+        """Return what the largest array takes in float32, with itself where it is stored otherwise."""
+        sizes = [0]
+        for entry in self._entries.values():
+            with suppress(Exception):  # as in `tokens`
+                shape, dtype, _ = self._header(entry)
+                other = 0 if dtype == np.float32 else dtype.itemsize
+                sizes.append(math.prod(shape) * (4 + other))
+        return max(sizes)
 
     def _header(self, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any], int]:
         """Return an array's shape and dtype, and where its values begin."""
@@ -199,6 +212,7 @@ def collect_activations(
     length: int | None = None,
     seed: int = 0,
     bos: bool = True,
+    memory: float | None = None,
     overwrite: bool = False,
     resume: bool = True,
 ) -> int:
@@ -216,6 +230,8 @@ def collect_activations(
         call with the same arguments has put into its place is taken as it is.
     calibration, samples, length, seed, bos
         As for `quantize`; by default 8 samples. Every token takes ``4 * in`` bytes per group.
+    memory
+        Budget in gigabytes (10⁹ bytes); by default three quarters of what is free.
     overwrite
         Replace an existing file.
     resume
@@ -230,6 +246,8 @@ def collect_activations(
     ------
     ResumeError
         If the interrupted call had other arguments; the message says which.
+    MemoryBudgetError
+        If the budget is too small, with the smallest that would work.
     CheckpointError, CalibrationError, OutputError
         If anything is wrong with what was given.
 
@@ -261,6 +279,10 @@ def collect_activations(
         positions=source.positions,
         bos=bos,
         most=DEFAULT_SAMPLES,
+    )
+    budget = Budget.of(memory)
+    budget.require(
+        budget.base + _needed_bytes(source, *loaded.tokens.shape), source.checkpoint.folder
     )
     identity = {
         "version of bitwright": version("bitwright"),
@@ -294,6 +316,20 @@ def collect_activations(
 def _check_new(path: Path, overwrite: bool) -> None:
     if os.path.lexists(path) and not overwrite:
         raise taken(path)
+
+
+def _needed_bytes(source: Model, samples: int, length: int) -> int:
+    """Return what collecting takes: a stage's inputs of all samples, twice, and the states beside them."""
+    tokens, hidden = samples * length, source.config.hidden_size
+    chunk = min(tokens, Rotation(length, {}).chunk_rows)
+    table = source.config.vocab_size * hidden * source.dtype.itemsize
+    peaks = [table + 4 * tokens * hidden]
+    for layout in source.layouts:
+        left = inner_width(layout)
+        most = max((layout.channels(stage) for stage in layout.stages if stage.linears), default=0)
+        floats = tokens * (hidden + left + 2 * most)
+        peaks.append(4 * floats + passing_bytes(layout, chunk))
+    return max(peaks)
 
 
 def _collect(

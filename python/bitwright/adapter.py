@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from bitwright.budget import Budget
 from bitwright.build import build_info, set_num_threads
 from bitwright.calibration import TokenSource, existing_file, load_samples
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
@@ -58,6 +59,7 @@ from bitwright.small_weights import (
     warn_of_small_weights,
 )
 from bitwright.tensor import Grid, QuantizedTensor
+from bitwright.torch_memory import needed_bytes
 from bitwright.torch_model import Input, Linear, Norm, Stream, TorchBlock, TorchModel
 from bitwright.warned import reports_warnings, warn
 
@@ -99,6 +101,7 @@ def quantize_with_transformers(
     exclude: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, int]] | None = None,
     allow_unfused: bool = False,
+    memory: float | None = None,
     overwrite: bool = False,
     threads: int | None = None,
     progress: bool = True,
@@ -125,6 +128,9 @@ def quantize_with_transformers(
         As for `quantize`; layers have the names that the checkpoint gives them.
     allow_unfused
         As for `quantize`.
+    memory
+        Budget in gigabytes (10⁹ bytes); by default three quarters of what is free. What the whole model
+        takes, and calibration and solving beside it, is known before weights are read.
     overwrite, threads, progress
         As for `quantize`.
 
@@ -139,6 +145,8 @@ def quantize_with_transformers(
     UnsupportedModelError
         If the decoder blocks are not found or do not run one after the other, or transformers computes with
         other weights than those that are stored.
+    MemoryBudgetError
+        If the run would take more memory than it may; the message tells how much it needs.
     CheckpointError, CalibrationError, NonFiniteError, OutputError, ValueError, TypeError
         If anything is wrong with what was given; the message says what and where. Nothing is written then.
 
@@ -197,10 +205,29 @@ def quantize_with_transformers(
     if isinstance(calibration, str | os.PathLike):
         existing_file(Path(calibration))
     CheckpointWriter(out, overwrite, source=Path(model)).check_place()
-    original = TorchModel(model)  # which reads all weights
-    if threads is not None:
-        set_num_threads(threads)
-        original.torch.set_num_threads(build_info().threads)
+    tokens = None
+
+    def before(outline: TorchModel) -> None:
+        nonlocal tokens
+        if threads is not None:
+            set_num_threads(threads)
+            outline.torch.set_num_threads(build_info().threads)
+        if calibration is not None:
+            tokens = load_samples(
+                calibration,
+                tokenizer=outline.folder,
+                length=length,
+                samples=samples,
+                seed=seed,
+                vocab_size=outline.vocab_size,
+                positions=outline.positions,
+                bos=bos,
+                most=DEFAULT_SAMPLES,
+            ).tokens
+        budget = Budget.of(memory)
+        budget.require(budget.base + needed_bytes(outline, options, tokens), outline.folder)
+
+    original = TorchModel(model, before)  # which reads all weights
     kind = FORMATS[format]
     linears = original.linears()
     shapes = {
@@ -215,19 +242,6 @@ def quantize_with_transformers(
     dtype = kind.scale_dtype(original.dtype)
     if scale_dtype is not None:
         dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
-    tokens = None
-    if calibration is not None:
-        tokens = load_samples(
-            calibration,
-            tokenizer=original.folder,
-            length=length,
-            samples=samples,
-            seed=seed,
-            vocab_size=original.vocab_size,
-            positions=original.positions,
-            bos=bos,
-            most=DEFAULT_SAMPLES,
-        ).tokens
 
     config = kind.spell(plainly_spelled(original.checkpoint.config))
     in_float: dict[str, Precision | None] = dict.fromkeys(original.routers())

@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from bitwright.budget import one_budget, require_all
+from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource
 from bitwright.card import made_by, python_call
 from bitwright.checkpoint import CheckpointWriter
@@ -24,7 +27,7 @@ from bitwright.models.model import load_model
 from bitwright.pipeline import check_quantization, quantize
 from bitwright.recipe import Recipe
 from bitwright.report import QuantizationReport
-from bitwright.sensitivity import estimate_sensitivities
+from bitwright.sensitivity import check_estimate, estimate_sensitivities
 from bitwright.tensor import K_GRIDS, Grid, stored_bits
 from bitwright.warned import reports_warnings
 
@@ -93,6 +96,8 @@ def quantize_best(
     arguments = dict(locals())
     started = time.perf_counter()
     require_model(model)
+    if threads is not None:
+        set_num_threads(threads)
     if calibration is None:
         raise ValueError("calibration: preset best needs text or token ids")
     original = load_model(model)
@@ -105,6 +110,7 @@ def quantize_best(
     with (
         made_by(python_call(quantize_best, arguments)),
         kept_until_written(WorkFolder(out, SENSITIVITIES)) as work,
+        one_budget(memory),
     ):
         current().on_first(writer.check_place)
         making = {
@@ -122,9 +128,22 @@ def quantize_best(
         if recipe is not None and not isinstance(recipe, Recipe):
             recipe = Recipe.load(recipe)
         limits = {"calibration": calibration, "memory": memory, "overwrite": overwrite}
-        check_quantization(model, out, recipe=recipe, **limits, **making)
-        check_training(original, calibration, length, seed, bos)
-        if recipe is None and not kind.one_precision and not options.get("overrides") and fits:
+        chooses = recipe is None and not kind.one_precision and fits
+        chooses = chooses and not options.get("overrides")
+        estimated: dict[str, Any] = {
+            "length": length,
+            "seed": seed,
+            "bos": bos,
+            "memory": memory,
+        }
+        plans: list[Callable[[], object]] = [
+            lambda: check_quantization(model, out, recipe=recipe, **limits, **making),
+            lambda: check_training(original, calibration, length, seed, bos, memory),
+        ]
+        if chooses:
+            plans.append(lambda: check_estimate(original, calibration, samples=None, **estimated))
+        require_all(plans)
+        if chooses:
             shapes = list(original.linear_shapes().values())
             candidates = _candidates(kind, asked, original.input_channels())
             found = estimate_sensitivities(
@@ -132,12 +151,9 @@ def quantize_best(
                 calibration,
                 *min(candidates, key=fineness),
                 *max(candidates, key=fineness),
-                length=length,
-                seed=seed,
-                bos=bos,
+                **estimated,
                 out=work,
                 resume=resume,
-                threads=threads,
                 progress=progress,
             )
             given = options.get("scale_dtype")
@@ -184,6 +200,7 @@ def quantize_best(
             seed=seed,
             bos=bos,
             learning_rate=LEARNING_RATE,
+            memory=memory,
             overwrite=overwrite,
             resume=resume,
             progress=progress,

@@ -1,6 +1,9 @@
 """How much memory a run may take, and the refusal of one that needs more."""
 
 import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -8,7 +11,7 @@ from pathlib import Path
 from bitwright import _kernels
 from bitwright.distributed import current
 from bitwright.errors import MemoryBudgetError
-from bitwright.memory import group_memory, machine_memory, process_memory, resident_bytes
+from bitwright.memory import give_back, group_memory, machine_memory, process_memory, resident_bytes
 
 FREE_SHARE = 0.75  # of the memory that is free, which a run takes at most unless told otherwise
 THREAD_BYTES = 10_000_000  # of OpenBLAS' buffers and ours
@@ -56,6 +59,10 @@ class Budget:
         ValueError
             If the budget is not a positive number.
         """
+        begun = _begun.get()
+        if begun is not None:
+            give_back()  # what the stages before have taken
+            return begun
         if memory is not None and not memory > 0:
             raise ValueError(f"memory: expected gigabytes, more than 0, got {memory}")
         ranks = current()
@@ -83,8 +90,34 @@ class Budget:
             remedy = f"Raise that by {_up(least - self.limit + VARIATION)} GB"
         needed, there = told_apart(least, self.bytes)
         raise MemoryBudgetError(
-            f"{folder}: this run needs at least {needed}, but {given} is {there}. {remedy}{instead}"
+            f"{folder}: this run needs at least {needed}, but {given} is {there}. {remedy}{instead}",
+            least,
         )
+
+
+_begun: ContextVar[Budget | None] = ContextVar("_begun", default=None)
+
+
+@contextmanager
+def one_budget(memory: float | None) -> Iterator[None]:
+    """Let all stages of a command have the budget that it began with, beside what it had taken then."""
+    token = _begun.set(_begun.get() or Budget.of(memory))
+    try:
+        yield
+    finally:
+        _begun.reset(token)
+
+
+def require_all(plans: Iterable[Callable[[], object]]) -> None:
+    """Make the plans of all stages of a command; raise the MemoryBudgetError that asks for most, if any."""
+    refused = []
+    for plan in plans:
+        try:
+            plan()
+        except MemoryBudgetError as error:
+            refused.append(error)
+    if refused:
+        raise max(refused, key=lambda error: error.least)
 
 
 def gigabytes(count: float) -> str:

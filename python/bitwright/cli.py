@@ -551,7 +551,7 @@ def quantize(
 @_bos
 @click.option("--dry-run", is_flag=True, help="Only write the activations.")
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
-@_resume
+@_resumable
 @_links
 @_threads
 def salient(
@@ -566,6 +566,7 @@ def salient(
     dry_run: bool,
     overwrite: bool,
     resume: bool,
+    memory: float | None,
     threads: int | None,
     overrides: tuple[tuple[str, dict[str, int]], ...],
     **options: Any,
@@ -588,6 +589,7 @@ def salient(
             length=length,
             seed=seed,
             bos=bos,
+            memory=memory,
             overwrite=overwrite,
             resume=resume,
         )
@@ -609,12 +611,19 @@ def salient(
                 output_path,
                 method="salient",
                 calibration=tokens,
+                memory=memory,
                 overwrite=overwrite,
                 **{**options, "activation_method": "rms"},
             )
             collect(work)
         report = bitwright.awq_quantize_model(
-            model_path, output_path, activations_path, overwrite=overwrite, resume=resume, **options
+            model_path,
+            output_path,
+            activations_path,
+            memory=memory,
+            overwrite=overwrite,
+            resume=resume,
+            **options,
         )
     print_report(report, Console())
 
@@ -635,7 +644,7 @@ def salient(
 @click.option("--batch-size", type=click.IntRange(1), default=4, help="Samples at a time.")
 @click.option("--loss", type=click.Choice(LOSSES), default="kl", help="Whose gradient is taken.")
 @click.option("--overwrite", is_flag=True, help="Replace files that hold something else.")
-@_resume
+@_resumable
 @click.option("--plot", type=_NewFile(), help="Plot them to this file (.png, .svg, .pdf).")
 @_links
 @_threads
@@ -784,7 +793,7 @@ def dwq(
     making = ("method", "format", "candidates", "calibration", "samples", "bits", "group_size")
     context = click.get_current_context()
     if student is not None:
-        for name in (*making, "target_bpw", "memory"):
+        for name in (*making, "target_bpw"):
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 option = name.replace("_", "-")
                 raise click.UsageError(f"--{option} says how to make a student, but one is given")
@@ -821,7 +830,14 @@ def dwq(
         **shared,
     }
     report = bitwright.dwq_quantize(
-        teacher, student or make, out, data, made_with=made_with, plot=plot, **options
+        teacher,
+        student or make,
+        out,
+        data,
+        made_with=made_with,
+        plot=plot,
+        memory=memory,
+        **options,
     )
     print_dwq_report(report, Console())
 
@@ -847,6 +863,7 @@ def dwq(
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Of the weights in float; by default as they are.",
 )
+@_memory
 @click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
 @_links
 def convert(source: Path, out: Path, **options: Any) -> None:
@@ -915,9 +932,11 @@ def collect(model: Path, out: Path, calibration: Path, **options: Any) -> None:
 @click.argument("parts", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace other statistics.")
-def merge(parts: tuple[Path, ...], out: Path, overwrite: bool) -> None:
+@_memory
+def merge(parts: tuple[Path, ...], out: Path, overwrite: bool, memory: float | None) -> None:
     """Merge the statistics PARTS of one model over different tokens."""
-    click.echo(_described(bitwright.merge_statistics(parts, out, overwrite=overwrite)))
+    found = bitwright.merge_statistics(parts, out, overwrite=overwrite, memory=memory)
+    click.echo(_described(found))
 
 
 def _described(found: bitwright.Statistics) -> str:

@@ -1,5 +1,6 @@
 """From one format to another: the same weights where the grids allow, and otherwise what that costs."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from bitwright.budget import Budget
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import (
     CheckpointWriter,
@@ -37,6 +39,9 @@ from bitwright.tensor import QuantizedTensor, stored_bits
 from bitwright.warned import reports_warnings
 
 FEW = 3  # layers that are in memory together
+CODE_BYTES = 1.5  # of a weight that is quantized, with scales and biases of small groups
+COMPARED_BYTES = 16  # of a weight as it is, in other codes, and of their difference
+CARRIED_BYTES = 5  # of a float that is stored otherwise, and checked
 WIDE = 4096  # channels of a row, to compare what precisions take
 Target = FormatName | Literal["float"]
 Group = tuple[str, ...]  # layers that must have one precision
@@ -52,6 +57,7 @@ def convert(
     allow_requantize: bool = False,
     allow_unfused: bool = False,
     dtype: DTypeLike | None = None,
+    memory: float | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> ConversionReport:
@@ -82,6 +88,8 @@ def convert(
     dtype
         Of the weights in float: float32, float16 or bfloat16. By default they stay as they are, and what
         was quantized becomes the model's dtype if that holds it, otherwise float32.
+    memory
+        Budget in gigabytes (10⁹ bytes); by default three quarters of what is free.
     overwrite, progress
         As for `bitwright.quantize`.
 
@@ -91,6 +99,8 @@ def convert(
 
     Raises
     ------
+    MemoryBudgetError
+        If the budget is too small, with the smallest that would work.
     CheckpointError, NonFiniteError, OutputError, ValueError
         If the model is damaged, or cannot be stored so; the message says what and where. Nothing is written
         then.
@@ -121,6 +131,8 @@ def convert(
             f"format; quantize it (bitwright quantize)"
         )
     conversion = _Conversion(model, kind, float_dtype, allow_unfused)
+    budget = Budget.of(memory)
+    budget.require(budget.base + int(conversion.needed_bytes()), model.checkpoint.folder)
     files = SafetensorsFiles() if kind is None else kind.files(model.checkpoint)
     metadata = {"format": "pt" if kind is None else kind.metadata}
     shown = progress_bar("converting", progress, "layers")
@@ -203,6 +215,20 @@ class _Conversion:
         self.report: list[ConvertedLayer] = []
         self.reordered = False
         self.left_out = set() if kind is None else model.left_out(kind)
+
+    def needed_bytes(self) -> float:
+        """Return the most that layers take while they are compared and written, or float tensors while
+        they are carried."""
+        sizes = {name: math.prod(shape) for name, shape in self.layers.items()}
+        held = [0.0]
+        for group in self._groups() if self.kind is not None else [(name,) for name in sizes]:
+            largest = max(sizes[name] for name in group)
+            codes = sum(sizes[name] for name in group) if len(group) <= FEW else largest
+            held.append(CODE_BYTES * codes + COMPARED_BYTES * largest)
+        for name in self.model.checkpoint.names():
+            count = math.prod(self.model.checkpoint.shape(name))
+            held.append(count * (self.model.checkpoint.dtype(name).itemsize + CARRIED_BYTES))
+        return max(held)
 
     def plan(self, step: Any) -> dict[str, _Choice | None]:
         """Return what each layer becomes, and remember what that loses."""

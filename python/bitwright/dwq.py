@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 
+from bitwright.budget import Budget, one_budget
 from bitwright.build import set_num_threads
 from bitwright.calibration import Samples, TokenSource, load_samples, load_tokenizer
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
@@ -52,6 +53,7 @@ from bitwright.errors import (
 )
 from bitwright.formats import Format
 from bitwright.formats.engine_names import unfused
+from bitwright.gradient_memory import KEPT_STATES, head_bytes, linears_of, logits_bytes, tape_bytes
 from bitwright.home import expands_home
 from bitwright.links import is_own_file
 from bitwright.memory import peak_memory_bytes
@@ -65,6 +67,7 @@ from bitwright.report import DwqReport, QuantizationReport
 from bitwright.student import ZEROS, Student, Zeros
 from bitwright.targets import (
     DEFAULT_K,
+    SHARD_BYTES,
     DwqTargets,
     check_targets,
     read_manifest,
@@ -76,6 +79,10 @@ from bitwright.warned import reports_warnings
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
 VALIDATION_SAMPLES = 8
+BATCH_SIZE = 4
+# Of a weight in training: its code and, in groups of 64, what is trained, its best and Adam's means.
+TRAINED_BYTES = 2.5
+TARGET_BYTES = 16  # of a token that the teacher knows of a position, read and put together
 VALIDATIONS = 8  # in a run, unless told otherwise
 SAME = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 REPORT_NAME = "dwq.json"
@@ -160,7 +167,7 @@ def dwq_quantize(
     schedule: Schedule = "cosine",
     warmup: float = 0.1,
     temperature: float = 1.0,
-    batch_size: int = 4,
+    batch_size: int = BATCH_SIZE,
     accumulate: int = 1,
     loss: str | LossFunction = "kl",
     k: int | None = None,
@@ -169,6 +176,7 @@ def dwq_quantize(
     patience: int | None = None,
     checkpoint_every: int | None = None,
     plot: str | os.PathLike[str] | None = None,
+    memory: float | None = None,
     resume: bool = True,
     overwrite: bool = False,
     threads: int | None = None,
@@ -233,6 +241,8 @@ def dwq_quantize(
         Steps between two checkpoints, by default as `validate_every`.
     plot
         File to plot loss and KL to, see `plot_dwq`, just before `out` appears.
+    memory
+        Budget in gigabytes (10⁹ bytes); by default three quarters of what is free.
     resume
         Go on where an interrupted run of the same settings stopped.
     overwrite
@@ -251,6 +261,8 @@ def dwq_quantize(
     ------
     UnsupportedModelError
         If the student is not quantized.
+    MemoryBudgetError
+        If the budget is too small, with the smallest that would work.
     ResumeError
         If an interrupted run with the same `out` had other settings or inputs; the message says which.
     CheckpointError, CalibrationError, TargetsError, NonFiniteError, OutputError, ValueError
@@ -319,6 +331,7 @@ def dwq_quantize(
         validate_every=validate_every or max(1, steps // VALIDATIONS),
         patience=patience,
     )
+    plan_training(teacher_model, len(rows), rows.shape[1], batch_size, memory)
     given = None if targets is None else Path(targets)
     k = _token_count(teacher_model, k, given)
     ranks, work = current(), WorkFolder(out)
@@ -345,7 +358,7 @@ def dwq_quantize(
         identity["data"] = tokens_fingerprint(rows)
         identity |= {f"student's {name}": value for name, value in (made_with or {}).items()}
     identity = as_identity(identity)
-    with made_by(python_call(dwq_quantize, arguments)), work:
+    with one_budget(memory), made_by(python_call(dwq_quantize, arguments)), work:
         ranks.on_first(writer.check_place)
         try:
             resumed = resume and ranks.on_first(lambda: _is_begun(work.path))
@@ -747,10 +760,46 @@ def _load(
 
 
 def check_training(
-    teacher: Model, data: TokenSource, length: int | None, seed: int, bos: bool
+    teacher: Model,
+    data: TokenSource,
+    length: int | None,
+    seed: int,
+    bos: bool,
+    memory: float | None = None,
 ) -> None:
-    """Raise CalibrationError unless there are samples to train on, and to validate on."""
-    _plan(_load(data, None, teacher, length, bos).tokens, None, None, None, 1, seed)
+    """Raise CalibrationError unless there are samples to train on, and to validate on; MemoryBudgetError
+    if the budget is too small for that."""
+    rows = _load(data, None, teacher, length, bos).tokens
+    _plan(rows, None, None, None, 1, seed)
+    plan_training(teacher, len(rows), rows.shape[1], BATCH_SIZE, memory)
+
+
+def plan_training(
+    model: Model, samples: int, length: int, batch_size: int, memory: float | None
+) -> int:
+    """Return what training a student of a model takes; MemoryBudgetError if the budget is too small."""
+    config, budget = model.config, Budget.of(memory)
+    rows = length * batch_size
+    states, kept = 4 * rows * config.hidden_size, KEPT_STATES * config.num_hidden_layers
+    trained = sum(out * channels for out, channels in model.linear_shapes().values())
+    known = rows * min(DEFAULT_K, config.vocab_size) * TARGET_BYTES
+    peaks = [(kept + 4) * states + logits_bytes(model, rows, 3) + head_bytes(model, rows)]
+    for index in range(config.num_hidden_layers):
+        read: list[int] = []
+        for stages in reversed(model.layouts[index].sub_blocks):
+            read += linears_of(model.layouts[index], stages)
+            tape = tape_bytes(model, index, stages, length, rows)
+            peaks.append((KEPT_STATES * (index + 1) + 1) * states + 4 * sum(read) + tape)
+    # The teacher says of many samples together what it knows of them.
+    packed = min(DEFAULT_K, config.vocab_size) * (2 + (2 if config.vocab_size <= 1 << 16 else 4))
+    per_sample = length * max(packed, 4 * config.hidden_size)
+    together = length * min(samples, max(1, SHARD_BYTES // per_sample))
+    taught = together * (2 * packed + 2 * 4 * config.hidden_size)
+    teaching = head_bytes(model, together) + logits_bytes(model, together, 1) + taught
+    most = budget.base + int(TRAINED_BYTES * trained)
+    most += max(teaching, known + max(peaks))
+    budget.require(most, model.checkpoint.folder)
+    return most
 
 
 def _plan(

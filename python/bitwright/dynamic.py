@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from bitwright.budget import one_budget, require_all
 from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource
 from bitwright.card import add_evaluations, made_by, python_call
@@ -20,7 +21,7 @@ from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_unt
 from bitwright.checkpoint.writer import check_apart, completed
 from bitwright.distributed import current
 from bitwright.errors import SensitivityError, check_choice
-from bitwright.evaluate import Evaluation, check_text, evaluate
+from bitwright.evaluate import Evaluation, check_evaluation, check_text, evaluate
 from bitwright.formats import FORMATS, Format, FormatName, Precision
 from bitwright.formats.engine_names import fused_groups
 from bitwright.home import expands_home
@@ -32,6 +33,7 @@ from bitwright.recipe import Recipe, check_candidates, plan_layers
 from bitwright.report import QuantizationReport
 from bitwright.sensitivity import (
     Sensitivities,
+    check_estimate,
     estimate_sensitivities,
 )
 from bitwright.tensor import Grid, stored_bits
@@ -369,6 +371,8 @@ def dynamic_quantize(
     ------
     SensitivityError
         If the sensitivities given are of another model or other precisions.
+    MemoryBudgetError
+        If the budget is too small for one of the stages, with the smallest that would work for all.
     CheckpointError, CalibrationError, NonFiniteError, OutputError, ValueError
         As `estimate_sensitivities`, `choose_precisions` and `bitwright.quantize`.
 
@@ -433,10 +437,26 @@ def dynamic_quantize(
     with (
         kept_until_written(WorkFolder(out, SENSITIVITIES)) as work,
         made_by(python_call(dynamic_quantize, arguments)),
+        one_budget(memory),
     ):
         # All that does not depend on which layer gets what.
         same = Recipe(dict.fromkeys(original.linear_shapes(), low), target_bpw, target_bpw)
-        check_quantization(model, out, recipe=same, overwrite=overwrite, **making)
+        plans: list[Callable[[], object]] = [
+            lambda: check_quantization(model, out, recipe=same, overwrite=overwrite, **making)
+        ]
+        estimated: dict[str, Any] = {
+            "samples": sensitivity_samples,
+            "length": length,
+            "seed": seed,
+            "bos": bos,
+            "memory": memory,
+        }
+        if known is None:
+            plans.append(lambda: check_estimate(original, cast(TokenSource, data), **estimated))
+        if evaluate_on is not None:
+            both = [original, original]  # the quantized one takes no more
+            plans.append(lambda: check_evaluation(both, evaluate_on, length, bos, memory))
+        require_all(plans)
         if known is None:
             file = None if isinstance(sensitivities, Sensitivities) else sensitivities
             known = estimate_sensitivities(
@@ -444,10 +464,7 @@ def dynamic_quantize(
                 cast(TokenSource, data),
                 *low,
                 *high,
-                samples=sensitivity_samples,
-                length=length,
-                seed=seed,
-                bos=bos,
+                **estimated,
                 out=work if file is None else file,
                 resume=resume,
                 progress=progress,
@@ -468,10 +485,9 @@ def dynamic_quantize(
             start = time.perf_counter()
             if evaluate_on is not None:
                 try:
-                    before = evaluate(original, evaluate_on, length=length, bos=bos)
-                    after = evaluate(
-                        folder, evaluate_on, reference=original, length=length, bos=bos
-                    )
+                    given: dict[str, Any] = {"length": length, "bos": bos, "memory": memory}
+                    before = evaluate(original, evaluate_on, **given)
+                    after = evaluate(folder, evaluate_on, reference=original, **given)
                     found.extend((before, after))
                     add_evaluations(folder, {"original": before, "quantized": after})
                 except ValueError as error:

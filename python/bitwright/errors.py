@@ -60,7 +60,19 @@ class RankError(BitwrightError, ValueError):
 
 
 class MemoryBudgetError(BitwrightError, MemoryError):
-    """A run would take more memory than it may."""
+    """A run would take more memory than it may.
+
+    Parameters
+    ----------
+    message
+        What is wrong.
+    least
+        Bytes that would be enough, where that is known.
+    """
+
+    def __init__(self, message: str, least: int = 0) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 class NonFiniteError(BitwrightError, ValueError):

@@ -223,6 +223,18 @@ def check_text(
     return loaded
 
 
+def check_evaluation(
+    models: Sequence[Model],
+    text: TokenSource,
+    length: int | None,
+    bos: bool,
+    memory: float | None,
+) -> None:
+    """Raise CalibrationError or MemoryBudgetError where models cannot be evaluated on a text."""
+    tokens = check_text(models, text, length, bos=bos).tokens
+    _samples_at_once([*models], len(tokens), tokens.shape[1], memory)
+
+
 def _skipped(tokens: NDArray[np.int32], windows: Windows) -> int:
     """Return how many tokens at the start of a sample are not judged."""
     return tokens.shape[1] // 2 if windows == "llama.cpp" else 0

@@ -1,5 +1,6 @@
 """The memory that this process has taken, and what the machine, control groups and limits leave to it."""
 
+import ctypes
 import math
 import os
 import resource
@@ -66,6 +67,12 @@ def peak_memory_bytes() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def give_back() -> None:
+    """Give what the heap holds and nobody uses back to the system, where that can be asked for."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes() -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.budget import Budget
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.checkpoint.writer import check_apart
 from bitwright.distributed import current
@@ -15,6 +16,8 @@ from bitwright.home import expands_home
 from bitwright.statistics import Moments
 from bitwright.statistics_files import Statistics, StatisticsWriter, check_place
 
+MERGED_BYTES = 12  # of an entry of a gram: its sum in float64, and a part or the mean in float32
+
 
 @expands_home
 def merge_statistics(
@@ -22,6 +25,7 @@ def merge_statistics(
     out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    memory: float | None = None,
 ) -> Statistics:
     """Merge what `collect_statistics` has written for parts of the tokens, on one machine or several.
 
@@ -36,6 +40,8 @@ def merge_statistics(
         Folder to write, whole or not at all.
     overwrite
         Replace other statistics.
+    memory
+        Budget in gigabytes (10⁹ bytes); by default three quarters of what is free.
 
     Returns
     -------
@@ -46,6 +52,8 @@ def merge_statistics(
     StatisticsError
         If a part is damaged, of another model, or has samples of another part, or if the text of one
         was begun with the tokenizer's first token and that of another without; the message names it.
+    MemoryBudgetError
+        If the budget is too small, with the smallest that would work.
     OutputError
         If `out` exists and may not be replaced, or cannot be written.
 
@@ -64,6 +72,10 @@ def merge_statistics(
         raise ValueError("parts: there are none")
     ranks, work = current(), WorkFolder(out)
     opened = ranks.on_first(lambda: _checked([Statistics(part) for part in parts], work, overwrite))
+    # In float64 while parts are added, and then as it is written.
+    widest = max((stage.channels for stage in opened[0].stages.values()), default=0)
+    budget = Budget.of(memory)
+    budget.require(budget.base + MERGED_BYTES * widest**2, work.out)
     with work:
         # Nothing to go on from, but what another run has left there is not to be lost.
         work.resume({"statistics": [part.fingerprint() for part in opened]})

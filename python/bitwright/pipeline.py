@@ -688,7 +688,8 @@ class Run:
             samples * length,
             length,
             self.scale_dtype,
-            known=self.statistics is not None,
+            known=self.statistics is not None or self.activations is not None,
+            seen_bytes=0 if self.activations is None else self.activations.largest_bytes(),
         )
         plan = plan_run(work, self.memory, out, timed=progress)
         if progress and self.ranks.is_first:

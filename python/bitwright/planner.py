@@ -87,9 +87,11 @@ class Work:
     scale_dtype
         Of scales.
     known
-        Whether what layers see is read from files of statistics.
+        Whether what layers see is read from files of statistics or activations.
     collects
         Whether such files are what is written.
+    seen_bytes
+        The largest array of a file of activations.
     """
 
     model: Model
@@ -101,6 +103,7 @@ class Work:
     scale_dtype: np.dtype[np.generic]
     known: bool = False
     collects: bool = False
+    seen_bytes: int = 0
 
     @property
     def has_grams(self) -> bool:
@@ -163,7 +166,8 @@ def plan_run(
     chunk = work.rope.chunk_rows
     chunks = math.ceil(math.ceil(work.tokens / chunk) / ranks.size)
     per_chunk = int(4 * min(chunk, work.tokens) * _states_per_token(work))
-    fixed = budget.base + _fixed_bytes(work)
+    # Activations, and a copy that scales or squares them.
+    fixed = budget.base + _fixed_bytes(work) + 2 * work.seen_bytes
     least = fixed + (per_chunk if work.tokens else 0)
     instead = ", or take preset fast" if work.options.refine or work.options.drift else ""
     budget.require(least, work.model.checkpoint.folder, instead)
@@ -345,6 +349,8 @@ def _solve_bytes(
     refining = 12 * REFINED_ROWS * channels if work.options.refine else 0
     # What solving works on and then the errors are computed from; clipping reads the weights as they are.
     copies = 1 if work.options.method == "awq" and not work.options.refine else 2
+    if work.options.method == "salient":  # its weights are chosen by the sizes of their effects
+        copies = 4
     solving = 4 * (square + factor + weights + copies * largest) + largest + refining
     reading = gathered + 4 * weights + (4 + 2) * largest
     return max(correcting, solving, reading)

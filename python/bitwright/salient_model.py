@@ -26,6 +26,7 @@ def awq_quantize_model(
     exclude: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, int]] | None = None,
     allow_unfused: bool = False,
+    memory: float | None = None,
     overwrite: bool = False,
     resume: bool = True,
 ) -> QuantizationReport:
@@ -47,6 +48,8 @@ def awq_quantize_model(
         ``"awq"`` (transformers, vLLM), ``"mlx"`` or ``"gptq"``: all hold the same codes and scales.
     exclude, overrides, allow_unfused
         As for `quantize`.
+    memory
+        Budget in gigabytes (10⁹ bytes); by default three quarters of what is free.
     overwrite
         Replace an existing checkpoint folder.
     resume
@@ -58,6 +61,8 @@ def awq_quantize_model(
 
     Raises
     ------
+    MemoryBudgetError
+        If the run would take more memory than it may; the message tells how much it needs.
     CheckpointError, CalibrationError, NonFiniteError, OutputError, ValueError
         If anything is wrong with what was given; nothing is written then.
 
@@ -87,6 +92,7 @@ def awq_quantize_model(
         exclude=exclude,
         overrides=overrides,
         allow_unfused=allow_unfused,
+        memory=memory,
         overwrite=overwrite,
         resume=resume,
         progress=verbose,

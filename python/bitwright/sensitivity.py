@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitwright import _kernels
+from bitwright.budget import Budget
 from bitwright.build import set_num_threads
 from bitwright.calibration import Samples, TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import model_fingerprint
@@ -30,12 +32,14 @@ from bitwright.errors import (
     shown,
 )
 from bitwright.formats import Format, Precision
+from bitwright.gradient_memory import KEPT_STATES, head_bytes, linears_of, logits_bytes, tape_bytes
 from bitwright.home import expands_home
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.rtn import quantize_rtn
+from bitwright.models.block import Rotation
 from bitwright.models.matrix_rows import MatrixRows
 from bitwright.models.model import Model, load_model
-from bitwright.models.network import Network
+from bitwright.models.network import HEAD_BYTES, Network, logit_rows
 from bitwright.models.operations import Float, Float32
 from bitwright.progress import progress_bar
 from bitwright.recipe import unfit_layers
@@ -43,6 +47,7 @@ from bitwright.targets import DEFAULT_K, tokens_fingerprint
 from bitwright.tensor import BITS, Grid
 
 DEFAULT_SAMPLES = 32
+BATCH_SIZE = 4
 VERSION = 1
 BATCH = "batch-{}.json"  # in the work folder
 WHOLE = "sensitivities.json"  # there, too: what is moved into place
@@ -171,12 +176,13 @@ def estimate_sensitivities(
     length: int | None = None,
     seed: int = 0,
     bos: bool = True,
-    batch_size: int = 4,
+    batch_size: int = BATCH_SIZE,
     loss: str = "kl",
     grid: Grid = "affine",
     out: str | os.PathLike[str] | WorkFolder | None = None,
     plot: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    memory: float | None = None,
     resume: bool = True,
     threads: int | None = None,
     progress: bool = True,
@@ -203,7 +209,7 @@ def estimate_sensitivities(
     bos
         Begin every sample of a text with what the tokenizer puts first, see `load_tokens`.
     batch_size
-        Samples that are in memory at a time.
+        Samples that are in memory at a time; fewer where the budget asks for it, with the same result.
     loss
         ``"kl"``, KL(original ‖ low), ``"reverse_kl"``, KL(low ‖ original), or another of DWQ's losses.
     grid
@@ -216,6 +222,8 @@ def estimate_sensitivities(
     overwrite
         Replace whatever files `out` and `plot` are; otherwise only such as hold sensitivities, and plots of
         bitwright's.
+    memory
+        Budget in gigabytes (10⁹ bytes); by default three quarters of what is free.
     resume
         Go on where an interrupted call with the same `out` and arguments stopped.
     threads
@@ -233,6 +241,8 @@ def estimate_sensitivities(
         If the interrupted call had other arguments; the message says which.
     OutputExistsError
         If `out` is a file that holds something else.
+    MemoryBudgetError
+        If the budget is too small, with the smallest that would work.
     CheckpointError, CalibrationError, NonFiniteError, OutputError, ValueError
         If the model or the data cannot be used, or the file not be written; the message says which and why.
 
@@ -256,20 +266,11 @@ def estimate_sensitivities(
     check_choice("loss", loss, LOSSES)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    loaded = load_samples(
-        data,
-        tokenizer=original.checkpoint.folder,
-        length=length,
-        samples=samples,
-        seed=seed,
-        vocab_size=original.config.vocab_size,
-        positions=original.positions,
-        bos=bos,
-        most=DEFAULT_SAMPLES,
-    )
+    loaded = _loaded(original, data, samples, length, seed, bos)
     low, high = (low_bits, low_group_size), (high_bits, high_group_size)
     _check_groups(original, (low, high), grid)
-    estimate = _Estimate(original, loaded, low, high, batch_size, loss, grid)
+    pieces = plan_estimate(original, loaded.tokens, batch_size, memory)
+    estimate = _Estimate(original, loaded, low, high, batch_size, loss, grid, pieces)
     if isinstance(out, WorkFolder):
         return estimate.go(out, resume, progress)
     if out is None:
@@ -297,6 +298,43 @@ def estimate_sensitivities(
     return found
 
 
+def check_estimate(
+    original: Model,
+    data: TokenSource,
+    *,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    bos: bool,
+    memory: float | None,
+) -> None:
+    """Raise CalibrationError or MemoryBudgetError where there can be no estimate, see
+    `estimate_sensitivities`."""
+    tokens = _loaded(original, data, samples, length, seed, bos).tokens
+    plan_estimate(original, tokens, BATCH_SIZE, memory)
+
+
+def _loaded(
+    model: Model,
+    data: TokenSource,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    bos: bool,
+) -> Samples:
+    return load_samples(
+        data,
+        tokenizer=model.checkpoint.folder,
+        length=length,
+        samples=samples,
+        seed=seed,
+        vocab_size=model.config.vocab_size,
+        positions=model.positions,
+        bos=bos,
+        most=DEFAULT_SAMPLES,
+    )
+
+
 def _check_groups(model: Model, precisions: tuple[tuple[int, int | None], ...], grid: Grid) -> None:
     """Raise ValueError unless every layer consists of whole groups in both precisions."""
     shapes = model.linear_shapes()
@@ -314,6 +352,74 @@ def _check_groups(model: Model, precisions: tuple[tuple[int, int | None], ...], 
             )
 
 
+@dataclass(frozen=True)
+class EstimatePlan:
+    """In which pieces a batch is looked at, and what that takes.
+
+    Parameters
+    ----------
+    samples
+        Of a batch, at a time.
+    differences
+        How many layers' differences between both precisions are kept.
+    memory_bytes
+        Expected peak of the process.
+    least_bytes
+        The smallest budget that would work.
+    """
+
+    samples: int
+    differences: int
+    memory_bytes: int
+    least_bytes: int
+
+
+def plan_estimate(
+    model: Model, tokens: NDArray[np.int32], batch_size: int, memory: float | None
+) -> EstimatePlan:
+    """Plan an estimate over tokens ``[samples, length]``; MemoryBudgetError if the budget is too small.
+
+    Pieces consist of the same chunks as a whole batch, from the first to the last, so that every sum is
+    taken in the same order.
+    """
+    length = tokens.shape[1]
+    batch = min(batch_size, len(tokens))
+    rope = Rotation(length, {})
+    at_once = logit_rows(4 * model.config.vocab_size, HEAD_BYTES)
+    step = math.lcm(length, rope.chunk_rows, rope.tape_rows, at_once) // length
+    every = max(len(layout.linears) for layout in model.layouts)
+    # From what is fastest to what takes least.
+    choices = [(batch, every)]
+    choices += [(samples, every) for samples in range((batch - 1) // step * step, 0, -step)]
+    choices.append((min(step, batch), 1))
+    budget = Budget.of(memory)
+    takes = [budget.base + _piece_bytes(model, length, *choice) for choice in choices]
+    budget.require(min(takes), model.checkpoint.folder)
+    chosen = next(number for number, most in enumerate(takes) if most <= budget.bytes)
+    return EstimatePlan(*choices[chosen], takes[chosen], min(takes))
+
+
+def _piece_bytes(model: Model, length: int, samples: int, differences: int) -> int:
+    """Return what some samples of a batch take, with so many layers' differences kept."""
+    rows, config = samples * length, model.config
+    states = 4 * rows * config.hidden_size
+    kept = KEPT_STATES * config.num_hidden_layers
+    # Both models' last states, before their norm and with their gradient.
+    peaks = [head_bytes(model, rows) + logits_bytes(model, rows, 3) + (kept + 4) * states]
+    for index, layout in enumerate(model.layouts):
+        read: list[int] = []
+        for stages in reversed(model.layouts[index].sub_blocks):
+            own = linears_of(layout, stages)
+            read += own
+            known = 4 * sum(sorted(read)[-differences:])
+            # The weight, its codes, and both precisions, of which the difference is one of those known.
+            rounding = (4 + 1 + 4 + (0 if differences > 1 else 4)) * max(own, default=0)
+            tape = tape_bytes(model, index, stages, length, rows)
+            held = (KEPT_STATES * (index + 1) + 2) * states
+            peaks.append(held + 4 * sum(read) + known + rounding + tape)
+    return max(peaks)
+
+
 class _Estimate:
     """What the batches of some tokens say, one after another or shared by several ranks."""
 
@@ -326,6 +432,7 @@ class _Estimate:
         batch_size: int,
         loss: str,
         grid: Grid,
+        pieces: "EstimatePlan",
     ) -> None:
         self.original = original
         self.tokens = samples.tokens
@@ -335,6 +442,7 @@ class _Estimate:
         self.batch_size = batch_size
         self.loss = loss
         self.grid = grid
+        self.pieces = pieces
         self.shapes = original.linear_shapes()
         self.model = model_fingerprint(original.checkpoint)
         for name, (_, channels) in self.shapes.items():
@@ -423,7 +531,7 @@ class _Estimate:
         alignments = dict.fromkeys(shapes, 0.0)
 
         # The gradients of a layer come piece by piece, those of one block after those of another.
-        @lru_cache(maxsize=max(len(layout.linears) for layout in original.layouts))
+        @lru_cache(maxsize=self.pieces.differences)
         def difference(name: str) -> Float32:
             return self._rounded(name, self.low) - self._rounded(name, self.high)
 
@@ -437,16 +545,21 @@ class _Estimate:
 
         reference, head = self._reference
         count = min(DEFAULT_K, original.config.vocab_size)
-        states = reference.final_states(ids)
 
-        def teacher(start: int, stop: int) -> TopTokens:
-            return TopTokens.of(original.head_logits(states[start:stop], head), count)
+        def losses(part: NDArray[np.int32]) -> NDArray[np.float64]:
+            states = reference.final_states(part)
 
-        divergence = DistillationLoss(
-            teacher, next_tokens(ids), self.loss, factor=1 / self.tokens.size
-        )
-        losses = self._student.gradients(ids, divergence, align)
-        total = float(losses.sum()) / self.tokens.size
+            def teacher(start: int, stop: int) -> TopTokens:
+                return TopTokens.of(original.head_logits(states[start:stop], head), count)
+
+            divergence = DistillationLoss(
+                teacher, next_tokens(part), self.loss, factor=1 / self.tokens.size
+            )
+            return self._student.gradients(part, divergence, align)
+
+        step = self.pieces.samples
+        parts = [losses(ids[first : first + step]) for first in range(0, len(ids), step)]
+        total = float(np.concatenate(parts).sum()) / self.tokens.size
         if not all(map(math.isfinite, (total, *alignments.values()))):
             raise NonFiniteError(
                 f"{original.checkpoint.folder}: the sensitivities are not finite; check the model with "

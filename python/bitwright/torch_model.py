@@ -7,8 +7,9 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Container
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,8 @@ class TorchModel:
     ----------
     folder
         Checkpoint folder in float. Nothing is downloaded and no code from it is run.
+    before
+        Called with this model before its weights are read, when only the shapes of `module` are known.
 
     Raises
     ------
@@ -154,7 +157,11 @@ class TorchModel:
         stored in the checkpoint with the same values.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        before: "Callable[[TorchModel], None] | None" = None,
+    ) -> None:
         self.torch, self.transformers = import_torch()
         self.checkpoint = Checkpoint(folder)
         self.folder: Path = self.checkpoint.folder
@@ -163,14 +170,18 @@ class TorchModel:
             raise ValueError(
                 f"{self.folder}: is quantized already ({declared.name}); start from the original"
             )
-        self.module, unexpected = self._load()
+        config = self._config()
+        self.module = self._without_weights(config)
+        self.positions = _positions(self.module.config)
+        self.vocab_size: int = self.module.get_input_embeddings().weight.shape[0]
+        if before is not None:
+            before(self)
+        self.module, unexpected = self._load(config)
         self.prefix = f"{self.module.base_model_prefix}."
         self._settle_names()
         self._settle_head()
         self.unused = self._unused(unexpected)
-        self.positions = _positions(self.module.config)
-        self.vocab_size: int = self.module.get_input_embeddings().weight.shape[0]
-        name, modules = self._find_blocks()
+        name, modules = self.find_blocks()
         self._warn_of_unused(f"{name}.{{}}", len(modules))
         self.blocks = [
             TorchBlock(index, f"{name}.{index}", module) for index, module in enumerate(modules)
@@ -223,17 +234,46 @@ class TorchModel:
     def _unsupported(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.folder}: {what}")
 
-    def _load(self) -> tuple[Any, list[str]]:
-        """Return the model, and what transformers has found no use for."""
-        logging = self.transformers.utils.logging
-        shows_bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
+    def _config(self) -> Any:
+        """Return what config.json says, as transformers understands it."""
+        with self._loading():
             config = self.transformers.AutoConfig.from_pretrained(
                 str(self.folder), local_files_only=True, trust_remote_code=False
             )
             if hasattr(config, "quantization_config"):
                 del config.quantization_config  # of what is in float all the same
+            return config
+
+    def _without_weights(self, config: Any) -> Any:
+        """Return the model's modules, of which only the shapes are known."""
+        with self._loading(), self.torch.device("meta"):
+            return self.transformers.AutoModelForCausalLM.from_config(
+                deepcopy(config),
+                dtype=self.torch.float32,
+                trust_remote_code=False,
+                attn_implementation="eager",
+            )
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Refuse what transformers cannot load."""
+        try:
+            yield
+        except Exception as error:  # whatever a library makes of a stranger's files
+            raise self._unsupported(
+                f"transformers {self.transformers.__version__} cannot load this model: "
+                f"{shown(str(error))}"
+            ) from error
+
+    def _load(self, config: Any) -> tuple[Any, list[str]]:
+        """Return the model, and what transformers has found no use for."""
+        logging = self.transformers.utils.logging
+        shows_bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        with ExitStack() as stack:
+            stack.enter_context(self._loading())
+            if shows_bars:
+                stack.callback(logging.enable_progress_bar)
             model, report = self.transformers.AutoModelForCausalLM.from_pretrained(
                 str(self.folder),
                 config=config,
@@ -244,14 +284,6 @@ class TorchModel:
                 attn_implementation="eager",  # the others need not call every layer as a module
                 output_loading_info=True,
             )
-        except Exception as error:  # whatever a library makes of a stranger's files
-            raise self._unsupported(
-                f"transformers {self.transformers.__version__} cannot load this model: "
-                f"{shown(str(error))}"
-            ) from error
-        finally:
-            if shows_bars:
-                logging.enable_progress_bar()
         absent = sorted(map(str, report["missing_keys"]))
         if absent:
             raise self._unsupported(
@@ -299,7 +331,7 @@ class TorchModel:
         names = without_harmless(self.checkpoint, self.unused)
         warn_of_unused(self.checkpoint, names, kinds_of(names, block, count))
 
-    def _find_blocks(self) -> tuple[str, list[Any]]:
+    def find_blocks(self) -> tuple[str, list[Any]]:
         """Return the longest outermost list of modules that all have linears, and its name."""
         nn = self.torch.nn
         lists: dict[str, list[Any]] = {}

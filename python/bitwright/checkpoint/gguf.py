@@ -60,8 +60,8 @@ class _GgufSlice:
     position: int
 
     def __getitem__(self, part: slice | tuple[slice, slice]) -> NDArray[Any]:
-        """Return consecutive rows of a matrix, or of one of a stack. Neither stacks have reordered rows, nor
-        embeddings and heads, which are all that is read so."""
+        """Return consecutive rows of a matrix, or of one of a stack. Stacks have no reordered rows, and
+        neither have embeddings and heads, which are all that is read so."""
         if isinstance(part, slice):
             rows, width = self.info.shape
             first, last, _ = part.indices(rows)

@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import ExpertsConfig, LatentConfig, LayerType, ModelConfig
 from bitwright.models.architecture import Architecture, Attention, Experts, LatentAttention, Mlp
-from bitwright.models.layout import BlockLayout, Stage
+from bitwright.models.layout import SUB_BLOCK_STARTS, BlockLayout, Stage
 from bitwright.models.operations import BlockWeights, Float, Operations
 from bitwright.models.routing import Routes
 from bitwright.models.tape import OnLinear, Tape
 
 MOST_CHUNK_TOKENS, MOST_TAPE_TOKENS = 1024, 512
 Observer = Callable[[int, Stage, Float], None]
-SUB_BLOCK_STARTS = ("attention", "latent", "mlp", "router")  # stages that read the hidden states
 
 
 @dataclass(eq=False)
@@ -181,12 +180,7 @@ class DecoderBlock:
     @property
     def sub_blocks(self) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
         """The stages of attention, and those of the MLP or experts."""
-        first = next(
-            number
-            for number, stage in enumerate(self.stages)
-            if stage.kind in SUB_BLOCK_STARTS and number > 0
-        )
-        return self.stages[:first], self.stages[first:]
+        return self.layout.sub_blocks
 
     def forward_kept(self, hidden: Float, rope: "Rotation") -> tuple[Float, ...]:
         """Run the whole block in place; return the hidden states before each of its `sub_blocks`."""

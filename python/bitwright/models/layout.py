@@ -24,6 +24,7 @@ StageKind = Literal[
     "expert_output",
 ]
 Role = Literal["gate", "up", "down"]
+SUB_BLOCK_STARTS = ("attention", "latent", "mlp", "router")  # stages that read the hidden states
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,16 @@ class BlockLayout:
     groups: tuple[ScaleGroup, ...]
     never_clipped: tuple[str, ...]
     experts: Mapping[str, ExpertPlace]
+
+    @property
+    def sub_blocks(self) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
+        """The stages of attention, and those of the MLP or experts."""
+        first = next(
+            number
+            for number, stage in enumerate(self.stages)
+            if stage.kind in SUB_BLOCK_STARTS and number > 0
+        )
+        return self.stages[:first], self.stages[first:]
 
     def channels(self, stage: Stage) -> int:
         """Return how many channels a stage reads; a router's are those of the first of the floats."""

@@ -1,0 +1,241 @@
+"""Every long command takes a budget, refuses one that is too small before it reads anything, and keeps one
+that is not: peaks of whole processes next to plans."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from shared_data import TESTS
+from sized_models import make_sized
+
+import bitwright
+from bitwright import budget as budget_module
+from bitwright.budget import Budget, one_budget, require_all
+from bitwright.cli import cli
+from bitwright.models.model import load_model
+from bitwright.sensitivity import plan_estimate
+
+DEMO = bitwright.demo_folder()
+TEXT = DEMO / "calibration.txt"
+LONG = (
+    *("quantize", "salient", "sensitivities", "dynamic", "dwq", "convert", "refine", "evaluate"),
+    *("statistics collect", "statistics merge"),
+)
+SCRIPT = """
+import json, sys
+import numpy as np
+import bitwright
+from bitwright import sensitivity
+from bitwright.memory import peak_memory_bytes
+model, samples, length, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+plan, plans = sensitivity.plan_estimate, []
+def planned(*arguments):
+    plans.append(plan(*arguments))
+    return plans[-1]
+sensitivity.plan_estimate = planned
+vocabulary = bitwright.load_model(model).config.vocab_size
+ids = np.random.default_rng(0).integers(0, vocabulary, (samples, length))
+options = {"batch_size": samples, "threads": 1, "progress": False}
+if memory == "least":
+    try:
+        bitwright.estimate_sensitivities(model, ids, memory=1e-3, **options)
+    except bitwright.MemoryBudgetError as error:
+        options["memory"] = error.least / 1e9 + 1e-3
+found = bitwright.estimate_sensitivities(model, ids, **options)
+print(json.dumps([
+    plans[-1].memory_bytes, peak_memory_bytes(), options.get("memory"), plans[-1].samples,
+    dict(found.alignments), found.kl_divergence,
+]))
+"""
+WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8}
+# A large vocabulary; long samples; backward passes of wide blocks; experts.
+SHAPES: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "vocabulary": ("llama-linear", {"vocab_size": 152_064}, 2, 64),
+    "32,000 words": ("gemma2", {"vocab_size": 32_000, "hidden_size": 256}, 4, 64),
+    "long samples": ("llama-linear", {"max_position_embeddings": 2048}, 2, 2048),
+    "backward": ("llama-linear", {**WIDE, "vocab_size": 4096}, 3, 512),
+    "experts": (
+        "qwen3_moe",
+        {**WIDE, "moe_intermediate_size": 256, "num_local_experts": 16, "num_experts": 16},
+        4,
+        256,
+    ),
+}
+
+
+def estimate(model: Path, samples: int, length: int, memory: str) -> list[Any]:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            SCRIPT,
+            str(model),
+            str(samples),
+            str(length),
+            memory,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.memory
+@pytest.mark.parametrize("name", SHAPES)
+def test_sensitivities_take_what_is_planned(name: str, tmp_path: Path) -> None:
+    family, changes, samples, length = SHAPES[name]
+    model = make_sized(tmp_path / "model", family, **({"intermediate_size": 128} | changes))
+    forecast, peak, _, _, *whole = estimate(model, samples, length, "all")
+    assert 0.88 < forecast / peak < 1.15
+    _, peak, memory, _, *pieces = estimate(model, samples, length, "least")
+    assert peak < 1.05 * 1e9 * memory
+    assert pieces == whole  # to the last bit
+
+
+def test_batches_are_cut_where_chunks_end() -> None:
+    """Sums then have the same terms in the same order."""
+    model = load_model(DEMO)
+    ids = np.zeros((64, 64), np.int32)
+    plan = plan_estimate(model, ids, 64, None)
+    assert plan.samples == 64
+    smallest = plan_estimate(model, ids, 64, plan.least_bytes / 1e9 + 0.003)
+    assert smallest.samples == 16
+    rope = model.rotation(64)
+    assert smallest.samples * 64 % rope.chunk_rows == 0
+    assert smallest.samples * 64 % rope.tape_rows == 0
+
+
+def command(words: str) -> Any:
+    found: Any = cli
+    for word in words.split():
+        found = found.commands[word]
+    return found
+
+
+@pytest.mark.parametrize("words", LONG)
+def test_long_commands_take_a_budget(words: str) -> None:
+    assert "memory" in {option.name for option in command(words).params}
+
+
+def quantized(folder: Path) -> Path:
+    bitwright.quantize(DEMO, folder, "rtn", 4, 64, progress=False)
+    return folder
+
+
+def collected(folder: Path) -> Path:
+    bitwright.collect_statistics(DEMO, folder, TEXT, samples=2, length=64, progress=False)
+    return folder
+
+
+REFUSED: dict[str, Callable[[Path, Path], object]] = {
+    "sensitivities": lambda folder, out: bitwright.estimate_sensitivities(
+        DEMO, TEXT, samples=2, length=64, out=out, memory=1e-3
+    ),
+    "dynamic": lambda folder, out: bitwright.dynamic_quantize(
+        DEMO, out, 4.5, [(3, 64), (5, 64)], data=TEXT, length=64, memory=1e-3
+    ),
+    "best": lambda folder, out: bitwright.quantize_best(
+        DEMO, out, bits=3, calibration=TEXT, length=64, memory=1e-3
+    ),
+    "dwq": lambda folder, out: bitwright.dwq_quantize(
+        DEMO, quantized(folder / "q"), out, TEXT, length=64, memory=1e-3
+    ),
+    "convert": lambda folder, out: bitwright.convert(
+        quantized(folder / "q"), out, "gptq", memory=1e-3
+    ),
+    "merge": lambda folder, out: bitwright.merge_statistics(
+        [collected(folder / "a")], out, memory=1e-3
+    ),
+    "activations": lambda folder, out: bitwright.collect_activations(
+        DEMO, out, TEXT, length=64, memory=1e-3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_small_budgets_are_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(
+        bitwright.MemoryBudgetError, match=r"needs at least .*--memory \d"
+    ) as caught:
+        REFUSED[name](tmp_path, out)
+    assert caught.value.least > 1e6
+    assert not out.exists()
+    assert not [each for each in tmp_path.iterdir() if each.name.startswith(".out")]
+
+
+def test_the_budget_of_dynamic_is_that_of_all_its_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float | None] = []
+    real = Budget.of.__func__  # type: ignore[attr-defined]
+
+    def of(kind: type[Budget], memory: float | None) -> Budget:
+        given.append(memory)
+        return real(kind, memory)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Budget, "of", classmethod(of))
+    run: dict[str, Any] = {"data": TEXT, "samples": 4, "sensitivity_samples": 4, "length": 64}
+    run |= {"evaluate_on": DEMO / "evaluation.txt", "progress": False}
+    precisions = [(3, 64), (5, 64)]
+    with pytest.raises(bitwright.MemoryBudgetError) as caught:
+        bitwright.dynamic_quantize(DEMO, tmp_path / "q", 4.5, precisions, memory=1e-3, **run)
+    memory = caught.value.least / 1e9 + 0.03  # this process may have grown since
+    given.clear()
+    bitwright.dynamic_quantize(DEMO, tmp_path / "q", 4.5, precisions, memory=memory, **run)
+    assert len(given) > 5
+    assert set(given) == {memory}
+
+
+def test_stages_have_the_budget_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = [100_000_000]
+    monkeypatch.setattr(budget_module, "resident_bytes", lambda: taken[0])
+    with one_budget(1):
+        first = Budget.of(1)
+        taken[0] *= 3
+        assert Budget.of(1) == first
+    assert Budget.of(1).base > first.base
+
+
+def test_of_several_refusals_the_largest_is_told() -> None:
+    small = Budget(1e6, 0, 1e12, "the budget", group=False)
+    folder, known = Path("model"), [2_000_000, 8_000_000, 5_000_000]
+    plans = [lambda least=least: small.require(least, folder) for least in known]
+    with pytest.raises(bitwright.MemoryBudgetError) as caught:
+        require_all(plans)
+    assert caught.value.least == 8_000_000
+    require_all([lambda: None])
+
+
+def test_transformers_takes_a_budget() -> None:
+    parameters = inspect.signature(bitwright.quantize_with_transformers).parameters
+    assert "memory" in parameters
+    pytest.importorskip("torch", reason='needs pip install ".[transformers]"')
+    pytest.importorskip("transformers", reason='needs pip install ".[transformers]"')
+    script = """
+import sys, bitwright
+from bitwright import torch_model
+torch_model.TorchModel._load = None  # is not come to
+try:
+    bitwright.quantize_with_transformers(sys.argv[1], sys.argv[2], "rtn", memory=1e-3)
+except bitwright.MemoryBudgetError as error:
+    print(error)
+"""
+    model = TESTS / "data/tiny/qwen2"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(model), "nowhere"],
+        capture_output=True,
+        text=True,
+    )
+    assert re.search(r"qwen2: this run needs at least .* GB", done.stdout), done.stderr
