@@ -291,6 +291,7 @@ def collect_activations(
         "bos": loaded.bos,
     }
     with work if work is not out else nullcontext(), kept_when_interrupted(work):
+        work.inputs.watch_model(source.checkpoint)
         journal = Journal(work, identity, start)
         state = journal.begin(resume)
         archive = _GrowingArchive(work)
@@ -427,6 +428,10 @@ class _GrowingArchive:
             "directory": directory,
             "file": _known_by(self._path),
         }
+
+    def files(self) -> dict[Path, int]:
+        """Return nothing: its pieces have digests of their own, and so has the file in its place."""
+        return {}
 
     def committed(self) -> None:
         """Nothing is left of states before the last one."""

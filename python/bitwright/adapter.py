@@ -257,6 +257,7 @@ def quantize_with_transformers(
             out, overwrite, metadata={"format": kind.metadata}, source=original.folder
         ) as writer,
     ):
+        writer.inputs.watch_model(checkpoint)
         run = _Run(original, Output(writer, kind), plan, options, n_grid, dtype, tokens, left_out)
         run.go(progress)
         writer.write_json("config.json", config)

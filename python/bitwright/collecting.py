@@ -117,6 +117,7 @@ def collect_statistics(
     )
     tokens = loaded.tokens
     ranks, work = current(), WorkFolder(out)
+    work.inputs.watch_model(source.checkpoint)
 
     def check() -> None:
         check_apart(work.out, source.checkpoint.source, "checkpoint that is read")

@@ -143,6 +143,7 @@ def convert(
         shown as bar,
         made_by(python_call(convert, arguments)),
     ):
+        writer.inputs.watch_model(model.checkpoint)
         task = bar.add_task("", total=2 * len(conversion.layers), figures="comparing grids")
         plan = conversion.plan(lambda: bar.update(task, advance=1))
         if conversion.lost and not allow_requantize:

@@ -26,7 +26,9 @@ from bitwright.checkpoint import CheckpointWriter, copy_side_files, plainly_spel
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.replacing import replaced
+from bitwright.checkpoint.seals import Seals, buffers_checksum, files_of
 from bitwright.checkpoint.work_folder import (
+    CHECKSUM,
     WorkFolder,
     again_message,
     as_identity,
@@ -335,6 +337,7 @@ def dwq_quantize(
     given = None if targets is None else Path(targets)
     k = _token_count(teacher_model, k, given)
     ranks, work = current(), WorkFolder(out)
+    work.inputs.watch_model(teacher_model.checkpoint)
     source = teacher_model.checkpoint.source
     writer = CheckpointWriter(out, overwrite, source=source, work=work)
     beside = PlotBeside(plot, work, overwrite)
@@ -364,6 +367,7 @@ def dwq_quantize(
             resumed = resume and ranks.on_first(lambda: _is_begun(work.path))
             state = work.resume(identity, resumed) or {}
             student_model, made = _student(student, made_with is not None, work, identity, state)
+            work.inputs.watch_model(student_model.checkpoint)
             learner = Student(student_model, zeros)
             if callable(student):
                 check_pair(teacher_model, student_model)
@@ -381,7 +385,7 @@ def dwq_quantize(
                     temperature,
                     lambda share: bar.update(task, completed=share),
                 )
-            run = _Run(learner, known, plan, settings, loss, work.path)
+            run = _Run(learner, known, plan, settings, loss, work)
             run.resume()
             with progress_bar("distilling", progress and ranks.is_first) as bar:
                 stopped = run.go(bar, checkpoint_every or settings.validate_every)
@@ -443,11 +447,12 @@ def _student(
     """Return the student that is given or made, and the report of its making, and commit to it.
 
     One that an interrupted run has made is used again if it is `reusable`."""
-    ranks, folder = current(), work.path / STUDENT
+    ranks, folder, seals = current(), work.path / STUDENT, Seals(work.path)
     report = None
     if not callable(student):
         model = load_model(student)
     elif reusable and "student" in state and ranks.on_first(folder.is_dir):
+        work.require_seals(seals, state["seals"])
         model = load_model(folder)
         if state["report"] is not None:
             report = QuantizationReport.from_dict(state["report"])
@@ -462,7 +467,8 @@ def _student(
     if "student" in state:
         check_identity(work.path, {"student": state["student"]}, {"student": fingerprint})
     made = None if report is None else report.as_dict()
-    work.commit(identity, {"student": fingerprint, "report": made})
+    sealed = ranks.on_first(lambda: seals.of(files_of(folder)) if folder.is_dir() else {})
+    work.commit(identity, {"student": fingerprint, "report": made, "seals": sealed})
     return model, report
 
 
@@ -512,8 +518,9 @@ class _Run:
         plan: _Plan,
         settings: _Settings,
         loss: str | LossFunction,
-        work: Path,
+        work: WorkFolder,
     ) -> None:
+        self.work = work
         self.student = student
         self.targets = targets
         self.plan = plan
@@ -521,7 +528,7 @@ class _Run:
         self.settings = settings
         self.loss = loss
         self.ranks = current()
-        self.checkpoint = work / TRAINING
+        self.checkpoint = work.path / TRAINING
         self.network = Network(student.model, student.weight, rows=student.rows)
         self.adam = Adam(student.parameters)
         self.state = _Progress()
@@ -559,6 +566,7 @@ class _Run:
             if settings.patience is not None and since >= settings.patience and not last:
                 return f"no better validation KL since step {state.best_step}"
             if state.step % checkpoint_every == 0 and not last:
+                self.work.check_inputs()
                 self.ranks.on_first(self._save)
         return None
 
@@ -572,6 +580,7 @@ class _Run:
             safe_open(self.checkpoint, framework="numpy") as file,
         ):
             metadata = file.metadata() or {}
+            known = int(metadata[CHECKSUM])
             state = _Progress.parse(metadata["state"], self.settings.steps)
             for group, arrays in self._arrays().items():
                 for name, array in arrays.items():
@@ -580,6 +589,8 @@ class _Run:
                     if not alike or not np.isfinite(stored).all():
                         raise ValueError(f"{group} of {name}")
                     array[...] = stored
+            if known != self._checksum(metadata["state"]):
+                raise ValueError("its checksum is another")
         self.state = state
         self.adam.steps = state.step
 
@@ -707,8 +718,14 @@ class _Run:
             for group, named in self._arrays().items()
             for name, array in named.items()
         }
+        state = json.dumps(asdict(self.state))
+        metadata = {"state": state, CHECKSUM: str(self._checksum(state))}
         with replaced(self.checkpoint) as partial:
-            write_safetensors(partial, arrays, {"state": json.dumps(asdict(self.state))})
+            write_safetensors(partial, arrays, metadata)
+
+    def _checksum(self, state: str) -> int:
+        arrays = (array for named in self._arrays().values() for array in named.values())
+        return buffers_checksum([state.encode(), *(np.ascontiguousarray(each) for each in arrays)])
 
 
 def check_pair(teacher: Model, student: Model) -> None:

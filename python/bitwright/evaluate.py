@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.budget import Budget
 from bitwright.calibration import Samples, TokenSource, Windows, load_samples
+from bitwright.checkpoint.inputs import InputFiles
 from bitwright.errors import CalibrationError, NonFiniteError, check_choice
 from bitwright.home import expands_home
 from bitwright.memory import peak_memory_bytes
@@ -166,10 +167,13 @@ def evaluate(
         if on_progress:
             on_progress(done / steps)
 
-    total = _Comparison()
+    total, inputs = _Comparison(), InputFiles()
+    for each in models:
+        inputs.watch_model(each.checkpoint)
     for part in parts:
         hidden = [_final_states(each, part, step) for each in models]
         total.add(models, hidden, part, _compared(part.shape, windows))
+        inputs.check()
         step()
     followed = len(tokens) * (tokens.shape[1] - 1 - skipped)
     positions = followed if skipped else tokens.size

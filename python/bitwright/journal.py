@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bitwright.checkpoint.replacing import output_errors
+from bitwright.checkpoint.seals import Seals
 from bitwright.checkpoint.work_folder import STATE, WorkFolder, again_message, remove_tree
 from bitwright.distributed import current
 from bitwright.errors import (
@@ -32,6 +33,10 @@ class Recorded(Protocol):
 class RecordedFiles(Recorded, Protocol):
     """What writes files; those of a state are on the disk when it has been told."""
 
+    def files(self) -> dict[Path, int]:
+        """Return the files of its state, and how much of each."""
+        ...
+
     def committed(self) -> None:
         """Remove what only a state before the last one needs."""
         ...
@@ -56,6 +61,7 @@ class Journal:
         self._start = start
         self._before = 0.0  # seconds of the interrupted runs
         self._ranks = current()
+        self._seals = Seals(work.path)
         self.scratch = work.path / SCRATCH
 
     def begin(self, resume: bool) -> dict[str, Any] | None:
@@ -64,6 +70,7 @@ class Journal:
         if state is not None:
             with self.going_on():
                 self._before = float(state["seconds"])
+                self._work.require_seals(self._seals, state["seals"])
         self._ranks.on_first(self._make_scratch)
         return state
 
@@ -94,12 +101,19 @@ class Journal:
             if kept is not None:
                 kept.save(self._work.path / name)
         self._ranks.barrier()
+
+        def sealed() -> dict[str, tuple[int, int]]:
+            paths = [self._work.path / name for name in names.values()]
+            files = {path: path.stat().st_size for path in paths}
+            return self._seals.of(files | ({} if writer is None else writer.files()))
+
         state = {
             "blocks": blocks,
             "seconds": self.seconds(),
             "states": names,
             "output": None if output is None else output.state(),
             "writer": None if writer is None else writer.state(),
+            "seals": self._ranks.on_first(sealed),
         }
         self._work.commit(self._identity, state)
         if writer is not None:

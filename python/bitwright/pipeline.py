@@ -22,6 +22,7 @@ from bitwright.calibration import TokenSource, load_samples
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files, float_config
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
+from bitwright.checkpoint.inputs import InputFiles
 from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.distributed import current
@@ -617,6 +618,7 @@ class Run:
         experts = model.experts if kind.stacks_experts else None
         stack_size = model.config.experts.count if model.config.experts else 0
         work = WorkFolder(out)
+        self._watch(work.inputs)
         first_writer = CheckpointWriter(
             out,
             overwrite,
@@ -722,6 +724,16 @@ class Run:
             **identity,
             "precision of layers": digest(json.dumps(layers, sort_keys=True).encode()),
         }
+
+    def _watch(self, inputs: InputFiles) -> None:
+        """Note the files that nobody may change meanwhile."""
+        inputs.watch_model(self.model.checkpoint)
+        if self.quantized is not None:
+            inputs.watch_model(self.quantized.checkpoint)
+        if self.statistics is not None:
+            inputs.watch(sorted(self.statistics.folder.iterdir()))
+        if self.activations is not None:
+            inputs.watch([self.activations.path])
 
     def _go(
         self,

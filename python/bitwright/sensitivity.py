@@ -17,9 +17,11 @@ from bitwright.budget import Budget
 from bitwright.build import set_num_threads
 from bitwright.calibration import Samples, TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import model_fingerprint
+from bitwright.checkpoint.inputs import InputFiles
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import check_new_file, write_json
-from bitwright.checkpoint.work_folder import WorkFolder
+from bitwright.checkpoint.seals import content_checksum
+from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder
 from bitwright.distillation import LOSSES, DistillationLoss, TopTokens, next_tokens
 from bitwright.distributed import current
 from bitwright.errors import (
@@ -435,6 +437,7 @@ class _Estimate:
         pieces: "EstimatePlan",
     ) -> None:
         self.original = original
+        self.inputs = InputFiles()
         self.tokens = samples.tokens
         self.bos = samples.bos
         self.low = low
@@ -455,6 +458,7 @@ class _Estimate:
     def go(self, work: WorkFolder | None, resume: bool, progress: bool) -> Sensitivities:
         """Look at all batches but those that the work folder holds already, and add them up."""
         ranks, count = current(), -(-len(self.tokens) // self.batch_size)
+        self.inputs.watch_model(self.original.checkpoint)
         known: dict[int, _Batch] = {}
         if work is not None:
             resumed = resume and ranks.on_first(lambda: any(work.path.glob(BATCH.format("*"))))
@@ -480,8 +484,11 @@ class _Estimate:
             task = bar.add_task("", total=len(share), figures="")
             for number in left[share.start : share.stop]:
                 known[number] = self._batch(number)
+                self.inputs.check()
                 if work is not None:
-                    write_json(work.path / BATCH.format(f"{number + 1:05d}"), known[number])
+                    batch = known[number]
+                    sealed = {**batch, CHECKSUM: content_checksum(batch)}
+                    write_json(work.path / BATCH.format(f"{number + 1:05d}"), sealed)
                     work.keep = True
                 bar.update(task, advance=1)
         for others in ranks.gather({number: known[number] for number in left if number in known}):
@@ -506,6 +513,8 @@ class _Estimate:
             path = folder / BATCH.format(f"{number + 1:05d}")
             with suppress(*MALFORMED):  # CheckpointError is one
                 content = read_json_object(path) if path.is_file() else {}
+                if content.pop(CHECKSUM) != content_checksum(content):
+                    continue
                 found = {name: float(content["alignments"][name]) for name in self.shapes}
                 total = float(content["total"])
                 if all(map(math.isfinite, (total, *found.values()))):

@@ -258,6 +258,11 @@ class StatisticsWriter:
             for file, stages in self._files.items()
         }
 
+    def files(self) -> dict[Path, int]:
+        """Return the files that a state counts on, and their sizes."""
+        paths = [self._folder / name for name in self._files]
+        return {path: path.stat().st_size for path in paths}
+
     def committed(self) -> None:
         """Nothing is left of earlier states: files only ever are added."""
 

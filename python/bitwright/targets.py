@@ -16,7 +16,8 @@ from bitwright.calibration import Samples, TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import output_errors, replaced, write_json
-from bitwright.checkpoint.work_folder import WorkFolder, content_of
+from bitwright.checkpoint.seals import buffers_checksum
+from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder, content_of
 from bitwright.checkpoint.writer import write_safetensors
 from bitwright.distillation import TopTokens
 from bitwright.distributed import current
@@ -266,8 +267,10 @@ def write_targets(
                 if on_progress is not None:
                     on_progress(1 - len(left) / len(shards) * (1 - done / len(share)))
                 arrays = _teach(teacher, shards[shard], count, temperature)
+                arrays["tokens"] = shards[shard]
+                checksum = str(buffers_checksum(arrays[name] for name in sorted(arrays)))
                 with replaced(_shard_path(folder, shard)) as partial:
-                    write_safetensors(partial, {**arrays, "tokens": shards[shard]}, {})
+                    write_safetensors(partial, arrays, {CHECKSUM: checksum})
             ranks.barrier()
     else:
         ranks.on_first(WorkFolder(folder).forget_finished)
@@ -379,6 +382,10 @@ def _shard_problem(path: Path, samples: int, length: int, k: int) -> str | None:
                 header = file.get_slice(name)
                 if header.get_shape() != shape or header.get_dtype() not in dtypes[name]:
                     return f"{name} has another shape or dtype than {MANIFEST} asks for"
+            known = (file.metadata() or {}).get(CHECKSUM)
+            arrays = (file.get_tensor(name) for name in sorted(shapes))
+            if known is not None and known != str(buffers_checksum(arrays)):
+                return "is not what was written: its checksum is another"
     except (SafetensorError, OSError, ValueError) as error:
         return f"is damaged ({shown(str(error))})"
     return None

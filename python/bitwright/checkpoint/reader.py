@@ -129,6 +129,10 @@ class Checkpoint:
         """What nothing may be written over: the folder."""
         return self.folder
 
+    def weight_files(self) -> list[Path]:
+        """Return the files with its tensors."""
+        return list(self._shards)
+
     @property
     def owns_folder(self) -> bool:
         """Whether what else is in the folder belongs to it."""

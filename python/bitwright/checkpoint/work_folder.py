@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from bitwright.checkpoint.inputs import InputFiles
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import (
     is_mount_point,
@@ -23,6 +24,7 @@ from bitwright.checkpoint.replacing import (
     synchronize,
     write_json,
 )
+from bitwright.checkpoint.seals import Seals, content_checksum
 from bitwright.distributed import current
 from bitwright.errors import (
     CheckpointError,
@@ -35,6 +37,7 @@ from bitwright.errors import (
 from bitwright.warned import warn
 
 LOCK, STATE, REPLACED, LAST = "lock", "state.json", "replaced", "last"
+CHECKSUM = "checksum"  # of the rest of a state
 SENSITIVITIES = "sensitivities"  # the part of a run that has a work folder of its own
 # What the operating system says of folders that cannot be moved as a whole.
 UNMOVABLE = (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES)
@@ -74,6 +77,7 @@ class WorkFolder:
         self.path = work_path(self.out, part)
         self.is_inside = self.path.parent == self.out
         self.keep = False
+        self.inputs = InputFiles()
         self._ranks = current()
         self._lock: FileIO | None = None
         self._made_parents: list[Path] = []
@@ -158,7 +162,9 @@ class WorkFolder:
 
     def commit(self, identity: Mapping[str, object], state: Mapping[str, Any]) -> None:
         """Write the state to go on from, in place of the last one; files that it names are there by now."""
-        content = {"identity": dict(identity), "state": dict(state)}
+        self.check_inputs()
+        content: dict[str, Any] = {"identity": dict(identity), "state": dict(state)}
+        content[CHECKSUM] = content_checksum(content)
         self._ranks.on_first(lambda: write_json(self.path / STATE, content))
         self.keep = True
 
@@ -168,6 +174,19 @@ class WorkFolder:
         if found is None or found < size or (found > size and not or_more):
             matter = "is no longer there" if found is None else f"has {found} bytes, not {size}"
             raise ResumeError(f"{path}: {matter}; {again_message(self.path)}")
+
+    def check_inputs(self) -> None:
+        """Raise CheckpointError if a file that the run reads, see `inputs`, is another by now."""
+        self._ranks.on_first(self.inputs.check)
+
+    def require_seals(self, seals: Seals, known: Mapping[str, Any]) -> None:
+        """Raise ResumeError if a file that a state counts on is not what it was then."""
+        broken = self._ranks.on_first(lambda: seals.broken(known))
+        if broken is not None:
+            raise ResumeError(
+                f"{broken}: has changed, or is gone, since an interrupted run wrote it; "
+                f"{again_message(self.path)}"
+            )
 
     def put_into_place(self, name: str, last: str) -> None:
         """Make a folder in here the output, in place of what is there, as the last step of a run.
@@ -184,6 +203,7 @@ class WorkFolder:
         last
             The file that readers look for first, which comes after all others.
         """
+        self.inputs.check()
         folder, aside = self.path / name, self.path / REPLACED
         entries = sorted(os.listdir(folder), key=lambda entry: (entry == last, entry))
         with output_errors(self.path):
@@ -204,6 +224,7 @@ class WorkFolder:
     def put_file_into_place(self, name: str) -> None:
         """Make a file in here the output, in place of what is there, as the last step of a run; see
         `put_into_place`."""
+        self.inputs.check()
         with output_errors(self.out):
             synchronize(self.path / name)
             (self.path / LAST).write_text(name)
@@ -297,9 +318,12 @@ class WorkFolder:
         again = again_message(self.path)
         with malformed_as(ResumeError, f"{place}: is damaged", f"; {again}", CheckpointError):
             found = read_json_object(place)
+            checksum = found.pop(CHECKSUM)
             known, state = found["identity"], found["state"]
             if not isinstance(known, dict) or not isinstance(state, dict):
                 raise ValueError("state")
+            if checksum != content_checksum(found):
+                raise ValueError("its checksum is another")
         check_identity(self.path, known, identity)
         return state
 

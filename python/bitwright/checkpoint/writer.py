@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Protocol, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.checkpoint.inputs import InputFiles
 from bitwright.checkpoint.reader import (
     DTYPES,
     INDEX_NAME,
@@ -219,6 +220,11 @@ class CheckpointWriter:
         self._numbers = count()
 
     @property
+    def inputs(self) -> InputFiles:
+        """The files that may not change until the folder is there."""
+        return self._work.inputs
+
+    @property
     def out(self) -> Path:
         """Where the folder will be."""
         return self._out
@@ -284,6 +290,12 @@ class CheckpointWriter:
                 for each in self._waiting
             ],
         }
+
+    def files(self) -> dict[Path, int]:
+        """Return the files that a state counts on, and how many bytes of each."""
+        folder, suffix = self._open_folder(), self.container.suffix
+        found = {folder / f"{i}{suffix}": size for i, size in enumerate(self._shard_sizes)}
+        return found | ({self._data(): self._waiting_bytes} if self._waiting else {})
 
     def committed(self) -> None:
         """Remove what only a state before the last one needs."""
