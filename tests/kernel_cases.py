@@ -33,6 +33,8 @@ def linalg_cases() -> list[tuple[str, tuple[Any, ...]]]:
     order = RNG.permutation(WIDTH).astype(np.int32)
     return [
         ("accumulate_gram", (normal(ROWS, 67), empty(67, 67))),
+        ("inner_product", (normal(ROWS, 67), normal(ROWS, 67))),
+        ("inner_product", (normal(600, 67), normal(600, 67))),
         ("mirror_lower", (normal(67, 67),)),
         ("inverse_factor", (gram, order, 0.01)),
         ("cholesky_factor", (gram,)),

@@ -13,6 +13,7 @@ import pytest
 from kernel_cases import CASES, NAMES, bits, kernels_of_arrays
 
 CPP = Path(__file__).parents[1] / "cpp"
+PYTHON = Path(__file__).parents[1] / "python" / "bitwright"
 OFFSETS = (0, 4, 8, 16, 32, 48)
 
 
@@ -35,6 +36,18 @@ def test_bits_do_not_depend_on_addresses(name: str, arguments: tuple[Any, ...]) 
     ]
     for offset, other in zip(OFFSETS, found, strict=True):
         assert other == found[0], f"{name} at {offset} bytes"
+
+
+def test_numpy_takes_no_products() -> None:
+    """NumPy's BLAS has threads of its own, and other bits on other numbers of them."""
+    products = re.compile(r"np\.(?:vdot|dot|inner|matmul|tensordot|linalg)\b|\w\)? @ \w")
+    found = [
+        f"{path.name}:{number}: {line.strip()}"
+        for path in sorted(PYTHON.rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if products.search(line) and not line.lstrip().startswith((">>>", "..."))
+    ]
+    assert not found, "\n".join(found)
 
 
 def test_every_kernel_is_called() -> None:

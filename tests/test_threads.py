@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,10 +69,6 @@ KERNELS = [gram, linear, attention, factor, refine, clip]
 REPEATS = 30
 
 
-def assert_close(found: Float32, wanted: Float32) -> None:
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
-
-
 def test_build_info_describes_the_build() -> None:
     info = bitwright.build_info()
     assert info.instruction_set in {"x86-64-v2", "x86-64-v3", "x86-64-v4", "plain"}
@@ -101,6 +98,59 @@ def test_bits_do_not_depend_on_the_number_of_threads(name: str, arguments: tuple
         found = bits(name, tuple(deepcopy(arguments)))
         wanted = wanted or found
         assert found == wanted, f"{name} on {threads} threads"
+
+
+TEXT = bitwright.demo_folder() / "calibration.txt"
+FEW: dict[str, Any] = {"length": 32, "samples": 12, "progress": False}
+COMMANDS: dict[str, Callable[[Path, Path], object]] = {
+    "default": lambda model, out: bitwright.quantize(
+        model, out, "gptq", 3, 32, calibration=TEXT, **FEW
+    ),
+    "awq": lambda model, out: bitwright.quantize(
+        model, out, "awq+gptq", 4, 32, metric="mae", calibration=TEXT, **FEW
+    ),
+    "salient": lambda model, out: bitwright.quantize(
+        model, out, "salient", 4, 32, format="awq", calibration=TEXT, **FEW
+    ),
+    "statistics": lambda model, out: bitwright.collect_statistics(model, out, TEXT, **FEW),
+    "sensitivities": lambda model, out: bitwright.estimate_sensitivities(
+        model, TEXT, out=out, **FEW
+    ),
+    "dwq": lambda model, out: bitwright.dwq_quantize(
+        model,
+        lambda place: bitwright.quantize(model, place, "rtn", 3, 32, progress=False),
+        out,
+        TEXT,
+        made_with={},
+        length=32,
+        tokens=256,
+        batch_size=2,
+        k=32,
+        progress=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_write_the_same_bytes_on_any_threads(name: str, tmp_path: Path) -> None:
+    model = bitwright.demo_folder()
+    found = []
+    for threads in (1, 2, 4):
+        _kernels.set_num_threads(threads)
+        out = tmp_path / str(threads) / "out"
+        COMMANDS[name](model, out)
+        files = (
+            [out] if out.is_file() else sorted(path for path in out.rglob("*") if path.is_file())
+        )
+        found.append({path.name: path.read_bytes() for path in files})
+    assert found[0]
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+    judged = []
+    for threads in (1, 2, 4):
+        _kernels.set_num_threads(threads)
+        judged.append(bitwright.evaluate(model, TEXT, reference=model, length=32, samples=12))
+    assert len({(each.perplexity, each.kl_divergence) for each in judged}) == 1
 
 
 def test_python_threads_do_not_disturb_each_other() -> None:

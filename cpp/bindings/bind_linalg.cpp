@@ -2,6 +2,7 @@
 #include "bindings/bind.hpp"
 #include "linalg/cholesky.hpp"
 #include "linalg/gram.hpp"
+#include "linalg/inner_product.hpp"
 #include "linalg/inverse_factor.hpp"
 #include "linalg/quadratic_form.hpp"
 #include "linalg/threads.hpp"
@@ -30,6 +31,16 @@ void bind_linalg(py::module_& module) {
             if (x.size() != 0) accumulate_gram(x, g);
         },
         py::arg("activations"), py::arg("out"));
+
+    module.def(
+        "inner_product",
+        [](const py::object& a, const py::object& b) {
+            const auto left = matrix<float>(a, "a");
+            const auto right = matrix<float>(b, "b", left.rows(), left.cols());
+            const py::gil_scoped_release release;
+            return inner_product(left, right);
+        },
+        py::arg("a"), py::arg("b"));
 
     module.def(
         "mirror_lower",

@@ -71,8 +71,8 @@ struct Tiling {
     }
 };
 
-// A factor in the scalar of the product: itself, or a copy of what a tile needs of one that is stored
-// in 16 bits.
+// A factor in the scalar of the product: itself, or a copy of what a tile needs of one that is
+// stored in 16 bits.
 template <typename Scalar, typename Factor>
 decltype(auto) widened(const Factor& factor) {
     if constexpr (std::is_same_v<Scalar, typename Factor::Scalar>)

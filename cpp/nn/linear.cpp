@@ -80,11 +80,11 @@ BITWRIGHT_LINEAR_OF(float, Eigen::half)
 BITWRIGHT_LINEAR_OF(float, Eigen::bfloat16)
 BITWRIGHT_LINEAR_OF(double, double)
 
-#define BITWRIGHT_LINEAR(Scalar)                                                                \
-    template void linear_backward_weight(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,      \
-                                         MatrixView<Scalar>);                                   \
-    template void linear_backward_groups(                                                       \
-        ConstMatrixView<Scalar>, ConstMatrixView<Scalar>, ConstMatrixView<std::uint8_t>,        \
+#define BITWRIGHT_LINEAR(Scalar)                                                           \
+    template void linear_backward_weight(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>, \
+                                         MatrixView<Scalar>);                              \
+    template void linear_backward_groups(                                                  \
+        ConstMatrixView<Scalar>, ConstMatrixView<Scalar>, ConstMatrixView<std::uint8_t>,   \
         ConstVectorView<std::int32_t>, MatrixView<Scalar>, MatrixView<Scalar>);
 BITWRIGHT_LINEAR(float)
 BITWRIGHT_LINEAR(double)

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from bitwright import _kernels
 from bitwright.budget import one_budget, require_all
 from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource
@@ -537,7 +538,7 @@ def fineness(candidate: Candidate) -> tuple[int, float]:
 
 def _rounding_error(weight: np.ndarray[Any, Any], candidate: Candidate, grid: Grid) -> float:
     change = quantize_rtn(weight, *candidate, grid=grid).dequantize() - weight
-    return float(np.vdot(change, change))
+    return _kernels.inner_product(change, change)
 
 
 def _moving_together(model: Model, kind: type[Format], allow_unfused: bool) -> list[list[str]]:

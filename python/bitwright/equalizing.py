@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright import _kernels
 from bitwright.methods.grid import GridChoice, smallest_scale
 from bitwright.models.architecture import Attention
 from bitwright.models.block import DecoderBlock, Rotation
@@ -101,7 +102,7 @@ class _Size:
 def is_coarse(weight: Float32, choice: GridChoice) -> bool:
     """Tell whether more than half of a layer's energy is in groups whose scales are coarse in float16."""
     limit = COARSE * smallest_scale(FLOAT16) * (2**choice.bits - 1) / 2
-    if float(np.vdot(weight, weight)) > 2 * limit * limit * weight.size:
+    if _kernels.inner_product(weight, weight) > 2 * limit * limit * weight.size:
         return False
     largest = float(np.abs(weight).max())
     if largest == 0:

@@ -256,7 +256,9 @@ def error_energies(
     change = stored[chosen] - rows
     error, energy = (
         float(
-            np.vdot(each, each) if gram is None else _kernels.row_quadratic_forms(each, gram).sum()
+            _kernels.inner_product(each, each)
+            if gram is None
+            else _kernels.row_quadratic_forms(each, gram).sum()
         )
         for each in (change, rows)
     )

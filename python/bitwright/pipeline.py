@@ -935,7 +935,7 @@ class Run:
         for number, rows, others in chunks:
             if below is None or number < below:
                 change = rows - others
-                mine[number] = float(np.vdot(change, change)), change.size
+                mine[number] = _kernels.inner_product(change, change), change.size
         found = sorted(chunk for part in self.ranks.gather(mine) for chunk in part.items())
         return sum(total for _, (total, _) in found) / sum(count for _, (_, count) in found)
 

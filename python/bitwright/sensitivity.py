@@ -550,7 +550,7 @@ class _Estimate:
             # ⟨aboveᵀ · inputs, difference⟩ without the dense gradient
             moved = np.empty((len(inputs), shapes[name][0]), np.float32)
             _kernels.linear(inputs, difference(name), None, moved, False)
-            alignments[name] += float(np.vdot(above, moved))
+            alignments[name] += _kernels.inner_product(above, moved)
 
         reference, head = self._reference
         count = min(DEFAULT_K, original.config.vocab_size)
