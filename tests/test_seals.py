@@ -176,13 +176,7 @@ def other_file(model: Path) -> Path:
     return path
 
 
-def removed(model: Path) -> Path:
-    path = model / "config.json"
-    path.unlink()
-    return path
-
-
-CHANGES = (weights, tokenizer, other_file, removed)
+CHANGES = (weights, tokenizer, other_file)
 
 
 @pytest.mark.parametrize("change", CHANGES)

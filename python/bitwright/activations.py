@@ -307,6 +307,7 @@ def collect_activations(
         if state is not None:
             with journal.going_on():
                 archive.restore(state["writer"])
+                journal.check_files(state)
         with closing(archive):
             _collect(source, loaded.tokens, journal, state, archive)
         _check_new(work.out, overwrite)  # hours may have passed

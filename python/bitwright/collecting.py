@@ -146,6 +146,8 @@ def collect_statistics(
             first = 0 if state is None else int(state["blocks"])
             if writer is not None:
                 writer.restore(state and state["writer"])
+            if state is not None:
+                journal.check_files(state)
         rope = source.rotation(width)
         plan = ChunkPlan.shared(tokens.size, rope.chunk_rows, 0, planned.resident, journal.scratch)
         hidden: Iterator[Float32]

@@ -17,6 +17,7 @@ from bitwright.errors import CalibrationError, NonFiniteError, check_choice
 from bitwright.home import expands_home
 from bitwright.memory import peak_memory_bytes
 from bitwright.models.block import Rotation
+from bitwright.models.matrix_rows import piece_rows
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import logit_rows
 from bitwright.models.operations import Float32
@@ -156,7 +157,7 @@ def evaluate(
     loaded = check_text(models, text, length, samples, bos, windows)
     tokens = loaded.tokens
     skipped = _skipped(tokens, windows)
-    batch = _samples_at_once(models, len(tokens), tokens.shape[1], memory)
+    batch, _ = plan_evaluation(models, len(tokens), tokens.shape[1], memory)
     parts = [tokens[first : first + batch] for first in range(0, len(tokens), batch)]
     steps = len(parts) * (sum(each.config.num_hidden_layers + 1 for each in models) + 1)
     done = 0
@@ -236,7 +237,7 @@ def check_evaluation(
 ) -> None:
     """Raise CalibrationError or MemoryBudgetError where models cannot be evaluated on a text."""
     tokens = check_text(models, text, length, bos=bos).tokens
-    _samples_at_once([*models], len(tokens), tokens.shape[1], memory)
+    plan_evaluation(models, len(tokens), tokens.shape[1], memory)
 
 
 def _skipped(tokens: NDArray[np.int32], windows: Windows) -> int:
@@ -266,21 +267,30 @@ def parameter_count(model: Model, left_out: Collection[str] = ()) -> int:
     return parameters + final_norm + sum(math.prod(checkpoint.shape(n)) for n in others)
 
 
-def _samples_at_once(models: list[Model], samples: int, length: int, memory: float | None) -> int:
-    """Return how many samples' states fit, in the chunks that they are computed in."""
+def plan_evaluation(
+    models: Sequence[Model], samples: int, length: int, memory: float | None
+) -> tuple[int, int]:
+    """Return how many samples go through all blocks together, in whole chunks, and the peak of memory that
+    is expected; MemoryBudgetError if the budget is too small for the fewest."""
     budget = Budget.of(memory)
     chunk_rows = Rotation(length, {}).chunk_rows
     heads = max(each.rows_bytes(each.head_name) for each in models)
     blocks = max(passing_bytes(layout, chunk_rows) for each in models for layout in each.layouts)
     embeddings = max(each.rows_bytes(each.embedding_name) for each in models)
     row = 4 * models[0].config.vocab_size
-    logits = row * min(logit_rows(row, LOGIT_BYTES), samples * length)
-    fixed = budget.base + max(blocks, embeddings, heads + len(models) * logits)
+    positions = min(logit_rows(row, LOGIT_BYTES), samples * length)
+    pieces = max(piece_rows(each.config.hidden_size) for each in models)
+    logits = len(models) * row * positions + 4 * positions * min(
+        pieces, models[0].config.vocab_size
+    )
+    fixed = budget.base + max(blocks, embeddings, heads + logits)
     per_row = sum(each.config.hidden_size for each in models)
     per_row += max(each.config.hidden_size + _inner(each) for each in models)  # normed at last
     per_chunk = 4 * min(chunk_rows, samples * length) * per_row
     budget.require(fixed + per_chunk, models[0].checkpoint.folder)
-    return int((budget.bytes - fixed) / per_chunk) * (chunk_rows // length)
+    per_chunk_samples = max(1, chunk_rows // length)
+    chunks = min(int((budget.bytes - fixed) / per_chunk), -(-samples // per_chunk_samples))
+    return chunks * per_chunk_samples, fixed + chunks * per_chunk
 
 
 def _inner(model: Model) -> int:
@@ -344,3 +354,4 @@ class _Comparison:
                 divergences = _kernels.kl_divergence(logits[1], logits[0])
                 self.divergence += float(divergences[judged].sum())
                 self.agreed += int((logits[0].argmax(1) == logits[1].argmax(1))[judged].sum())
+            del logits, each  # before there are the next

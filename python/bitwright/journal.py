@@ -70,7 +70,6 @@ class Journal:
         if state is not None:
             with self.going_on():
                 self._before = float(state["seconds"])
-                self._work.require_seals(self._seals, state["seals"])
         self._ranks.on_first(self._make_scratch)
         return state
 
@@ -80,6 +79,10 @@ class Journal:
         damaged = f"{self._work.path / STATE}: is damaged"
         with malformed_as(ResumeError, damaged, f"; {again_message(self._work.path)}"):
             yield
+
+    def check_files(self, state: Mapping[str, Any]) -> None:
+        """Raise ResumeError if a file that a state counts on has changed; what writes them is restored."""
+        self._work.require_seals(self._seals, state["seals"])
 
     def states_file(self, name: str, size: int) -> Path:
         """Return the file of hidden states that a state names, which holds so many bytes."""

@@ -754,6 +754,7 @@ class Run:
                 self.output.restore(state["output"])
                 if writer is not None:
                     writer.restore(state["writer"])
+                journal.check_files(state)
         self._begin(journal, state, rope)
         bar = progress_bar("quantizing", progress and self.ranks.is_first, "blocks")
         with bar:

@@ -407,6 +407,7 @@ def _teach(
         # Float16 keeps 3 digits of them, and of what they add up to the rest tells the truth.
         packed = top.ids.astype(_id_dtype(logits.shape[1]))
         parts.append((packed, top.log_probabilities.astype(np.float16), top.rest))
+        del logits  # before there are the next
     names = ("ids", "log_probabilities", "rest")
     return {
         name: np.concatenate(part).reshape(*ids.shape, *part[0].shape[1:])

@@ -33,18 +33,15 @@ class InputFiles:
         self.watch([*checkpoint.weight_files(), *(checkpoint.folder / name for name in beside)])
 
     def check(self) -> None:
-        """Raise CheckpointError if a file is not what it was when it was first watched."""
+        """Raise CheckpointError if a file is there that is not what it was when it was first watched."""
         for path, (stamp, fingerprint) in self._known.items():
             try:
                 now = _stamp(path)
-                if now == stamp:
-                    continue
-                same = now[0] == stamp[0] and file_fingerprint(path) == fingerprint
-            except OSError as error:
-                raise CheckpointError(
-                    f"{path}: was removed while it was read ({error.strerror}). Put it back and run again"
-                ) from error
-            if not same:
+            except FileNotFoundError:  # what is open stays as it is, and what is not will be missed
+                continue
+            if now == stamp:
+                continue
+            if now[0] != stamp[0] or file_fingerprint(path) != fingerprint:
                 raise CheckpointError(
                     f"{path}: was changed while it was read, so what was made of it is not put into its "
                     f"place. Run again when nobody writes to it"

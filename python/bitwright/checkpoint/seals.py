@@ -8,7 +8,7 @@ from typing import Any
 
 from bitwright.checkpoint.replacing import output_errors
 
-READ_BYTES = 8 << 20
+READ_BYTES = 1 << 20
 
 
 class Seals:

@@ -43,6 +43,7 @@ class MatrixRows:
                 require_finite(piece, f"{self.name}, rows from {rows.start} on")
                 self._finite.add(rows.start)
             yield rows, piece.astype(dtype, copy=False) if dtype == np.float64 else piece
+            del piece  # before there is the next
 
     def gather(self, ids: NDArray[np.int32]) -> NDArray[Any]:
         """Return the rows ``[tokens, hidden_size]`` of token ids ``[tokens]``, as they are read."""
@@ -66,6 +67,7 @@ class MatrixRows:
             _kernels.linear(states, piece, None, part, False)
             if not whole:
                 outputs[:, rows] = part
+            del piece, part
         return outputs
 
     def backward(self, above: Float, gradient: Float) -> None:
@@ -73,6 +75,7 @@ class MatrixRows:
         for rows, piece in self.pieces(above.dtype):
             part = np.ascontiguousarray(above[:, rows])
             _kernels.linear_backward_input(part, piece, gradient, rows.start > 0)
+            del piece, part
 
     def _ranges(self) -> Iterator[slice]:
         count, width = self.shape

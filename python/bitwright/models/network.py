@@ -192,4 +192,5 @@ class Network:
             if on_head is not None:
                 on_head(model.head_name, states[rows], above)
             head.backward(above, gradient[rows])
+            del logits, above  # before there are the next
         return losses

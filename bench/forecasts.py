@@ -1,0 +1,126 @@
+"""Forecasts of memory next to the peaks of whole processes, by command and size of the vocabulary.
+
+python bench/forecasts.py [COMMAND …]
+
+Models are random, in bfloat16 (tests/sized_models.py); a command runs in a process of its own, with one
+thread, once without a budget and once with the smallest that it accepts.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+TESTS = Path(__file__).parents[1] / "tests"
+VOCABULARIES = (4_096, 32_000, 152_064)
+SHAPE = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 4,
+}
+
+# What plans, as (module, name, what it returns → bytes), and the call.
+COMMANDS = {
+    "evaluate": (
+        "evaluate.plan_evaluation",
+        "found[1]",
+        "bitwright.evaluate(q, ids, reference=model, memory=memory)",
+    ),
+    "sensitivities": (
+        "sensitivity.plan_estimate",
+        "found.memory_bytes",
+        "bitwright.estimate_sensitivities(model, ids, memory=memory, progress=False)",
+    ),
+    "dwq": (
+        "dwq.plan_training",
+        "found",
+        "bitwright.dwq_quantize(model, q, out, ids, tokens=4 * ids.size, validation_samples=2, "
+        "memory=memory, progress=False)",
+    ),
+}
+PROGRAM = """
+import json, sys
+import numpy as np
+import bitwright
+from bitwright.errors import MemoryBudgetError
+from bitwright.memory import peak_memory_bytes
+
+model, q, out, least = sys.argv[1:5]
+bitwright.set_num_threads(1)
+module = sys.modules["bitwright.{module}"]
+plan, plans = module.{name}, []
+def planned(*arguments, **options):
+    found = plan(*arguments, **options)
+    plans.append({bytes})
+    return found
+module.{name} = planned
+vocabulary = bitwright.load_model(model).config.vocab_size
+ids = np.random.default_rng(0).integers(0, vocabulary, (8, 128))
+memory = None
+if least == "least":
+    memory = 1e-3
+    try:
+        {call}
+    except MemoryBudgetError as error:
+        memory = error.least / 1e9 + 1e-3
+{call}
+print(json.dumps([max(plans), peak_memory_bytes(), memory]))
+"""
+
+
+def main() -> None:
+    """Print a row for each command and vocabulary."""
+    import bitwright
+
+    sys.path.insert(0, str(TESTS))
+    from sized_models import make_sized
+
+    table = Table(
+        "Command", "Vocabulary", "Forecast", "Peak", "Forecast / peak", "Least", "Peak / least"
+    )
+    for name in sys.argv[1:] or COMMANDS:
+        place, size, call = COMMANDS[name]
+        module, _, function = place.partition(".")
+        program = PROGRAM.format(module=module, name=function, bytes=size, call=call)
+        for vocabulary in VOCABULARIES:
+            with tempfile.TemporaryDirectory() as folder:
+                model = make_sized(
+                    Path(folder, "model"), "llama-linear", vocab_size=vocabulary, **SHAPE
+                )
+                head = {"embedding_bits": 4} | (
+                    {} if bitwright.load_model(model).tied else {"head_bits": 4}
+                )
+                quantized = Path(folder, "q")
+                bitwright.quantize(model, quantized, "rtn", 4, 64, progress=False, **head)
+                found = []
+                for kind in ("whole", "least"):
+                    out = Path(folder, kind)
+                    done = subprocess.run(
+                        [sys.executable, "-c", program, model, quantized, out, kind],
+                        capture_output=True,
+                        text=True,
+                        check=False,
+                    )
+                    if done.returncode:
+                        sys.exit(done.stderr)
+                    found.append(json.loads(done.stdout))
+            (forecast, peak, _), (_, small, least) = found
+            table.add_row(
+                name,
+                f"{vocabulary:,}",
+                f"{forecast / 1e6:.0f} MB",
+                f"{peak / 1e6:.0f} MB",
+                f"{forecast / peak:.2f}",
+                f"{least:.3f} GB",
+                f"{small / 1e9 / least:.2f}",
+            )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
