@@ -1,12 +1,13 @@
 """Runs a function in a child process that is stopped before every change it makes to files.
 
-The kernel stops it: a seccomp filter tells this process of system calls before they are done, and waits for
-an answer: that the call may go on, or with which error it ends. So nothing passes by unseen, whoever makes the call: Python, NumPy, kernels in C++, safetensors
-and tokenizers in Rust, libraries in C, all threads, and processes that the child starts. It tells of files
-that are opened to write or made, of every write, of what is renamed, linked, removed, cut, made longer or
-synchronized, and of folders that are made or removed. It does not tell of pages of a file that is mapped to
-be written, only of its opening and its length, nor of what goes through io_uring (nothing here writes by
-either), nor of times and modes, which are no bytes.
+The kernel stops it: a seccomp filter tells this process of system calls before they are done, and waits
+for an answer: that the call may go on, or with which error it ends. So nothing passes by unseen, whoever
+makes the call: Python, NumPy, kernels in C++, safetensors and tokenizers in Rust, libraries in C, all
+threads, and processes that the child starts. It tells of files that are opened to write or made, of every
+write, of what is renamed, linked, removed, cut, made longer or synchronized, and of folders that are made
+or removed. It does not tell of pages of a file that is mapped to be written, only of its opening and its
+length, nor of what goes through io_uring (nothing here writes by either), nor of times and modes, which
+are no bytes.
 
 This needs Linux 5.9 or newer, on x86-64 or ARM64; no rights but those of any user.
 """
@@ -19,6 +20,7 @@ import select
 import signal
 import socket
 import struct
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -142,7 +144,9 @@ def run(
         The events, the one before which the child was killed included.
     """
     ours, theirs = socket.socketpair()
-    child = os.fork()
+    with warnings.catch_warnings():  # of threads here, which the child does not need
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child == 0:
         ours.close()
         os.setsid()  # so that processes it starts are killed, too
@@ -174,11 +178,12 @@ def run(
         told = bytearray(_TOLD.size)
         try:
             fcntl.ioctl(listener, _RECEIVE, told)
-            identity, process, _, number, _, _, *arguments = _TOLD.unpack(told)
-            event = _event(process, number, arguments, folder)
-        except OSError:  # of one that is being killed
+        except OSError:  # of a process that has just been killed
             continue
-        what = 0
+        identity, process, _, number, _, _, *arguments = _TOLD.unpack(told)
+        event, what = None, 0
+        with suppress(OSError):  # calls with paths or files that are none have errors of their own
+            event = _event(process, number, arguments, folder)
         if event is not None:
             events.append(event)
             what = answer(len(events) - 1, event)

@@ -458,3 +458,17 @@ def test_the_command(tmp_path: Path) -> None:
     assert "down_proj" not in shown
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "awq"
+
+
+@pytest.mark.parametrize("content", [["lock"], ["lock", "scratch/0"], ["lock", "last"]], ids=str)
+def test_activations_that_are_there_leave_no_work(tmp_path: Path, content: list[str]) -> None:
+    """Of a run that was killed at its very end."""
+    out, work = tmp_path / "a.npz", tmp_path / ".a.npz.work"
+    out.write_bytes(b"all")
+    for name in content:
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text("activations.npz" if name == "last" else "")
+    with pytest.raises(bitwright.OutputExistsError):
+        bitwright.collect_activations(DEMO, out, TEXT, samples=1, length=16)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    assert out.read_bytes() == b"all"

@@ -198,7 +198,7 @@ def other_weights(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("content", [[], ["lock"], ["lock", "last"]], ids=str)
+@pytest.mark.parametrize("content", [[], ["lock"], ["lock", "last"], ["lock", "data.0"]], ids=str)
 def test_the_work_folder_of_one_killed_at_its_end_is_removed(
     copied: Path, sharded: None, content: list[str]
 ) -> None:

@@ -245,7 +245,11 @@ def collect_activations(
     source = load_model(model)
     work = out if isinstance(out, WorkFolder) else WorkFolder(out)
     if not (resume and (work.path / STATE).is_file()):
-        _check_new(work.out, overwrite)
+        try:
+            _check_new(work.out, overwrite)
+        except OutputExistsError:
+            work.forget_finished()
+            raise
     check_new_file(work.out, lambda _: None)
     loaded = load_samples(
         calibration,

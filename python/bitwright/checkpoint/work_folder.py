@@ -258,9 +258,10 @@ class WorkFolder:
         folder.rmdir()
 
     def forget_finished(self) -> None:
-        """Remove the folder if it is that of a run that was killed after its last step."""
+        """Remove the folder if nobody can go on from it: of a run that was killed at its very end."""
         with suppress(OSError):  # another run may have come first
-            if self._lock is None and (self._is_finished() or not self._holds_anything()):
+            goes_on = not self._is_finished() and (self.path / STATE).is_file()
+            if self._lock is None and self.path.is_dir() and not goes_on:
                 self._enter()
                 self._leave(remove=not self.keep)
 
