@@ -91,12 +91,14 @@ def content(place: Path) -> dict[str, bytes]:
     [
         *("gptq", "rtn", "awq", "awq+gptq", "salient", "gguf", "experts", "refine", "statistics"),
         *("sensitivities", "targets", "dwq", "dwq made", "dynamic", "best"),
+        *("activations", "dynamic files"),
     ],
 )
 def test_killed_commands_go_on(
     commands: Commands, tmp_path: Path, text: Path, student: Path, name: str
 ) -> None:
     out, targets = tmp_path / "out", tmp_path / "targets"
+    beside = [tmp_path / name for name in ("a.npz", "s.json", "r.json")]
     data = ["--data", str(text), "--length", "32", "--threads", "1"]
     distil = ["dwq", "--teacher", str(DEMO), "--out", str(out), *data, "--batch-size", "2"]
     given = ["--student", str(student)]
@@ -127,6 +129,24 @@ def test_killed_commands_go_on(
             *("dynamic", str(DEMO), "--out", str(out), *data, "--target-bpw", "4.5"),
             *("--samples", "8", "--sensitivity-samples", "16", "--evaluate", str(text)),
         ],
+        "activations": [
+            *(
+                "salient",
+                "--model-path",
+                str(DEMO),
+                "--output-path",
+                str(out),
+                "--group-size",
+                "32",
+            ),
+            *("--activations-path", str(beside[0]), "--calibration", str(text)),
+            *("--length", "64", "--samples", "24", "--threads", "1"),
+        ],
+        "dynamic files": [
+            *("dynamic", str(DEMO), "--out", str(out), *data, "--target-bpw", "4.5"),
+            *("--samples", "8", "--sensitivity-samples", "16", "--evaluate", str(text)),
+            *("--sensitivities", str(beside[1]), "--recipe", str(beside[2])),
+        ],
         "best": [
             *("quantize", str(DEMO), "--out", str(out), "--preset", "best", "--bits", "3"),
             *("--calibration", str(text), "--length", "32", "--samples", "8", "--threads", "1"),
@@ -136,7 +156,9 @@ def test_killed_commands_go_on(
     assert commands.run(arguments) == 0, commands.log.read_text()
     seconds = time.perf_counter() - start
     undisturbed, known = content(out), content(targets) if targets.exists() else None
-    remove(out, targets)
+    files = {path: path.read_bytes() for path in beside if path.exists()}
+    names = {"out", "targets", *(path.name for path in files)}
+    remove(out, targets, *beside)
     rng, kills = random.Random(name), 0
     while kills < KILLS:
         status = commands.run(arguments, seconds * rng.uniform(0.02, 0.7))
@@ -147,14 +169,16 @@ def test_killed_commands_go_on(
         if status:  # killed at the very end: what is left to do is done, or there is nothing
             assert commands.run(arguments) in (0, 1)
         assert content(out) == undisturbed
-        assert {path.name for path in tmp_path.iterdir()} <= {"out", "targets"}
-        remove(out)
+        assert all(path.read_bytes() == known_bytes for path, known_bytes in files.items())
+        assert {path.name for path in tmp_path.iterdir()} <= names
+        remove(out, *beside)
         if known is not None:
             assert content(targets) == known
             remove(targets)
     assert commands.run(arguments) == 0, commands.log.read_text()
     assert content(out) == undisturbed
-    assert {path.name for path in tmp_path.iterdir()} <= {"out", "targets"}
+    assert all(path.read_bytes() == known_bytes for path, known_bytes in files.items())
+    assert {path.name for path in tmp_path.iterdir()} <= names
 
 
 def remove(*places: Path) -> None:
