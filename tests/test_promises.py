@@ -199,7 +199,8 @@ def test_a_run_says_first_what_it_takes(tmp_path: Path) -> None:
     )
     first = done.stderr.splitlines()[0]
     told = re.fullmatch(
-        r"plan: about ([\d.]+) ([GM])B of memory \(budget [\d.]+ GB\), [\d.]+ [GMk]B of disk, \d+ min \d+ s",
+        r"plan: about ([\d.]+) ([GM])B of memory \(budget [\d.]+ GB\), [\d.]+ [GMk]B of disk, "
+        r"\d+ min \d+ s",
         first,
     )
     assert told, first

@@ -333,7 +333,10 @@ def dwq_quantize(
         validate_every=validate_every or max(1, steps // VALIDATIONS),
         patience=patience,
     )
-    plan_training(teacher_model, len(rows), rows.shape[1], batch_size, memory)
+    known_student = None if callable(student) else load_model(student)
+    plan_training(
+        teacher_model, len(rows), rows.shape[1], batch_size, memory, student=known_student
+    )
     given = None if targets is None else Path(targets)
     k = _token_count(teacher_model, k, given)
     ranks, work = current(), WorkFolder(out)
@@ -792,15 +795,24 @@ def check_training(
 
 
 def plan_training(
-    model: Model, samples: int, length: int, batch_size: int, memory: float | None
+    model: Model,
+    samples: int,
+    length: int,
+    batch_size: int,
+    memory: float | None,
+    student: Model | None = None,
 ) -> int:
     """Return what training a student of a model takes; MemoryBudgetError if the budget is too small."""
     config, budget = model.config, Budget.of(memory)
     rows = length * batch_size
     states, kept = 4 * rows * config.hidden_size, KEPT_STATES * config.num_hidden_layers
     trained = sum(out * channels for out, channels in model.linear_shapes().values())
+    if student is not None:
+        matrices = {student.embedding_name, student.head_name}
+        table = config.vocab_size * config.hidden_size
+        trained += table * sum(student.is_quantized(name) for name in matrices)
     known = rows * min(DEFAULT_K, config.vocab_size) * TARGET_BYTES
-    peaks = [(kept + 4) * states + logits_bytes(model, rows, 3) + head_bytes(model, rows)]
+    peaks = [(kept + 4) * states + logits_bytes(model, rows, 1) + head_bytes(model, rows)]
     for index in range(config.num_hidden_layers):
         read: list[int] = []
         for stages in reversed(model.layouts[index].sub_blocks):

@@ -279,10 +279,9 @@ def plan_evaluation(
     embeddings = max(each.rows_bytes(each.embedding_name) for each in models)
     row = 4 * models[0].config.vocab_size
     positions = min(logit_rows(row, LOGIT_BYTES), samples * length)
-    pieces = max(piece_rows(each.config.hidden_size) for each in models)
-    logits = len(models) * row * positions + 4 * positions * min(
-        pieces, models[0].config.vocab_size
-    )
+    piece = max(piece_rows(each.config.hidden_size) for each in models)
+    logits = len(models) * row * positions
+    logits += 4 * positions * piece * (piece < models[0].config.vocab_size)
     fixed = budget.base + max(blocks, embeddings, heads + logits)
     per_row = sum(each.config.hidden_size for each in models)
     per_row += max(each.config.hidden_size + _inner(each) for each in models)  # normed at last

@@ -15,8 +15,8 @@ KEPT_STATES = 2  # of every block, where a backward pass begins
 
 
 def logits_bytes(model: Model, rows: int, copies: int) -> int:
-    """Return what so many copies take of the logits that exist at one time, with what is left of those
-    before them."""
+    """Return what so many copies take of the logits that exist at one time, with the room that those before
+    them have left."""
     row = 4 * model.config.vocab_size
     at_once = logit_rows(row, HEAD_BYTES)
     return (copies + (rows > at_once)) * row * min(rows, at_once)

@@ -407,7 +407,7 @@ def _piece_bytes(model: Model, length: int, samples: int, differences: int) -> i
     states = 4 * rows * config.hidden_size
     kept = KEPT_STATES * config.num_hidden_layers
     # Both models' last states, before their norm and with their gradient.
-    peaks = [head_bytes(model, rows) + logits_bytes(model, rows, 3) + (kept + 4) * states]
+    peaks = [head_bytes(model, rows) + logits_bytes(model, rows, 2) + (kept + 4) * states]
     for index, layout in enumerate(model.layouts):
         read: list[int] = []
         for stages in reversed(model.layouts[index].sub_blocks):

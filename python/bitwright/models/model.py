@@ -359,15 +359,22 @@ class Model:
 
         return MatrixRows(read, shape, f"{self.checkpoint.file(stored)}: tensor {stored}")
 
-    def rows_bytes(self, name: str) -> int:
-        """Return what reading the rows of the embedding or the head takes: a piece of them, and of a
-        quantized matrix all codes, while they are unpacked twice."""
-        vocabulary, width = self.config.vocab_size, self.config.hidden_size
-        piece = 4 * width * min(vocabulary, piece_rows(width))
+    def is_quantized(self, name: str) -> bool:
+        """Tell whether codes of a layer are stored, without reading them."""
         stored = f"{name}.weight"
-        if stored in self.checkpoint and self._is_float(stored):
-            return piece if self.checkpoint.dtype(stored) in MODEL_DTYPES.values() else 2 * piece
-        return 2 * vocabulary * width + piece
+        return not (stored in self.checkpoint and self._is_float(stored))
+
+    def rows_bytes(self, name: str) -> int:
+        """Return what reading the rows of the embedding or the head takes: a piece of them, where there are
+        several also the room that the one before has left, and of a quantized matrix all codes, which are
+        there twice while they are unpacked."""
+        vocabulary, width = self.config.vocab_size, self.config.hidden_size
+        rows = piece_rows(width)
+        piece = 4 * width * min(vocabulary, rows) * (2 if rows < vocabulary else 1)
+        if self.is_quantized(name):
+            return 2 * vocabulary * width + piece
+        dtype = self.checkpoint.dtype(f"{name}.weight")
+        return piece if dtype in MODEL_DTYPES.values() else 2 * piece
 
     def embedding(self) -> Float32:
         """Read the embedding matrix ``[vocabulary, hidden_size]``."""
