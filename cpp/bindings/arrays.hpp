@@ -147,10 +147,13 @@ MatrixView<Scalar> view(py::array_t<Scalar>& array) {
     return {array.mutable_data(), array.shape(0), array.shape(1)};
 }
 
-// Calls body with a map over the float32, float16 or bfloat16 matrix.
+// Calls body with a map over the float32, float16 or bfloat16 matrix; extents of −1 are free.
 template <typename Body>
-void with_weight(const py::object& object, const char* name, Body&& body) {
+void with_weight(const py::object& object, const char* name, Body&& body, Index rows = -1,
+                 Index columns = -1) {
     const py::array array = contiguous(object, name, 2);
+    require_extent(array, name, 0, rows);
+    require_extent(array, name, 1, columns);
     const auto call = [&]<typename Scalar>(Scalar) {
         if (!has_dtype<Scalar>(array)) return false;
         body(ConstMatrixView<Scalar>(static_cast<const Scalar*>(array.data()), array.shape(0),

@@ -16,16 +16,11 @@ void require_positive(Index value, const char* name) {
 
 // Calls body with a map over a weight: in the scalar of the states, or for float in 16 bits.
 template <typename Scalar, typename Body>
-void with_stored(const py::object& weight, const char* name, Index rows, Index columns,
-                 const Body& body) {
-    if constexpr (std::is_same_v<Scalar, float>) {
-        const py::array array = contiguous(weight, name, 2);
-        if (!has_dtype<float>(array) && has_dtype<Eigen::bfloat16>(array))
-            return body(matrix<Eigen::bfloat16>(weight, name, rows, columns));
-        if (!has_dtype<float>(array) && has_dtype<Eigen::half>(array))
-            return body(matrix<Eigen::half>(weight, name, rows, columns));
-    }
-    body(matrix<Scalar>(weight, name, rows, columns));
+void with_stored(const py::object& weight, Index rows, Index columns, const Body& body) {
+    if constexpr (std::is_same_v<Scalar, float>)
+        with_weight(weight, "weight", body, rows, columns);
+    else
+        body(matrix<Scalar>(weight, "weight", rows, columns));
 }
 
 Activation activation_named(const std::string& name) {
@@ -44,7 +39,7 @@ void bind_linear(py::module_& module) {
            const py::object& out, bool accumulate) {
             with_floats(input, [&]<typename Scalar>(Scalar) {
                 const auto x = matrix<Scalar>(input, "input");
-                with_stored<Scalar>(weight, "weight", -1, x.cols(), [&](auto w) {
+                with_stored<Scalar>(weight, -1, x.cols(), [&](auto w) {
                     const Scalar* b = optional_vector<Scalar>(bias, "bias", w.rows());
                     auto y = writable_matrix<Scalar>(out, "out", x.rows(), w.rows());
                     const py::gil_scoped_release release;
@@ -60,7 +55,7 @@ void bind_linear(py::module_& module) {
            bool accumulate) {
             with_floats(gradient, [&]<typename Scalar>(Scalar) {
                 const auto g = matrix<Scalar>(gradient, "gradient");
-                with_stored<Scalar>(weight, "weight", g.cols(), -1, [&](auto w) {
+                with_stored<Scalar>(weight, g.cols(), -1, [&](auto w) {
                     auto x = writable_matrix<Scalar>(out, "out", g.rows(), w.cols());
                     const py::gil_scoped_release release;
                     linear_backward_input(g, w, accumulate, x);

@@ -50,13 +50,13 @@ struct Tiling {
     template <typename Body>
     void each_lower(const Body& body) const {
         const Index pieces = down();
-        parallel_for(pieces * (pieces + 1) / 2, 1, [&](Index first, Index last) {
-            Index tile = 0;
-            for (Index i = 0; i < pieces && tile < last; ++i)
-                for (Index j = 0; j <= i && tile < last; ++j, ++tile)
-                    if (tile >= first)
-                        body(i * tile_rows, std::min(tile_rows, rows - i * tile_rows),
-                             j * tile_rows, std::min(tile_rows, rows - j * tile_rows));
+        parallel_for(pieces * pieces, 1, [&](Index first, Index last) {
+            for (Index tile = first; tile < last; ++tile) {
+                const Index row = tile / pieces * tile_rows, column = tile % pieces * tile_rows;
+                if (column <= row)
+                    body(row, std::min(tile_rows, rows - row), column,
+                         std::min(tile_rows, rows - column));
+            }
         });
     }
 
