@@ -1,6 +1,5 @@
 """Files of layer inputs: an .npz with one array ``[samples, length, in]`` per layer."""
 
-import hashlib
 import math
 import os
 import time
@@ -9,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.lib.format import (
@@ -23,11 +22,10 @@ from numpy.typing import NDArray
 
 from bitwright.budget import Budget
 from bitwright.calibration import TokenSource, load_samples
-from bitwright.checkpoint.fingerprint import file_fingerprint, model_fingerprint
+from bitwright.checkpoint.fingerprint import file_fingerprint, file_stamp, model_fingerprint
 from bitwright.checkpoint.replacing import check_new_file, output_errors, synchronize, taken
-from bitwright.checkpoint.work_folder import STATE, WorkFolder, again_message
-from bitwright.checkpoint.writer import COPY_BYTES
-from bitwright.errors import CalibrationError, OutputExistsError, ResumeError, shown
+from bitwright.checkpoint.work_folder import STATE, WorkFolder
+from bitwright.errors import CalibrationError, OutputExistsError, shown
 from bitwright.home import expands_home
 from bitwright.journal import Journal, kept_when_interrupted
 from bitwright.models.block import Rotation
@@ -391,7 +389,7 @@ class _GrowingArchive:
         self.count = 0
         self._work = work
         self._path = work.path / WHOLE
-        self._pieces: list[tuple[int, str]] = []  # where each ends, and its digest
+        self._end = 0  # of the arrays that are committed
         self._archive: zipfile.ZipFile | None = None
 
     def close(self) -> None:
@@ -404,7 +402,7 @@ class _GrowingArchive:
         """Write an array."""
         with output_errors(self._work.out):
             if self._archive is None:
-                self._archive = zipfile.ZipFile(self._path, "a" if self._pieces else "w")
+                self._archive = zipfile.ZipFile(self._path, "a" if self._end else "w")
             with self._archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, array, allow_pickle=False)
         self.count += 1
@@ -417,22 +415,20 @@ class _GrowingArchive:
                 self._archive = None
             synchronize(self._path)
             with zipfile.ZipFile(self._path) as archive:
-                end = archive.start_dir
+                self._end = archive.start_dir
             with open(self._path, "rb") as file:
-                start = self._pieces[-1][0] if self._pieces else 0
-                file.seek(start)
-                self._pieces.append((end, _digest(file, end - start)))
+                file.seek(self._end)
                 directory = file.read().hex()
         return {
             "count": self.count,
-            "pieces": self._pieces,
+            "end": self._end,
             "directory": directory,
-            "file": _known_by(self._path),
+            "file": file_stamp(self._path),
         }
 
     def files(self) -> dict[Path, int]:
-        """Return nothing: its pieces have digests of their own, and so has the file in its place."""
-        return {}
+        """Return the file, up to where the arrays end that a state counts on."""
+        return {self._path: self._end}
 
     def committed(self) -> None:
         """Nothing is left of states before the last one."""
@@ -440,7 +436,7 @@ class _GrowingArchive:
     def is_in_place(self, state: Mapping[str, Any]) -> bool:
         """Tell whether the file lies where it belongs, as it was in this state."""
         try:
-            return bool(_known_by(self._work.out) == state["file"])
+            return bool(file_stamp(self._work.out) == state["file"])
         except OSError:
             return False
 
@@ -453,19 +449,12 @@ class _GrowingArchive:
             If what was written is not there any more.
         """
         self.count = int(state["count"])
-        self._pieces = [(int(end), str(known)) for end, known in state["pieces"]]
+        self._end = int(state["end"])
         directory = bytes.fromhex(state["directory"])
-        self._work.require(self._path, self._pieces[-1][0], or_more=True)
+        self._work.require(self._path, self._end, or_more=True)
         with output_errors(self._path), open(self._path, "r+b") as file:
-            start = 0
-            for end, known in self._pieces:
-                if _digest(file, end - start) != known:
-                    raise ResumeError(
-                        f"{self._path}: was changed since it was written; "
-                        f"{again_message(self._work.path)}"
-                    )
-                start = end
-            file.truncate()
+            file.truncate(self._end)
+            file.seek(self._end)
             file.write(directory)
         modified = int(state["file"][-1])
         os.utime(self._path, ns=(modified, modified))  # by which it is known
@@ -476,17 +465,3 @@ class _GrowingArchive:
             os.replace(self._path, self._work.out)
             with suppress(OSError):  # some file systems cannot synchronize folders
                 synchronize(self._work.out.parent)
-
-
-def _digest(file: BinaryIO, size: int) -> str:
-    """Return a digest of what comes next in a file."""
-    known = hashlib.sha256()
-    for start in range(0, size, COPY_BYTES):
-        known.update(file.read(min(COPY_BYTES, size - start)))
-    return known.hexdigest()
-
-
-def _known_by(path: Path) -> list[int]:
-    """Return what a file keeps when it is moved, and loses when it is changed."""
-    found = path.stat()
-    return [found.st_ino, found.st_size, found.st_mtime_ns]

@@ -64,9 +64,8 @@ def while_ending(status: int) -> None:
 
 def _answer(handler: Callable[[int, FrameType | None], None]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        if (
-            signal.getsignal(number) != signal.SIG_IGN
-        ):  # as of what a shell has put into the background
+        # What a shell has put into the background ignores them.
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bitwright.checkpoint.replacing import output_errors
-from bitwright.checkpoint.seals import Seals
 from bitwright.checkpoint.work_folder import STATE, WorkFolder, again_message, remove_tree
 from bitwright.distributed import current
 from bitwright.errors import (
@@ -61,7 +60,6 @@ class Journal:
         self._start = start
         self._before = 0.0  # seconds of the interrupted runs
         self._ranks = current()
-        self._seals = Seals(work.path)
         self.scratch = work.path / SCRATCH
 
     def begin(self, resume: bool) -> dict[str, Any] | None:
@@ -82,7 +80,7 @@ class Journal:
 
     def check_files(self, state: Mapping[str, Any]) -> None:
         """Raise ResumeError if a file that a state counts on has changed; what writes them is restored."""
-        self._work.require_seals(self._seals, state["seals"])
+        self._work.require_seals(state["seals"])
 
     def states_file(self, name: str, size: int) -> Path:
         """Return the file of hidden states that a state names, which holds so many bytes."""
@@ -108,7 +106,7 @@ class Journal:
         def sealed() -> dict[str, tuple[int, int]]:
             paths = [self._work.path / name for name in names.values()]
             files = {path: path.stat().st_size for path in paths}
-            return self._seals.of(files | ({} if writer is None else writer.files()))
+            return self._work.seals.of(files | ({} if writer is None else writer.files()))
 
         state = {
             "blocks": blocks,

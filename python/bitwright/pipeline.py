@@ -640,9 +640,8 @@ class Run:
             with nullcontext() if writer is None else writer:
                 self.output = Output(writer, kind, experts, stack_size, model.nested)
                 self._go(journal, state, writer, progress)
-                self.states = self.original = (
-                    None  # there may be more to do before the folder appears
-                )
+                # There may be more to do before the folder appears.
+                self.states = self.original = None
                 warn_of_small_weights(model.checkpoint.folder, kind, self.output)
                 report = self.output.report(
                     Path(out),

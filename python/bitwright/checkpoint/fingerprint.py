@@ -62,6 +62,13 @@ def file_fingerprint(path: Path) -> str:
     return known.hexdigest()[:16]
 
 
+def file_stamp(path: Path) -> list[int]:
+    """Return what a file keeps when it is moved, and loses when it is changed: inode, size and time of
+    change in nanoseconds."""
+    found = os.stat(path)
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
+
+
 def digest(content: Any) -> str:
     """Return a digest of bytes, or of what else is a contiguous buffer: 16 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()[:16]

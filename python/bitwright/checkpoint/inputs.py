@@ -1,10 +1,9 @@
 """The files that a run reads, which nobody may change meanwhile."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from bitwright.checkpoint.fingerprint import file_fingerprint
+from bitwright.checkpoint.fingerprint import file_fingerprint, file_stamp
 from bitwright.checkpoint.reader import INDEX_NAME, Checkpoint
 from bitwright.checkpoint.side_files import READ_BESIDE
 from bitwright.errors import CheckpointError
@@ -19,13 +18,13 @@ class InputFiles:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Path, tuple[tuple[int, ...], str]] = {}
+        self._known: dict[Path, tuple[list[int], str]] = {}
 
     def watch(self, paths: Iterable[Path]) -> None:
         """Note what files are like now."""
         for path in paths:
             if path not in self._known and path.is_file():
-                self._known[path] = _stamp(path), file_fingerprint(path)
+                self._known[path] = file_stamp(path), file_fingerprint(path)
 
     def watch_model(self, checkpoint: Checkpoint) -> None:
         """Note what a model's files are like now: weights, config, tokenizer and templates."""
@@ -36,12 +35,12 @@ class InputFiles:
         """Raise CheckpointError if a file is there that is not what it was when it was first watched."""
         for path, (stamp, fingerprint) in self._known.items():
             try:
-                now = _stamp(path)
+                now = file_stamp(path)
             except FileNotFoundError:  # what is open stays as it is, and what is not will be missed
                 continue
             if now == stamp:
                 continue
-            if now[0] != stamp[0] or file_fingerprint(path) != fingerprint:
+            if file_fingerprint(path) != fingerprint:  # which knows the size, too
                 raise CheckpointError(
                     f"{path}: was changed while it was read, so what was made of it is not put into its "
                     f"place. Run again when nobody writes to it"
@@ -51,8 +50,3 @@ class InputFiles:
                 f"content is the same"
             )
             self._known[path] = now, fingerprint
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns, found.st_ino

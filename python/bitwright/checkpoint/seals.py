@@ -25,8 +25,8 @@ class Seals:
         self._known: dict[str, tuple[int, int]] = {}
 
     def of(self, files: Mapping[Path, int]) -> dict[str, tuple[int, int]]:
-        """Return size and checksum of the first so many bytes of each file. Of one that was longer than
-        before since the last call only what was added is read."""
+        """Return size and checksum of the first so many bytes of each file. Of a file that has grown since
+        the last call, only what was added is read."""
         found = {}
         for path, size in files.items():
             name = path.relative_to(self._folder).as_posix()

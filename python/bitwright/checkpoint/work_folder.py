@@ -78,6 +78,7 @@ class WorkFolder:
         self.is_inside = self.path.parent == self.out
         self.keep = False
         self.inputs = InputFiles()
+        self.seals = Seals(self.path)
         self._ranks = current()
         self._lock: FileIO | None = None
         self._made_parents: list[Path] = []
@@ -179,13 +180,12 @@ class WorkFolder:
         """Raise CheckpointError if a file that the run reads, see `inputs`, is another by now."""
         self._ranks.on_first(self.inputs.check)
 
-    def require_seals(self, seals: Seals, known: Mapping[str, Any]) -> None:
+    def require_seals(self, known: Mapping[str, Any]) -> None:
         """Raise ResumeError if a file that a state counts on is not what it was then."""
-        broken = self._ranks.on_first(lambda: seals.broken(known))
+        broken = self._ranks.on_first(lambda: self.seals.broken(known))
         if broken is not None:
             raise ResumeError(
-                f"{broken}: has changed, or is gone, since an interrupted run wrote it; "
-                f"{again_message(self.path)}"
+                f"{broken}: was changed since it was written, or is gone; {again_message(self.path)}"
             )
 
     def put_into_place(self, name: str, last: str) -> None:
