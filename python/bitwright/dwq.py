@@ -26,7 +26,7 @@ from bitwright.checkpoint import CheckpointWriter, copy_side_files, plainly_spel
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.replacing import replaced
-from bitwright.checkpoint.seals import Seals, buffers_checksum, files_of
+from bitwright.checkpoint.seals import buffers_checksum, files_of
 from bitwright.checkpoint.work_folder import (
     CHECKSUM,
     WorkFolder,
@@ -55,7 +55,7 @@ from bitwright.errors import (
 )
 from bitwright.formats import Format
 from bitwright.formats.engine_names import unfused
-from bitwright.gradient_memory import KEPT_STATES, head_bytes, linears_of, logits_bytes, tape_bytes
+from bitwright.gradient_memory import final_bytes, head_bytes, logits_bytes, sub_block_bytes
 from bitwright.home import expands_home
 from bitwright.links import is_own_file
 from bitwright.memory import peak_memory_bytes
@@ -333,10 +333,9 @@ def dwq_quantize(
         validate_every=validate_every or max(1, steps // VALIDATIONS),
         patience=patience,
     )
-    known_student = None if callable(student) else load_model(student)
-    plan_training(
-        teacher_model, len(rows), rows.shape[1], batch_size, memory, student=known_student
-    )
+    student_made = student if callable(student) else load_model(student)
+    ready = student_made if isinstance(student_made, Model) else None
+    plan_training(teacher_model, len(rows), rows.shape[1], batch_size, memory, student=ready)
     given = None if targets is None else Path(targets)
     k = _token_count(teacher_model, k, given)
     ranks, work = current(), WorkFolder(out)
@@ -369,7 +368,9 @@ def dwq_quantize(
         try:
             resumed = resume and ranks.on_first(lambda: _is_begun(work.path))
             state = work.resume(identity, resumed) or {}
-            student_model, made = _student(student, made_with is not None, work, identity, state)
+            student_model, made = _student(
+                student_made, made_with is not None, work, identity, state
+            )
             work.inputs.watch_model(student_model.checkpoint)
             learner = Student(student_model, zeros)
             if callable(student):
@@ -441,7 +442,7 @@ def _is_begun(work: Path) -> bool:
 
 
 def _student(
-    student: str | os.PathLike[str] | Callable[[Path], object],
+    student: Model | Callable[[Path], object],
     reusable: bool,
     work: WorkFolder,
     identity: Mapping[str, object],
@@ -450,12 +451,12 @@ def _student(
     """Return the student that is given or made, and the report of its making, and commit to it.
 
     One that an interrupted run has made is used again if it is `reusable`."""
-    ranks, folder, seals = current(), work.path / STUDENT, Seals(work.path)
+    ranks, folder = current(), work.path / STUDENT
     report = None
-    if not callable(student):
-        model = load_model(student)
+    if isinstance(student, Model):
+        model = student
     elif reusable and "student" in state and ranks.on_first(folder.is_dir):
-        work.require_seals(seals, state["seals"])
+        work.require_seals(state["seals"])
         model = load_model(folder)
         if state["report"] is not None:
             report = QuantizationReport.from_dict(state["report"])
@@ -470,7 +471,7 @@ def _student(
     if "student" in state:
         check_identity(work.path, {"student": state["student"]}, {"student": fingerprint})
     made = None if report is None else report.as_dict()
-    sealed = ranks.on_first(lambda: seals.of(files_of(folder)) if folder.is_dir() else {})
+    sealed = ranks.on_first(lambda: work.seals.of(files_of(folder)) if folder.is_dir() else {})
     work.commit(identity, {"student": fingerprint, "report": made, "seals": sealed})
     return model, report
 
@@ -805,20 +806,14 @@ def plan_training(
     """Return what training a student of a model takes; MemoryBudgetError if the budget is too small."""
     config, budget = model.config, Budget.of(memory)
     rows = length * batch_size
-    states, kept = 4 * rows * config.hidden_size, KEPT_STATES * config.num_hidden_layers
     trained = sum(out * channels for out, channels in model.linear_shapes().values())
     if student is not None:
         matrices = {student.embedding_name, student.head_name}
         table = config.vocab_size * config.hidden_size
         trained += table * sum(student.is_quantized(name) for name in matrices)
     known = rows * min(DEFAULT_K, config.vocab_size) * TARGET_BYTES
-    peaks = [(kept + 4) * states + logits_bytes(model, rows, 1) + head_bytes(model, rows)]
-    for index in range(config.num_hidden_layers):
-        read: list[int] = []
-        for stages in reversed(model.layouts[index].sub_blocks):
-            read += linears_of(model.layouts[index], stages)
-            tape = tape_bytes(model, index, stages, length, rows)
-            peaks.append((KEPT_STATES * (index + 1) + 1) * states + 4 * sum(read) + tape)
+    backward = (most for _, _, most in sub_block_bytes(model, length, rows))
+    training = known + max(final_bytes(model, rows, 1), *backward)
     # The teacher says of many samples together what it knows of them.
     packed = min(DEFAULT_K, config.vocab_size) * (2 + (2 if config.vocab_size <= 1 << 16 else 4))
     per_sample = length * max(packed, 4 * config.hidden_size)
@@ -826,7 +821,7 @@ def plan_training(
     taught = together * (2 * packed + 2 * 4 * config.hidden_size)
     teaching = head_bytes(model, together) + logits_bytes(model, together, 1) + taught
     most = budget.base + int(TRAINED_BYTES * trained)
-    most += max(teaching, known + max(peaks))
+    most += max(teaching, training)
     budget.require(most, model.checkpoint.folder)
     return most
 

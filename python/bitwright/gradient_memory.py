@@ -1,12 +1,12 @@
 """What a model's losses and gradients take in memory, see `bitwright.models.network.Network`."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 from bitwright.models.architecture import Attention, LatentAttention
 from bitwright.models.block import Rotation
-from bitwright.models.layout import BlockLayout, Stage
+from bitwright.models.layout import Stage
 from bitwright.models.matrix_rows import piece_rows
 from bitwright.models.model import Model
 from bitwright.models.network import HEAD_BYTES, logit_rows
@@ -29,9 +29,28 @@ def head_bytes(model: Model, rows: int) -> int:
     return 4 * min(vocabulary, piece_rows(width)) * (width + at_once)
 
 
-def linears_of(layout: BlockLayout, stages: Iterable[Stage]) -> list[int]:
-    """Return the number of weights of each linear of some stages."""
-    return [math.prod(layout.linears[name]) for stage in stages for name in stage.linears]
+def final_bytes(model: Model, rows: int, copies: int) -> int:
+    """Return what the head takes with so many copies of the logits, beside the states that blocks keep, and
+    the last ones before and after their norm, with their gradients."""
+    kept = KEPT_STATES * model.config.num_hidden_layers + 4
+    states = 4 * rows * model.config.hidden_size
+    return kept * states + logits_bytes(model, rows, copies) + head_bytes(model, rows)
+
+
+def sub_block_bytes(
+    model: Model, length: int, rows: int
+) -> Iterator[tuple[list[int], list[int], int]]:
+    """Yield, for each half of a block in a backward pass, the sizes of its linears, those of all that are
+    read of the block by then, and the bytes of the states that are kept, their gradient, these weights and
+    the tape."""
+    states = 4 * rows * model.config.hidden_size
+    for index, layout in enumerate(model.layouts):
+        read: list[int] = []
+        for stages in reversed(layout.sub_blocks):
+            own = [math.prod(layout.linears[name]) for stage in stages for name in stage.linears]
+            read += own
+            tape = tape_bytes(model, index, stages, length, rows)
+            yield own, read, (KEPT_STATES * (index + 1) + 1) * states + 4 * sum(read) + tape
 
 
 def tape_bytes(model: Model, index: int, stages: Iterable[Stage], length: int, rows: int) -> int:

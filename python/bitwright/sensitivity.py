@@ -34,7 +34,7 @@ from bitwright.errors import (
     shown,
 )
 from bitwright.formats import Format, Precision
-from bitwright.gradient_memory import KEPT_STATES, head_bytes, linears_of, logits_bytes, tape_bytes
+from bitwright.gradient_memory import final_bytes, sub_block_bytes
 from bitwright.home import expands_home
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.rtn import quantize_rtn
@@ -271,8 +271,8 @@ def estimate_sensitivities(
     loaded = _loaded(original, data, samples, length, seed, bos)
     low, high = (low_bits, low_group_size), (high_bits, high_group_size)
     _check_groups(original, (low, high), grid)
-    pieces = plan_estimate(original, loaded.tokens, batch_size, memory)
-    estimate = _Estimate(original, loaded, low, high, batch_size, loss, grid, pieces)
+    plan = plan_estimate(original, loaded.tokens, batch_size, memory)
+    estimate = _Estimate(original, loaded, low, high, batch_size, loss, grid, plan)
     if isinstance(out, WorkFolder):
         return estimate.go(out, resume, progress)
     if out is None:
@@ -403,22 +403,14 @@ def plan_estimate(
 
 def _piece_bytes(model: Model, length: int, samples: int, differences: int) -> int:
     """Return what some samples of a batch take, with so many layers' differences kept."""
-    rows, config = samples * length, model.config
-    states = 4 * rows * config.hidden_size
-    kept = KEPT_STATES * config.num_hidden_layers
-    # Both models' last states, before their norm and with their gradient.
-    peaks = [head_bytes(model, rows) + logits_bytes(model, rows, 2) + (kept + 4) * states]
-    for index, layout in enumerate(model.layouts):
-        read: list[int] = []
-        for stages in reversed(model.layouts[index].sub_blocks):
-            own = linears_of(layout, stages)
-            read += own
-            known = 4 * sum(sorted(read)[-differences:])
-            # The weight, its codes, and both precisions, of which the difference is one of those known.
-            rounding = (4 + 1 + 4 + (0 if differences > 1 else 4)) * max(own, default=0)
-            tape = tape_bytes(model, index, stages, length, rows)
-            held = (KEPT_STATES * (index + 1) + 2) * states
-            peaks.append(held + 4 * sum(read) + known + rounding + tape)
+    rows = samples * length
+    peaks = [final_bytes(model, rows, 2)]
+    for own, read, backward in sub_block_bytes(model, length, rows):
+        known = 4 * sum(sorted(read)[-differences:])
+        # The weight, its codes, and both precisions, of which the difference is one of those known.
+        rounding = (4 + 1 + 4 + (0 if differences > 1 else 4)) * max(own, default=0)
+        final_states = 4 * rows * model.config.hidden_size  # of the other model
+        peaks.append(backward + final_states + known + rounding)
     return max(peaks)
 
 
@@ -434,7 +426,7 @@ class _Estimate:
         batch_size: int,
         loss: str,
         grid: Grid,
-        pieces: "EstimatePlan",
+        plan: EstimatePlan,
     ) -> None:
         self.original = original
         self.inputs = InputFiles()
@@ -445,7 +437,7 @@ class _Estimate:
         self.batch_size = batch_size
         self.loss = loss
         self.grid = grid
-        self.pieces = pieces
+        self.plan = plan
         self.shapes = original.linear_shapes()
         self.model = model_fingerprint(original.checkpoint)
         for name, (_, channels) in self.shapes.items():
@@ -540,7 +532,7 @@ class _Estimate:
         alignments = dict.fromkeys(shapes, 0.0)
 
         # The gradients of a layer come piece by piece, those of one block after those of another.
-        @lru_cache(maxsize=self.pieces.differences)
+        @lru_cache(maxsize=self.plan.differences)
         def difference(name: str) -> Float32:
             return self._rounded(name, self.low) - self._rounded(name, self.high)
 
@@ -566,7 +558,7 @@ class _Estimate:
             )
             return self._student.gradients(part, divergence, align)
 
-        step = self.pieces.samples
+        step = self.plan.samples
         parts = [losses(ids[first : first + step]) for first in range(0, len(ids), step)]
         total = float(np.concatenate(parts).sum()) / self.tokens.size
         if not all(map(math.isfinite, (total, *alignments.values()))):

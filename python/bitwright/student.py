@@ -190,7 +190,6 @@ class Student:
                 f"train; quantize it first (bitwright quantize), or give --student the quantized folder"
             )
         self._matrices: dict[str, Float32] = {}
-        self._rows: dict[str, MatrixRows] = {}
 
     @property
     def parameters(self) -> dict[str, Float32]:
@@ -212,9 +211,7 @@ class Student:
         if name in self.tensors:
             tensor = self.tensors[name].tensor()
             return MatrixRows(tensor.dequantize, tensor.shape, f"layer {name}")
-        if name not in self._rows:
-            self._rows[name] = self.model.rows(name)
-        return self._rows[name]
+        return self.model.rows(name)
 
     def add_gradient(self, name: str, inputs: Float, above: Float) -> None:
         """Add what a linear's inputs and the gradient of its outputs say."""

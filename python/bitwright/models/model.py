@@ -94,6 +94,7 @@ class Model:
             self.config = ModelConfig.from_dict(checkpoint.config, source, rules)
         self.embedding_name, self.head_name = self._embedding_and_head()
         self.experts: dict[str, ExpertPlace] = {}
+        self._rows: dict[str, MatrixRows] = {}
         for name in (self.embedding_name, self.head_name):
             self._check_matrix(name, (self.config.vocab_size, self.config.hidden_size))
         for name, extent in self._final_vectors().items():
@@ -342,6 +343,8 @@ class Model:
 
     def rows(self, name: str) -> MatrixRows:
         """Return the rows of the embedding or the head, by its name, which are read as they are needed."""
+        if name in self._rows:
+            return self._rows[name]
         shape = self.config.vocab_size, self.config.hidden_size
         tensor = self.quantized(name)
         if tensor is not None:
@@ -357,7 +360,11 @@ class Model:
             rows = self.checkpoint.read_rows(stored, first, last)
             return rows if rows.dtype in MODEL_DTYPES.values() else rows.astype(np.float32)
 
-        return MatrixRows(read, shape, f"{self.checkpoint.file(stored)}: tensor {stored}")
+        # Kept: it holds no weights, and knows which of them it has looked at.
+        self._rows[name] = MatrixRows(
+            read, shape, f"{self.checkpoint.file(stored)}: tensor {stored}"
+        )
+        return self._rows[name]
 
     def is_quantized(self, name: str) -> bool:
         """Tell whether codes of a layer are stored, without reading them."""
