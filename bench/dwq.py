@@ -32,14 +32,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 import bitwright
-from bitwright.distillation import DistillationLoss, TopTokens, next_tokens
+from bitwright.distill.adam import Adam
+from bitwright.distill.losses import DistillationLoss, TopTokens, next_tokens
+from bitwright.distill.student import Student
+from bitwright.distill.targets import DEFAULT_K
 from bitwright.evaluate import parameter_count
-from bitwright.memory import peak_memory_bytes
-from bitwright.methods.adam import Adam
-from bitwright.models.model import Model
+from bitwright.loading.model import Model
 from bitwright.models.network import Network
-from bitwright.student import Student
-from bitwright.targets import DEFAULT_K
+from bitwright.process.memory import peak_memory_bytes
 
 # model -> (its texts' name, calibration samples, what to train on, tokens per sample, tokens)
 MODELS = {

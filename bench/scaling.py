@@ -21,8 +21,9 @@ import make_llama
 import numpy as np
 
 import bitwright
-from bitwright import pipeline, planner
-from bitwright.distributed import launched, spread_over, world
+from bitwright.quantization import pipeline
+from bitwright.quantization import plan as planner
+from bitwright.ranks import launched, spread_over, world
 
 BLOCKS = {"8b": 2, "70b": 1}  # the others are whole
 USUAL = {"shape": "0.1b", "method": "gptq", "preset": "fast", "bits": 4, "tokens": 8192}

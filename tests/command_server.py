@@ -12,9 +12,9 @@ import sys
 import time
 import traceback
 
-import bitwright.best
-import bitwright.cli
-import bitwright.targets
+import bitwright.cli.commands
+import bitwright.distill.targets
+import bitwright.presets.best
 
 
 def run(arguments: list[str], log: str) -> int:
@@ -24,7 +24,7 @@ def run(arguments: list[str], log: str) -> int:
     sys.argv = ["bitwright", *arguments]
     status = 0
     try:
-        bitwright.cli.main()
+        bitwright.cli.commands.main()
     except SystemExit as error:
         status = int(error.code or 0)
     except BaseException:
@@ -35,8 +35,8 @@ def run(arguments: list[str], log: str) -> int:
     return status
 
 
-bitwright.targets.SHARD_BYTES = 1 << 18
-bitwright.best.TRAINED_TOKENS = 1024
+bitwright.distill.targets.SHARD_BYTES = 1 << 18
+bitwright.presets.best.TRAINED_TOKENS = 1024
 
 if __name__ == "__main__":
     for line in sys.stdin:

@@ -42,8 +42,11 @@ from file_system_events import KILL, WRITES, Answer, Event
 from safetensors.numpy import load_file, save_file
 
 import bitwright
-from bitwright import best, card, planner, states
 from bitwright.checkpoint import work_folder, writer
+from bitwright.presets import best
+from bitwright.quantization import plan as planner
+from bitwright.records import card
+from bitwright.runs import states
 
 TESTS = Path(__file__).parent
 MODEL, EXPERTS = TESTS / "data" / "tiny" / "qwen2", TESTS / "data" / "tiny" / "qwen3_moe"

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 import bitwright
-import bitwright.distributed
-import bitwright.targets
-from bitwright.distributed import spread_over, world
-from bitwright.journal import Journal
-from bitwright.methods.adam import Adam
+import bitwright.distill.targets
+import bitwright.ranks
+from bitwright.distill.adam import Adam
+from bitwright.ranks import spread_over, world
+from bitwright.runs.journal import Journal
 
 call = json.loads(sys.argv[1])
 bitwright.set_num_threads(1)
-bitwright.targets.SHARD_BYTES = 1 << 18
-bitwright.distributed.FIXED_ROWS = 16
+bitwright.distill.targets.SHARD_BYTES = 1 << 18
+bitwright.ranks.FIXED_ROWS = 16
 with spread_over(world(), call["fixed_order"]) as ranks:
     if call["kill"] is not None:
         step, commit = Adam.step, Journal.commit

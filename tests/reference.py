@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.tensor import Grid
+from bitwright.grids.tensor import Grid
 
 Array = NDArray[Any]
 DTYPES: dict[str, np.dtype[Any]] = {

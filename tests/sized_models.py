@@ -9,8 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from shared_data import TESTS
 
-from bitwright.checkpoint import ModelConfig
 from bitwright.models import ARCHITECTURES
+from bitwright.models.config import ModelConfig
 from bitwright.models.layout import block_layout
 
 

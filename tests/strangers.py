@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import bitwright
-from bitwright.cli import main
+from bitwright.cli.commands import main
 
 TEXT = str(bitwright.demo_folder() / "evaluation.txt")
 SECONDS = 20  # that a command may take here; most take a fraction of one

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, processors
 
 import bitwright
 from bitwright.formats import detect_format
-from bitwright.output import relative_error
+from bitwright.quantization.output import relative_error
 
 REASON = 'needs pip install ".[transformers]"'
 torch = pytest.importorskip("torch", reason=REASON)

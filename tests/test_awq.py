@@ -65,7 +65,12 @@ def test_quadratic_forms_are_the_outputs_energies(
 )
 @settings(max_examples=40, deadline=None)
 def test_gram_and_token_objectives_agree(
-    bits: int, group_size: int, grid: bitwright.tensor.Grid, search: bool, ratio: float, seed: int
+    bits: int,
+    group_size: int,
+    grid: bitwright.grids.tensor.Grid,
+    search: bool,
+    ratio: float,
+    seed: int,
 ) -> None:
     weight, inputs = layer(seed=seed)
     others = layer(out=7, seed=seed + 1)[0]
@@ -246,7 +251,7 @@ def test_clipping_minimizes_each_groups_output_error(bits: int, size: int) -> No
 
 
 @pytest.mark.parametrize("grid", ["affine", "zero_point", "symmetric"])
-def test_token_metric_mse_is_the_gram(grid: bitwright.tensor.Grid) -> None:
+def test_token_metric_mse_is_the_gram(grid: bitwright.grids.tensor.Grid) -> None:
     """Two independent ways to one search: block by block of the gram, and outputs on the tokens."""
     weight, inputs = layer(channels=128)
     found = [
@@ -356,7 +361,7 @@ def test_blocks_fall_back_where_the_loss_is_not_reduced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scales that make things worse are dropped: what is written is what rounding alone gives."""
-    from bitwright import scaling
+    from bitwright.blocks import scaling
 
     def worst(mean_abs: Any, loss: Any, **_: Any) -> bitwright.ScaleSearch:
         rng = np.random.default_rng(0)

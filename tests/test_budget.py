@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bitwright
-from bitwright.budget import Budget, gigabytes, told_apart
+from bitwright.runs.budget import Budget, gigabytes, told_apart
 
 DEMO = bitwright.demo_folder()
 UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}

@@ -16,11 +16,11 @@ from shared_data import TESTS
 from sized_models import make_sized
 
 import bitwright
-from bitwright import budget as budget_module
-from bitwright.budget import Budget, one_budget, require_all
-from bitwright.cli import cli
-from bitwright.models.model import load_model
-from bitwright.sensitivity import plan_estimate
+from bitwright.cli.commands import cli
+from bitwright.loading.model import load_model
+from bitwright.precision.estimate import plan_estimate
+from bitwright.runs import budget as budget_module
+from bitwright.runs.budget import Budget, one_budget, require_all
 
 DEMO = bitwright.demo_folder()
 TEXT = DEMO / "calibration.txt"

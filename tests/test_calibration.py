@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from bitwright.calibration import load_tokens
 from bitwright.errors import CalibrationError
+from bitwright.text.samples import load_tokens
 
 SHARED = Path(__file__).parents[2] / "shared"
 IDS = np.arange(20).reshape(4, 5)
@@ -276,7 +276,7 @@ def test_panics_and_interrupts(monkeypatch: pytest.MonkeyPatch, tokenizer: Token
         def fail(*_: object, error: BaseException = raised, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("bitwright.calibration.load_tokenizer", fail)
+        monkeypatch.setattr("bitwright.text.samples.load_tokenizer", fail)
         with pytest.raises(expected or KeyboardInterrupt):
             load_tokens(["text"], tokenizer=tokenizer)
 

@@ -14,10 +14,10 @@ import pytest
 from markdown_it import MarkdownIt  # which rich needs
 
 import bitwright
-from bitwright.card import add_evaluations, command_line, made_by, model_card, python_call
 from bitwright.errors import OutputError
 from bitwright.evaluate import Evaluation
 from bitwright.formats import FORMATS
+from bitwright.records.card import add_evaluations, command_line, made_by, model_card, python_call
 
 DEMO = bitwright.demo_folder()
 
@@ -522,7 +522,7 @@ def test_errors_before_are_those_of_what_was_refined(tmp_path: Path) -> None:
 
 
 def test_tokens_of_activations_are_those_of_the_longest_array(tmp_path: Path) -> None:
-    from bitwright.activations import ActivationFile
+    from bitwright.statistics.activation_file import ActivationFile
 
     arrays = {"a": np.zeros((3, 5, 4), np.float32), "b": np.zeros((7, 9), np.float32)}
     np.savez(tmp_path / "a.npz", **arrays)

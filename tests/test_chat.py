@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from test_template_sandbox import USUAL
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from bitwright import template_sandbox
-from bitwright.calibration import load_tokens
-from bitwright.chat import ChatTemplate
 from bitwright.errors import CalibrationError
+from bitwright.text import template_sandbox
+from bitwright.text.chat import ChatTemplate
+from bitwright.text.samples import load_tokens
 
 CHATML = """\
 {%- for message in messages %}
@@ -300,7 +300,7 @@ SLOW = {
 def test_slow_templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Each text is quick enough by itself; all together are not, and few are enough to know that."""
     monkeypatch.setattr(template_sandbox, "ALL_SECONDS", 0.2)
-    monkeypatch.setattr("bitwright.chat.ALL_SECONDS", 0.2)
+    monkeypatch.setattr("bitwright.text.chat.ALL_SECONDS", 0.2)
     (tmp_path / "chat_template.jinja").write_text(SLOW[name] + "{{ messages[0].content }}")
     known = ChatTemplate(tmp_path, "chats")
     done, message = 0, ""

@@ -19,10 +19,10 @@ from chat_samples import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitwright.calibration import load_tokens
-from bitwright.chat import ChatTemplate
 from bitwright.errors import CalibrationError
-from bitwright.message_forms import kinds_without_text
+from bitwright.text.chat import ChatTemplate
+from bitwright.text.message_forms import kinds_without_text
+from bitwright.text.samples import load_tokens
 from bitwright.warned import BitwrightWarning
 
 # What transformers 5.23.0 makes of the samples; tests/interop compares it with what is installed there.

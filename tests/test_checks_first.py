@@ -13,12 +13,12 @@ import pytest
 from shared_data import TESTS
 
 import bitwright
-from bitwright.cli import main
-from bitwright.convert import _Conversion
-from bitwright.dynamic import dynamic_choices
+from bitwright.cli.commands import main
 from bitwright.formats import FORMATS
-from bitwright.models.model import Model
+from bitwright.loading.model import Model
 from bitwright.models.network import Network
+from bitwright.presets.dynamic import dynamic_choices
+from bitwright.tools.convert import _Conversion
 
 DEMO = bitwright.demo_folder()
 TEXT = str(DEMO / "calibration.txt")

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared_data import TINY
 
-from bitwright.checkpoint.config import ModelConfig, RopeConfig, plainly_spelled
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.errors import BitwrightError, CheckpointError, UnsupportedModelError
 from bitwright.models import ARCHITECTURES
+from bitwright.models.config import ModelConfig, RopeConfig, plainly_spelled
 
 SHARED = Path(__file__).parents[2] / "shared"
 SOURCE = Path("folder/config.json")

@@ -11,9 +11,8 @@ from shared_data import TESTS
 
 import bitwright
 from bitwright import BitwrightWarning, CheckpointError, UnsupportedModelError
-from bitwright.checkpoint import config_keys
-from bitwright.checkpoint.config import ModelConfig
-from bitwright.models import ARCHITECTURES
+from bitwright.models import ARCHITECTURES, config_keys
+from bitwright.models.config import ModelConfig
 
 TINY = TESTS / "data" / "tiny"
 SOURCE = Path("folder/config.json")

@@ -19,8 +19,8 @@ from bitwright.checkpoint import Checkpoint
 from bitwright.formats import FORMATS
 from bitwright.formats.gptq import GptqFormat
 from bitwright.formats.table import format_table
-from bitwright.methods.regrid import regrid
-from bitwright.tensor import GRIDS, Grid, QuantizedTensor
+from bitwright.grids.regrid import regrid
+from bitwright.grids.tensor import GRIDS, Grid, QuantizedTensor
 
 DEMO = bitwright.demo_folder()
 TOKENS = bitwright.load_tokens(DEMO / "evaluation.txt", tokenizer=DEMO, length=64, samples=4)

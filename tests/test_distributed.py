@@ -16,7 +16,7 @@ from shared_data import TESTS
 
 import bitwright
 from bitwright import _kernels
-from bitwright.distributed import spread_over
+from bitwright.ranks import spread_over
 
 # That of the mpich wheel lies beside python.
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -35,8 +35,8 @@ def as_ranks_program_does() -> Iterator[None]:
     before = _kernels.num_threads()
     bitwright.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bitwright.targets.SHARD_BYTES", 1 << 18)
-        patch.setattr("bitwright.distributed.FIXED_ROWS", 16)
+        patch.setattr("bitwright.distill.targets.SHARD_BYTES", 1 << 18)
+        patch.setattr("bitwright.ranks.FIXED_ROWS", 16)
         yield
     bitwright.set_num_threads(before)
 

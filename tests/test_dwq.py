@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from shared_data import SHARED, needs_shared
 
 import bitwright
-from bitwright.distillation import LOSSES, DistillationLoss, TopTokens, next_tokens
-from bitwright.dwq import SCHEDULES, _Settings
+from bitwright.distill.losses import LOSSES, DistillationLoss, TopTokens, next_tokens
+from bitwright.distill.training import SCHEDULES, _Settings
 
 DEMO = bitwright.demo_folder()
 TEXT = DEMO / "calibration.txt"

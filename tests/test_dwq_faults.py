@@ -21,9 +21,9 @@ from shared_data import TESTS
 
 import bitwright
 from bitwright import _kernels
-from bitwright import dwq as dwq_module
-from bitwright.methods.adam import Adam
-from bitwright.report import print_dwq_report
+from bitwright.distill import training as dwq_module
+from bitwright.distill.adam import Adam
+from bitwright.report.printing import print_dwq_report
 
 DEMO = bitwright.demo_folder()
 TEXT = DEMO / "calibration.txt"

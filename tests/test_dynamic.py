@@ -14,7 +14,7 @@ from shared_data import SHARED, TESTS, needs_shared
 
 import bitwright
 from bitwright import _kernels
-from bitwright.distillation import DistillationLoss, TopTokens, next_tokens
+from bitwright.distill.losses import DistillationLoss, TopTokens, next_tokens
 from bitwright.models.network import Network
 
 TINY = TESTS / "data" / "tiny"
@@ -197,7 +197,7 @@ def test_dynamic_quantize_reuses_sensitivities(tmp_path: Path, monkeypatch: Any)
     assert first.quantization.layer_bits_per_weight == pytest.approx(first.recipe.bits_per_weight)
     stored = {layer.name: (layer.bits, layer.group_size) for layer in first.quantization.layers}
     assert stored == first.recipe.layers
-    monkeypatch.setattr("bitwright.dynamic.estimate_sensitivities", None)  # no new pass
+    monkeypatch.setattr("bitwright.presets.dynamic.estimate_sensitivities", None)  # no new pass
     second = bitwright.dynamic_quantize(
         DEMO, tmp_path / "b", 4.0, CANDIDATES, "rtn", "mlx", **options
     )

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from shared_data import ARCH, TESTS, TINY
 
 import bitwright
-from bitwright.cli import cli
+from bitwright.cli.commands import cli
 from bitwright.formats import FORMATS, Precision
 from bitwright.formats.engine_names import EngineNames, check_fused, fused_groups, mlx_name
 
@@ -496,7 +496,7 @@ def test_a_part_in_float_is_not_converted(tmp_path: Path, left: str, target: Any
 def test_dynamic_precision_asks_before_it_estimates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitwright.dynamic.estimate_sensitivities", None)
+    monkeypatch.setattr("bitwright.presets.dynamic.estimate_sensitivities", None)
     for half in ({"exclude": ["*.q_proj"]}, {"overrides": {"*.1.mlp.up_proj": {"bits": 8}}}):
         with pytest.raises(ValueError, match="vLLM computes"):
             bitwright.dynamic_quantize(

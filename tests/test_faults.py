@@ -18,7 +18,7 @@ import pytest
 import bitwright
 from bitwright.checkpoint import CheckpointWriter
 from bitwright.checkpoint.writer import write_safetensors
-from bitwright.journal import Journal
+from bitwright.runs.journal import Journal
 
 DEMO = bitwright.demo_folder()
 TEXT = DEMO / "calibration.txt"

@@ -19,13 +19,13 @@ from shared_data import SHARED, needs_shared
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import bitwright
-from bitwright.calibration import load_samples, load_tokens
-from bitwright.checkpoint.config import RopeConfig
-from bitwright.cli import cli
+from bitwright.cli.commands import cli
 from bitwright.errors import CalibrationError, ResumeError, StatisticsError, TargetsError
-from bitwright.first_tokens import first_tokens
-from bitwright.journal import Journal
-from bitwright.sensitivity import _Estimate
+from bitwright.models.config import RopeConfig
+from bitwright.precision.estimate import _Estimate
+from bitwright.runs.journal import Journal
+from bitwright.text.first_tokens import first_tokens
+from bitwright.text.samples import load_samples, load_tokens
 
 DEMO = bitwright.demo_folder()
 TEXT = (DEMO / "calibration.txt").read_text(encoding="utf-8")[:3000]
@@ -149,7 +149,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def little_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitwright.best.TRAINED_TOKENS", 96)
+    monkeypatch.setattr("bitwright.presets.best.TRAINED_TOKENS", 96)
 
 
 def everything(folder: Path) -> dict[str, bytes]:

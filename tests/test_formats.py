@@ -22,7 +22,7 @@ from bitwright.formats.compressed_tensors import CompressedTensorsFormat
 from bitwright.formats.gguf import GgufFormat
 from bitwright.formats.gptq import GptqFormat
 from bitwright.formats.mlx import MlxFormat
-from bitwright.tensor import Grid
+from bitwright.grids.tensor import Grid
 
 LAYER = "model.layers.0.self_attn.q_proj"
 OUT, CHANNELS = 192, 384

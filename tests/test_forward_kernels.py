@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from reference import Array
 
 from bitwright import _kernels
-from bitwright.checkpoint import config
+from bitwright.models import config
 
 pytestmark = pytest.mark.usefixtures("all_processors")
 

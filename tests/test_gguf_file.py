@@ -35,7 +35,7 @@ from bitwright.errors import (
     CheckpointNotFoundError,
     UnsupportedModelError,
 )
-from bitwright.models.model import Model
+from bitwright.loading.model import Model
 from bitwright.warned import BitwrightWarning
 
 DEMO = Path(str(bitwright.demo_folder()))

@@ -25,11 +25,11 @@ import bitwright
 from bitwright import QuantizedTensor
 from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES, weights_per_block
+from bitwright.distill.student import PACE, Student, TrainedSuperBlocks
 from bitwright.errors import CheckpointError
 from bitwright.formats.gguf import TYPES, GgufFormat
+from bitwright.grids.tensor import K_GRIDS, SUPERBLOCK, Grid, SuperBlocks
 from bitwright.models.network import Network
-from bitwright.student import PACE, Student, TrainedSuperBlocks
-from bitwright.tensor import K_GRIDS, SUPERBLOCK, Grid, SuperBlocks
 
 Array = NDArray[Any]
 DEMO = Path(str(bitwright.demo_folder()))

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import bitwright
-from bitwright.cli import cli
-from bitwright.recipe import as_globs
+from bitwright.cli.commands import cli
+from bitwright.precision.recipe import as_globs
 
 HIDDEN = 128
 
@@ -141,7 +141,7 @@ def test_other_runs_say_it_too(tmp_path: Path) -> None:
 def test_the_best_preset_leaves_out_what_is_excluded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitwright.best.TRAINED_TOKENS", 64)
+    monkeypatch.setattr("bitwright.presets.best.TRAINED_TOKENS", 64)
     model, ids = odd_model(tmp_path / "odd"), np.arange(512).reshape(16, 32) % 64
     report = bitwright.quantize(
         *(model, tmp_path / "out", "rtn", 4, 128),

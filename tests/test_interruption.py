@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import bitwright
-from bitwright.startup import is_command
+from bitwright.process.startup import is_command
 
 DEMO = bitwright.demo_folder()
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -53,8 +53,8 @@ def busy(*arguments):
     work_folder.remove_tree = slowly
     print("busy", flush=True)
     time.sleep(60)
-bitwright.pipeline.States = busy
-bitwright.cli.main()
+bitwright.quantization.pipeline.States = busy
+bitwright.cli.commands.main()
 """
 # Is done, but does not end.
 LATE = """
@@ -64,7 +64,7 @@ def late():
     print("done", flush=True)
     time.sleep(60)
 atexit.register(late)
-bitwright.cli.main()
+bitwright.cli.commands.main()
 """
 
 
@@ -100,7 +100,7 @@ def interrupted_at(
         ("script", "tokenizers"),
         ("module", "safetensors"),
         ("script", "click"),
-        ("script", "bitwright.student"),
+        ("script", "bitwright.distill.student"),
     ],
 )
 def test_while_modules_are_imported(kind: str, module: str, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_in_the_background_of_a_shell() -> None:
 
 
 @pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec")
-@pytest.mark.parametrize("module", ["numpy", "bitwright.cli", "mpi4py"])
+@pytest.mark.parametrize("module", ["numpy", "bitwright.cli.commands", "mpi4py"])
 def test_ranks_that_start(module: str, tmp_path: Path) -> None:
     """One of them says it."""
     pytest.importorskip("mpi4py")

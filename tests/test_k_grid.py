@@ -14,8 +14,8 @@ from test_refine import layer, objective
 
 import bitwright
 from bitwright import QuantizedTensor
-from bitwright.methods.k_grid import fit_superblocks
-from bitwright.tensor import K_GRIDS, SUPERBLOCK, SuperBlocks
+from bitwright.grids.superblocks import fit_superblocks
+from bitwright.grids.tensor import K_GRIDS, SUPERBLOCK, SuperBlocks
 
 pytestmark = pytest.mark.usefixtures("all_processors")
 

@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 from shared_data import SHARED, TINY, needs_shared
 
 import bitwright
-from bitwright.cli import cli
+from bitwright.cli.commands import cli
 from bitwright.formats import FORMATS
-from bitwright.methods.regrid import ROUNDING, is_rounding, lost, regrid
-from bitwright.tensor import GRIDS, Grid, QuantizedTensor
+from bitwright.grids.regrid import ROUNDING, is_rounding, lost, regrid
+from bitwright.grids.tensor import GRIDS, Grid, QuantizedTensor
 
 DEMO = bitwright.demo_folder()
 HALF = np.dtype(np.float16)

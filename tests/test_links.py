@@ -20,7 +20,7 @@ import bitwright
 from bitwright.checkpoint import Checkpoint
 from bitwright.checkpoint.side_files import SideFiles
 from bitwright.errors import CalibrationError, CheckpointError
-from bitwright.links import follow_links, leads_out
+from bitwright.files.links import follow_links, leads_out
 from bitwright.warned import BitwrightWarning
 
 __all__ = ["quick", "run"]  # fixtures
@@ -168,7 +168,7 @@ def test_the_packages_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             link(model / path.name, path.resolve())
     with pytest.raises(CheckpointError, match="leads out"):
         Checkpoint(model)
-    monkeypatch.setattr("bitwright.links.PACKAGE", model.parent)
+    monkeypatch.setattr("bitwright.files.links.PACKAGE", model.parent)
     with follow_links(False), Checkpoint(model) as checkpoint:
         assert SideFiles(checkpoint.folder).missed == []
         assert "LICENSE" in SideFiles(checkpoint.folder).names

@@ -13,7 +13,7 @@ from bitwright import QuantizedTensor
 from bitwright.errors import CheckpointError, UnsupportedModelError
 from bitwright.formats import Precision, detect_format
 from bitwright.formats.marlin import MarlinFormat
-from bitwright.tensor import Grid
+from bitwright.grids.tensor import Grid
 
 OUT, CHANNELS = 192, 384
 GOLDEN = Path(__file__).parent / "data" / "marlin.npz"

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import bitwright
-from bitwright.card import command_line
-from bitwright.cli import main
+from bitwright.cli.commands import main
 from bitwright.errors import BitwrightError, printable
+from bitwright.records.card import command_line
 
 DEMO = bitwright.demo_folder()
 EVIL = "x\x1b[31m\nEVIL\x07\x9b2J\x7f\u202e\u2028y"
@@ -36,8 +36,8 @@ Command = Callable[..., tuple[int, str]]
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs the command in this process; returns its exit code and all that it has said."""
-    monkeypatch.setattr("bitwright.cli.while_running", lambda: None)
-    monkeypatch.setattr("bitwright.cli.while_ending", lambda status: None)
+    monkeypatch.setattr("bitwright.cli.commands.while_running", lambda: None)
+    monkeypatch.setattr("bitwright.cli.commands.while_ending", lambda status: None)
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["bitwright", *map(str, arguments)])

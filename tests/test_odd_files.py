@@ -16,7 +16,7 @@ from strangers import FEW, GGUF, READ, SIDE, TEXT, Run, link, put, quick, run
 
 import bitwright
 from bitwright.errors import CalibrationError
-from bitwright.text_file import read_bytes
+from bitwright.files.text_file import read_bytes
 
 __all__ = ["quick", "run"]  # fixtures
 PASSED_ON = ("LICENSE", "modules.json", "own/layers/attention.py", "README.md")

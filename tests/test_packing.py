@@ -11,7 +11,7 @@ from reference import Array
 from shared_data import SHARED, needs_shared
 
 import bitwright
-from bitwright.tensor import BITS
+from bitwright.grids.tensor import BITS
 
 
 def codes_of(rows: int, count: int, bits: int, seed: int = 0) -> Array:

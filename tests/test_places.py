@@ -16,11 +16,11 @@ from shared_data import TESTS
 
 import bitwright
 from bitwright.checkpoint import CheckpointWriter, work_folder
-from bitwright.checkpoint.replacing import taken
 from bitwright.checkpoint.work_folder import LAST, WorkFolder, content_of
-from bitwright.cli import cli
-from bitwright.home import expanded
-from bitwright.journal import Journal
+from bitwright.cli.commands import cli
+from bitwright.files.home import expanded
+from bitwright.files.replacing import taken
+from bitwright.runs.journal import Journal
 
 DEMO = bitwright.demo_folder()
 TEXT = DEMO / "calibration.txt"
@@ -102,8 +102,8 @@ def test_closed_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     closed = tmp_path / "closed"
     closed.mkdir()
     mount("-t", "tmpfs", "-o", "ro", "tmpfs", str(closed))
-    monkeypatch.setattr("bitwright.models.model.Model.block", None)
-    monkeypatch.setattr("bitwright.sensitivity._Estimate._batch", None)
+    monkeypatch.setattr("bitwright.loading.model.Model.block", None)
+    monkeypatch.setattr("bitwright.precision.estimate._Estimate._batch", None)
     try:
         for out in (closed, closed / "out", closed / "new" / "out"):
             with pytest.raises(bitwright.OutputError, match="cannot be written: Read-only"):
@@ -507,7 +507,7 @@ def test_what_exists_is_told_in_one_place() -> None:
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf", "eps"])
 def test_plots_are_known_again(tmp_path: Path, ending: str) -> None:
-    from bitwright.plots import check_plot
+    from bitwright.records.plots import check_plot
 
     path = tmp_path / f"plot.{ending}"
     found = bitwright.Sensitivities(
@@ -556,7 +556,7 @@ def test_a_file_that_appears_meanwhile_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the work of the run that it is in the way of does."""
-    from bitwright.sensitivity import _Estimate
+    from bitwright.precision.estimate import _Estimate
 
     place, go = tmp_path / "s.json", _Estimate.go
 

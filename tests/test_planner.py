@@ -20,9 +20,9 @@ import pytest
 from shared_data import TESTS
 
 import bitwright
-from bitwright import memory
-from bitwright.journal import Journal
 from bitwright.models.operations import BlockWeights
+from bitwright.process import memory
+from bitwright.runs.journal import Journal
 
 DEMO = bitwright.demo_folder()
 evaluate_module = importlib.import_module("bitwright.evaluate")  # not the function of that name
@@ -86,8 +86,8 @@ def test_disks_that_are_too_small_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: int
 ) -> None:
     """Also if a byte is missing, and then the numbers differ."""
-    monkeypatch.setattr("bitwright.planner._free_disk", lambda _: 1_000_000_000 - short)
-    monkeypatch.setattr("bitwright.planner._written_bytes", lambda _: 1_000_000_000)
+    monkeypatch.setattr("bitwright.quantization.plan._free_disk", lambda _: 1_000_000_000 - short)
+    monkeypatch.setattr("bitwright.quantization.plan._written_bytes", lambda _: 1_000_000_000)
     with pytest.raises(bitwright.OutputError, match=r"out: the result takes .* of the disk") as one:
         quantize(tmp_path / "out")
     found = re.search(r"takes ([\d.]+) GB, but only ([\d.]+) GB", str(one.value))
@@ -98,7 +98,7 @@ def test_disks_that_are_too_small_are_refused(
 
 @pytest.mark.memory
 def test_limits_of_the_process_count() -> None:
-    script = "from bitwright.memory import process_memory; print(process_memory(2))"
+    script = "from bitwright.process.memory import process_memory; print(process_memory(2))"
     limit = 3 << 30
     assert memory.process_memory(2) == math.inf
 
@@ -153,12 +153,12 @@ import json, sys
 import numpy as np
 import bitwright, bitwright.pipeline, bitwright.planner
 model, out, method, preset, tokens, resident = sys.argv[1:]
-plan_run = bitwright.planner.plan_run
+plan_run = bitwright.quantization.plan.plan_run
 plans = []
 def planned(*arguments, **options):
     plans.append(plan_run(*arguments, **options))
     return plans[0]
-bitwright.pipeline.plan_run = planned
+bitwright.quantization.pipeline.plan_run = planned
 memory = None
 if resident != "all":
     try:

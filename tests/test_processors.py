@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import bitwright
-from bitwright import _kernels, processors
+from bitwright import _kernels
+from bitwright.process import processors
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 import bitwright
 from bitwright import _processor
-from bitwright.journal import Journal
+from bitwright.runs.journal import Journal
 
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "operations.md"

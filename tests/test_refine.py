@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 from shared_data import SHARED, TESTS, needs_shared
 
 import bitwright
-from bitwright.drift import FEEDBACK, OriginalStream, drift_rows
+from bitwright.blocks.drift import FEEDBACK, OriginalStream, drift_rows
+from bitwright.grids.tensor import Grid
 from bitwright.models.block import ChunkStates, Rotation
-from bitwright.states import ChunkPlan, States
-from bitwright.tensor import Grid
+from bitwright.runs.states import ChunkPlan, States
 
 DEMO = bitwright.demo_folder()
 TEXT = DEMO / "calibration.txt"
@@ -256,7 +256,7 @@ def test_experts_are_refined_without_drift(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_best_keeps_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitwright.best.TRAINED_TOKENS", 8_000)
+    monkeypatch.setattr("bitwright.presets.best.TRAINED_TOKENS", 8_000)
     options: dict[str, Any] = {
         "calibration": TEXT, "samples": 32, "length": 64, "progress": False
     }  # fmt: skip

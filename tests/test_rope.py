@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from bitwright.checkpoint.config import RopeConfig
 from bitwright.errors import CheckpointError
+from bitwright.models.config import RopeConfig
 from bitwright.models.rope import rope_frequencies, rope_tables
 
 # head_dim 32, max_position_embeddings 256: frequencies of pairs 1, 5, 9, 15; the attention

@@ -13,7 +13,7 @@ from shared_data import SHARED, needs_shared
 
 import bitwright
 from bitwright import QuantizedTensor, _kernels
-from bitwright.tensor import BITS, GRIDS, Grid
+from bitwright.grids.tensor import BITS, GRIDS, Grid
 
 pytestmark = pytest.mark.usefixtures("all_processors")
 

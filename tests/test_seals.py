@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 import bitwright
-import bitwright.dwq
-import bitwright.sensitivity
+import bitwright.distill.training
+import bitwright.precision.estimate
 from bitwright.checkpoint.seals import Seals, files_of
 from bitwright.checkpoint.work_folder import LOCK
 from bitwright.errors import BitwrightError, CheckpointError
-from bitwright.journal import Journal
+from bitwright.runs.journal import Journal
 
 DEMO = bitwright.demo_folder()
 TEXT = DEMO / "calibration.txt"
@@ -70,8 +70,8 @@ COMMANDS: dict[str, tuple[Callable[[Path, Path], object], tuple[type, str, int]]
     "small files": (quantize("gptq", preset="fast"), COMMITS),
     "statistics": (collect, COMMITS),
     "activations": (activations, COMMITS),
-    "sensitivities": (sensitivities, (bitwright.sensitivity._Estimate, "_batch", 3)),
-    "dwq": (dwq, (bitwright.dwq._Run, "_save", 2)),
+    "sensitivities": (sensitivities, (bitwright.precision.estimate._Estimate, "_batch", 3)),
+    "dwq": (dwq, (bitwright.distill.training._Run, "_save", 2)),
 }
 
 

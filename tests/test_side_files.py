@@ -183,7 +183,7 @@ WRITERS = [quantized, converted, refined, trained, mixed, best, salient]
 def test_all_writers_take_everything_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, Path], None]
 ) -> None:
-    monkeypatch.setattr("bitwright.best.TRAINED_TOKENS", 256)
+    monkeypatch.setattr("bitwright.presets.best.TRAINED_TOKENS", 256)
     everything = sorted(name for names in KINDS.values() for name in names)
     folder = source(tmp_path / "source", [*everything, *LEFT_OF_A_FLOAT_MODEL])
     write(folder, tmp_path / "out")

@@ -19,11 +19,11 @@ from shared_data import SHARED, TESTS, needs_shared
 from test_gguf_format import k_model
 
 import bitwright
-from bitwright.equalizing import gain_is_exact, moves_exactly
-from bitwright.methods.grid import rounded_scales, smallest_scale
-from bitwright.methods.k_grid import expanded, fit_superblocks
-from bitwright.output import groups_below_floor, relative_error
-from bitwright.tensor import GRIDS, K_GRIDS, Grid
+from bitwright.blocks.equalizing import gain_is_exact, moves_exactly
+from bitwright.grids.choice import rounded_scales, smallest_scale
+from bitwright.grids.superblocks import expanded, fit_superblocks
+from bitwright.grids.tensor import GRIDS, K_GRIDS, Grid
+from bitwright.quantization.output import groups_below_floor, relative_error
 
 Array = NDArray[Any]
 Powers = Mapping[str, int]  # of two, by a pattern of tensor names

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import bitwright
-from bitwright.distributed import LEAVES, Ranks, Sum, share, spread_over
-from bitwright.states import ChunkPlan, States, read_states
+from bitwright.ranks import LEAVES, Ranks, Sum, share, spread_over
+from bitwright.runs.states import ChunkPlan, States, read_states
 
 WIDTH = 5
 
@@ -88,7 +88,7 @@ def test_every_chunk_belongs_to_one_rank(
     for rank in range(size):
         with pytest.MonkeyPatch.context() as patch:
             ranks = OneOf(rank, size, fixed_order)
-            patch.setattr("bitwright.states.current", lambda ranks=ranks: ranks)
+            patch.setattr("bitwright.runs.states.current", lambda ranks=ranks: ranks)
             plan = ChunkPlan.shared(rows, 7, min(first, chunks))
         assert list(plan.numbers) == sorted(plan.numbers)
         found += plan.numbers
@@ -149,7 +149,7 @@ def test_alone_there_is_one_rank() -> None:
         assert (ranks.rank, ranks.size, ranks.fixed_order) == (0, 1, True)
         assert ranks.total([2.5, 1]) == 3.5
         assert ranks.on_first(lambda: 3) == 3
-    assert not bitwright.distributed.current().fixed_order
+    assert not bitwright.ranks.current().fixed_order
 
 
 def test_short_files_are_named(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from safetensors.numpy import load_file, save_file
 from shared_data import TESTS
 
 import bitwright
-from bitwright import collecting
-from bitwright.checkpoint.replacing import output_errors
 from bitwright.checkpoint.work_folder import WorkFolder
-from bitwright.cli import cli
+from bitwright.cli.commands import cli
+from bitwright.files.replacing import output_errors
+from bitwright.methods.moments import Moments
 from bitwright.models.block import ChunkStates
-from bitwright.statistics import Moments
-from bitwright.statistics_files import Statistics, StatisticsWriter, expected_stages
+from bitwright.statistics.folder import Statistics, StatisticsWriter, expected_stages
+from bitwright.tools import collect_statistics as collecting
 
 DEMO = bitwright.demo_folder()
 MOE = TESTS / "data" / "tiny" / "qwen3_moe"

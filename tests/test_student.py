@@ -14,10 +14,10 @@ from shared_data import TESTS
 
 import bitwright
 from bitwright import _kernels
-from bitwright.methods.adam import Adam
+from bitwright.distill.adam import Adam
+from bitwright.distill.student import PACE, Student, TrainedTensor, Zeros
+from bitwright.grids.tensor import Grid
 from bitwright.models.network import Network
-from bitwright.student import PACE, Student, TrainedTensor, Zeros
-from bitwright.tensor import Grid
 
 TINY = TESTS / "data" / "tiny"
 by_grid = pytest.mark.parametrize("grid", ["affine", "zero_point", "symmetric"])

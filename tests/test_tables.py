@@ -18,16 +18,18 @@ from rich.console import Console
 import bitwright
 from bitwright.evaluate import Evaluation
 from bitwright.formats import Precision
-from bitwright.inspection import Inspection, LayerKind
 from bitwright.methods.awq import ScaleSearch
-from bitwright.recipe import Recipe
-from bitwright.report import (
+from bitwright.precision.recipe import Recipe
+from bitwright.precision.sensitivities import Sensitivities
+from bitwright.records.reports import (
     BlockReport,
     ConversionReport,
     ConvertedLayer,
     DwqReport,
     LayerReport,
     QuantizationReport,
+)
+from bitwright.report.printing import (
     print_conversion,
     print_dwq_report,
     print_evaluations,
@@ -36,8 +38,8 @@ from bitwright.report import (
     print_report,
     print_sensitivities,
 )
-from bitwright.sensitivity import Sensitivities
-from bitwright.tables import print_facts, print_table
+from bitwright.report.tables import print_facts, print_table
+from bitwright.tools.inspect import Inspection, LayerKind
 
 DEMO = bitwright.demo_folder()
 LONG = "/home/somebody/models/a-model-with-a-long-name/of-many-parts"

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import bitwright
-from bitwright import targets as targets_module
-from bitwright.calibration import load_tokens
 from bitwright.checkpoint.work_folder import work_path
+from bitwright.distill import targets as targets_module
+from bitwright.text.samples import load_tokens
 
 DEMO = bitwright.demo_folder()
 TEXT = DEMO / "calibration.txt"
@@ -173,7 +173,7 @@ def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path, made: Path) -
     folder.mkdir()
     (folder / ".targets.json.partial-12345").write_text("{")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bitwright.checkpoint.replacing.os.getpid", lambda: 4)
+        patch.setattr("bitwright.files.replacing.os.getpid", lambda: 4)
         make(folder)
         file = folder / "targets-00001.safetensors"
         before = file.read_bytes()

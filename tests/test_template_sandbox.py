@@ -11,8 +11,8 @@ from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from bitwright import template_sandbox
-from bitwright.template_sandbox import BoundedSandbox
+from bitwright.text import template_sandbox
+from bitwright.text.template_sandbox import BoundedSandbox
 
 # What templates of released models do, in one.
 USUAL = """{%- set ns = namespace(turns=[], text='', calls=0) -%}

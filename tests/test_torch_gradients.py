@@ -9,7 +9,7 @@ from shared_data import ARCH, TINY
 
 import bitwright
 from bitwright import _kernels
-from bitwright.distillation import DistillationLoss, TopTokens, next_tokens
+from bitwright.distill.losses import DistillationLoss, TopTokens, next_tokens
 from bitwright.models.network import Network
 
 REASON = 'needs pip install ".[transformers]"'

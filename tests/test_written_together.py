@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import bitwright
-from bitwright import activations, dynamic
 from bitwright.checkpoint.work_folder import WorkFolder, kept_until_written
-from bitwright.models.model import Model
+from bitwright.loading.model import Model
+from bitwright.presets import dynamic
+from bitwright.tools import collect_activations as activations
 
 DEMO = bitwright.demo_folder()
 TEXT = DEMO / "calibration.txt"

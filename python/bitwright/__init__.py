@@ -1,22 +1,17 @@
 """bitwright quantizes language models on any CPU."""
 
-from bitwright import startup as _startup  # noqa: F401, before all that takes time
+from bitwright.process import startup as _startup  # noqa: F401, before all that takes time
 
 # isort: split
 from importlib.metadata import version as _version
 
-from bitwright.activations import collect_activations
-from bitwright.adapter import collect_grams, quantize_with_transformers
-from bitwright.best import quantize_best
+from bitwright.adapter.quantize import collect_grams, quantize_with_transformers
 from bitwright.build import BuildInfo, build_info, set_num_threads
-from bitwright.calibration import load_tokens
 from bitwright.checkpoint import Checkpoint
-from bitwright.collecting import collect_statistics
-from bitwright.convert import convert
+from bitwright.compat.model import awq_quantize_model
 from bitwright.demo import demo_folder
-from bitwright.distributed import spread_over
-from bitwright.dwq import dwq_quantize
-from bitwright.dynamic import DynamicReport, choose_precisions, dynamic_quantize
+from bitwright.distill.targets import DwqTargets, compute_dwq_targets
+from bitwright.distill.training import dwq_quantize
 from bitwright.errors import (
     BitwrightError,
     CalibrationError,
@@ -36,9 +31,10 @@ from bitwright.errors import (
     UnsupportedModelError,
 )
 from bitwright.evaluate import Evaluation, evaluate
-from bitwright.inspection import Inspection, LayerKind, inspect_model
-from bitwright.links import follow_links
-from bitwright.merging import merge_statistics
+from bitwright.files.links import follow_links
+from bitwright.grids.choice import GridChoice
+from bitwright.grids.tensor import QuantizedTensor, dequantize, pack, unpack
+from bitwright.loading.model import Model, load_model
 from bitwright.methods.awq import (
     ScaleSearch,
     awq_scale,
@@ -47,9 +43,8 @@ from bitwright.methods.awq import (
     search_scale,
     token_loss,
 )
-from bitwright.methods.dynamic import allocate, estimate_threshold
 from bitwright.methods.gptq import GptqTensor, GramFactor, factor_gram, quantize_gptq
-from bitwright.methods.grid import GridChoice
+from bitwright.methods.moments import LayerStatistics, Moments, gram
 from bitwright.methods.refine import refine
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.methods.salient import (
@@ -63,12 +58,17 @@ from bitwright.methods.salient import (
     unpack_awq_weights,
 )
 from bitwright.models.fold import fold_scale
-from bitwright.models.model import Model, load_model
-from bitwright.pipeline import quantize
-from bitwright.plots import plot_dwq, plot_sensitivities
-from bitwright.recipe import Recipe
-from bitwright.refinement import refine_model
-from bitwright.report import (
+from bitwright.precision.allocation import allocate, estimate_threshold
+from bitwright.precision.estimate import estimate_sensitivities
+from bitwright.precision.plot import plot_sensitivities
+from bitwright.precision.recipe import Recipe
+from bitwright.precision.sensitivities import Sensitivities
+from bitwright.presets.best import quantize_best
+from bitwright.presets.dynamic import DynamicReport, choose_precisions, dynamic_quantize
+from bitwright.presets.quantize import quantize
+from bitwright.ranks import spread_over
+from bitwright.records.plots import plot_dwq
+from bitwright.records.reports import (
     BlockReport,
     ConversionReport,
     ConvertedLayer,
@@ -76,12 +76,14 @@ from bitwright.report import (
     LayerReport,
     QuantizationReport,
 )
-from bitwright.salient_model import awq_quantize_model
-from bitwright.sensitivity import Sensitivities, estimate_sensitivities
-from bitwright.statistics import LayerStatistics, Moments, gram
-from bitwright.statistics_files import Statistics
-from bitwright.targets import DwqTargets, compute_dwq_targets
-from bitwright.tensor import QuantizedTensor, dequantize, pack, unpack
+from bitwright.statistics.folder import Statistics
+from bitwright.statistics.merging import merge_statistics
+from bitwright.text.samples import load_tokens
+from bitwright.tools.collect_activations import collect_activations
+from bitwright.tools.collect_statistics import collect_statistics
+from bitwright.tools.convert import convert
+from bitwright.tools.inspect import Inspection, LayerKind, inspect_model
+from bitwright.tools.refine import refine_model
 from bitwright.warned import BitwrightWarning
 
 __version__ = _version("bitwright")

@@ -1,5 +1,5 @@
 """``python -m bitwright``."""
 
-from bitwright.cli import main
+from bitwright.cli.commands import main
 
 main()

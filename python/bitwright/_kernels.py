@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from bitwright import _processor
-from bitwright.processors import available_processors
+from bitwright.process.processors import available_processors
 
 try:
     import scipy_openblas32

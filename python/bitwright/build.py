@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from bitwright import _kernels
-from bitwright.processors import available_processors
+from bitwright.process.processors import available_processors
 from bitwright.warned import warn
 
 

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from bitwright.checkpoint.work_folder import remove_tree
 from bitwright.evaluate import evaluate
-from bitwright.pipeline import quantize
-from bitwright.report import print_evaluations, print_report
-from bitwright.tables import print_sentence
+from bitwright.presets.quantize import quantize
+from bitwright.report.printing import print_evaluations, print_report
+from bitwright.report.tables import print_sentence
 
 
 def demo_folder() -> Path:

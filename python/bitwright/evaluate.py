@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
-from bitwright.budget import Budget
-from bitwright.calibration import Samples, TokenSource, Windows, load_samples
 from bitwright.checkpoint.inputs import InputFiles
 from bitwright.errors import CalibrationError, NonFiniteError, check_choice
-from bitwright.home import expands_home
-from bitwright.memory import peak_memory_bytes
+from bitwright.files.home import expands_home
+from bitwright.loading.model import Model, load_model
 from bitwright.models.block import Rotation
 from bitwright.models.matrix_rows import piece_rows
-from bitwright.models.model import Model, load_model
 from bitwright.models.network import logit_rows
 from bitwright.models.operations import Float32
-from bitwright.planner import inner_width, passing_bytes
+from bitwright.process.memory import peak_memory_bytes
+from bitwright.runs.budget import Budget
+from bitwright.runs.forecast import inner_width, passing_bytes
+from bitwright.text.samples import Samples, TokenSource, Windows, load_samples
 from bitwright.warned import reports_warnings
 
 WINDOWS: tuple[Windows, ...] = ("whole", "llama.cpp")

@@ -12,8 +12,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 
-from bitwright.distributed import current
 from bitwright.errors import printable
+from bitwright.ranks import current
 
 P = ParamSpec("P")
 PACKAGE = str(Path(__file__).parent)

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import bitwright
 from bitwright.checkpoint.gguf_file import Header, TensorInfo, tensor_offsets, write_header
-from bitwright.checkpoint.replacing import write_json
 from bitwright.checkpoint.writer import CheckpointWriter, write_safetensors
+from bitwright.files.replacing import write_json
 
 Files = Mapping[str, bytes]
 DEMO = bitwright.demo_folder()

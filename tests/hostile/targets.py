@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 import bitwright
-from bitwright.activations import ActivationFile
 from bitwright.checkpoint.gguf_file import write_header
 from bitwright.checkpoint.gguf_metadata import gguf_metadata
+from bitwright.distill.targets import DwqTargets
 from bitwright.errors import BitwrightError
-from bitwright.targets import DwqTargets
+from bitwright.statistics.activation_file import ActivationFile
 from hostile import files
 from hostile.changes import Case, Place, changed, put_in_place
 from hostile.files import LAYERS, Files

@@ -11,10 +11,10 @@ from clients import run_client
 
 import bitwright
 from bitwright import BitwrightWarning, UnsupportedModelError
-from bitwright.checkpoint import config_keys, gguf_metadata
-from bitwright.checkpoint.config import understood_keys
+from bitwright.checkpoint import gguf_metadata
 from bitwright.formats import awq, compressed_tensors, declared, gptq, mlx
-from bitwright.models import ARCHITECTURES
+from bitwright.models import ARCHITECTURES, config_keys
+from bitwright.models.config import understood_keys
 
 pytestmark = pytest.mark.slow
 Variant = tuple[str, dict[str, Any], dict[str, Any]]

@@ -14,7 +14,7 @@ from shared_data import SHARED, needs_shared
 from tokenizers import Tokenizer, models, processors
 
 import bitwright
-from bitwright.first_tokens import first_tokens
+from bitwright.text.first_tokens import first_tokens
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow

@@ -1,16 +1,5 @@
 """Checkpoint folders: safetensors shards, config.json, and how they are read and written."""
 
-from bitwright.checkpoint.config import (
-    ConfigRules,
-    ExpertsConfig,
-    Keys,
-    LatentConfig,
-    LayerType,
-    ModelConfig,
-    RopeConfig,
-    float_config,
-    plainly_spelled,
-)
 from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.opening import open_checkpoint
 from bitwright.checkpoint.reader import Checkpoint, CheckpointSlice
@@ -20,6 +9,16 @@ from bitwright.checkpoint.writer import (
     WeightFiles,
     copy_side_files,
 )
+from bitwright.models.config import (
+    ExpertsConfig,
+    LatentConfig,
+    LayerType,
+    ModelConfig,
+    RopeConfig,
+    float_config,
+    plainly_spelled,
+)
+from bitwright.models.keys import ConfigRules, Keys
 
 __all__ = [
     "Checkpoint",

@@ -8,8 +8,8 @@ from typing import Any
 
 from bitwright.checkpoint.reader import JSON_LIMIT, Checkpoint
 from bitwright.errors import CheckpointError
-from bitwright.links import is_own_file
-from bitwright.text_file import read_bytes
+from bitwright.files.links import is_own_file
+from bitwright.files.text_file import read_bytes
 
 PIECE, PIECES = 1 << 16, 64  # bytes, and how many places of a weight file are looked at
 HEADER_LIMIT = 100_000_000  # bytes, which the safetensors library holds headers to as well

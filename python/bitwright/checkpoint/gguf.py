@@ -12,15 +12,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint.config import MODEL_DTYPES, QUANTIZATION_KEYS, Keys
 from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES, Header, TensorInfo
 from bitwright.checkpoint.gguf_metadata import config_from_gguf
 from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames, nested
 from bitwright.checkpoint.reader import Checkpoint, _Tensor, read_json_object
 from bitwright.checkpoint.side_files import READ_BESIDE
 from bitwright.errors import CheckpointError, CheckpointNotFoundError, malformed_as, shown
-from bitwright.home import expands_home
-from bitwright.links import REMEDY, check_no_links, is_own_file
+from bitwright.files.home import expands_home
+from bitwright.files.links import REMEDY, check_no_links, is_own_file
+from bitwright.models.config import MODEL_DTYPES, QUANTIZATION_KEYS
+from bitwright.models.keys import Keys
 from bitwright.warned import warn
 
 

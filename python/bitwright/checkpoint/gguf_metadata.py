@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint.config import MOST_LAYERS, Keys, ModelConfig
 from bitwright.checkpoint.gguf_names import GGUF_FAMILIES, GgufFamily, GgufNames
 from bitwright.checkpoint.gguf_tokenizer import tokenizer_metadata
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.models.config import ModelConfig
+from bitwright.models.keys import MOST_LAYERS, Keys
 from bitwright.warned import warn
 
 _QUANTIZATION_VERSION = 2  # of ggml's blocks; those before were packed otherwise

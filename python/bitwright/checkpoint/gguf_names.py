@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint.config import ModelConfig, RopeConfig
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.models.config import ModelConfig, RopeConfig
 
 
 @dataclass(frozen=True)

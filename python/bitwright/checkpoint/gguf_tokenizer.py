@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bitwright.chat_template_files import DEFAULT, chat_templates
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.errors import (
     CalibrationError,
@@ -14,7 +13,8 @@ from bitwright.errors import (
     malformed_as,
     shown,
 )
-from bitwright.links import check_own
+from bitwright.files.links import check_own
+from bitwright.text.template_files import DEFAULT, chat_templates
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 
 from bitwright.checkpoint.shard import FLOATS_OF_8_BITS, Shard
 from bitwright.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError, shown
-from bitwright.home import expands_home
-from bitwright.links import check_no_links, check_own
-from bitwright.text_file import read_bytes
+from bitwright.files.home import expands_home
+from bitwright.files.links import check_no_links, check_own
+from bitwright.files.text_file import read_bytes
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bitwright.checkpoint.replacing import output_errors
+from bitwright.files.replacing import output_errors
 
 READ_BYTES = 1 << 20
 

@@ -7,10 +7,10 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from bitwright.checkpoint.config import SEPARATE_FILES
 from bitwright.checkpoint.reader import Checkpoint, is_plain_file_name
 from bitwright.errors import shown
-from bitwright.links import DEPTH, is_own_file
+from bitwright.files.links import DEPTH, is_own_file
+from bitwright.models.config import SEPARATE_FILES
 from bitwright.warned import warn
 
 SIDE_FILE_LIMIT = 64 << 20  # bytes of one; the largest public tokenizers are below 40 MB

@@ -17,15 +17,7 @@ import numpy as np
 
 from bitwright.checkpoint.inputs import InputFiles
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.replacing import (
-    is_mount_point,
-    output_errors,
-    replaced,
-    synchronize,
-    write_json,
-)
 from bitwright.checkpoint.seals import Seals, content_checksum
-from bitwright.distributed import current
 from bitwright.errors import (
     CheckpointError,
     OutputError,
@@ -34,6 +26,14 @@ from bitwright.errors import (
     malformed_as,
     shown,
 )
+from bitwright.files.replacing import (
+    is_mount_point,
+    output_errors,
+    replaced,
+    synchronize,
+    write_json,
+)
+from bitwright.ranks import current
 from bitwright.warned import warn
 
 LOCK, STATE, REPLACED, LAST = "lock", "state.json", "replaced", "last"

@@ -23,7 +23,6 @@ from bitwright.checkpoint.reader import (
     Checkpoint,
     is_plain_file_name,
 )
-from bitwright.checkpoint.replacing import output_errors, synchronize, taken
 from bitwright.checkpoint.side_files import SideFiles, side_files
 from bitwright.checkpoint.work_folder import WorkFolder, content_of, remove_tree
 from bitwright.errors import (
@@ -31,6 +30,7 @@ from bitwright.errors import (
     OutputError,
     shown,
 )
+from bitwright.files.replacing import output_errors, synchronize, taken
 
 SHARD_BYTES = 5_000_000_000  # as model hubs have them
 COPY_BYTES = 8 << 20

@@ -11,7 +11,7 @@ from bitwright.errors import CheckpointError, UnsupportedModelError
 from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.engine_names import EngineNames, transformers_name
 from bitwright.formats.format import INT32, Format, Precision, read_shaped
-from bitwright.tensor import QuantizedTensor, pack, unpack
+from bitwright.grids.tensor import QuantizedTensor, pack, unpack
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight output channels each nibble of a word holds

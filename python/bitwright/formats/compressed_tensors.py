@@ -12,7 +12,7 @@ from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.engine_names import EngineNames
 from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
-from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
+from bitwright.grids.tensor import BITS, QuantizedTensor, pack, unpack
 from bitwright.warned import warn
 
 METHOD, LAYOUT = "compressed-tensors", "pack-quantized"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice, SafetensorsFiles, WeightFiles
 from bitwright.errors import CheckpointError
-from bitwright.tensor import Grid, QuantizedTensor
+from bitwright.grids.tensor import Grid, QuantizedTensor
 
 FormatName = Literal["mlx", "gptq", "awq", "compressed-tensors", "marlin", "gguf"]
 GroupSize = (

@@ -12,7 +12,7 @@ from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES
 from bitwright.checkpoint.gguf_writer import GgufFiles
 from bitwright.errors import CheckpointError
 from bitwright.formats.format import Format, Precision
-from bitwright.tensor import K_GRIDS, SUPERBLOCK, Grid, QuantizedTensor, SuperBlocks
+from bitwright.grids.tensor import K_GRIDS, SUPERBLOCK, Grid, QuantizedTensor, SuperBlocks
 
 BLOCK = 32
 HALF = np.dtype(np.float16)

@@ -11,7 +11,7 @@ from bitwright.errors import CheckpointError, UnsupportedModelError
 from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.engine_names import EngineNames, transformers_name
 from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
-from bitwright.tensor import QuantizedTensor, pack, unpack
+from bitwright.grids.tensor import QuantizedTensor, pack, unpack
 
 SETTINGS = Settings(
     read="quant_method method checkpoint_format format is_marlin_format",

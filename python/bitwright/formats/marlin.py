@@ -13,7 +13,7 @@ from bitwright.errors import CheckpointError, UnsupportedModelError
 from bitwright.formats.declared import declaration
 from bitwright.formats.format import INT32, Format, Precision, read_shaped
 from bitwright.formats.gptq import SETTINGS as GPTQ
-from bitwright.tensor import QuantizedTensor
+from bitwright.grids.tensor import QuantizedTensor
 
 BITS, ZERO = 4, 8
 GROUP = 128

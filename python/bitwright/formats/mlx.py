@@ -12,7 +12,7 @@ from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.declared import Settings
 from bitwright.formats.engine_names import mlx_name
 from bitwright.formats.format import Format, Precision, read_shaped
-from bitwright.tensor import BITS, QuantizedTensor, pack, unpack
+from bitwright.grids.tensor import BITS, QuantizedTensor, pack, unpack
 from bitwright.warned import warn
 
 # Families that mlx-lm never builds with a head of their own, and always.

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from bitwright.checkpoint import Checkpoint, GgufCheckpoint, float_config
-from bitwright.checkpoint.config import MODEL_DTYPES, QUANTIZATION_KEYS, SEPARATE_FILES
+from bitwright.checkpoint import Checkpoint, GgufCheckpoint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.shard import FLOATS_OF_8_BITS
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
-from bitwright.links import check_own
+from bitwright.files.links import check_own
+from bitwright.models.config import MODEL_DTYPES, QUANTIZATION_KEYS, SEPARATE_FILES, float_config
 from bitwright.warned import warn
 
 _SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size"}

@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
-from bitwright.methods.grid import GridChoice, check_importance
+from bitwright.arrays import require_finite
+from bitwright.grids.choice import GridChoice, check_importance
+from bitwright.grids.tensor import Grid, QuantizedTensor
 from bitwright.methods.metrics import Metric, channel_errors, find_metric, total_error
-from bitwright.statistics import require_finite
-from bitwright.tensor import Grid, QuantizedTensor
 
 Float32 = NDArray[np.float32]
 Loss = Callable[[Float32], float]

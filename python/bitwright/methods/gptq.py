@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
-from bitwright.methods.grid import GridChoice
+from bitwright.arrays import require_finite
+from bitwright.grids.choice import GridChoice
+from bitwright.grids.tensor import Grid, QuantizedTensor, SuperBlocks
 from bitwright.methods.rtn import quantize_rtn
-from bitwright.statistics import require_finite
-from bitwright.tensor import Grid, QuantizedTensor, SuperBlocks
 
 MOST_DAMPING = 1.0
 

@@ -7,11 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
+from bitwright.arrays import require_finite
+from bitwright.grids.choice import FLOAT_DTYPES
+from bitwright.grids.superblocks import expanded, fit_superblocks
+from bitwright.grids.tensor import QuantizedTensor, SuperBlocks
 from bitwright.methods.gptq import GptqTensor
-from bitwright.methods.grid import FLOAT_DTYPES
-from bitwright.methods.k_grid import expanded, fit_superblocks
-from bitwright.statistics import require_finite
-from bitwright.tensor import QuantizedTensor, SuperBlocks
 
 ROUNDS = 2
 

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
-from bitwright.methods.grid import GridChoice, check_importance
-from bitwright.methods.k_grid import closed_form, expanded, fit_superblocks
-from bitwright.statistics import require_finite
-from bitwright.tensor import SUPERBLOCK, Grid, QuantizedTensor
+from bitwright.arrays import require_finite
+from bitwright.grids.choice import GridChoice, check_importance
+from bitwright.grids.superblocks import closed_form, expanded, fit_superblocks
+from bitwright.grids.tensor import SUPERBLOCK, Grid, QuantizedTensor
 
 Float32 = NDArray[np.float32]
 REFITS = 2  # of the scales of k grids to the codes that were found

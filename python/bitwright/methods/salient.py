@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
+from bitwright.arrays import require_finite
 from bitwright.errors import check_choice
+from bitwright.grids.choice import GridChoice
+from bitwright.grids.tensor import QuantizedTensor, pack, unpack
 from bitwright.methods.awq import DEFAULT_GRID, gram_loss
 from bitwright.methods.gptq import factor_gram, quantize_gptq
-from bitwright.methods.grid import GridChoice
-from bitwright.statistics import gram as gram_of
-from bitwright.statistics import require_finite
-from bitwright.tensor import QuantizedTensor, pack, unpack
+from bitwright.methods.moments import gram as gram_of
 
 Float32 = NDArray[np.float32]
 ActivationMethod = Literal["mean", "max", "rms"]

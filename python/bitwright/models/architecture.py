@@ -3,8 +3,8 @@ families follow: each states only where it differs."""
 
 from dataclasses import dataclass, field
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.fold import FoldKind
+from bitwright.models.keys import ConfigRules
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint import ExpertsConfig, LatentConfig, LayerType, ModelConfig
 from bitwright.models.architecture import Architecture, Attention, Experts, LatentAttention, Mlp
+from bitwright.models.config import ExpertsConfig, LatentConfig, LayerType, ModelConfig
 from bitwright.models.layout import SUB_BLOCK_STARTS, BlockLayout, Stage
 from bitwright.models.operations import BlockWeights, Float, Operations
 from bitwright.models.routing import Routes

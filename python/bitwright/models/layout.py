@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bitwright.checkpoint import ModelConfig
 from bitwright.models.architecture import Architecture, Attention, Experts, LatentAttention, Mlp
+from bitwright.models.config import ModelConfig
 from bitwright.models.fold import FoldKind
 
 StageKind = Literal[

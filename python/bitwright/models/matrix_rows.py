@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
+from bitwright.arrays import require_finite
 from bitwright.models.operations import Float
-from bitwright.statistics import require_finite
 
 PIECE_BYTES = 16 << 20  # of rows in float32 that exist at one time
 

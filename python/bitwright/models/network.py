@@ -8,8 +8,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.models.block import Rotation
+from bitwright.models.decoder import Decoder
 from bitwright.models.matrix_rows import MatrixRows
-from bitwright.models.model import Model
 from bitwright.models.operations import Float
 from bitwright.models.tape import OnLinear, Tape
 
@@ -32,7 +32,7 @@ def logit_rows(row_bytes: int, most_bytes: int) -> int:
 
 
 class Network:
-    """A `Model` whose matrices come from elsewhere, and its gradients.
+    """A `Decoder` whose matrices come from elsewhere, and its gradients.
 
     Of the activations, the hidden states before attention and MLP of every block are kept, and everything
     in between is computed again, one sub-block and some samples at a time.
@@ -40,7 +40,7 @@ class Network:
     Parameters
     ----------
     model
-        The checkpoint.
+        Whose sizes, and other weights.
     weights
         Returns a layer's matrix by its full name and shape; the checkpoint's own by default.
     rows
@@ -52,7 +52,7 @@ class Network:
 
     def __init__(
         self,
-        model: Model,
+        model: Decoder,
         weights: Callable[[str, tuple[int, ...]], Float] | None = None,
         dtype: DTypeLike = np.float32,
         *,

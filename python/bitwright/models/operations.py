@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
-from bitwright.checkpoint import ExpertsConfig
+from bitwright.models.config import ExpertsConfig
 from bitwright.models.routing import Routes, route
 
 Float32 = NDArray[np.float32]

@@ -5,8 +5,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint.config import RopeConfig
 from bitwright.errors import CheckpointError, UnsupportedModelError
+from bitwright.models.config import RopeConfig
 
 
 def rope_frequencies(

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint import ExpertsConfig
+from bitwright.models.config import ExpertsConfig
 
 Float: TypeAlias = NDArray[Any]  # float32 or float64
 LEAST_SUM = 1e-20  # of the weights of a token, before they are divided by it

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bitwright import _kernels
-from bitwright.checkpoint import ExpertsConfig
+from bitwright.models.config import ExpertsConfig
 from bitwright.models.operations import LATENT_EPSILON, Float, Operations, Rows, norm_gain
 from bitwright.models.routing import Routes, route_backward
 

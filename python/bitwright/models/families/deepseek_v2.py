@@ -1,7 +1,7 @@
 """DeepSeek V2: latent attention, and mixtures of many small experts above the first layers."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture, Experts, LatentAttention, Mlp
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

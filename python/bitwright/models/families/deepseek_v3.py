@@ -1,7 +1,7 @@
 """DeepSeek V3 and R1: as V2, with a router that scores by sigmoid and corrects its choice by a bias."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture, Experts, LatentAttention, Mlp
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

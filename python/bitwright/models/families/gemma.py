@@ -1,7 +1,7 @@
 """Gemma: scaled embeddings, norms that multiply by 1 + weight, and GELU."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

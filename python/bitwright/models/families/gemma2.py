@@ -1,7 +1,7 @@
 """Gemma 2: norms on both sides of attention and MLP, soft caps, and windows in every other layer."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

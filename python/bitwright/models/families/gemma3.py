@@ -3,8 +3,8 @@ layers, another for sliding ones. Of multimodal checkpoints the text part."""
 
 from dataclasses import replace
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture, Attention, Names
+from bitwright.models.keys import ConfigRules
 
 _OF_IMAGES = (
     "vision_config",

@@ -1,7 +1,7 @@
 """GLM 4 (0414): norms on both sides of attention and MLP, and neighbours in half of a head rotated."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture, Mlp
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

@@ -1,7 +1,7 @@
 """Granite 3: a Llama with multipliers on embeddings, scores, residuals and logits."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

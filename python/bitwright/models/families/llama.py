@@ -1,7 +1,7 @@
 """Llama 1, 2, 3 and whatever else declares ``model_type: llama``: the pattern itself."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

@@ -1,7 +1,7 @@
 """Mistral: a Llama whose tokens see a window of those before them."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

@@ -1,7 +1,7 @@
 """Mixtral: a Mistral whose MLPs are mixtures of experts."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture, Experts, Mlp
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

@@ -1,7 +1,7 @@
 """OLMo 2: norms after attention and MLP instead of before, and over whole queries and keys."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture, Attention
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

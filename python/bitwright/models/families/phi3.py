@@ -1,7 +1,7 @@
 """Phi 3 and 4: queries, keys and values in one tensor, gate and up in another."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture, Attention, Mlp
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

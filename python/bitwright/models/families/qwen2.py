@@ -1,7 +1,7 @@
 """Qwen 1.5, 2 and 2.5: biases on queries, keys and values, and windows in the upper layers."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

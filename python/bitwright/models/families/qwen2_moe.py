@@ -1,7 +1,7 @@
 """Qwen 1.5 and 2 with mixtures of experts, one of which every token passes, weighed by a gate."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture, Experts, Mlp
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

@@ -1,7 +1,7 @@
 """Qwen 3: norms of queries and keys."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture, Attention
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

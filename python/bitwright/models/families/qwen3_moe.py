@@ -1,7 +1,7 @@
 """Qwen 3 with mixtures of experts."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture, Attention, Experts
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

@@ -1,7 +1,7 @@
 """SmolLM 3: a Llama that does not rotate in every fourth layer."""
 
-from bitwright.checkpoint import ConfigRules, Keys
 from bitwright.models.architecture import Architecture
+from bitwright.models.keys import ConfigRules, Keys
 
 
 def _rotates(keys: Keys, layer: int) -> bool:

@@ -1,7 +1,7 @@
 """StarCoder 2: LayerNorms, biases everywhere, and an MLP without a gate."""
 
-from bitwright.checkpoint import ConfigRules
 from bitwright.models.architecture import Architecture, Mlp
+from bitwright.models.keys import ConfigRules
 
 FAMILIES = (
     Architecture(

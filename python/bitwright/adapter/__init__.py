@@ -1,0 +1,1 @@
+"""Any decoder that transformers runs."""

@@ -1,0 +1,693 @@
+"""Quantizes what the native path does not describe: any decoder that transformers runs."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from bitwright.adapter.torch_memory import needed_bytes
+from bitwright.adapter.torch_model import Input, Linear, Norm, Stream, TorchBlock, TorchModel
+from bitwright.blocks.equalizing import (
+    first_exact,
+    gain_is_exact,
+    has_float16_scales,
+    most_power,
+    moves_exactly,
+    size_of,
+)
+from bitwright.build import build_info, set_num_threads
+from bitwright.checkpoint import CheckpointWriter, copy_side_files
+from bitwright.checkpoint.reader import require_model
+from bitwright.errors import BitwrightError, NonFiniteError, check_choice
+from bitwright.files.home import expands_home
+from bitwright.formats import FORMATS, FormatName, GroupSize, Precision
+from bitwright.formats.engine_names import unfused
+from bitwright.grids.choice import GridChoice
+from bitwright.grids.tensor import Grid, QuantizedTensor
+from bitwright.methods.awq import (
+    DEFAULT_GRID,
+    ScaleSearch,
+    gram_loss,
+    search_scale,
+)
+from bitwright.methods.registry import (
+    CORRECTED_METHODS,
+    DAMPING,
+    METHODS,
+    SCALED_METHODS,
+    MethodOptions,
+    Solver,
+    clip_solver,
+    refined,
+)
+from bitwright.models.config import plainly_spelled
+from bitwright.models.fold import fold_scale
+from bitwright.precision.recipe import check_plan, plan_shapes
+from bitwright.quantization.output import Output, QuantizedLayer, block_error, relative_error
+from bitwright.quantization.small_weights import (
+    MOST_LOST,
+    largest_of,
+    require_kept,
+    warn_of_small_weights,
+)
+from bitwright.records.card import CARD_NAME, made_by, model_card, python_call
+from bitwright.records.reports import BlockReport, QuantizationReport
+from bitwright.runs.budget import Budget
+from bitwright.runs.progress import progress_bar
+from bitwright.text.samples import DEFAULT_SAMPLES, TokenSource, existing_file, load_samples
+from bitwright.warned import reports_warnings, warn
+
+Float32 = NDArray[np.float32]
+
+ADAPTER_METHODS = ("gptq", "rtn", "awq", "awq+gptq")
+# Relative change of what a block adds to the hidden states, above which a folded scale is undone: the norm
+# then has a reader that was not scaled.
+MOST_CHANGE = 1e-3
+JUDGED_TOKENS = 512  # that decide between a block with scales and one without
+# The scores are a product of queries and keys, whose errors a search on one of them does not see.
+NEVER_CLIPPED = ("q_proj", "k_proj", "query", "key", "qkv")
+
+
+@reports_warnings
+@expands_home
+def quantize_with_transformers(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    method: Literal["gptq", "rtn", "awq", "awq+gptq"] = "gptq",
+    bits: int = 4,
+    group_size: GroupSize = "auto",
+    format: FormatName = "mlx",
+    calibration: TokenSource | None = None,
+    *,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    bos: bool = True,
+    grid: Grid | None = None,
+    scale_dtype: DTypeLike | None = None,
+    refine: bool | None = None,
+    damping: float | None = None,
+    act_order: bool = True,
+    block_size: int = 128,
+    grid_search: bool | None = None,
+    n_grid: int = DEFAULT_GRID,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, Mapping[str, int]] | None = None,
+    allow_unfused: bool = False,
+    memory: float | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: bool = True,
+) -> QuantizationReport:
+    """Quantize a checkpoint folder of any text model that transformers runs into another one.
+
+    For architectures that `quantize` does not know. torch computes, with hooks on the model's layers;
+    statistics, methods and formats are those of `quantize`. The whole model is in memory, in float32.
+
+    Parameters
+    ----------
+    model
+        Checkpoint folder in float (config.json and safetensors). Nothing is downloaded, and no code from
+        the folder is run.
+    out
+        Folder to write; it appears when everything is done, or not at all.
+    method
+        ``"gptq"``, ``"rtn"``, ``"awq"`` or ``"awq+gptq"``. All but rtn need `calibration`.
+    bits, group_size, format, calibration, samples, length, seed, bos, grid, scale_dtype
+        As for `quantize`.
+    refine, damping, act_order, block_size, grid_search, n_grid
+        As for `quantize`; there is no drift correction here.
+    include, exclude, overrides
+        As for `quantize`; layers have the names that the checkpoint gives them.
+    allow_unfused
+        As for `quantize`.
+    memory
+        Budget in gigabytes (10⁹ bytes); by default three quarters of what is free. What the whole model
+        takes, and calibration and solving beside it, is known before weights are read.
+    overwrite, threads, progress
+        As for `quantize`.
+
+    Returns
+    -------
+    QuantizationReport
+
+    Raises
+    ------
+    MissingExtraError
+        If torch or transformers is not installed: ``pip install "bitwright[transformers]"``.
+    UnsupportedModelError
+        If the decoder blocks are not found or do not run one after the other, or transformers computes with
+        other weights than those that are stored.
+    MemoryBudgetError
+        If the run would take more memory than it may; the message tells how much it needs.
+    CheckpointError, CalibrationError, NonFiniteError, OutputError, ValueError, TypeError
+        If anything is wrong with what was given; the message says what and where. Nothing is written then.
+
+    Notes
+    -----
+    Each block is run twice over the samples, in chunks of a few. First in float, while hooks gather the
+    second moments of what its linears read; then all its linears are quantized, and the quantized
+    block computes what the next one reads. So inside a block statistics are those of the float block (the
+    earlier blocks are quantized), other than in `quantize`, which goes on layer by layer. In memory are the
+    whole model in float32 and the statistics of one block, with those of all its experts.
+
+    Every nn.Linear in the blocks is quantized, and experts that are held in arrays ``gate_up_proj`` and
+    ``down_proj``, each with the tokens that are routed to it. What chooses experts, embedding and head
+    stay in float. Layers that no token reaches are rounded to nearest, with a warning.
+
+    AWQ's scales are folded into norms: into one whose output is read by linears only, where its formula is
+    that of rms_norm (with g or 1 + g) or layer_norm. A scale is undone if the block then computes something
+    else, and the block falls back to its own weights where AWQ does not reduce its error.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> report = bitwright.quantize_with_transformers(  # doctest: +SKIP
+    ...     "models/stablelm-2-1_6b", "stablelm-4bit", bits=4, calibration="text.txt", length=512,
+    ... )
+    >>> report.layer_bits_per_weight  # doctest: +SKIP
+    4.5
+    """
+    arguments = dict(locals())
+    start = time.perf_counter()
+    require_model(model)
+    for name, value, known in (
+        ("method", method, ADAPTER_METHODS),
+        ("format", format, tuple(FORMATS)),
+    ):
+        check_choice(name, value, known)
+    if method != "rtn" and calibration is None:
+        raise ValueError(f"calibration: {method} needs text or token ids; method rtn does without")
+    if refine and calibration is None:
+        raise ValueError("refine: needs calibration data")
+    if n_grid < 1:
+        raise ValueError(f"n_grid: expected at least 1, got {n_grid}")
+    options = MethodOptions(
+        method,
+        DAMPING if damping is None else damping,
+        act_order,
+        block_size,
+        grid_search,
+        refine=method in CORRECTED_METHODS if refine is None else refine,
+    )
+    if format == "gguf":
+        raise ValueError(
+            "format: gguf needs an architecture that bitwright and llama.cpp both know; with the "
+            "transformers backend choose another"
+        )
+    if isinstance(calibration, str | os.PathLike):
+        existing_file(Path(calibration))
+    CheckpointWriter(out, overwrite, source=Path(model)).check_place()
+    tokens = None
+
+    def before(outline: TorchModel) -> None:
+        nonlocal tokens
+        if threads is not None:
+            set_num_threads(threads)
+            outline.torch.set_num_threads(build_info().threads)
+        if calibration is not None:
+            tokens = load_samples(
+                calibration,
+                tokenizer=outline.folder,
+                length=length,
+                samples=samples,
+                seed=seed,
+                vocab_size=outline.vocab_size,
+                positions=outline.positions,
+                bos=bos,
+                most=DEFAULT_SAMPLES,
+            ).tokens
+        budget = Budget.of(memory)
+        budget.require(budget.base + needed_bytes(outline, options, tokens), outline.folder)
+
+    original = TorchModel(model, before)  # which reads all weights
+    kind = FORMATS[format]
+    linears = original.linears()
+    shapes = {
+        name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in linears.items()
+    }
+    default = kind.precision(bits, group_size, grid, {shape[1] for shape in shapes.values()})
+    model_type = str(original.checkpoint.config.get("model_type"))
+    kind.check_head(model_type, original.tied)
+    plan = plan_shapes(shapes, default, include=include, exclude=exclude, overrides=overrides)
+    plan.update(dict.fromkeys(n for n in shapes if kind.keeps_in_float(model_type, n)))
+    check_plan(plan, shapes, kind, allow_unfused)
+    dtype = kind.scale_dtype(original.dtype)
+    if scale_dtype is not None:
+        dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
+
+    config = kind.spell(plainly_spelled(original.checkpoint.config))
+    in_float: dict[str, Precision | None] = dict.fromkeys(original.routers())
+    config.update(kind.config(default, {**in_float, **plan}, ""))
+    checkpoint = original.checkpoint
+    left_out = set(original.unused) if kind.refuses_unknown else set()
+    weights = sum(
+        math.prod(checkpoint.shape(name)) for name in checkpoint.names() if name not in left_out
+    )
+    with (
+        made_by(python_call(quantize_with_transformers, arguments)),
+        CheckpointWriter(
+            out, overwrite, metadata={"format": kind.metadata}, source=original.folder
+        ) as writer,
+    ):
+        writer.inputs.watch_model(checkpoint)
+        run = _Run(original, Output(writer, kind), plan, options, n_grid, dtype, tokens, left_out)
+        run.go(progress)
+        writer.write_json("config.json", config)
+        copy_side_files(checkpoint, writer)
+        seconds = time.perf_counter() - start
+        count = 0 if tokens is None else tokens.size
+        report = run.output.report(Path(out), method, checkpoint, weights, count, seconds)
+        facts = {"grid": default.grid, "scales": dtype.name}
+        differ = bool(unfused(kind, plan))
+        card = model_card(checkpoint, out, kind, [report], facts=facts, unfused=differ)
+        writer.write_text(CARD_NAME, card)
+    return report
+
+
+@expands_home
+def collect_grams(
+    model: str | os.PathLike[str], tokens: TokenSource, *, bos: bool = True
+) -> dict[str, NDArray[np.float32]]:
+    """Return the second moments of what every linear of a float model reads, as transformers computes it.
+
+    Parameters
+    ----------
+    model
+        Checkpoint folder of any text model that transformers runs; see `quantize_with_transformers`.
+    tokens
+        Token ids ``[samples, length]``, or what else `load_tokens` reads.
+    bos
+        Begin every sample of a text with what the tokenizer puts first.
+
+    Returns
+    -------
+    dict
+        ``XᵀX / tokens`` ``[in, in]`` float32 by layer name as the checkpoint has it, of every layer that
+        `quantize_with_transformers` can quantize. Layers that read the same array share theirs. An
+        expert's is over the tokens routed to it, and of zeros if there is none.
+
+    Raises
+    ------
+    MissingExtraError, UnsupportedModelError, CheckpointError, CalibrationError, NonFiniteError
+        As `quantize_with_transformers`.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> demo = bitwright.demo_folder()
+    >>> grams = bitwright.collect_grams(demo, [[1, 2, 3]])  # doctest: +SKIP
+    >>> grams["model.layers.0.mlp.down_proj"].shape  # doctest: +SKIP
+    (384, 384)
+    """
+    loaded = TorchModel(model)
+    names = loaded.linears().keys()
+    ids = load_samples(
+        tokens,
+        tokenizer=loaded.folder,
+        length=None,
+        samples=None,
+        vocab_size=loaded.vocab_size,
+        positions=loaded.positions,
+        bos=bos,
+    ).tokens
+    stream = Stream(loaded, ids)
+    grams: dict[str, Float32] = {}
+    for block in loaded.blocks:
+        watch, outputs = stream.observe(block, names, kept=len(stream.chunks))
+        inputs = watch.finish()
+        _require_finite(inputs, loaded, block)
+        for each in inputs:
+            for linear in each.readers:
+                if linear.name in names:
+                    channels = linear.weight.shape[1]
+                    empty = np.zeros((channels, channels), np.float32)
+                    grams[linear.name] = empty if each.gram is None else each.gram
+        stream.replace(outputs)
+    return {name: grams[name] for name in names}
+
+
+def _require_finite(inputs: Sequence[Input], model: TorchModel, block: TorchBlock) -> None:
+    for each in inputs:
+        if each.gram is not None and not np.isfinite(each.gram.diagonal()).all():
+            raise NonFiniteError(
+                f"{model.folder}: the inputs of {each.readers[0].name} (block {block.index}) are NaN or "
+                f"infinite; check what transformers makes of the original with this text"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """An array of the model, and what it held when it was looked at."""
+
+    array: Float32
+    values: Float32
+
+    def restore(self) -> None:
+        self.array[...] = self.values
+
+
+class _Run:
+    """One pass over a model."""
+
+    def __init__(
+        self,
+        model: TorchModel,
+        output: Output,
+        plan: Mapping[str, Precision | None],
+        options: MethodOptions,
+        n_grid: int,
+        scale_dtype: np.dtype[Any],
+        tokens: NDArray[np.int32] | None,
+        left_out: Collection[str],
+    ) -> None:
+        self.model = model
+        self.left_out = left_out
+        self.output = output
+        self.plan = plan
+        self.wanted = {name for name, precision in plan.items() if precision is not None}
+        self.options = options
+        self.n_grid = n_grid
+        self.scale_dtype = scale_dtype
+        self.tokens = tokens
+        self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
+        self.unread: list[str] = []  # layers that no token reached
+        # The powers of two by which layers were multiplied, and those that are too small all the same.
+        self.powers: dict[str, int] = {}
+        self.coarse: set[str] = set()
+
+    def go(self, progress: bool) -> None:
+        """Quantize and write all tensors."""
+        model = self.model
+        stream = None if self.tokens is None else Stream(model, self.tokens)
+        scaled = self.options.method in SCALED_METHODS
+        if scaled and stream is not None and not stream.scale_groups:
+            raise ValueError(
+                f"method: {self.options.method} finds no norm in the blocks of "
+                f"{type(model.module).__name__} that only linears read, so it has nothing to scale; "
+                f"use gptq"
+            )
+        bar = progress_bar("quantizing", progress, "blocks")
+        with bar:
+            task = bar.add_task("", total=len(model.blocks), figures="")
+            for block in model.blocks:
+                reported = len(self.output.layers)
+                linears = block.all_linears()
+                if stream is None:
+                    self._solve([Input([linear]) for linear in linears], self.output.finish)
+                else:
+                    if self.wanted.isdisjoint(linear.name for linear in linears):
+                        pass
+                    elif scaled:
+                        self._quantize_scaled(block, stream, self.output.finish)
+                    else:
+                        inputs, _ = self._observe(block, stream)
+                        self._equalize(block, stream, inputs)
+                        self._solve(inputs, self.output.finish)
+                    if block is not model.blocks[-1]:  # nobody reads the last hidden states
+                        stream.advance(block)
+                bar.update(task, advance=1, figures=block_error(self.output.layers[reported:]))
+        self._carry()
+        warn_of_small_weights(model.folder, self.output.format, self.output)
+        if self.unread:
+            warn(
+                f"{model.folder}: no token of the calibration data reached {len(self.unread)} layers, "
+                f"such as {self.unread[0]}; they were rounded to nearest"
+            )
+
+    def _observe(
+        self, block: TorchBlock, stream: Stream, kept: int = 0
+    ) -> tuple[list[Input], list[Any]]:
+        """Return what a block's linears read, and what it makes of the first `kept` chunks."""
+        scaled = self.options.method in SCALED_METHODS
+        watch, outputs = stream.observe(block, self.wanted, magnitudes=scaled, kept=kept)
+        inputs = watch.finish()
+        _require_finite(inputs, self.model, block)
+        for each in inputs:
+            if each.gram is None:
+                self.unread += [
+                    linear.name for linear in each.readers if linear.name in self.wanted
+                ]
+        return inputs, outputs
+
+    def _solve(
+        self,
+        inputs: Sequence[Input],
+        finish: Callable[[QuantizedLayer], None],
+        clips: bool = False,
+    ) -> None:
+        """Quantize what is planned, put it in the place of the model's weights, and hand it on."""
+        for each in inputs:
+            shared: Solver | None = None
+            for linear in each.readers:
+                precision = self.plan.get(linear.name)
+                if precision is None:
+                    continue
+                try:
+                    if clips and each.gram is not None and _is_clipped(linear):
+                        solve = clip_solver((each.gram,), self.n_grid)
+                    else:
+                        if shared is None:
+                            method = "rtn" if each.gram is None else self.options.method
+                            shared = METHODS[method](each.gram, self.options)
+                        solve = shared
+                    solve = refined(solve, each.gram, self.options)
+                    tensor = self._solved(solve, linear.weight, precision)
+                except BitwrightError:
+                    raise
+                except ValueError as error:
+                    raise ValueError(
+                        f"{self.model.folder}: layer {linear.name}: {error}"
+                    ) from error
+                stored = tensor.dequantize()
+                change = relative_error(linear.weight, stored, each.gram)
+                if change > MOST_LOST:
+                    self._require_kept(linear, each.gram, solve, precision, tensor, change)
+                linear.weight[...] = stored
+                finish(
+                    QuantizedLayer(
+                        linear.name,
+                        tensor,
+                        change,
+                        power=self.powers.get(linear.name, 0),
+                        coarse=linear.name in self.coarse,
+                    )
+                )
+
+    def _solved(self, solve: Solver, weight: Float32, precision: Precision) -> QuantizedTensor:
+        return solve(weight, precision.bits, precision.group_size, precision.grid, self.scale_dtype)
+
+    def _require_kept(
+        self,
+        linear: Linear,
+        gram: Float32 | None,
+        solve: Solver,
+        precision: Precision,
+        tensor: QuantizedTensor,
+        lost: float,
+    ) -> None:
+        """Raise ValueError if a layer loses most of its energy because scales cannot be so small."""
+
+        def lost_if_raised(power: int) -> float:
+            raised = np.ldexp(linear.weight, power)
+            return relative_error(raised, self._solved(solve, raised, precision).dequantize(), gram)
+
+        place = f"{self.model.folder}: layer {linear.name}"
+        largest = largest_of([linear.weight])
+        require_kept(place, self.output.format, tensor, lost, largest, lost_if_raised)
+
+    def _quantize_scaled(
+        self, block: TorchBlock, stream: Stream, finish: Callable[[QuantizedLayer], None]
+    ) -> None:
+        """Quantize a block with AWQ's scales, or without if they do not help."""
+        judged = stream.first_chunks(JUDGED_TOKENS)
+        inputs, originals = self._observe(block, stream, judged)
+        self._equalize(block, stream, inputs)
+        kept = [_Kept(array, array.copy()) for array in block.arrays()]
+        plain: list[QuantizedLayer] = []
+        self._solve(inputs, plain.append)
+        loss_before = _loss(block, stream, originals)
+        for each in kept:
+            each.restore()
+        searches, changed = self._scale(block, stream, inputs)
+        scaled: list[QuantizedLayer] = []
+        self._solve(inputs, scaled.append, clips=self.options.clips)
+        loss_after = _loss(block, stream, originals)
+        better = loss_after < loss_before
+        if better:
+            self.changed.update({name: array.copy() for name, array in changed.items()})
+        else:
+            for each in kept:
+                each.restore()
+            arrays = {linear.name: linear.weight for linear in block.all_linears()}
+            for layer in plain:
+                arrays[layer.name][...] = layer.tensor.dequantize()
+        for layer in scaled if better else plain:
+            finish(layer)
+        self.output.blocks.append(
+            BlockReport(block.index, loss_before, loss_after, better, searches)
+        )
+
+    def _equalize(self, block: TorchBlock, stream: Stream, inputs: Sequence[Input]) -> None:
+        """Multiply linears whose weights are too small for float16 scales, and divide what they read."""
+        for each in inputs:
+            needs = {}
+            for linear in each.readers:
+                if linear.name in self.wanted and has_float16_scales(self._choice(linear)):
+                    size = size_of(linear.weight, self._choice(linear))
+                    if size.coarse:
+                        needs[linear.name] = size.room
+            if not needs:
+                continue
+            largest = largest_of(linear.weight for linear in each.readers)
+            changed = None
+            if each.norm is not None and each.can_scale and each.gram is not None:
+                power = self._exact_power(
+                    each.norm, each.readers, min(max(needs.values()), most_power(largest))
+                )
+                if power > 0:
+                    scale = np.full(each.norm.weight.shape, 2.0**power, np.float32)
+                    changed = self._fold(block, stream, each, each.norm, scale)
+            if changed is None or each.norm is None:
+                self.coarse.update(needs)
+                continue
+            if each.mean_abs is not None:
+                each.mean_abs = each.mean_abs / 2.0**power
+            self.changed.update({name: array.copy() for name, array in changed.items()})
+            self.output.divided.append(each.norm.name)
+            self.powers |= {
+                linear.name: power for linear in each.readers if linear.name in self.wanted
+            }
+
+    def _exact_power(self, norm: Norm, readers: Sequence[Linear], most: int) -> int:
+        """Return the largest power of two up to `most` that norm and readers hold exactly; 0 for none."""
+
+        def dtype_of(name: str) -> np.dtype[Any]:
+            is_quantized = name.removesuffix(".weight") in self.wanted
+            return np.dtype(np.float32) if is_quantized else self.model.checkpoint.dtype(name)
+
+        def holds(power: int) -> bool:
+            name, bias = f"{norm.name}.weight", f"{norm.name}.bias"
+            return (
+                gain_is_exact(norm.kind, norm.weight, power, dtype_of(name))
+                and (norm.bias is None or moves_exactly(norm.bias, -power, dtype_of(bias)))
+                and all(
+                    moves_exactly(linear.weight, power, dtype_of(f"{linear.name}.weight"))
+                    for linear in readers
+                )
+            )
+
+        return first_exact(most, holds) if most > 0 else 0
+
+    def _scale(
+        self, block: TorchBlock, stream: Stream, inputs: Sequence[Input]
+    ) -> tuple[dict[str, ScaleSearch], dict[str, Float32]]:
+        """Search scales and fold them; return the searches, and the float tensors that are changed."""
+        searches: dict[str, ScaleSearch] = {}
+        changed: dict[str, Float32] = {}
+        for each in inputs:
+            planned = [linear for linear in each.readers if linear.name in self.wanted]
+            if each.norm is None or not each.can_scale or not planned:
+                continue
+            if each.gram is None or each.mean_abs is None:
+                continue
+            loss = gram_loss(
+                [linear.weight for linear in planned], [*map(self._choice, planned)], each.gram
+            )
+            search = search_scale(each.mean_abs, loss, n_grid=self.n_grid, coarse_to_fine=True)
+            if search.ratio > 0:
+                folded = self._fold(block, stream, each, each.norm, search.scale)
+                if folded is None:
+                    continue
+                changed.update(folded)
+            searches[planned[0].name.rpartition(".")[2]] = search
+        return searches, changed
+
+    def _choice(self, linear: Linear) -> GridChoice:
+        """Return the grid of a linear, with a search for ranges where one will follow."""
+        precision = self.plan[linear.name]
+        assert precision is not None
+        if self.options.method == "awq":
+            ranges = _is_clipped(linear)
+        else:
+            ranges = self.options.grid_search is not False
+        return GridChoice.check(
+            linear.weight,
+            precision.bits,
+            precision.group_size,
+            precision.grid,
+            self.scale_dtype,
+            ranges,
+        )
+
+    def _fold(
+        self, block: TorchBlock, stream: Stream, read: Input, norm: Norm, scale: Float32
+    ) -> dict[str, Float32] | None:
+        """Fold a scale into a norm and its readers; return the float tensors that are changed, or None if
+        the block would compute something else then."""
+        checkpoint = self.model.checkpoint
+        arrays = [norm.weight, *([] if norm.bias is None else [norm.bias])]
+        kept = [
+            _Kept(array, array.copy())
+            for array in (*arrays, *(linear.weight for linear in read.readers))
+        ]
+
+        def fold(dtype: np.dtype[Any]) -> Float32:
+            weight, bias, exact = fold_scale(norm.kind, scale, norm.weight, norm.bias, dtype)
+            norm.weight[...] = weight
+            if norm.bias is not None and bias is not None:
+                norm.bias[...] = bias
+            for linear in read.readers:
+                linear.weight *= exact
+            return exact
+
+        # Whether someone else reads the norm is a question of algebra, so it is asked before rounding.
+        states = stream.before(0)
+        expected = stream.run(block, 0)
+        fold(np.dtype(np.float32))
+        change = float((stream.run(block, 0) - expected).norm())
+        for each in kept:
+            each.restore()
+        if not change <= MOST_CHANGE * float((expected - states).norm()):
+            return None
+        divisor = fold(checkpoint.dtype(f"{norm.name}.weight"))
+        assert read.gram is not None
+        read.gram = read.gram / divisor / divisor[:, None]
+        changed = {f"{norm.name}.weight": norm.weight}
+        if norm.bias is not None:
+            changed[f"{norm.name}.bias"] = norm.bias
+        for linear in read.readers:
+            if linear.name not in self.wanted:
+                name = f"{linear.name}.weight"
+                linear.weight[...] = linear.weight.astype(checkpoint.dtype(name))
+                changed[name] = linear.weight
+        return changed
+
+    def _carry(self) -> None:
+        """Write the tensors that stay as they are, and the norms that are changed."""
+        checkpoint = self.model.checkpoint
+        for name in checkpoint.names():
+            if name.removesuffix(".weight") in self.wanted or name in self.left_out:
+                continue
+            self.output.carry(checkpoint, name, self.changed)
+
+
+def _is_clipped(linear: Linear) -> bool:
+    last = linear.name.rpartition(".")[2].lower()
+    return not any(part in last for part in NEVER_CLIPPED)
+
+
+def _loss(block: TorchBlock, stream: Stream, originals: Sequence[Any]) -> float:
+    """Return the mean squared difference of a block's outputs from the original ones."""
+    total: float = sum(
+        float((stream.run(block, number) - original).square().double().sum())
+        for number, original in enumerate(originals)
+    )
+    return total / sum(int(original.numel()) for original in originals)

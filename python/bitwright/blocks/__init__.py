@@ -1,0 +1,1 @@
+"""One decoder block on its way: inputs gathered, scales folded, drift corrected."""

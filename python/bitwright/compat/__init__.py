@@ -1,0 +1,1 @@
+"""Salient-weight AWQ with the array interface of Metal Marlin."""

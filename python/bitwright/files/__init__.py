@@ -1,0 +1,1 @@
+"""Paths, links and single files."""

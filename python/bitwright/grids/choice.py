@@ -1,0 +1,136 @@
+"""What all methods share: arguments checked, and a kernel's result as a `QuantizedTensor`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from bitwright.grids.tensor import BITS, GRIDS, K_GRIDS, SUPERBLOCK, Grid
+
+FLOAT_DTYPES: tuple[np.dtype[Any], ...] = (
+    np.dtype(np.float32),
+    np.dtype(np.float16),
+    np.dtype(ml_dtypes.bfloat16),
+)
+
+
+def smallest_scale(dtype: np.dtype[Any]) -> float:
+    """Return the smallest number above zero that a dtype of scales holds, a subnormal one."""
+    return {"float16": 2.0**-24, "bfloat16": 2.0**-133}.get(np.dtype(dtype).name, 2.0**-149)
+
+
+def rounded_scales(scales: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return scales in their dtype; none that is not zero becomes zero, which would empty its group."""
+    stored = scales.astype(dtype)
+    emptied = (stored == 0) & (scales != 0)
+    if not emptied.any():
+        return stored
+    least = np.copysign(np.float32(smallest_scale(dtype)), scales).astype(dtype)
+    return np.where(emptied, least, stored)
+
+
+@dataclass(frozen=True)
+class GridChoice:
+    """The grid that a method quantizes to, checked against the weight it is for.
+
+    `group_size` is at most the number of input channels; ``None`` and −1 stand for the whole row.
+    """
+
+    bits: int
+    group_size: int
+    grid: Grid
+    scale_dtype: np.dtype[Any]
+    search: bool
+
+    @classmethod
+    def check(
+        cls,
+        weight: NDArray[Any],
+        bits: int = 4,
+        group_size: int | None = 64,
+        grid: Grid = "affine",
+        scale_dtype: DTypeLike | None = None,
+        search: bool = False,
+    ) -> "GridChoice":
+        """Check the arguments of a method; ValueError or TypeError names the one that is wrong."""
+        if not isinstance(weight, np.ndarray):
+            raise TypeError(f"weight: expected a NumPy array, got {type(weight).__name__}")
+        if weight.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"weight: expected float32, float16 or bfloat16, got {weight.dtype}")
+        if weight.ndim != 2 or weight.size == 0:
+            raise ValueError(f"weight: expected shape [out, in], got {list(weight.shape)}")
+        if bits not in BITS:
+            raise ValueError(f"bits: expected one of {BITS}, got {bits}")
+        if grid not in (*GRIDS, "k"):
+            raise ValueError(f"grid: expected one of {(*GRIDS, 'k')}, got {grid!r}")
+        channels = weight.shape[1]
+        if grid == "k":
+            if bits not in K_GRIDS or channels % SUPERBLOCK:
+                raise ValueError(
+                    f"grid: k has {', '.join(map(str, K_GRIDS))} bits and rows of multiples of "
+                    f"{SUPERBLOCK} weights, not {bits} bits and {channels}"
+                )
+            size = K_GRIDS[bits].group_size
+            if group_size not in (None, size):
+                raise ValueError(
+                    f"group_size: k grids of {bits} bits have {size}, not {group_size}; leave it out (None)"
+                )
+            group_size, scale_dtype = size, np.float32  # products of float16 and integers
+        size = channels if group_size in (None, -1) else int(group_size or 0)
+        if size < 1 or channels % size:
+            raise ValueError(
+                f"group_size: {group_size} does not divide the {channels} input channels of weight"
+            )
+        dtype = weight.dtype if scale_dtype is None else np.dtype(scale_dtype)
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"scale_dtype: expected float32, float16 or bfloat16, got {scale_dtype}"
+            )
+        return cls(bits, size, grid, dtype, search)
+
+    @property
+    def base(self) -> Grid:
+        """The grid of each group by itself."""
+        return K_GRIDS[self.bits].grid if self.grid == "k" else self.grid
+
+    def fields(
+        self,
+        codes: NDArray[np.uint8],
+        scales: NDArray[np.float32],
+        offsets: NDArray[np.float32],
+    ) -> dict[str, Any]:
+        """Return the fields of a `QuantizedTensor`; scales and biases are already exact in their dtype."""
+        affine = self.base == "affine"
+        stored = scales.astype(self.scale_dtype)
+        if not (np.isfinite(stored).all() and np.isfinite(offsets).all()):
+            raise ValueError(
+                f"scale_dtype: the weights of a group span more than {self.scale_dtype} can hold; "
+                "use bfloat16 or float32"
+            )
+        return {
+            "codes": codes,
+            "scales": stored,
+            "biases": offsets.astype(self.scale_dtype) if affine else None,
+            "zeros": None if affine else offsets.astype(np.uint8),
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "grid": self.base,
+        }
+
+
+def check_importance(
+    importance: ArrayLike | Sequence[float] | None, channels: int
+) -> NDArray[np.float32]:
+    """Return `importance` as float32 ``[channels]``, ones for None; ValueError if it is not that."""
+    if importance is None:
+        return np.ones(channels, np.float32)
+    array = np.ascontiguousarray(importance, np.float32)
+    if array.shape != (channels,) or not np.isfinite(array).all() or (array < 0).any():
+        raise ValueError(
+            f"importance: expected {channels} finite values that are not negative, "
+            f"got shape {list(array.shape)}"
+        )
+    return array

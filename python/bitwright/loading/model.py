@@ -1,0 +1,477 @@
+"""A checkpoint as a decoder: streamed, one block in memory at a time."""
+
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitwright.arrays import require_finite
+from bitwright.checkpoint import Checkpoint, CheckpointSlice, open_checkpoint
+from bitwright.checkpoint.reader import written_dtype
+from bitwright.errors import CheckpointError, shown
+from bitwright.files.home import expands_home
+from bitwright.formats import Format, detect_format
+from bitwright.formats.stored import is_float
+from bitwright.grids.tensor import QuantizedTensor
+from bitwright.loading.absorbed import join_absorbed
+from bitwright.loading.contents import (
+    has_own_head,
+    is_stored,
+    kinds_of,
+    settle_names,
+    untied,
+    warn_of_head,
+    warn_of_unused,
+    without_harmless,
+)
+from bitwright.models import ARCHITECTURES
+from bitwright.models.architecture import LatentAttention
+from bitwright.models.config import (
+    MODEL_DTYPES,
+    OTHER_FLOATS,
+    ModelConfig,
+    float_config,
+    plainly_spelled,
+)
+from bitwright.models.decoder import Decoder
+from bitwright.models.layout import BlockLayout, ExpertPlace, block_layout
+from bitwright.models.matrix_rows import MatrixRows, piece_rows
+from bitwright.models.operations import Float32
+
+
+class Model(Decoder):
+    """A decoder over a checkpoint folder, quantized or not; weights are read as they are needed.
+
+    Parameters
+    ----------
+    checkpoint
+        An open checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If the config contradicts the tensors, or asks for what is not supported.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        source = checkpoint.folder / "config.json"
+        rules = {name: family.rules for name, family in ARCHITECTURES.items()}
+        read = checkpoint.config
+        config = ModelConfig.from_dict(read, source, rules)
+        super().__init__(config, ARCHITECTURES[config.model_type], checkpoint.folder)
+        settle_names(checkpoint, self.names)
+        self.format = detect_format(checkpoint)
+        if isinstance(self.architecture.attention, LatentAttention):
+            blocks = map(self.block_prefix, range(self.config.num_hidden_layers))
+            join_absorbed(checkpoint, self.architecture.attention, blocks, self.format)
+        if self.config.tie_word_embeddings and has_own_head(checkpoint, self.names):
+            warn_of_head(checkpoint, self.names.head)
+            checkpoint.config = untied(checkpoint.config)
+        if checkpoint.config is not read:  # what contradicts the tensors is corrected
+            self.config = ModelConfig.from_dict(checkpoint.config, source, rules)
+        self.embedding_name, self.head_name = self._embedding_and_head()
+        self.experts: dict[str, ExpertPlace] = {}
+        self._rows: dict[str, MatrixRows] = {}
+        for name in (self.embedding_name, self.head_name):
+            self._check_matrix(name, (self.config.vocab_size, self.config.hidden_size))
+        for name, extent in self._final_vectors().items():
+            self._check_vector(name, extent)
+        layouts: list[BlockLayout] = []
+        for index in range(self.config.num_hidden_layers):
+            layouts.append(block_layout(self.architecture, self.config, index))
+            # Before the next: a config.json may ask for any number of layers that are not there.
+            self._check_block(index, layouts[-1])
+        self.layouts = tuple(layouts)
+        self._channels = dict.fromkeys(
+            (self.embedding_name, self.head_name), self.config.hidden_size
+        )
+        self._channels |= {name: shape[1] for name, shape in self.linear_shapes().items()}
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype that config.json declares, or else that of the embedding or, if that is quantized, the
+        last norm."""
+        matrix = f"{self.embedding_name}.weight"
+        stored = matrix if self._is_float(matrix) else f"{self.names.final_norm}.weight"
+        return self.config.dtype or written_dtype(self.checkpoint.dtype(stored))
+
+    def never_quantized(self) -> list[str]:
+        """Return the full names of the matrices that stay in float: routers, and what is not the
+        decoder's, such as a vision tower."""
+        routers = [
+            self.block_prefix(index) + name
+            for index, layout in enumerate(self.layouts)
+            for name in layout.floats
+        ]
+        decoder = (self.names.embedding, self.names.head, self.names.block.partition("{}")[0])
+        others = [
+            name.removesuffix(".weight")
+            for name in self.checkpoint.names()
+            if name.endswith(".weight")
+            and not name.startswith(decoder)
+            and len(self.checkpoint.shape(name)) == 2
+        ]
+        return routers + others
+
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        """Return layer `name` as it is stored, None if it is in float."""
+        if self.format is None:
+            return None
+        place, channels = self.experts.get(name), self._channels.get(name)
+        if place is not None and f"{place.stacked_name}.weight" in self.checkpoint:
+            slices = CheckpointSlice(self.checkpoint, place.index)
+            return self.format.read(slices, place.stacked_name, channels)
+        return self.format.read(self.checkpoint, name, channels)
+
+    def stored(self, name: str, shape: tuple[int, int]) -> QuantizedTensor:
+        """Return quantized layer `name` as it is stored, to be stored again.
+
+        Raises
+        ------
+        CheckpointError
+            If it is not quantized, or has another shape.
+        NonFiniteError
+            If a scale or bias is NaN or infinite.
+        """
+        tensor = self.quantized(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.checkpoint.folder}: layer {name} is not quantized")
+        self._check_shape(f"{name} (quantized)", tensor.shape, shape)
+        for label, array in (("scales", tensor.scales), ("biases", tensor.biases)):
+            if array is not None:
+                require_finite(array, f"{self.checkpoint.folder}: {label} of layer {name}")
+        return tensor
+
+    def written_name(self, tensor: str) -> str | None:
+        """Return the name that a float tensor is written under: a tied matrix has the embedding's, and is
+        written once (None)."""
+        if not self.tied:
+            return tensor
+        if tensor == f"{self.embedding_name}.weight":
+            return f"{self.names.embedding}.weight"
+        return None if tensor == f"{self.names.head}.weight" else tensor
+
+    def unused(self) -> list[str]:
+        """Return the tensors that nothing computes with; parts of a multimodal model that are not the
+        decoder's are none of them."""
+        parts = ("weight", *(() if self.format is None else self.format.parts))
+        layers = {self.names.embedding, self.names.head, *self.linear_shapes()}
+        used = set(self._final_vectors())
+        for index, layout in enumerate(self.layouts):
+            prefix = self.block_prefix(index)
+            layers |= {prefix + name for name in layout.floats}
+            used |= {prefix + name for name in layout.vectors}
+        for place in self.experts.values():
+            layers.add(place.stacked_name)
+            used |= {f"{place.prefix}.{name}" for name in ("gate_up_proj", "down_proj")}
+        used |= {f"{layer}.{part}" for layer in layers for part in parts}
+        decoder = tuple(
+            f"{name.partition('.')[0]}." for name in (self.names.embedding, self.names.head)
+        )
+        return [
+            name
+            for name in self.checkpoint.names()
+            if name not in used
+            and (self.architecture.rules.section is None or name.startswith(decoder))
+        ]
+
+    def warn_of_unused(self) -> None:
+        """Name the tensors that nothing computes with in a warning, if there are any to speak of."""
+        names = without_harmless(self.checkpoint, self.unused())
+        kinds = kinds_of(names, self.names.block, self.config.num_hidden_layers)
+        warn_of_unused(self.checkpoint, names, kinds)
+
+    def config_for(self, format: type[Format]) -> dict[str, Any]:
+        """Return config.json for weights in a format, but for what it says of these.
+
+        Raises
+        ------
+        ValueError
+            If the format's engine cannot load a model with such a head.
+        """
+        format.check_head(self.config.model_type, self.tied)
+        config = plainly_spelled(float_config(self.checkpoint.config))
+        if format.refuses_unknown and self.architecture.rules.section is None:
+            # Engines take other defaults than transformers, or none.
+            config.setdefault("tie_word_embeddings", self.tied)
+        for key in ("dtype", "torch_dtype"):
+            if config.get(key) in OTHER_FLOATS:
+                config[key] = str(self.dtype)
+        return format.spell(config)
+
+    def left_out(self, format: type[Format]) -> set[str]:
+        """Return the tensors that are not written, as the format's engine would refuse them."""
+        return set(self.unused()) if format.refuses_unknown else set()
+
+    def quantized_layers(self) -> dict[str, tuple[int, int]]:
+        """Return ``(out, in)`` of every layer that is quantized, by full name."""
+        packed = set(self.packed_tensors().values())
+        matrix = (self.config.vocab_size, self.config.hidden_size)
+        shapes = {self.embedding_name: matrix, self.head_name: matrix, **self.linear_shapes()}
+        return {
+            name: shape
+            for name, shape in shapes.items()
+            if name in packed
+            or (name in self.experts and self.experts[name].stacked_name in packed)
+        }
+
+    def packed_tensors(self) -> dict[str, str]:
+        """Return the tensors that hold quantized layers, and which layer each holds: of stacked experts the
+        stack."""
+        if self.format is None:
+            return {}
+        parts, layers = self.format.parts, set()
+        for name in (*self.linear_shapes(), self.embedding_name, self.head_name):
+            place = self.experts.get(name)
+            layers |= {name} if place is None else {name, place.stacked_name}
+        found: dict[str, str] = {}
+        for layer in layers:
+            there = [f"{layer}.{part}" for part in parts if f"{layer}.{part}" in self.checkpoint]
+            if not there or (len(there) == 1 and self._is_float(there[0])):
+                continue
+            found |= dict.fromkeys(there, layer)
+        return found
+
+    def stored_dtype(self, tensor: str) -> np.dtype[Any]:
+        """Return the dtype that a float tensor is stored in when it is written, by its full name."""
+        if tensor not in self.checkpoint and tensor.endswith(".weight"):
+            tensor = self._source(tensor.removesuffix(".weight"))[0]
+        return written_dtype(self.checkpoint.dtype(tensor))
+
+    def stacked_tensors(self) -> dict[str, list[str]]:
+        """Return the tensors that hold several experts, and the layers in each."""
+        stacks: dict[str, list[str]] = {}
+        for name in self.experts:
+            tensor, index, _ = self._source(name)
+            if index is not None:
+                stacks.setdefault(tensor, []).append(name)
+        return stacks
+
+    def weight(self, name: str, shape: tuple[int, ...]) -> Float32:
+        """Return the weight of layer `name` in float32, dequantized if it must be.
+
+        Raises
+        ------
+        CheckpointError
+            If it is absent or has another shape.
+        NonFiniteError
+            If a value is NaN or infinite.
+        """
+        tensor = self.quantized(name)
+        if tensor is not None:
+            self._check_shape(f"{name} (quantized)", tensor.shape, shape)
+            weight = tensor.dequantize()
+            require_finite(weight, f"{self.checkpoint.folder}: quantized layer {name}")
+            return weight
+        return self._floats(*self._source(name), shape)
+
+    def vector(self, name: str, shape: tuple[int, ...]) -> Float32:
+        """Return tensor `name` in float32; raises as `weight`."""
+        return self._floats(name, None, None, shape)
+
+    def rows(self, name: str) -> MatrixRows:
+        """Return the rows of the embedding or the head, by its name, which are read as they are needed."""
+        if name in self._rows:
+            return self._rows[name]
+        shape = self.config.vocab_size, self.config.hidden_size
+        tensor = self.quantized(name)
+        if tensor is not None:
+            self._check_shape(f"{name} (quantized)", tensor.shape, shape)
+            return MatrixRows(
+                tensor.dequantize, shape, f"{self.checkpoint.folder}: quantized layer {name}"
+            )
+        stored = f"{name}.weight"
+        self._check_shape(stored, self.checkpoint.shape(stored), shape)
+        self._check_floats(stored)
+
+        def read(first: int, last: int) -> NDArray[Any]:
+            rows = self.checkpoint.read_rows(stored, first, last)
+            return rows if rows.dtype in MODEL_DTYPES.values() else rows.astype(np.float32)
+
+        # Kept: it holds no weights, and knows which of them it has looked at.
+        self._rows[name] = MatrixRows(
+            read, shape, f"{self.checkpoint.file(stored)}: tensor {stored}"
+        )
+        return self._rows[name]
+
+    def is_quantized(self, name: str) -> bool:
+        """Tell whether codes of a layer are stored, without reading them."""
+        stored = f"{name}.weight"
+        return not (stored in self.checkpoint and self._is_float(stored))
+
+    def rows_bytes(self, name: str) -> int:
+        """Return what reading the rows of the embedding or the head takes: a piece of them, where there are
+        several also the room that the one before has left, and of a quantized matrix all codes, which are
+        there twice while they are unpacked."""
+        vocabulary, width = self.config.vocab_size, self.config.hidden_size
+        rows = piece_rows(width)
+        piece = 4 * width * min(vocabulary, rows) * (2 if rows < vocabulary else 1)
+        if self.is_quantized(name):
+            return 2 * vocabulary * width + piece
+        dtype = self.checkpoint.dtype(f"{name}.weight")
+        return piece if dtype in MODEL_DTYPES.values() else 2 * piece
+
+    def embedding(self) -> Float32:
+        """Read the embedding matrix ``[vocabulary, hidden_size]``."""
+        return self.weight(self.embedding_name, (self.config.vocab_size, self.config.hidden_size))
+
+    def embedding_table(self) -> NDArray[Any]:
+        """Read the embedding matrix as it is stored, if that is in float, for `embed`."""
+        name = f"{self.embedding_name}.weight"
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        if (
+            not self._is_float(name)
+            or self.checkpoint.shape(name) != shape
+            or self.checkpoint.dtype(name) not in MODEL_DTYPES.values()
+        ):
+            return self.embedding()
+        return self.checkpoint.read(name)
+
+    def head(self) -> Float32:
+        """Read the output matrix ``[vocabulary, hidden_size]``, to quantize it."""
+        return self.weight(self.head_name, (self.config.vocab_size, self.config.hidden_size))
+
+    def _embedding_and_head(self) -> tuple[str, str]:
+        embedding, head = self.names.embedding, self.names.head
+        if not self.config.tie_word_embeddings:
+            if is_stored(self.checkpoint, embedding) and not is_stored(self.checkpoint, head):
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: there is no {head}.weight, and config.json does not say "
+                    f"that the embedding is the head, too; transformers would make one up. If it is, "
+                    f'write "tie_word_embeddings": true there; otherwise fetch the file with the head'
+                )
+            return embedding, head
+        # A tied matrix may be stored under either name; transformers takes the embedding's first.
+        stored = [name for name in (embedding, head) if is_stored(self.checkpoint, name)]
+        if not stored:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: neither {embedding}.weight nor {head}.weight is stored"
+            )
+        return stored[0], stored[0]
+
+    def _source(self, name: str) -> tuple[str, int | None, slice | None]:
+        """Return the tensor that holds the weight of a layer and, of a stack of experts, which part."""
+        direct, place = f"{name}.weight", self.experts.get(name)
+        if direct in self.checkpoint or place is None:
+            return direct, None, None
+        stacked = f"{place.stacked_name}.weight"
+        if stacked in self.checkpoint:
+            return stacked, place.index, None
+        if place.role == "down" and f"{place.prefix}.down_proj" in self.checkpoint:
+            return f"{place.prefix}.down_proj", place.index, None
+        both = f"{place.prefix}.gate_up_proj"
+        if place.role != "down" and both in self.checkpoint:
+            half = self.checkpoint.shape(both)[1] // 2
+            return both, place.index, slice(0, half) if place.role == "gate" else slice(half, None)
+        return direct, None, None
+
+    def _floats(
+        self, name: str, index: int | None, rows: slice | None, shape: tuple[int, ...]
+    ) -> Float32:
+        checkpoint = self.checkpoint
+        self._check_shape(name, _part_shape(checkpoint.shape(name), index, rows), shape)
+        self._check_floats(name)
+        array = checkpoint.read(name) if index is None else checkpoint.read_part(name, index, rows)
+        array = np.ascontiguousarray(array, np.float32)
+        require_finite(array, f"{checkpoint.file(name)}: tensor {name}")
+        return array
+
+    def _check_block(self, index: int, layout: BlockLayout) -> None:
+        """Compare the headers of the weight files with what config.json asks for in a block, and note where
+        its experts are."""
+        prefix = self.block_prefix(index)
+        for name, place in layout.experts.items():
+            stacked = prefix + place.stacked
+            self.experts[prefix + name] = replace(
+                place, prefix=prefix + place.prefix, stacked=stacked
+            )
+        for name, extent in layout.vectors.items():
+            self._check_vector(prefix + name, extent)
+        for name, shape in (*layout.linears.items(), *layout.floats.items()):
+            self._check_matrix(prefix + name, shape)
+
+    def _check_vector(self, tensor: str, extent: tuple[int]) -> None:
+        self._check_shape(tensor, self.checkpoint.shape(tensor), extent)
+        self._check_floats(tensor)
+
+    def _check_matrix(self, name: str, shape: tuple[int, int]) -> None:
+        tensor, part, rows = self._source(name)
+        if self.format is None or self._is_float(tensor):
+            self._check_shape(tensor, _part_shape(self.checkpoint.shape(tensor), part, rows), shape)
+            self._check_floats(tensor)
+            return
+        # The format compares the sizes of packed tensors when it reads them. Until then, there must be
+        # some, and no code has less than two bits.
+        place, stored = self.experts.get(name), 0
+        for layer in (name,) if place is None else (name, place.stacked_name):
+            for packed in (f"{layer}.{part}" for part in self.format.parts):
+                if packed in self.checkpoint:
+                    count = math.prod(self.checkpoint.shape(packed))
+                    stored += count * self.checkpoint.dtype(packed).itemsize
+        if not stored:
+            self.checkpoint.shape(tensor)  # which is not there
+        if math.prod(shape) > 4 * stored:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: quantized layer {name} has {stored} bytes, too few for the "
+                f"shape {list(shape)} that config.json asks for"
+            )
+
+    def _check_floats(self, tensor: str) -> None:
+        if not self._is_float(tensor):
+            raise CheckpointError(
+                f"{self.checkpoint.file(tensor)}: tensor {tensor} is "
+                f"{shown(str(self.checkpoint.dtype(tensor)))}, expected floats"
+            )
+
+    def _is_float(self, tensor: str) -> bool:
+        if tensor not in self.checkpoint:
+            return False
+        return is_float(self.checkpoint.dtype(tensor))
+
+    def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if tuple(found) != tuple(expected):
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: tensor {name} has shape {shown(list(found))}, but "
+                f"config.json asks for {list(expected)}"
+            )
+
+
+def _part_shape(shape: tuple[int, ...], index: int | None, rows: slice | None) -> tuple[int, ...]:
+    """Return the shape of one expert's part of a stacked tensor."""
+    if index is None:
+        return shape
+    if len(shape) != 3 or not 0 <= index < shape[0]:
+        return shape  # which is not that of any linear, and will be named
+    return (len(range(*(rows or slice(None)).indices(shape[1]))), shape[2])
+
+
+@expands_home
+def load_model(path: str | os.PathLike[str]) -> Model:
+    """Open a checkpoint folder as a model; weights are read block by block when they are needed.
+
+    Parameters
+    ----------
+    path
+        Folder with config.json and safetensors files, or a GGUF file: float, or quantized in a format that
+        is read.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    CheckpointNotFoundError, CheckpointError, UnsupportedModelError
+        If the folder is absent, damaged or not supported; the message says what and where.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> bitwright.load_model(bitwright.demo_folder()).config.num_hidden_layers
+    3
+    """
+    return Model(open_checkpoint(path))

@@ -1,0 +1,550 @@
+"""config.json, in its old and its new spelling, as one checked description of a decoder."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import ml_dtypes
+import numpy as np
+
+from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.models.config_keys import check_keys, check_rope_keys
+from bitwright.models.keys import (
+    _MOST_EXPERTS,
+    _MOST_HEAD_CHANNELS,
+    MOST_LAYERS,
+    SPELLINGS,
+    ConfigRules,
+    Keys,
+    whole,
+)
+
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+MODEL_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+OTHER_FLOATS = ("float64", "float8_e4m3fn", "float8_e5m2")  # that are read, and not written
+LayerType = Literal["full_attention", "sliding_attention"]
+_LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
+QUANTIZATION_KEYS = ("quantization", "quantization_config", "compression_config")
+SEPARATE_FILES = ("quantize_config.json", "quant_config.json")
+"""Where AutoGPTQ and AutoAWQ said what is said in config.json today."""
+_COUNT = re.compile(
+    r"(num|n|max)_\w+|\w+_(size|dim|rank|embeddings|window|group|scalar|replace|step)"
+)
+_LLAMA_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "original_max_position_embeddings": None,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "model_type": None,
+    "dtype": None,
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: how fast each pair of channels turns.
+
+    The fields carry the names that config.json gives them, except ``theta`` (``rope_theta``).
+    Which of them matter depends on ``rope_type``; ``None`` means not given.
+    """
+
+    rope_type: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Sizes of latent attention (DeepSeek V2): ranks of the latents, and of a head's parts."""
+
+    query_rank: int | None
+    key_value_rank: int
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Sizes of a mixture of experts, and how its router chooses.
+
+    ``scores`` turns the router's logits into scores. Of ``groups`` groups of experts the ``kept_groups``
+    best are looked at, by their best score (``"max"``) or the sum of their two best (``"top2"``).
+    ``shared_size`` is 0 where no expert serves every token.
+    """
+
+    count: int
+    chosen: int
+    intermediate_size: int
+    shared_size: int
+    scores: Literal["softmax", "sigmoid"]
+    normalized: bool
+    scale: float
+    groups: int
+    kept_groups: int
+    group_score: Literal["max", "top2"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's sizes and choices; build it with `from_dict`.
+
+    ``dtype`` is None where config.json names none: the stored tensors decide then. ``raw`` is
+    config.json as it was read, for what only one family knows.
+    """
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope: RopeConfig
+    sliding_rope: RopeConfig
+    rotary_dim: int
+    interleaved: bool
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    query_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    hidden_act: str
+    layer_types: tuple[LayerType, ...]
+    rotates: tuple[bool, ...]
+    is_sparse: tuple[bool, ...]
+    sliding_window: int | None
+    attention_scale: float
+    attention_softcap: float | None
+    final_softcap: float | None
+    embedding_scale: float
+    residual_scale: float
+    logits_divisor: float
+    latent: LatentConfig | None
+    experts: ExpertsConfig | None
+    dtype: np.dtype[Any] | None
+    raw: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def from_dict(
+        cls, raw: Mapping[str, Any], source: Path, families: Mapping[str, ConfigRules]
+    ) -> Self:
+        """Check and complete a parsed config.json.
+
+        Keys that are absent or null take the defaults of transformers, save where null means none.
+
+        Parameters
+        ----------
+        raw : mapping
+            The parsed file, spelled as transformers 4 or 5 does.
+        source : pathlib.Path
+            The file, for messages.
+        families : mapping of str to ConfigRules
+            What the supported values of ``model_type`` stand for.
+
+        Returns
+        -------
+        ModelConfig
+            The checked description.
+
+        Raises
+        ------
+        CheckpointError
+            If a value is absent, of the wrong type or out of range.
+        UnsupportedModelError
+            If the values are sound but ask for something that is not supported.
+
+        Examples
+        --------
+        >>> rules = {"llama": ConfigRules()}
+        >>> ModelConfig.from_dict({"model_type": "llama"}, Path("config.json"), rules).head_dim
+        128
+        """
+        outer = Keys(raw, source)
+        model_type = outer.choice("model_type", sorted(families))
+        rules = families[model_type]
+        values = raw
+        if rules.section is not None:
+            section = outer.section(rules.section)
+            # What the outer object says of the whole, such as its dtype, holds for the part as well.
+            values = {**raw, **(section.values if section else {})}
+        top = Keys(
+            values,
+            source,
+            f"{rules.section}." if rules.section else "",
+            _LLAMA_DEFAULTS | dict(rules.defaults),
+            rules,
+        )
+        check_keys(top, understood_keys(rules), model_type)
+        hidden_size = top.integer("hidden_size")
+        layers = top.integer("num_hidden_layers", most=MOST_LAYERS)
+        heads = top.integer("num_attention_heads")
+        key_value_heads = top.integer("num_key_value_heads", heads)
+        if heads % key_value_heads:
+            raise CheckpointError(
+                f'{source}: "num_attention_heads" is {heads}, which is not a multiple of '
+                f'"num_key_value_heads", {key_value_heads}'
+            )
+        latent = _latent(top) if rules.latent_attention else None
+        if latent is not None:
+            head_dim, rotary_dim = latent.plain_dim + latent.rotary_dim, latent.rotary_dim
+            if key_value_heads != heads:
+                raise UnsupportedModelError(
+                    f'{source}: "num_key_value_heads" is {key_value_heads}; with latent attention '
+                    f'it must be that of "num_attention_heads", {heads}'
+                )
+        else:
+            head_dim = top.integer("head_dim", 0)
+            if head_dim == 0 and hidden_size % heads:
+                raise CheckpointError(
+                    f'{source}: "hidden_size" is {hidden_size}, which is not a multiple of '
+                    f'"num_attention_heads", {heads}, and there is no "head_dim"'
+                )
+            head_dim = head_dim or hidden_size // heads
+            rotary_dim = int(head_dim * _partial_rotary_factor(top))
+        if heads * (head_dim + (latent.value_dim if latent else 0)) > _MOST_HEAD_CHANNELS:
+            raise top.wrong(
+                "num_attention_heads", f"together heads have at most {_MOST_HEAD_CHANNELS} channels"
+            )
+        if rotary_dim % 2 or rotary_dim == 0:
+            raise CheckpointError(
+                f'{source}: "head_dim" is {head_dim}, of which {rotary_dim} channels are rotated, but '
+                f"rotary position embeddings need an even number of channels"
+            )
+        rope, sliding_rope = _ropes(top, top.integer("max_position_embeddings"), rotary_dim)
+        sliding_window = top.optional_integer("sliding_window")
+        layer_types = _layer_types(top, rules, layers, sliding_window)
+        scalar = top.optional_number("query_pre_attn_scalar")
+        attention_scale = (head_dim if scalar is None else scalar) ** -0.5
+        if latent is not None:
+            attention_scale *= _latent_scale(rope)
+        sparse = tuple(rules.is_sparse(top, layer) for layer in range(layers))
+        activation = top.choice("hidden_act", ACTIVATIONS)
+        return cls(
+            model_type=model_type,
+            hidden_size=hidden_size,
+            intermediate_size=top.integer("intermediate_size"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_value_heads,
+            head_dim=head_dim,
+            vocab_size=top.integer("vocab_size"),
+            norm_eps=top.number("rms_norm_eps", zero=True),
+            rope=rope,
+            sliding_rope=sliding_rope,
+            rotary_dim=rotary_dim,
+            interleaved=top.flag(rules.interleaved),
+            max_position_embeddings=top.integer("max_position_embeddings"),
+            tie_word_embeddings=top.boolean("tie_word_embeddings"),
+            query_bias=top.flag(rules.query_bias),
+            output_bias=top.flag(rules.output_bias),
+            mlp_bias=top.flag(rules.mlp_bias),
+            hidden_act=activation,
+            layer_types=layer_types,
+            rotates=tuple(rules.rotates(top, layer) for layer in range(layers)),
+            is_sparse=sparse,
+            sliding_window=sliding_window,
+            attention_scale=top.number("attention_multiplier", attention_scale),
+            attention_softcap=top.optional_number("attn_logit_softcapping"),
+            final_softcap=top.optional_number("final_logit_softcapping"),
+            embedding_scale=_embedding_scale(top, hidden_size),
+            residual_scale=top.number("residual_multiplier", 1.0),
+            logits_divisor=top.number("logits_scaling", 1.0),
+            latent=latent,
+            experts=_experts(top, rules) if any(sparse) else None,
+            dtype=_dtype(top),
+            raw=raw,
+        )
+
+
+def understood_keys(rules: ConfigRules) -> set[str]:
+    """Return the keys that a family is computed by, in all their spellings."""
+    keys = {*_LLAMA_DEFAULTS, *rules.defaults}
+    spelled = {each for key in keys for each in (*SPELLINGS.get(key, ()), key)}
+    return spelled - {*rules.spellings} | {*rules.spellings.values(), rules.section or "model_type"}
+
+
+def _dtype(top: Keys) -> np.dtype[Any] | None:
+    said = top.get("dtype")
+    if said in (None, "auto"):
+        return None
+    if isinstance(said, str) and said.startswith("torch."):
+        top = Keys({"dtype": said.removeprefix("torch.")}, top.source, top.name)
+    if top.get("dtype") in OTHER_FLOATS:
+        return None
+    return MODEL_DTYPES[top.choice("dtype", list(MODEL_DTYPES))]
+
+
+def _embedding_scale(top: Keys, hidden_size: int) -> float:
+    if top.get("scaled_embedding"):
+        return float(np.float32(math.sqrt(hidden_size)))
+    return top.number("embedding_multiplier", 1.0)
+
+
+def _partial_rotary_factor(top: Keys) -> float:
+    rope = top.section("rope_scaling") or top.section("rope_parameters")
+    factor = top.number("partial_rotary_factor")
+    if rope is not None:
+        factor = rope.number("partial_rotary_factor", factor)
+    if factor > 1:
+        raise top.wrong("partial_rotary_factor", "must be at most 1")
+    if factor != 1 and not top.get("rotates_in_part"):
+        raise UnsupportedModelError(
+            f'{top.source}: "partial_rotary_factor" is {factor}, but for this model_type only 1 is '
+            f"supported"
+        )
+    return factor
+
+
+def _layer_types(
+    top: Keys, rules: ConfigRules, layers: int, sliding_window: int | None
+) -> tuple[LayerType, ...]:
+    slides = [sliding_window is not None and rules.slides(top, each) for each in range(layers)]
+    computed: tuple[LayerType, ...] = tuple(
+        "sliding_attention" if each else "full_attention" for each in slides
+    )
+    types = top.values.get("layer_types")
+    if types is None:
+        return computed
+    if not isinstance(types, list) or len(types) != layers:
+        raise top.wrong("layer_types", f"must be a list of {layers} strings")
+    types = ["full_attention" if each == "attention" else each for each in types]
+    for each in types:
+        if each not in _LAYER_TYPES:
+            raise UnsupportedModelError(
+                f"{top.source}: {top.quoted('layer_types')} holds {shown(each)}, which is not "
+                f"supported; supported are: {', '.join(_LAYER_TYPES)}"
+            )
+    if "layer_types" not in rules.defaults:
+        if types != list(computed):
+            raise UnsupportedModelError(
+                f"{top.source}: {top.named('layer_types')} asks for other windows than the rest of the "
+                f"file; for this model_type transformers overlooks the key, other engines do not. If the "
+                f"model was made without it, delete the key from config.json"
+            )
+        return computed
+    if "sliding_attention" in types and sliding_window is None:
+        raise top.wrong("sliding_window", 'must be an integer: "layer_types" asks for it')
+    if "sliding_attention" in types and top.get("use_sliding_window") is False:
+        raise top.wrong("use_sliding_window", 'must be true: "layer_types" asks for windows')
+    return tuple(cast(LayerType, each) for each in types)
+
+
+def _latent(top: Keys) -> LatentConfig:
+    return LatentConfig(
+        query_rank=top.optional_integer("q_lora_rank"),
+        key_value_rank=top.integer("kv_lora_rank"),
+        plain_dim=top.integer("qk_nope_head_dim"),
+        rotary_dim=top.integer("qk_rope_head_dim"),
+        value_dim=top.integer("v_head_dim"),
+    )
+
+
+def _latent_scale(rope: RopeConfig) -> float:
+    """What latent attention multiplies its scores by: the temperature of the stretched positions, which
+    cosines and sines leave out there."""
+    if rope.rope_type == "default" or not rope.mscale_all_dim or rope.factor <= 1:
+        return 1.0
+    return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
+
+
+def _experts(top: Keys, rules: ConfigRules) -> ExpertsConfig:
+    count = top.integer("num_experts", most=_MOST_EXPERTS)
+    chosen = top.integer("num_experts_per_tok")
+    if chosen > count:
+        raise top.wrong("num_experts_per_tok", f"must be at most {count}, the number of experts")
+    size = top.integer("moe_intermediate_size", top.integer("intermediate_size"))
+    groups = kept = 1
+    group_score: Literal["max", "top2"] = "max"
+    if rules.topk_methods:
+        method = top.choice("topk_method", rules.topk_methods, rules.topk_methods[0])
+        if method != "greedy":
+            groups, kept = top.integer("n_group", 1), top.integer("topk_group", 1)
+            group_score = "top2" if method == "noaux_tc" else "max"
+        if count % groups or kept > groups or count // groups * kept < chosen:
+            raise top.wrong(
+                "topk_group",
+                f"its {kept} of {groups} groups of {count} experts must hold {chosen} to choose",
+            )
+    shared = top.integer("shared_expert_intermediate_size", 0, zero=True)
+    return ExpertsConfig(
+        count=count,
+        chosen=chosen,
+        intermediate_size=size,
+        shared_size=shared or size * top.integer("n_shared_experts", 0, zero=True),
+        scores=rules.router_scores,
+        normalized=rules.always_normalized or top.boolean("norm_topk_prob", False),
+        scale=top.number("routed_scaling_factor", 1.0),
+        groups=groups,
+        kept_groups=kept,
+        group_score=group_score,
+    )
+
+
+def _ropes(
+    top: Keys, max_position_embeddings: int, rotary_dim: int
+) -> tuple[RopeConfig, RopeConfig]:
+    """Return what full and sliding layers turn by."""
+    # transformers lets the old key win where a file has both.
+    rope = (
+        top.section("rope_scaling")
+        or top.section("rope_parameters")
+        or Keys({}, top.source, "rope_parameters.")
+    )
+    sliding_theta = top.optional_number("rope_local_base_freq")
+    if not any(isinstance(value, dict) for value in rope.values.values()):
+        if sliding_theta is not None and rope.name == "rope_parameters." and rope.values:
+            raise UnsupportedModelError(
+                f'{top.source}: {top.named("rope_parameters")} must hold "full_attention" and '
+                f'"sliding_attention"; transformers overlooks what else it says'
+            )
+        full = _rope(top, rope, max_position_embeddings, rotary_dim)
+        return full, full if sliding_theta is None else RopeConfig(theta=sliding_theta)
+    if sliding_theta is None:
+        raise UnsupportedModelError(
+            f"{top.source}: {rope.quoted('*')} differ from layer to layer, which is not supported"
+        )
+    sections = [
+        rope.section(each) or Keys({}, top.source, f"{rope.name}{each}.") for each in _LAYER_TYPES
+    ]
+    for each in sections:
+        if each.number("partial_rotary_factor", 1.0) != 1:
+            raise UnsupportedModelError(
+                f"{top.source}: {each.quoted('partial_rotary_factor')} is not 1, which is not supported"
+            )
+    full = _rope(top, sections[0], max_position_embeddings, rotary_dim)
+    local = Keys({"rope_theta": sliding_theta, **sections[1].values}, top.source, sections[1].name)
+    return full, _rope(top, local, max_position_embeddings, rotary_dim)
+
+
+def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) -> RopeConfig:
+    check_rope_keys(rope)
+    theta = rope.number("rope_theta", top.number("rope_theta"))
+    if theta <= 1:
+        raise CheckpointError(f'{top.source}: "rope_theta" is {theta}, but must be more than 1')
+    type_key = "type" if rope.get("rope_type") is None else "rope_type"
+    if rope.get(type_key) == "su" or (rope.get(type_key) == "yarn" and rope.get("short_factor")):
+        rope_type = "longrope"  # as early Phi-3 models call it
+    else:
+        rope_type = rope.choice(type_key, ROPE_TYPES, "default")
+    if rope_type == "default":
+        return RopeConfig(theta=theta)
+    if rope_type in ("linear", "dynamic"):
+        return RopeConfig(rope_type, theta, rope.number("factor"))
+    # A length beside the rope section wins over the one inside, as in transformers.
+    original = top.integer(
+        "original_max_position_embeddings",
+        rope.integer("original_max_position_embeddings", max_position_embeddings),
+    )
+    if rope_type == "longrope":
+        return RopeConfig(
+            rope_type,
+            theta,
+            rope.number("factor", max_position_embeddings / original),
+            original_max_position_embeddings=original,
+            attention_factor=rope.optional_number("attention_factor"),
+            short_factor=rope.numbers("short_factor", rotary_dim // 2),
+            long_factor=rope.numbers("long_factor", rotary_dim // 2),
+        )
+    if rope_type == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if low >= high:
+            raise CheckpointError(
+                f"{top.source}: {rope.quoted('low_freq_factor')} is {low}, but must be less than "
+                f"{rope.quoted('high_freq_factor')}, {high}"
+            )
+        return RopeConfig(rope_type, theta, rope.number("factor"), low, high, original)
+    return RopeConfig(
+        rope_type,
+        theta,
+        rope.number("factor", max_position_embeddings / original),
+        original_max_position_embeddings=original,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        attention_factor=rope.optional_number("attention_factor"),
+        mscale=rope.optional_number("mscale", zero=True),
+        mscale_all_dim=rope.optional_number("mscale_all_dim", zero=True),
+        truncate=rope.boolean("truncate", True),
+    )
+
+
+def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json without what it says of quantization, as a whole or in its part for text.
+
+    Parameters
+    ----------
+    config : mapping
+        config.json of any checkpoint.
+
+    Returns
+    -------
+    dict
+        The rest, in the same order.
+    """
+    rest = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    if isinstance(config.get("text_config"), dict):
+        rest["text_config"] = float_config(config["text_config"])
+    return rest
+
+
+def plainly_spelled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json in spellings that every engine reads, where bitwright reads more of them.
+
+    transformers refuses ``torch.bfloat16`` and ``auto`` as a dtype and counts like 4096.0, and vLLM
+    ``swish`` as an activation.
+
+    Parameters
+    ----------
+    config : mapping
+        config.json of any checkpoint.
+
+    Returns
+    -------
+    dict
+        The same, in the same order; most are as they were.
+    """
+    spelled: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            if value != "auto":
+                spelled[key] = value.removeprefix("torch.")
+        elif key in ("hidden_act", "hidden_activation") and value == "swish":
+            spelled[key] = "silu"
+        elif isinstance(value, dict) and key in ("text_config", "rope_scaling", "rope_parameters"):
+            spelled[key] = plainly_spelled(value)
+        else:
+            spelled[key] = whole(value) if _COUNT.fullmatch(key) else value
+    return spelled

@@ -1,0 +1,319 @@
+"""Which layers are quantized, and how finely."""
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from bitwright.checkpoint.reader import read_json_object
+from bitwright.errors import RecipeError, malformed_as, shown
+from bitwright.files.home import expands_home
+from bitwright.files.replacing import write_json
+from bitwright.formats import Format, Precision
+from bitwright.formats.engine_names import check_fused
+from bitwright.grids.tensor import BITS
+from bitwright.loading.model import Model
+
+Overrides = Mapping[str, Mapping[str, int]]
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The precision of every layer, for any method and format that can store it.
+
+    Parameters
+    ----------
+    layers
+        ``(bits, group_size)`` by full name, None for the whole row.
+    target_bpw, bits_per_weight
+        What was asked for and what it comes to, over these layers, scales included.
+
+    Examples
+    --------
+    >>> import bitwright
+    >>> recipe = bitwright.Recipe({"a": (3, 64), "b": (5, 64)}, 4.5, 4.5)
+    >>> recipe.overrides()["b"]
+    {'bits': 5, 'group_size': 64}
+    """
+
+    layers: Mapping[str, tuple[int, int | None]]
+    target_bpw: float
+    bits_per_weight: float
+
+    @property
+    def most_common(self) -> tuple[int, int | None]:
+        """The precision that most layers have."""
+        return Counter(self.layers.values()).most_common(1)[0][0]
+
+    def overrides(self) -> dict[str, dict[str, int]]:
+        """Return it as `bitwright.quantize` takes it."""
+        return {
+            name: {"bits": bits, "group_size": size or -1}
+            for name, (bits, size) in self.layers.items()
+        }
+
+    @expands_home
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as JSON; OutputError if that fails."""
+        write_json(Path(path), self.as_dict())
+
+    def as_dict(self) -> dict[str, object]:
+        """Return what the JSON file holds."""
+        return {
+            "version": VERSION,
+            "target_bpw": self.target_bpw,
+            "bits_per_weight": self.bits_per_weight,
+            "layers": self.overrides(),
+        }
+
+    @classmethod
+    @expands_home
+    def load(cls, path: str | os.PathLike[str]) -> "Recipe":
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        RecipeError
+            If the file is damaged, or not such a file.
+        """
+        with malformed_as(
+            RecipeError, f"{path}: is not a recipe", "; make one with bitwright dynamic"
+        ):
+            content = read_json_object(Path(path))
+            if content["version"] != VERSION:
+                raise ValueError(f"version {content['version']}")
+            layers: dict[str, tuple[int, int | None]] = {}
+            for name, each in content["layers"].items():
+                bits, size = each["bits"], each["group_size"]
+                sound = type(bits) is int and bits in BITS and type(size) is int
+                if not sound or not (size > 0 or size == -1):
+                    raise ValueError(f"layer {name}: {each}")
+                layers[name] = bits, None if size == -1 else size
+            if not layers:
+                raise ValueError("no layers")
+            target, reached = float(content["target_bpw"]), float(content["bits_per_weight"])
+            if not (math.isfinite(target) and math.isfinite(reached)):
+                raise ValueError(f"target_bpw {target}, bits_per_weight {reached}")
+            return cls(layers, target, reached)
+
+
+def plan_layers(
+    model: Model,
+    format: type[Format],
+    default: Precision,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overrides: Overrides | None = None,
+    embedding_bits: int | None = None,
+    head_bits: int | None = None,
+    allow_unfused: bool = False,
+) -> dict[str, Precision | None]:
+    """Return the precision of every layer by full name, None for those that stay in float.
+
+    Patterns are shell globs over full names without ``.weight``, such as ``*.down_proj`` or
+    ``model.layers.0.*``. Excluding wins over including; of several overrides the last one wins.
+
+    Raises
+    ------
+    ValueError
+        If a pattern matches no layer, or the format cannot store what is asked for.
+    """
+    shapes = dict(model.linear_shapes())
+    plan = plan_shapes(
+        shapes, default, format, include=include, exclude=exclude, overrides=overrides
+    )
+    model_type = model.config.model_type
+    plan.update(dict.fromkeys(n for n in shapes if format.keeps_in_float(model_type, n)))
+    plan.update(dict.fromkeys(model.never_quantized()))
+    matrix = (model.config.vocab_size, model.config.hidden_size)
+    for name, bits, option in (
+        (model.names.embedding, embedding_bits, "embedding_bits"),
+        (model.names.head, head_bits, "head_bits"),
+    ):
+        if bits is None:
+            continue
+        if not format.embeddings:
+            raise ValueError(
+                f"{option}: the {format.name} format keeps embeddings and head in float"
+            )
+        if model.tied and option == "head_bits":
+            raise ValueError("head_bits: the head is the embedding; use embedding_bits")
+        plan[name] = format.with_bits(default, bits)
+        shapes[name] = matrix
+    check_plan(plan, shapes, format, allow_unfused)
+    return plan
+
+
+def plan_shapes(
+    shapes: Mapping[str, tuple[int, int]],
+    default: Precision,
+    format: type[Format] = Format,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overrides: Overrides | None = None,
+) -> dict[str, Precision | None]:
+    """Return the precision of every layer in `shapes`; see `plan_layers`."""
+    overrides = overrides or {}
+    for pattern in (*include, *exclude, *overrides):
+        if pattern not in shapes and not any(fnmatchcase(name, pattern) for name in shapes):
+            raise ValueError(
+                f"pattern {pattern!r} matches no layer; names are like {next(iter(shapes))}"
+            )
+    plan: dict[str, Precision | None] = dict.fromkeys(shapes, default)
+    for pattern, changes in overrides.items():
+        precision = _changed(default, pattern, changes, format)
+        # A recipe names every layer: trying each as a pattern on each would take minutes.
+        named = [pattern] if pattern in shapes else [n for n in shapes if fnmatchcase(n, pattern)]
+        plan.update(dict.fromkeys(named, precision))
+    for name in shapes:
+        chosen = not include or any(fnmatchcase(name, pattern) for pattern in include)
+        if not chosen or any(fnmatchcase(name, pattern) for pattern in exclude):
+            plan[name] = None
+    return plan
+
+
+def check_plan(
+    plan: Mapping[str, Precision | None],
+    shapes: Mapping[str, tuple[int, int]],
+    format: type[Format],
+    allow_unfused: bool = False,
+) -> None:
+    """Raise ValueError unless something is quantized, and to what the format can store and its engines
+    load: parts of what they compute as one module alike, unless that is allowed."""
+    unfit: dict[str, Precision] = {}
+    for name, planned in plan.items():
+        if planned is not None and not format.fits(shapes[name][1], planned):
+            unfit[name] = planned
+        elif planned is not None:
+            format.check(name, shapes[name], planned)
+    if unfit:
+        raise ValueError(_unfit_message(unfit, plan, shapes, format))
+    if not any(plan.values()):
+        raise ValueError("include and exclude leave no layer to quantize")
+    if not allow_unfused:
+        check_fused(format, plan)
+
+
+def check_candidates(
+    candidates: Iterable[Precision], shapes: Mapping[str, tuple[int, int]], format: type[Format]
+) -> None:
+    """Raise ValueError unless every layer can have every precision in some format."""
+    for each in candidates:
+        unfit = {name: each for name, shape in shapes.items() if not format.fits(shape[1], each)}
+        if unfit:
+            sizes = [
+                size
+                for size in format.group_sizes
+                if all(
+                    format.fits(shape[1], replace(each, group_size=size))
+                    for shape in shapes.values()
+                )
+            ]
+            more = f", such as {each.bits}:{max(sizes)}" if sizes else ""
+            raise ValueError(
+                f"candidates: {unfit_layers(unfit, shapes, format)}. Every candidate must do for every "
+                f"layer: give others{more}"
+            )
+        for name, shape in shapes.items():
+            format.check(name, shape, each)
+
+
+def unfit_layers(
+    unfit: Mapping[str, Precision], shapes: Mapping[str, tuple[int, int]], format: type[Format]
+) -> str:
+    """Say which groups do not divide the rows of which layers."""
+    kinds: dict[tuple[str, int], list[str]] = {}
+    for name, precision in unfit.items():
+        channels = shapes[name][1]
+        kind = format.group_words(precision, channels)
+        kinds.setdefault((kind, channels), []).append(name)
+    return "; ".join(
+        f"{kind} do not divide the {channels} input channels of {', '.join(as_globs(names, shapes))}"
+        for (kind, channels), names in kinds.items()
+    )
+
+
+def _unfit_message(
+    unfit: Mapping[str, Precision],
+    plan: Mapping[str, Precision | None],
+    shapes: Mapping[str, tuple[int, int]],
+    format: type[Format],
+) -> str:
+    """Say which layers do not consist of whole groups, and all that helps."""
+    remedies = []
+    planned = [(shapes[name][1], each) for name, each in plan.items() if each is not None]
+    sizes = [
+        size
+        for size in format.group_sizes
+        if all(format.fits(channels, replace(each, group_size=size)) for channels, each in planned)
+    ]
+    if sizes:
+        remedies.append(f"--group-size {max(sizes)} for all layers")
+    changes: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    for name, precision in unfit.items():
+        change = tuple(format.change_that_fits(shapes[name][1], precision).items())
+        changes.setdefault(change, []).append(name)
+    overrides = [
+        f"--override '{pattern}={','.join(f'{key}:{value}' for key, value in change)}'"
+        for change, names in changes.items()
+        if change
+        for pattern in as_globs(names, shapes)
+    ]
+    if () not in changes:
+        remedies.append(" ".join(overrides))
+    excluded = " ".join(f"--exclude '{each}'" for each in as_globs([*unfit], shapes))
+    remedies.append(f"{excluded} to leave {'it' if len(unfit) == 1 else 'them'} in float")
+    return f"{unfit_layers(unfit, shapes, format)}. What helps: {', or '.join(remedies)}"
+
+
+def as_globs(names: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Return shell globs that match some layers and no other: one for those that differ in numbers only,
+    such as ``model.layers.*.mlp.down_proj``, and names where that would match more.
+
+    Parameters
+    ----------
+    names
+        The layers.
+    known
+        All layers that there are.
+    """
+    others = set(known) - set(names)
+    alike: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        alike.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), []).append(name)
+    found: list[str] = []
+    for pattern, members in alike.items():
+        found += members if any(fnmatchcase(each, pattern) for each in others) else [pattern]
+    return found
+
+
+def check_recipe(recipe: Recipe, model: Model) -> None:
+    """Raise RecipeError unless a recipe names the layers of a model."""
+    known = model.linear_shapes()
+    for name in recipe.layers:
+        if name not in known:
+            raise RecipeError(
+                f"recipe: names layer {shown(name)}, which {model.checkpoint.folder} does not have; its "
+                f"layers are like {next(iter(known))}"
+            )
+
+
+def _changed(
+    default: Precision, pattern: str, changes: Mapping[str, int], format: type[Format]
+) -> Precision:
+    unknown = set(changes) - {"bits", "group_size"}
+    if unknown:
+        raise ValueError(
+            f"override of {pattern!r}: unknown {', '.join(sorted(unknown))}; known: bits, group_size"
+        )
+    bits = changes.get("bits", default.bits)
+    precision = default if bits == default.bits else format.with_bits(default, bits)
+    size = changes.get("group_size", precision.group_size)
+    return replace(precision, group_size=None if size == -1 else size)

@@ -1,0 +1,1 @@
+"""Whole recipes of how to quantize a model."""

@@ -1,0 +1,414 @@
+"""Quantizes a model by any method into any format."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from bitwright.blocks.scaling import AwqOptions, Clip, Objective
+from bitwright.build import set_num_threads
+from bitwright.checkpoint.reader import require_model
+from bitwright.errors import check_choice
+from bitwright.files.home import expands_home
+from bitwright.formats import FORMATS, FormatName, GroupSize
+from bitwright.grids.tensor import Grid
+from bitwright.loading.model import load_model
+from bitwright.methods.awq import DEFAULT_GRID
+from bitwright.methods.metrics import Metric
+from bitwright.methods.registry import (
+    CORRECTED_DAMPING,
+    CORRECTED_METHODS,
+    DAMPING,
+    METHODS,
+    PRESETS,
+    SCALED_METHODS,
+    MethodOptions,
+    Preset,
+)
+from bitwright.methods.salient import (
+    ACTIVATION_METHODS,
+    ActivationMethod,
+)
+from bitwright.methods.salient import BITS as SALIENT_BITS
+from bitwright.models.config import float_config
+from bitwright.precision.recipe import Recipe, check_recipe, plan_layers
+from bitwright.quantization.pipeline import AllIsWell, Run, only_checking
+from bitwright.records.card import made_by, python_call
+from bitwright.records.reports import QuantizationReport
+from bitwright.statistics.activation_file import ActivationFile
+from bitwright.statistics.folder import Statistics
+from bitwright.text.samples import DEFAULT_SAMPLES, TokenSource, load_samples
+from bitwright.warned import reports_warnings
+
+
+def check_quantization(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any
+) -> None:
+    """Raise what `quantize` would before its first block; nothing is written.
+
+    For those who call it after work of their own, which would be lost."""
+    token = only_checking.set(True)
+    try:
+        quantize(model, out, **{**options, "progress": False})
+    except AllIsWell:
+        pass
+    finally:
+        only_checking.reset(token)
+
+
+@reports_warnings
+@expands_home
+def quantize(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    method: Literal["gptq", "rtn", "awq", "awq+gptq", "salient"] = "gptq",
+    bits: int = 4,
+    group_size: GroupSize = "auto",
+    format: FormatName = "mlx",
+    calibration: TokenSource | None = None,
+    *,
+    preset: Preset = "default",
+    refine: bool | None = None,
+    drift: bool | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    bos: bool = True,
+    grid: Grid | None = None,
+    scale_dtype: DTypeLike | None = None,
+    damping: float | None = None,
+    act_order: bool = True,
+    block_size: int = 128,
+    grid_search: bool | None = None,
+    n_grid: int = DEFAULT_GRID,
+    coarse_to_fine: bool = True,
+    clip: Clip = "default",
+    metric: str | Metric = "mse",
+    objective: Objective = "layer",
+    salient_ratio: float = 0.01,
+    activation_method: ActivationMethod = "rms",
+    activations: str | os.PathLike[str] | None = None,
+    statistics: str | os.PathLike[str] | None = None,
+    propagate: Literal["quantized", "original"] | None = None,
+    embedding_bits: int | None = None,
+    head_bits: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, Mapping[str, int]] | None = None,
+    recipe: str | os.PathLike[str] | Recipe | None = None,
+    allow_requantize: bool = False,
+    allow_unfused: bool = False,
+    memory: float | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: bool = True,
+) -> QuantizationReport:
+    """Quantize a checkpoint folder into another one.
+
+    Weights are read, quantized and written one decoder block at a time. Inside a block the layers are
+    taken in the order of the computation, each group of layers with one input together: their statistics
+    come from what the already quantized layers before them produce.
+
+    Parameters
+    ----------
+    model
+        Checkpoint folder (config.json and safetensors) or GGUF file, in float.
+    out
+        Folder to write; it appears when everything is done, or not at all.
+    method
+        ``"gptq"``, ``"rtn"``, ``"awq"``, ``"awq+gptq"`` (AWQ's scales, then GPTQ on the scaled weights) or
+        ``"salient"`` (see `awq_quantize`; 4 bits). All but rtn need `calibration`.
+    bits, group_size
+        Of every linear layer in the decoder blocks; group size None or -1 is the whole row, ``"auto"`` 64
+        or what the format asks for.
+    format
+        ``"mlx"`` (mlx-lm), ``"gptq"``, ``"awq"`` or ``"compressed-tensors"`` (transformers, vLLM),
+        ``"gguf"`` (llama.cpp), ``"marlin"`` (vLLM up to 0.10.1); see docs/formats.md.
+    calibration
+        A ``.txt``, ``.jsonl`` or ``.npy`` file, token ids ``[samples, length]``, or a list of texts; see
+        `bitwright.load_tokens`. For ``"rtn"`` it only serves the grid search and the reported errors.
+    preset
+        ``"fast"`` is the method by itself. ``"default"`` adds `refine` and `drift` to gptq, awq and
+        awq+gptq. ``"best"`` chooses the precision of every layer within the same size, too, and trains
+        the scales afterwards; see `bitwright.quantize_best`.
+    refine
+        After a layer is quantized, improve codes and scales in the metric of its gram, see `refine`. By
+        default as the preset says; for every method if it is True.
+    drift
+        Quantize weights that make up for what the errors of the layers before have changed in a layer's
+        inputs; needs `propagate` to be ``"quantized"``. By default as the preset says.
+    samples, length, seed
+        Take so many samples of so many tokens, chosen by the seed. By default at most 128 samples, of 512
+        tokens, or as many as the model knows positions, where `calibration` is text.
+    bos
+        Begin every sample of a text with what the tokenizer puts first, see `load_tokens`.
+    grid
+        One that the format stores; its first by default (mlx: affine; gptq: symmetric, or zero_point;
+        awq: zero_point, or symmetric; gguf: k where rows are multiples of 256, or affine or symmetric).
+    scale_dtype
+        Dtype of scales and biases, by default what the format asks for.
+    damping
+        As for `quantize_gptq`, and for `bitwright.refine`; by default 0.01, and 0.05 with drift correction.
+    act_order, block_size, grid_search
+        As for `quantize_gptq`; `grid_search` is on by default for gptq and awq+gptq, off for the others.
+    n_grid, coarse_to_fine
+        AWQ's scales are searched over so many ratios, see `search_scale`; and clipping over half as many
+        limits.
+    clip
+        Clip the range of each group, see `quantize_clipped`: by ``"default"`` of all linears but query and
+        key, of ``"all"`` or of ``"none"``. For awq+gptq the grid search takes its place.
+    metric
+        AWQ's error metric: ``"mse"``, ``"mae"``, ``"relative"``, ``"cosine"``, ``"huber"``, or a function
+        of reference and candidate outputs ``[tokens, channels]`` that returns an error per channel. All but
+        mse are computed on some of the tokens.
+    objective
+        What AWQ's metric judges: the outputs of each ``"layer"``, which is exact through the gram, or
+        the real outputs of attention and MLP (``"block"``).
+    salient_ratio, activation_method
+        As for `awq_quantize`; methods other than rms need `activations`.
+    activations
+        An .npz of layer inputs (see `collect_activations`) in place of `calibration`; not for AWQ's scales.
+    statistics
+        Folder of statistics of the same model (see `collect_statistics`) in place of `calibration`. They
+        are those of the original's layers, so there is no drift correction.
+    propagate
+        What feeds the next layers: the ``"quantized"`` ones (default) or the ``"original"`` ones.
+    embedding_bits, head_bits
+        Quantize the embedding (round-to-nearest) and the head (with `method`) too; they stay in float by
+        default. A tied head follows the embedding.
+    include, exclude
+        Shell globs over layer names: quantize only, and leave in float.
+    overrides
+        ``{glob: {"bits": …, "group_size": …}}`` for layers that differ; the last match wins.
+    recipe
+        The precision of every layer, see `bitwright.Recipe`, or a file of it, in place of bits and
+        group_size; `overrides` count more.
+    allow_requantize
+        Take a model that is quantized already, in any format that is read, as if its weights were the
+        original's. What its first rounding lost stays lost: use the original where there is one.
+    allow_unfused
+        Let layers differ that vLLM computes as one module (query, key and value; gate and up; all experts
+        of a layer), in the formats that it loads. It refuses such a folder; other engines may not.
+    memory
+        Gigabytes (10⁹ bytes) that the process may take: hidden states that do not fit go to files beside
+        `out`. By default three quarters of what is free.
+    resume
+        Go on where an interrupted run with the same arguments has stopped, after its last complete block,
+        with the bytes that an undisturbed run gives; it is refused where anything else than memory, threads
+        or ranks has changed. False starts over.
+    overwrite
+        Replace an existing checkpoint folder `out`, once the new one is complete.
+    threads
+        Number of threads from now on, in the whole process.
+    progress
+        Show a progress bar with the time left and each block's error, on standard error.
+
+    Returns
+    -------
+    QuantizationReport
+
+    Raises
+    ------
+    MemoryBudgetError
+        If the run would take more memory than it may; the message tells how much it needs.
+    ResumeError
+        If an interrupted run had other arguments or inputs; the message tells which.
+    CheckpointError, CalibrationError, StatisticsError, NonFiniteError, OutputError, ValueError, TypeError
+        If anything is wrong with what was given; the message says what and where. Nothing is written then,
+        but what a run needs to go on from after an interruption, in ``.NAME.work`` beside `out`.
+
+    Examples
+    --------
+    >>> import bitwright, tempfile
+    >>> demo = bitwright.demo_folder()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = bitwright.quantize(
+    ...         demo, f"{folder}/q", bits=4, calibration=demo / "calibration.txt", samples=8,
+    ...         length=128, progress=False,
+    ...     )
+    >>> report.layer_bits_per_weight
+    4.5
+    """
+    arguments = dict(locals())
+    start = time.perf_counter()
+    require_model(model)
+    for name, value, known in (
+        ("method", method, tuple(METHODS)),
+        ("format", format, tuple(FORMATS)),
+        ("propagate", propagate or "quantized", ("quantized", "original")),
+        ("preset", preset, PRESETS),
+    ):
+        check_choice(name, value, known)
+    if statistics is not None:
+        _check_statistics_alone(arguments)
+    if preset == "best":
+        from bitwright.presets.best import quantize_best  # which calls this function again
+
+        with made_by(python_call(quantize, arguments)):
+            del arguments["preset"]
+            return quantize_best(**arguments)
+    if threads is not None:
+        set_num_threads(threads)
+    awq = AwqOptions(n_grid, coarse_to_fine, clip, metric, objective)
+    corrected = drift
+    if drift is None:
+        corrected = preset != "fast" and method in CORRECTED_METHODS
+        corrected &= propagate != "original" and statistics is None
+    elif drift and propagate == "original":
+        raise ValueError("drift: with propagate original there is none to correct")
+    if damping is None:
+        damping = CORRECTED_DAMPING if corrected else DAMPING
+    options = MethodOptions(
+        method,
+        damping,
+        act_order,
+        block_size,
+        grid_search,
+        salient_ratio,
+        activation_method,
+        preset != "fast" and method in CORRECTED_METHODS if refine is None else refine,
+        bool(corrected),
+    )
+    unknown = calibration is None and activations is None and statistics is None
+    _check_inputs(options, calibration, activations, unknown)
+    if refine and unknown:
+        raise ValueError("refine: needs calibration data")
+    if drift and calibration is None:
+        raise ValueError("drift: needs calibration data, which the model is run on")
+
+    original = load_model(model)
+    original.warn_of_unused()
+    declared = original.checkpoint.config != float_config(original.checkpoint.config)
+    if original.format and (declared or original.quantized_layers()) and not allow_requantize:
+        raise ValueError(
+            f"{original.checkpoint.folder}: is quantized already ({original.format.name}); start from the "
+            f"original, or say that it may be rounded again: allow_requantize (--allow-requantize). "
+            f"bitwright convert changes the format alone"
+        )
+    kind = FORMATS[format]
+    if grid is None and method == "salient" and "symmetric" in kind.grids:
+        grid = "symmetric"
+    if recipe is not None:
+        per_layer = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        check_recipe(per_layer, original)
+        bits, group_size = per_layer.most_common
+        overrides = per_layer.overrides() | dict(overrides or {})
+    default = kind.precision(bits, group_size, grid, original.input_channels())
+    plan = plan_layers(
+        original,
+        kind,
+        default,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+        embedding_bits=embedding_bits,
+        head_bits=head_bits,
+        allow_unfused=allow_unfused,
+    )
+    if method == "salient":
+        for name, planned in plan.items():
+            rounded = name == original.names.embedding
+            if planned and planned.bits != SALIENT_BITS and not rounded:
+                raise ValueError(
+                    f"{name}: method salient stores {SALIENT_BITS} bits, no other number"
+                )
+    dtype = kind.scale_dtype(original.dtype)
+    if scale_dtype is not None:
+        dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
+    found = None
+    if statistics is not None:
+        found = Statistics(statistics)
+        found.check(original)
+    loaded = None
+    if calibration is not None:
+        loaded = load_samples(
+            calibration,
+            tokenizer=original.checkpoint.folder,
+            length=length,
+            samples=samples,
+            seed=seed,
+            vocab_size=original.config.vocab_size,
+            positions=original.positions,
+            bos=bos,
+            most=DEFAULT_SAMPLES,
+        )
+
+    facts = {"preset": preset, "grid": default.grid, "scales": dtype.name}
+    with (
+        nullcontext() if activations is None else ActivationFile(activations) as inputs,
+        made_by(python_call(quantize, arguments)),
+    ):
+        run = Run(
+            original,
+            kind,
+            plan,
+            options,
+            awq,
+            dtype,
+            None if loaded is None else loaded.tokens,
+            inputs,
+            propagate != "original" and found is None,
+            memory=memory,
+            resume=resume,
+            statistics=found,
+        )
+        identity = {
+            "bits": bits,
+            "group_size": group_size,
+            "grid": default.grid,
+            "bos": None if loaded is None else loaded.bos,
+        }
+        return run.write(out, default, overwrite, progress, start, facts, identity)
+
+
+def _check_inputs(
+    options: MethodOptions,
+    calibration: TokenSource | None,
+    activations: str | os.PathLike[str] | None,
+    unknown: bool,
+) -> None:
+    method = options.method
+    if method != "rtn" and unknown:
+        raise ValueError(f"calibration: {method} needs text or token ids; method rtn does without")
+    if activations is not None and calibration is not None:
+        raise ValueError("activations: take the place of calibration; pass one of the two")
+    if activations is not None and method in SCALED_METHODS:
+        raise ValueError(f"activations: {method} runs the model, so it needs calibration instead")
+    if method != "salient":
+        return
+    if not 0 <= options.salient_ratio <= 1:
+        raise ValueError(f"salient_ratio: expected 0 to 1, got {options.salient_ratio}")
+    check_choice("activation_method", options.activation_method, ACTIVATION_METHODS)
+    if activations is None and options.activation_method != "rms":
+        raise ValueError("activation_method: mean and max need activations; calibration gives rms")
+
+
+def _check_statistics_alone(given: Mapping[str, Any]) -> None:
+    """Raise ValueError if what statistics stand for, or what they cannot do, is asked for beside them."""
+    instead = [name for name in ("calibration", "activations") if given[name] is not None]
+    if instead:
+        raise ValueError(f"statistics: take the place of {instead[0]}; pass one of the two")
+    chosen = [name for name in ("samples", "length", "seed") if given[name]]
+    chosen += ["bos"] if not given["bos"] else []
+    if chosen:
+        raise ValueError(
+            f"{chosen[0]}: the tokens of statistics were chosen when they were collected"
+        )
+    reasons = {
+        "preset": (given["preset"] == "best", "best trains on tokens"),
+        "drift": (bool(given["drift"]), "there are only the original's layers in statistics"),
+        "propagate": (given["propagate"] == "quantized", "statistics are of the original's layers"),
+    }
+    if given["method"] in SCALED_METHODS:
+        reasons |= {
+            "metric": (given["metric"] != "mse", "statistics are enough for mse only"),
+            "objective": (given["objective"] != "layer", "statistics are enough for layer only"),
+        }
+    for name, (is_asked, reason) in reasons.items():
+        if is_asked:
+            raise ValueError(f"{name}: {reason}, so it needs calibration data instead")

@@ -1,0 +1,1 @@
+"""This process: its processors, memory, signals and streams."""

@@ -1,0 +1,1 @@
+"""A float model through a method into a format, block by block."""

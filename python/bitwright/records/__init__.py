@@ -1,0 +1,1 @@
+"""What is known of a run in the end: figures, model card, plots."""

@@ -1,0 +1,1 @@
+"""Statistics and inputs of layers in files."""

@@ -1,0 +1,1 @@
+"""Text, chats and token ids as samples of equal length."""

@@ -1,0 +1,443 @@
+"""Calibration data: text, JSON lines or token arrays, as samples of equal length."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from bitwright.errors import CalibrationError, shown
+from bitwright.files.home import expands_home
+from bitwright.files.links import check_own
+from bitwright.files.text_file import TEXT_LIMIT, read_bytes, read_text
+from bitwright.text.chat import Chats, is_chat
+from bitwright.text.first_tokens import first_tokens
+from bitwright.text.tokenizer_growth import check_growth
+from bitwright.warned import warn
+
+TokenSource: TypeAlias = str | os.PathLike[str] | NDArray[Any] | Sequence[str]
+
+DEFAULT_LENGTH = 512
+TOKENIZER_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40 MB
+_SUFFIXES = (".txt", ".jsonl", ".npy")
+Windows = Literal["whole", "llama.cpp"]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Tokens, and how they became samples.
+
+    Parameters
+    ----------
+    tokens
+        int32 ``[samples, length]``, C-contiguous.
+    first
+        What every sample of a text begins with, empty where the tokenizer puts nothing first or was
+        asked not to; None where token ids were given, which are taken as they are.
+    """
+
+    tokens: NDArray[np.int32]
+    first: tuple[int, ...] | None
+
+    @property
+    def bos(self) -> list[int] | None:
+        """The same for the identity of a run: None where nothing was put first."""
+        return list(self.first) if self.first else None
+
+
+@expands_home
+def load_tokens(
+    source: TokenSource,
+    *,
+    tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+    length: int | None = None,
+    samples: int | None = None,
+    seed: int | None = None,
+    vocab_size: int | None = None,
+    bos: bool = True,
+) -> NDArray[np.int32]:
+    """Load calibration samples.
+
+    Text is tokenized as a whole and cut into consecutive samples; the rest at the end is dropped.
+    Every sample begins with the token that the tokenizer puts before a text, or the tokens, if it
+    puts any; a sample that begins with them by itself, as a chat whose template writes them does, is
+    not given them twice. Nothing is put behind a sample.
+
+    Parameters
+    ----------
+    source : str, os.PathLike, numpy.ndarray or sequence of str
+        A ``.txt`` file (UTF-8); a ``.jsonl`` file, each line a string, an object with a "text",
+        or a chat; a ``.npy`` file or an array of token ids, integer [rows, row length]; or texts.
+        Several texts are joined by a blank line, chats by nothing. A chat is an object with
+        "messages", of "role" and "content" each, or with a "prompt" and a "completion"; it may
+        have "tools" and "documents". It is written by the chat template in the tokenizer's folder,
+        as transformers has it. Chats that the template refuses are left out with a warning; more
+        than one of ten lines is an error.
+    tokenizer : str, os.PathLike or tokenizers.Tokenizer, optional
+        A tokenizer, its tokenizer.json, or the folder of that, which chats need. Needed for text
+        only.
+    length : int, optional
+        Tokens per sample. Longer rows of token ids are cut. By default 512 for text, and the
+        whole rows for token ids.
+    samples : int, optional
+        How many samples; by default all.
+    seed : int, optional
+        Choose the samples at random, without replacement; by default the first are taken.
+    vocab_size : int, optional
+        Token ids must be below it.
+    bos : bool, optional
+        False leaves out what the tokenizer puts first. Token ids are never changed.
+
+    Returns
+    -------
+    numpy.ndarray
+        int32 [samples, length], C-contiguous.
+
+    Raises
+    ------
+    CalibrationError
+        If the data cannot be read, holds wrong ids, or is too little.
+
+    Examples
+    --------
+    >>> load_tokens(np.arange(12).reshape(3, 4), length=2, samples=2)
+    array([[0, 1],
+           [4, 5]], dtype=int32)
+    """
+    loaded = _load(
+        source, tokenizer, length or DEFAULT_LENGTH, length, samples, seed, vocab_size, bos
+    )
+    return loaded.tokens
+
+
+def load_samples(
+    source: TokenSource,
+    *,
+    tokenizer: str | os.PathLike[str],
+    length: int | None,
+    samples: int | None,
+    seed: int | None = None,
+    vocab_size: int,
+    positions: int | None,
+    bos: bool = True,
+    most: int | None = None,
+    windows: Windows = "whole",
+) -> Samples:
+    """Load samples for a model that knows so many positions, as `load_tokens`.
+
+    Where no length is asked for, text is cut into samples of 512 tokens, or of as many as there are
+    positions if these are fewer; longer samples are warned of. Where no number is asked for, there
+    are at most `most`. With `windows` ``"llama.cpp"`` text is cut as llama-perplexity does: see
+    `bitwright.evaluate`.
+    """
+    usual = length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
+    found = _load(source, tokenizer, usual, length, samples, seed, vocab_size, bos, windows)
+    if samples is None and most is not None and len(found.tokens) > most:
+        found = Samples(load_tokens(found.tokens, samples=most, seed=seed), found.first)
+    if positions is not None and found.tokens.shape[1] > positions:
+        warn(
+            f"samples of {found.tokens.shape[1]} tokens are longer than the {positions} positions that "
+            f"the model has learned (max_position_embeddings): what is computed behind these says little "
+            f"of the model. Ask for a length of at most {positions}, or give shorter rows"
+        )
+    return found
+
+
+def _load(
+    source: TokenSource,
+    tokenizer: str | os.PathLike[str] | Tokenizer | None,
+    text_length: int,
+    length: int | None,
+    samples: int | None,
+    seed: int | None,
+    vocab_size: int | None,
+    bos: bool,
+    windows: Windows = "whole",
+) -> Samples:
+    """Load samples; text is cut to `text_length`, rows of token ids to `length`."""
+    for name, value in (("length", length), ("samples", samples), ("vocab_size", vocab_size)):
+        _check_integer(name, value, 1)
+    _check_integer("seed", seed, 0)
+    first: tuple[int, ...] | None = None
+    text = None
+    if isinstance(source, np.ndarray):
+        origin, rows = "the token array", _checked_rows(source, "the token array", length)
+    elif isinstance(source, str | os.PathLike):
+        origin = os.fspath(source)
+        path = existing_file(Path(source))
+        if path.suffix == ".npy":
+            rows = _checked_rows(_mapped(path), origin, length)
+        else:
+            is_lines = path.suffix == ".jsonl"
+            text = _json_lines(path, tokenizer) if is_lines else read_text(path, TEXT_LIMIT)
+    else:
+        origin = "the list of texts"
+        if not all(isinstance(text, str) for text in source):
+            raise CalibrationError(f"{origin}: must hold strings only")
+        text = "\n\n".join(source)
+    if text is not None:
+        known = _tokenizer_of_text(text, tokenizer, origin)
+        with _tokenizer_errors(origin):
+            first = first_tokens(known) if bos else ()
+        if windows == "llama.cpp":
+            rows = _windows_of_llama_cpp(text, known, first, text_length, origin)
+        else:
+            rows = _cut(_tokenized(text, known, origin), first, text_length, origin)
+    chosen = _chosen(len(rows), samples, seed, origin)
+    tokens = rows[chosen]
+    _check_ids(tokens, chosen, vocab_size, origin)
+    return Samples(np.ascontiguousarray(tokens, dtype=np.int32), first)
+
+
+def _check_integer(name: str, value: object, smallest: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < smallest:
+        raise CalibrationError(
+            f"{name} is {shown(value)}, but must be an integer from {smallest} up"
+        )
+
+
+def existing_file(path: Path) -> Path:
+    """Return the path; CalibrationError unless it is that of a file of text or tokens."""
+    if path.suffix not in _SUFFIXES:
+        raise CalibrationError(f"{path}: must end in one of {', '.join(_SUFFIXES)}")
+    if not os.path.isfile(path):
+        raise CalibrationError(f"{path}: there is no such file")
+    return path
+
+
+def _json_lines(path: Path, tokenizer: str | os.PathLike[str] | Tokenizer | None) -> str:
+    texts: list[str] = []
+    size, follows_chat = 0, False
+    # Not splitlines(): that would also split at separators which JSON allows inside a string.
+    lines = read_text(path, TEXT_LIMIT).split("\n")
+    chats = Chats(_folder(tokenizer), path, sum(1 for line in lines if line.strip()))
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(f"{where}: is not valid JSON: {error}") from error
+        text = value.get("text") if isinstance(value, dict) else value
+        chat = isinstance(value, dict) and text is None and is_chat(value)
+        if chat:
+            text = chats.render(value, where)
+            if text is None:
+                continue
+        if not isinstance(text, str):
+            raise CalibrationError(
+                f'{where}: must be a string, or an object with "text", "messages", or "prompt" and '
+                f'"completion", but is {shown(value)}'
+            )
+        size += len(text.encode(errors="replace"))
+        if size > TEXT_LIMIT:
+            raise CalibrationError(
+                f"{where}: the chats up to here are longer than {TEXT_LIMIT >> 20} MiB once written "
+                f"out; give fewer"
+            )
+        if texts and chat == follows_chat:
+            texts.append("" if chat else "\n\n")
+        elif texts and not texts[-1].endswith("\n"):
+            texts.append("\n")
+        texts.append(text)
+        follows_chat = chat
+    chats.finish()
+    return "".join(texts)
+
+
+def _folder(tokenizer: str | os.PathLike[str] | Tokenizer | None) -> Path | None:
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return None
+    return Path(tokenizer) if os.path.isdir(tokenizer) else Path(tokenizer).parent
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    try:
+        with np.errstate(over="ignore"):
+            return np.lib.format.open_memmap(path, mode="r")
+    # The header is parsed as Python, and damaged ones raise a whole zoo of exceptions.
+    except Exception as error:
+        raise CalibrationError(
+            f"{path}: is not a sound .npy file of token ids: {shown(str(error))}"
+        ) from error
+
+
+def _checked_rows(rows: NDArray[Any], origin: str, length: int | None) -> NDArray[Any]:
+    """Rows cut to length; a view, of which nothing has been read yet."""
+    if rows.ndim != 2 or rows.dtype.kind not in "iu":
+        raise CalibrationError(
+            f"{origin}: must hold integer token ids in two dimensions [samples, length], but is "
+            f"{rows.dtype} {list(rows.shape)}"
+        )
+    if rows.size == 0:
+        raise CalibrationError(f"{origin}: is empty, {list(rows.shape)}")
+    if length is not None and rows.shape[1] < length:
+        raise CalibrationError(
+            f"{origin}: has rows of {rows.shape[1]} tokens, fewer than the length {length}. Ask "
+            f"for a length of at most {rows.shape[1]}"
+        )
+    return rows[:, :length]
+
+
+def _tokenizer_of_text(
+    text: str, tokenizer: str | os.PathLike[str] | Tokenizer | None, origin: str
+) -> Tokenizer:
+    if not text:
+        raise CalibrationError(f"{origin}: is empty")
+    if tokenizer is None:
+        raise CalibrationError(
+            f"{origin}: is text, which needs a tokenizer. Give one, or a .npy of token ids"
+        )
+    with _tokenizer_errors(origin):
+        return load_tokenizer(tokenizer)
+
+
+def _tokenized(text: str, tokenizer: Tokenizer, origin: str) -> NDArray[Any]:
+    with _tokenizer_errors(origin):
+        check_growth(tokenizer, text, origin)
+        encoding = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        return np.array(encoding.ids, dtype=np.uint32)
+
+
+def _cut(ids: NDArray[Any], first: tuple[int, ...], length: int, origin: str) -> NDArray[Any]:
+    """Cut tokens into samples that begin with `first`, which is not put before itself."""
+    body = length - len(first)
+    if body < 1:
+        raise CalibrationError(
+            f"length is {length}, which leaves no place behind what the tokenizer puts first, "
+            f"{len(first)} tokens. Ask for a larger length, or for samples without it: bos=False "
+            f"(--no-bos)"
+        )
+    begins = np.zeros(len(ids), bool)
+    if first and len(ids) >= len(first):
+        places = np.lib.stride_tricks.sliding_window_view(ids, len(first))
+        begins[: len(places)] = (places == np.array(first, ids.dtype)).all(axis=1)
+    repeats = bool(begins.any())
+    starts: list[int] = []  # of what follows the first tokens
+    place = 0
+    while repeats and place < len(ids):
+        own = len(first) if begins[place] else 0
+        if place + own + body <= len(ids):
+            starts.append(place + own)
+        place += own + body
+    count = len(starts) if repeats else len(ids) // body
+    if not count:
+        raise CalibrationError(
+            f"{origin}: has {len(ids)} tokens, too few for one sample of {length}. Give more text "
+            f"or ask for a smaller length"
+        )
+    rows = np.empty((count, length), ids.dtype)
+    rows[:, : len(first)] = first
+    if starts:
+        rows[:, len(first) :] = [ids[start : start + body] for start in starts]
+    else:
+        rows[:, len(first) :] = ids[: count * body].reshape(count, body)
+    return rows
+
+
+def _windows_of_llama_cpp(
+    text: str, tokenizer: Tokenizer, first: tuple[int, ...], length: int, origin: str
+) -> NDArray[Any]:
+    """Cut a text as llama-perplexity does: once tokenized, with what the tokenizer puts first, into
+    windows whose first token then gives way to it. Special tokens that the text spells out are text, and
+    a line's end at the very end does not count."""
+    if len(first) > 1:
+        raise CalibrationError(
+            f"{origin}: the tokenizer puts {len(first)} tokens first, and llama-perplexity replaces one. "
+            f"Evaluate whole samples instead"
+        )
+    tokenizer.encode_special_tokens = True
+    ids = _tokenized(text.removesuffix("\n"), tokenizer, origin)
+    ids = np.concatenate([np.array(first, ids.dtype), ids])
+    if len(ids) < 2 * length:
+        raise CalibrationError(
+            f"{origin}: has {len(ids)} tokens, and llama-perplexity asks for at least two windows, "
+            f"{2 * length}. Give more text or ask for a smaller length"
+        )
+    count = len(ids) // length
+    rows = ids[: count * length].reshape(count, length)
+    rows[:, : len(first)] = first
+    return rows
+
+
+def load_tokenizer(tokenizer: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
+    """Return a private tokenizer that neither cuts nor pads, whatever its file asks for."""
+    if isinstance(tokenizer, Tokenizer):
+        content = tokenizer.to_str()
+    else:
+        path = Path(tokenizer)
+        if os.path.isdir(path):
+            path = path / "tokenizer.json"
+            check_own(path, path.parent, CalibrationError)
+        if not os.path.isfile(path):
+            raise CalibrationError(
+                f"{path}: is missing, and text cannot be tokenized without it. Copy it there, or "
+                f"calibrate on a .npy of token ids"
+            )
+        with _tokenizer_errors(str(path)):
+            content = read_bytes(path, TOKENIZER_LIMIT).decode()
+            Tokenizer.from_str(content)
+    private = Tokenizer.from_str(content)
+    private.no_truncation()
+    private.no_padding()
+    return private
+
+
+@contextmanager
+def _tokenizer_errors(origin: str) -> Iterator[None]:
+    try:
+        yield
+    except CalibrationError:
+        raise
+    except BaseException as error:
+        # The library's panics derive from BaseException; interrupts must pass.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CalibrationError(
+            f"{origin}: the tokenizers library failed on it: {shown(str(error))}"
+        ) from error
+
+
+def _chosen(total: int, samples: int | None, seed: int | None, origin: str) -> NDArray[np.int64]:
+    count = total if samples is None else samples
+    if count > total:
+        raise CalibrationError(
+            f"{origin}: {count} samples were asked for, but there are {total}. Ask for fewer or "
+            f"shorter ones, or give more data"
+        )
+    if seed is None:
+        return np.arange(count, dtype=np.int64)
+    return np.random.default_rng(seed).choice(total, count, replace=False)
+
+
+def _check_ids(
+    tokens: NDArray[Any], chosen: NDArray[np.int64], vocab_size: int | None, origin: str
+) -> None:
+    end = 2**31 if vocab_size is None else min(vocab_size, 2**31)
+    smallest, largest = int(tokens.min()), int(tokens.max())
+    if smallest >= 0 and largest < end:
+        return
+    wrong = smallest if smallest < 0 else largest
+    row, column = np.argwhere(tokens == wrong)[0]
+    raise CalibrationError(
+        f"{origin}: token id {wrong} in sample {chosen[row]}, position {column} is not in "
+        f"0..{end - 1}. Do the tokens belong to this model?"
+    )
+
+
+DEFAULT_SAMPLES = 128
+
+
+def tokens_fingerprint(tokens: NDArray[np.int32]) -> str:
+    """Return a digest of some samples."""
+    return hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""What else is done with models: convert, refine, inspect, collect."""
