@@ -37,9 +37,9 @@ from bitwright.files.text_file import TEXT_LIMIT, read_bytes
 from bitwright.formats import FORMATS
 from bitwright.grids.tensor import BITS, GRIDS
 from bitwright.methods.awq import DEFAULT_GRID
+from bitwright.methods.method import ACTIVATION_METHODS, CORRECTED_DAMPING
 from bitwright.methods.metrics import METRICS
-from bitwright.methods.registry import CORRECTED_DAMPING, METHODS, PRESETS
-from bitwright.methods.salient import ACTIVATION_METHODS
+from bitwright.methods.registry import METHODS
 from bitwright.precision.estimate import DEFAULT_SAMPLES as SENSITIVITY_SAMPLES
 from bitwright.precision.sensitivities import parse_precision
 from bitwright.presets.quantize import check_quantization
@@ -52,6 +52,7 @@ from bitwright.process.interruption import (
     while_running,
 )
 from bitwright.process.standard_streams import flush_output, tell_of_lost_output
+from bitwright.quantization.options import PRESETS
 from bitwright.ranks import launched, spread_over, world
 from bitwright.records.card import command_line, made_by
 from bitwright.report.printing import (
