@@ -249,7 +249,7 @@ assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] 
         (["-m"], ["python", "-mbitwright"], True),
         (["-m", "bitwright"], ["python", "-m", "mytool", "bitwright"], False),
         (["-m"], ["python", "-m", "mybitwright"], False),
-        (["-m"], ["python", "-m", "bitwright.formats.table"], False),
+        (["-m"], ["python", "-m", "bitwright.report.format_table"], False),
         (["-c"], ["python", "-c", "import bitwright"], False),
         (["my_bitwright"], ["python", "my_bitwright"], False),
         (["-m", "a", "b"], [], False),

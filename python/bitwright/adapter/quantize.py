@@ -179,7 +179,7 @@ def quantize_with_transformers(
     offered = [each.name for each in METHODS.values() if each.through_transformers]
     check_choice("method", method, offered)
     options = QuantizationOptions.of({**arguments, "drift": False})
-    if options.precision.kind.needs_family:
+    if options.precision.kind.own_container:
         raise ValueError(
             f"format: {format} needs an architecture that bitwright and llama.cpp both know; with the "
             f"transformers backend choose another"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -38,7 +38,7 @@ CODE_BYTES = 1.5  # of a weight that is quantized, with scales and biases of sma
 COMPARED_BYTES = 16  # of a weight as it is, in other codes, and of their difference
 CARRIED_BYTES = 5  # of a float that is stored otherwise, and checked
 WIDE = 4096  # channels of a row, to compare what precisions take
-Target = FormatName | Literal["float"]
+Target = FormatName  # or "float"
 Group = tuple[str, ...]  # layers that must have one precision
 
 
@@ -120,7 +120,7 @@ def convert(
     if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
     kind = None if format == "float" else FORMATS[format]
-    if not model.quantized_layers() and kind is not None and format != "gguf":
+    if not model.quantized_layers() and kind is not None and not kind.own_container:
         raise ValueError(
             f"{model.checkpoint.folder}: is not quantized, so there is nothing to store in the {format} "
             f"format; quantize it (bitwright quantize)"
