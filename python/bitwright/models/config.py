@@ -252,11 +252,13 @@ def _opened(
     outer = Keys(raw, source)
     model_type = outer.choice("model_type", sorted(families))
     rules = families[model_type]
-    values = raw
+    values = dict(raw)
     if rules.section is not None:
         section = outer.section(rules.section)
         # What the outer object says of the whole, such as its dtype, holds for the part as well.
         values = {**raw, **(section.values if section else {})}
+        # The head is the whole's, so only the whole says whether the embedding is it.
+        values["tie_word_embeddings"] = raw.get("tie_word_embeddings")
     name = f"{rules.section}." if rules.section else ""
     top = Keys(values, source, name, _LLAMA_DEFAULTS | dict(rules.defaults), rules)
     check_keys(top, understood_keys(rules), model_type)
@@ -409,6 +411,8 @@ def _experts(top: Keys, rules: ConfigRules) -> ExpertsConfig:
                 "topk_group",
                 f"its {kept} of {groups} groups of {count} experts must hold {chosen} to choose",
             )
+        if group_score == "top2" and count < 2 * groups:
+            raise top.wrong("n_group", f"its groups of {count} experts go by the best two in each")
     shared = top.integer("shared_expert_intermediate_size", 0, zero=True)
     return ExpertsConfig(
         count=count,

@@ -15,6 +15,7 @@ from bitwright.arrays import require_finite
 from bitwright.checkpoint import CheckpointWriter, SafetensorsFiles, copy_side_files
 from bitwright.errors import check_choice
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.formats import FORMATS, Format, FormatName, Precision
 from bitwright.formats.engine_names import check_fused, fused_groups, unfused
 from bitwright.formats.stored import is_float
@@ -44,6 +45,7 @@ Group = tuple[str, ...]  # layers that must have one precision
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
