@@ -1,5 +1,6 @@
 """Files of layer inputs: an .npz with one array ``[samples, length, in]`` per layer."""
 
+import json
 import math
 import os
 import time
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 
 from bitwright.budget import Budget
 from bitwright.calibration import TokenSource, load_samples
-from bitwright.checkpoint.fingerprint import file_fingerprint, file_stamp, model_fingerprint
+from bitwright.checkpoint.fingerprint import digest, file_stamp, model_fingerprint
+from bitwright.checkpoint.inputs import same_inputs
 from bitwright.checkpoint.replacing import check_new_file, output_errors, synchronize, taken
 from bitwright.checkpoint.work_folder import STATE, WorkFolder
 from bitwright.errors import CalibrationError, OutputExistsError, shown
@@ -91,8 +93,10 @@ class ActivationFile:
         self.close()
 
     def fingerprint(self) -> str:
-        """Return what the file is known by again."""
-        return file_fingerprint(self.path)
+        """Return what the file is known by again: its list of arrays, with a checksum of each, which
+        reading one compares with what is there."""
+        arrays = [[name, each.CRC, each.file_size] for name, each in self._entries.items()]
+        return digest(json.dumps(arrays).encode())
 
     def token_count(self) -> int:
         """Return how many tokens the file was made of: those of its longest array, as experts see few."""
@@ -201,6 +205,7 @@ class ActivationFile:
 
 
 @expands_home
+@same_inputs()
 def collect_activations(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str] | WorkFolder,

@@ -16,6 +16,7 @@ from bitwright.build import build_info, set_num_threads
 from bitwright.calibration import TokenSource, existing_file, load_samples
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files, plainly_spelled
+from bitwright.checkpoint.inputs import same_inputs
 from bitwright.checkpoint.reader import require_model
 from bitwright.equalizing import (
     first_exact,
@@ -76,6 +77,7 @@ NEVER_CLIPPED = ("q_proj", "k_proj", "query", "key", "qkv")
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def quantize_with_transformers(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

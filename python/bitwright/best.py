@@ -16,6 +16,7 @@ from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource
 from bitwright.card import made_by, python_call
 from bitwright.checkpoint import CheckpointWriter
+from bitwright.checkpoint.inputs import same_inputs
 from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
 from bitwright.distributed import current
@@ -37,6 +38,7 @@ LEARNING_RATE = 3e-4  # what is known to suit students that are good already
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def quantize_best(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -24,8 +24,10 @@ import bitwright
 from bitwright.activations import DEFAULT_SAMPLES
 from bitwright.calibration import existing_file
 from bitwright.card import command_line, made_by
-from bitwright.checkpoint.fingerprint import digest, file_fingerprint
+from bitwright.checkpoint.fingerprint import digest
+from bitwright.checkpoint.inputs import InputFiles, same_inputs
 from bitwright.checkpoint.reader import require_model
+from bitwright.checkpoint.seals import file_checksum
 from bitwright.checkpoint.work_folder import WorkFolder, kept_until_written
 from bitwright.demo import run_demo
 from bitwright.distillation import LOSSES
@@ -169,11 +171,16 @@ def _check_apart(**files: Path | None) -> None:
 
 
 def _digest(path: Path) -> str:
-    place = existing_file(Path(expanded(path)))
+    place, inputs = existing_file(Path(expanded(path))), InputFiles()
+    inputs.watch([place], recorded=True)
     # Arrays may be large, and are mapped where they are read.
-    return (
-        file_fingerprint(place) if place.suffix == ".npy" else digest(read_bytes(place, TEXT_LIMIT))
+    known = (
+        f"{file_checksum(place, 0, place.stat().st_size):08x}"
+        if place.suffix == ".npy"
+        else digest(read_bytes(place, TEXT_LIMIT))
     )
+    inputs.take_checksums()
+    return known
 
 
 def _method_and_format(function: Callable[..., None]) -> Callable[..., None]:
@@ -554,6 +561,7 @@ def quantize(
 @_resumable
 @_links
 @_threads
+@same_inputs()
 def salient(
     model_path: Path,
     output_path: Path | None,
@@ -768,6 +776,7 @@ def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None
 )
 @_links
 @_threads
+@same_inputs()
 def dwq(
     teacher: Path,
     student: Path | None,

@@ -11,6 +11,7 @@ from rich.console import Console
 from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
+from bitwright.checkpoint.inputs import same_inputs
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.checkpoint.writer import check_apart
 from bitwright.distributed import current
@@ -37,6 +38,7 @@ from bitwright.targets import tokens_fingerprint
 
 
 @expands_home
+@same_inputs()
 def collect_statistics(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -20,6 +20,7 @@ from bitwright.checkpoint import (
     float_config,
     plainly_spelled,
 )
+from bitwright.checkpoint.inputs import same_inputs
 from bitwright.errors import check_choice
 from bitwright.formats import FORMATS, Format, FormatName, Precision
 from bitwright.formats.engine_names import check_fused, fused_groups, unfused
@@ -49,6 +50,7 @@ Group = tuple[str, ...]  # layers that must have one precision
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -17,6 +17,7 @@ from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource
 from bitwright.card import add_evaluations, made_by, python_call
 from bitwright.checkpoint.fingerprint import model_fingerprint
+from bitwright.checkpoint.inputs import same_inputs
 from bitwright.checkpoint.replacing import check_new_file
 from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
 from bitwright.checkpoint.writer import check_apart, completed
@@ -312,6 +313,7 @@ def _check_model(sensitivities: Sensitivities, model: Model) -> None:
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def dynamic_quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

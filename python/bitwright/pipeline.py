@@ -22,7 +22,7 @@ from bitwright.calibration import TokenSource, load_samples
 from bitwright.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.checkpoint import CheckpointWriter, copy_side_files, float_config
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
-from bitwright.checkpoint.inputs import InputFiles
+from bitwright.checkpoint.inputs import InputFiles, same_inputs
 from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.distributed import current
@@ -115,6 +115,7 @@ def check_quantization(
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -725,14 +726,11 @@ class Run:
         }
 
     def _watch(self, inputs: InputFiles) -> None:
-        """Note the files that nobody may change meanwhile."""
+        """Note the files that nobody may change meanwhile, but for those that are checked when they are
+        read: statistics and activations."""
         inputs.watch_model(self.model.checkpoint)
         if self.quantized is not None:
             inputs.watch_model(self.quantized.checkpoint)
-        if self.statistics is not None:
-            inputs.watch(sorted(self.statistics.folder.iterdir()))
-        if self.activations is not None:
-            inputs.watch([self.activations.path])
 
     def _go(
         self,

@@ -11,6 +11,7 @@ import numpy as np
 from bitwright.build import set_num_threads
 from bitwright.calibration import TokenSource, load_samples
 from bitwright.card import made_by, python_call
+from bitwright.checkpoint.inputs import same_inputs
 from bitwright.checkpoint.writer import check_apart
 from bitwright.convert import precision_of
 from bitwright.dwq import check_pair
@@ -27,6 +28,7 @@ from bitwright.warned import reports_warnings
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def refine_model(
     original: str | os.PathLike[str],
     quantized: str | os.PathLike[str],

@@ -17,7 +17,7 @@ from bitwright.budget import Budget
 from bitwright.build import set_num_threads
 from bitwright.calibration import Samples, TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import model_fingerprint
-from bitwright.checkpoint.inputs import InputFiles
+from bitwright.checkpoint.inputs import InputFiles, same_inputs
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import check_new_file, write_json
 from bitwright.checkpoint.seals import content_checksum
@@ -166,6 +166,7 @@ class Sensitivities:
 
 
 @expands_home
+@same_inputs()
 def estimate_sensitivities(
     model: str | os.PathLike[str] | Model,
     data: TokenSource,
@@ -429,7 +430,6 @@ class _Estimate:
         plan: EstimatePlan,
     ) -> None:
         self.original = original
-        self.inputs = InputFiles()
         self.tokens = samples.tokens
         self.bos = samples.bos
         self.low = low
@@ -450,6 +450,7 @@ class _Estimate:
     def go(self, work: WorkFolder | None, resume: bool, progress: bool) -> Sensitivities:
         """Look at all batches but those that the work folder holds already, and add them up."""
         ranks, count = current(), -(-len(self.tokens) // self.batch_size)
+        self.inputs = InputFiles() if work is None else work.inputs
         self.inputs.watch_model(self.original.checkpoint)
         known: dict[int, _Batch] = {}
         if work is not None:
@@ -477,7 +478,10 @@ class _Estimate:
             for number in left[share.start : share.stop]:
                 known[number] = self._batch(number)
                 self.inputs.check()
-                if work is not None:
+                if work is None:
+                    self.inputs.take_checksums()
+                else:
+                    work.keep_checksums()
                     batch = known[number]
                     sealed = {**batch, CHECKSUM: content_checksum(batch)}
                     write_json(work.path / BATCH.format(f"{number + 1:05d}"), sealed)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from bitwright.calibration import Samples, TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
+from bitwright.checkpoint.inputs import same_inputs
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import output_errors, replaced, write_json
 from bitwright.checkpoint.seals import buffers_checksum
@@ -103,6 +104,10 @@ class DwqTargets:
         """Number of files."""
         return -(-self.samples // self._shard_samples)
 
+    def files(self) -> list[Path]:
+        """Return the files that they are read from."""
+        return [_shard_path(self.folder, shard) for shard in range(self.shard_count)]
+
     def read(self, samples: NDArray[np.intp]) -> TopTokens:
         """Return the targets of all positions of some samples, one sample after another."""
         parts = [self._sample(int(sample)) for sample in samples]
@@ -146,6 +151,7 @@ class DwqTargets:
 
 
 @expands_home
+@same_inputs()
 def compute_dwq_targets(
     model: str | os.PathLike[str] | Model,
     data: TokenSource,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint
 from bitwright.checkpoint.config import MODEL_DTYPES
+from bitwright.checkpoint.inputs import note_model
 from bitwright.checkpoint.reader import written_dtype
 from bitwright.errors import BitwrightError, MissingExtraError, UnsupportedModelError, shown
 from bitwright.formats import detect_format
@@ -164,6 +165,7 @@ class TorchModel:
     ) -> None:
         self.torch, self.transformers = import_torch()
         self.checkpoint = Checkpoint(folder)
+        note_model(self.checkpoint)
         self.folder: Path = self.checkpoint.folder
         declared = detect_format(self.checkpoint)
         if declared is not None:

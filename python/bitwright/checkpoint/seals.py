@@ -68,7 +68,19 @@ def buffers_checksum(buffers: Iterable[Any]) -> int:
 
 def _checksum(path: Path, start: int, end: int, checksum: int = 0) -> int:
     """Go on with a checksum from one place in a file to another; −1 where the file ends before."""
-    with output_errors(path, "read"), open(path, "rb", buffering=0) as file:
+    with output_errors(path, "read"):
+        return file_checksum(path, start, end, checksum)
+
+
+def file_checksum(path: Path, start: int, end: int, checksum: int = 0) -> int:
+    """Go on with a checksum from one place in any file to another; −1 where the file ends before.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    """
+    with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while start < end:
             read = file.read(min(READ_BYTES, end - start))

@@ -30,6 +30,7 @@ from bitwright.errors import (
     CheckpointError,
     OutputError,
     OutputExistsError,
+    RankError,
     ResumeError,
     malformed_as,
     shown,
@@ -38,6 +39,7 @@ from bitwright.warned import warn
 
 LOCK, STATE, REPLACED, LAST = "lock", "state.json", "replaced", "last"
 CHECKSUM = "checksum"  # of the rest of a state
+INPUTS = "inputs"  # the part of a state that tells what was read
 SENSITIVITIES = "sensitivities"  # the part of a run that has a work folder of its own
 # What the operating system says of folders that cannot be moved as a whole.
 UNMOVABLE = (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES)
@@ -79,6 +81,7 @@ class WorkFolder:
         self.keep = False
         self.inputs = InputFiles()
         self.seals = Seals(self.path)
+        self._committed: dict[str, Any] = {}
         self._ranks = current()
         self._lock: FileIO | None = None
         self._made_parents: list[Path] = []
@@ -157,16 +160,16 @@ class WorkFolder:
         for rank, other in enumerate(self._ranks.gather(dict(identity))):
             if changes := _changes(identity, other):
                 raise ResumeError(f"MPI rank {rank} has another {changes}. Give all ranks the same")
+        first = self._ranks.broadcast(self.inputs.stamps())
+        self.inputs.are_those_of_first = not self._ranks.is_first and first == self.inputs.stamps()
         state = self._ranks.on_first(lambda: self._resume(identity, resume))
         self.keep = state is not None
         return state
 
     def commit(self, identity: Mapping[str, object], state: Mapping[str, Any]) -> None:
         """Write the state to go on from, in place of the last one; files that it names are there by now."""
-        self.check_inputs()
-        content: dict[str, Any] = {"identity": dict(identity), "state": dict(state)}
-        content[CHECKSUM] = content_checksum(content)
-        self._ranks.on_first(lambda: write_json(self.path / STATE, content))
+        self._committed = {"identity": dict(identity), "state": dict(state)}
+        self.check_inputs(again=True)
         self.keep = True
 
     def require(self, path: Path, size: int, or_more: bool = False) -> None:
@@ -176,9 +179,45 @@ class WorkFolder:
             matter = "is no longer there" if found is None else f"has {found} bytes, not {size}"
             raise ResumeError(f"{path}: {matter}; {again_message(self.path)}")
 
-    def check_inputs(self) -> None:
-        """Raise CheckpointError if a file that the run reads, see `inputs`, is another by now."""
-        self._ranks.on_first(self.inputs.check)
+    def check_inputs(self, again: bool = False) -> None:
+        """Raise CheckpointError if a file that the run reads, see `inputs`, is another by now, or another
+        for one of the ranks; all of them call this together.
+
+        The state is written `again`, or when it can tell more of these files."""
+        error = None
+        try:
+            self.inputs.check()
+        except CheckpointError as raised:
+            error = raised
+        for each in self._ranks.gather(error):
+            if each is not None:
+                raise each
+        again |= self.inputs.take_checksums()
+        self._compare_inputs()
+        self._ranks.on_first(lambda: self._write_state() if again else None)
+
+    def keep_checksums(self) -> None:
+        """Write the state again if it can tell more of the files that the run reads; a rank may call this
+        by itself."""
+        if self.inputs.take_checksums() and self._ranks.is_first:
+            self._write_state()
+
+    def _compare_inputs(self) -> None:
+        """Raise RankError if a rank has read another file under the name of one that the first has read."""
+        first, *others = self._ranks.gather(self.inputs.checksums())
+        for rank, checksums in enumerate(others, start=1):
+            for path, checksum in checksums.items():
+                if first.get(path, checksum) != checksum:
+                    raise RankError(
+                        f"{path}: is another file for MPI rank {rank} than for the first. Give all ranks "
+                        f"the same"
+                    )
+
+    def _write_state(self) -> None:
+        if self._committed:
+            content = {**self._committed, INPUTS: self.inputs.records()}
+            content[CHECKSUM] = content_checksum(content)
+            write_json(self.path / STATE, content)
 
     def require_seals(self, known: Mapping[str, Any]) -> None:
         """Raise ResumeError if a file that a state counts on is not what it was then."""
@@ -319,12 +358,15 @@ class WorkFolder:
         with malformed_as(ResumeError, f"{place}: is damaged", f"; {again}", CheckpointError):
             found = read_json_object(place)
             checksum = found.pop(CHECKSUM)
-            known, state = found["identity"], found["state"]
-            if not isinstance(known, dict) or not isinstance(state, dict):
+            state: dict[str, Any]
+            known, state, inputs = found["identity"], found["state"], found[INPUTS]
+            if not all(isinstance(part, dict) for part in (known, state, inputs)):
                 raise ValueError("state")
             if checksum != content_checksum(found):
                 raise ValueError("its checksum is another")
         check_identity(self.path, known, identity)
+        check_identity(self.path, *self.inputs.differences(inputs))
+        self._committed = {"identity": dict(identity), "state": state}
         return state
 
     def _clear(self) -> None:

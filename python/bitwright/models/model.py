@@ -21,6 +21,7 @@ from bitwright.checkpoint import (
     plainly_spelled,
 )
 from bitwright.checkpoint.config import MODEL_DTYPES, OTHER_FLOATS
+from bitwright.checkpoint.inputs import note_model
 from bitwright.checkpoint.reader import written_dtype
 from bitwright.errors import CheckpointError, shown
 from bitwright.formats import Format, detect_format
@@ -672,4 +673,6 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     >>> bitwright.load_model(bitwright.demo_folder()).config.num_hidden_layers
     3
     """
-    return Model(open_checkpoint(path))
+    checkpoint = open_checkpoint(path)
+    note_model(checkpoint)
+    return Model(checkpoint)
