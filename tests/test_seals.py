@@ -27,7 +27,7 @@ from bitwright.errors import BitwrightError, CheckpointError, ResumeError
 from bitwright.journal import Journal
 
 DEMO = bitwright.demo_folder()
-TEXT = DEMO / "calibration.txt"
+TEXT = DEMO / "evaluation.txt"  # which is short
 FEW: dict[str, Any] = {"length": 32, "samples": 12, "progress": False}
 TRIALS, FEWER_TRIALS = 10, 4
 SEEN = "seen.npz"  # an output of salient, which is there before the other

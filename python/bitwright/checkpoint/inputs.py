@@ -124,7 +124,7 @@ class InputFiles:
         self.watch([*checkpoint.weight_files(), *names], recorded)
 
     def take_checksums(self) -> bool:
-        """Take the checksums that are missing, as far as there is time, and tell whether there were such."""
+        """Take the checksums that are missing, as far as there is time; tell whether any was taken."""
         if self.are_those_of_first:
             return False
         most = max(AT_ONCE, SHARE * SPEED * (time.monotonic() - self._start))

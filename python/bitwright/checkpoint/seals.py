@@ -24,6 +24,10 @@ class Seals:
         self._folder = folder
         self._known: dict[str, tuple[int, int]] = {}
 
+    def note(self, path: Path, size: int, checksum: int) -> None:
+        """Take the checksum of the first so many bytes of a file from who has just written them."""
+        self._known[path.relative_to(self._folder).as_posix()] = size, checksum
+
     def of(self, files: Mapping[Path, int]) -> dict[str, tuple[int, int]]:
         """Return size and checksum of the first so many bytes of each file. Of a file that has grown since
         the last call, only what was added is read."""
@@ -33,7 +37,7 @@ class Seals:
             start, checksum = self._known.get(name, (0, 0))
             if start > size:
                 start, checksum = 0, 0
-            found[name] = size, _checksum(path, start, size, checksum)
+            found[name] = size, _checksum(path, start, size, checksum) if size > start else checksum
         self._known = found
         return found
 
@@ -58,9 +62,8 @@ def content_checksum(content: object) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
-def buffers_checksum(buffers: Iterable[Any]) -> int:
-    """Return a checksum of contiguous buffers, one after another."""
-    checksum = 0
+def buffers_checksum(buffers: Iterable[Any], checksum: int = 0) -> int:
+    """Return a checksum of contiguous buffers, one after another; or go on with one."""
     for buffer in buffers:
         checksum = zlib.crc32(buffer, checksum)
     return checksum
