@@ -351,7 +351,8 @@ def _check_groups(model: Model, precisions: tuple[tuple[int, int | None], ...], 
             smaller = [
                 f"in smaller groups, such as {precision_name((each[0], size))}, or "
                 for size in (64, 32)
-                if all(
+                if size < (each[1] or size)
+                and all(
                     Format.fits(row, Precision(each[0], size, grid)) for _, row in shapes.values()
                 )
             ]
