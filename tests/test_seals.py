@@ -830,3 +830,23 @@ def test_models_that_change_between_two_stages_are_named(
     with pytest.raises(CheckpointError, match=r"model\.safetensors: was changed while"):
         dynamic(path.parent, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("added", [b"\0", b"more than there was"])
+def test_students_that_have_grown_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, added: bytes
+) -> None:
+    """Files that a run has not written to the end may have more; these are whole, and all are used."""
+    run, step = COMMANDS["dwq"]
+    with monkeypatch.context() as patch:
+        after(patch, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(DEMO, tmp_path / "out")
+    files = [path for path in files_of(tmp_path / ".out.work") if path.parent.name == "student"]
+    assert len(files) > 3
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(whole + added)
+        assert f"{path}: was changed since it was written" in refusal(run, tmp_path / "out")
+        path.write_bytes(whole)
+    assert refusal(run, tmp_path / "out") == ""

@@ -22,7 +22,7 @@ from numpy.lib.format import (
 from numpy.typing import NDArray
 
 from bitwright.budget import Budget
-from bitwright.calibration import TokenSource, load_samples
+from bitwright.calibration import Samples, TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import digest, file_stamp, model_fingerprint
 from bitwright.checkpoint.inputs import same_inputs
 from bitwright.checkpoint.replacing import check_new_file, output_errors, synchronize, taken
@@ -272,20 +272,8 @@ def collect_activations(
             work.forget_finished()
             raise
     check_new_file(work.out, lambda _: None)
-    loaded = load_samples(
-        calibration,
-        tokenizer=source.checkpoint.folder,
-        length=length,
-        samples=samples,
-        seed=seed,
-        vocab_size=source.config.vocab_size,
-        positions=source.positions,
-        bos=bos,
-        most=DEFAULT_SAMPLES,
-    )
-    budget = Budget.of(memory)
-    budget.require(
-        budget.base + _needed_bytes(source, *loaded.tokens.shape), source.checkpoint.folder
+    loaded = planned_samples(
+        source, calibration, samples=samples, length=length, seed=seed, bos=bos, memory=memory
     )
     identity = {
         "version of bitwright": version("bitwright"),
@@ -316,6 +304,35 @@ def collect_activations(
         _check_new(work.out, overwrite)  # hours may have passed
         archive.put_into_place()
     return archive.count
+
+
+def planned_samples(
+    source: Model,
+    calibration: TokenSource,
+    *,
+    samples: int | None,
+    length: int | None,
+    seed: int,
+    bos: bool,
+    memory: float | None,
+) -> Samples:
+    """Return the samples that `collect_activations` runs a model on, if there is memory for it."""
+    loaded = load_samples(
+        calibration,
+        tokenizer=source.checkpoint.folder,
+        length=length,
+        samples=samples,
+        seed=seed,
+        vocab_size=source.config.vocab_size,
+        positions=source.positions,
+        bos=bos,
+        most=DEFAULT_SAMPLES,
+    )
+    budget = Budget.of(memory)
+    budget.require(
+        budget.base + _needed_bytes(source, *loaded.tokens.shape), source.checkpoint.folder
+    )
+    return loaded
 
 
 def _check_new(path: Path, overwrite: bool) -> None:

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import bitwright
-from bitwright.activations import DEFAULT_SAMPLES
+from bitwright.activations import DEFAULT_SAMPLES, planned_samples
+from bitwright.budget import one_budget, require_all
 from bitwright.calibration import existing_file
 from bitwright.card import command_line, made_by
 from bitwright.checkpoint.fingerprint import digest
@@ -319,8 +320,8 @@ def _links(function: Callable[..., None]) -> Callable[..., None]:
         is_eager=True,
         expose_value=False,
         callback=enter,
-        help="Follow all links out of the folders of models, or refuse folders with any; by default only "
-        "weights and their index may be links to other places.",
+        help="Follow all links out of folders of models, statistics and targets, or refuse folders with "
+        "any; by default only weights, their index, statistics and targets may be links to other places.",
     )(function)
 
 
@@ -587,16 +588,14 @@ def salient(
     if not dry_run and output_path is None:
         raise click.UsageError("--output-path is missing; only --dry-run does without")
     options["overrides"] = dict(overrides)
+    chosen: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "bos": bos}
 
     def collect(out: Any) -> None:
         count = bitwright.collect_activations(
             model_path,
             out,
             cast(Path, calibration),
-            samples=samples,
-            length=length,
-            seed=seed,
-            bos=bos,
+            **chosen,
             memory=memory,
             overwrite=overwrite,
             resume=resume,
@@ -606,23 +605,31 @@ def salient(
     if output_path is None or dry_run:
         collect(activations_path)
         return
+
+    def check() -> None:
+        check_quantization(
+            model_path,
+            output_path,
+            method="salient",
+            calibration=np.zeros((1, 2), np.int32),
+            memory=memory,
+            overwrite=overwrite,
+            **{**options, "activation_method": "rms"},
+        )
+
+    def check_collecting() -> None:
+        model = bitwright.load_model(model_path)
+        planned_samples(model, cast(Path, calibration), **chosen, memory=memory)
+
     with (
+        one_budget(memory),
         nullcontext()
         if calibration is None
-        else kept_until_written(WorkFolder(expanded(activations_path))) as work
+        else kept_until_written(WorkFolder(expanded(activations_path))) as work,
     ):
         if calibration is not None:
-            # Whether the format takes such a model is known before the model is run.
-            tokens = np.zeros((1, 2), np.int32)
-            check_quantization(
-                model_path,
-                output_path,
-                method="salient",
-                calibration=tokens,
-                memory=memory,
-                overwrite=overwrite,
-                **{**options, "activation_method": "rms"},
-            )
+            # Whether the format takes such a model, and there is memory for all, is known before it is run.
+            require_all([check, check_collecting])
             collect(work)
         report = bitwright.awq_quantize_model(
             model_path,
@@ -942,6 +949,7 @@ def collect(model: Path, out: Path, calibration: Path, **options: Any) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace other statistics.")
 @_memory
+@_links
 def merge(parts: tuple[Path, ...], out: Path, overwrite: bool, memory: float | None) -> None:
     """Merge the statistics PARTS of one model over different tokens."""
     found = bitwright.merge_statistics(parts, out, overwrite=overwrite, memory=memory)

@@ -461,7 +461,7 @@ def _student(
     if isinstance(student, Model):
         model = student
     elif reusable and "student" in state and ranks.on_first(folder.is_dir):
-        work.require_seals(state["seals"])
+        work.require_seals(state["seals"], whole=True)
         model = load_model(folder)
         if state["report"] is not None:
             report = QuantizationReport.from_dict(state["report"])

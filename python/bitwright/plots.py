@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bitwright.checkpoint.replacing import check_new_file, replaced
+from bitwright.checkpoint.replacing import check_new_file, followed, replaced
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.errors import MissingExtraError, OutputError, printable
 from bitwright.home import expands_home
@@ -198,7 +198,9 @@ def _figure(height: float = 4.0) -> tuple[Any, Any]:
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     from matplotlib import rc_context
 
-    place = Path(path)
-    kind = place.suffix[1:].lower()
-    with replaced(place) as partial, rc_context({"svg.hashsalt": MARK}):  # or names are random
+    kind = Path(path).suffix[1:].lower()
+    with (
+        replaced(followed(path)) as partial,
+        rc_context({"svg.hashsalt": MARK}),
+    ):  # or names are random
         figure.savefig(partial, format=kind, metadata=_METADATA.get(kind))

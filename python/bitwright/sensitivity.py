@@ -19,7 +19,7 @@ from bitwright.calibration import Samples, TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.inputs import InputFiles, same_inputs
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.replacing import check_new_file, write_json
+from bitwright.checkpoint.replacing import check_new_file, followed, write_json
 from bitwright.checkpoint.seals import content_checksum
 from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder
 from bitwright.distillation import LOSSES, DistillationLoss, TopTokens, next_tokens
@@ -125,7 +125,7 @@ class Sensitivities:
                 for name in self.alignments
             },
         }
-        write_json(Path(path), content)
+        write_json(followed(path), content)
 
     @classmethod
     @expands_home
@@ -349,9 +349,17 @@ def _check_groups(model: Model, precisions: tuple[tuple[int, int | None], ...], 
             if not Format.fits(shape[1], precision)
         }
         if unfit:
+            smaller = [
+                f"in smaller groups, such as {precision_name((each[0], size))}, or "
+                for size in (64, 32)
+                if size < (each[1] or size)
+                and all(
+                    Format.fits(row, Precision(each[0], size, grid)) for _, row in shapes.values()
+                )
+            ]
             raise ValueError(
-                f"{model.checkpoint.folder}: {unfit_layers(unfit, shapes, Format)}. Estimate in smaller "
-                f"groups, such as {precision_name((each[0], 32))}, or in whole rows, {each[0]}:-1"
+                f"{model.checkpoint.folder}: {unfit_layers(unfit, shapes, Format)}. Estimate "
+                f"{smaller[0] if smaller else ''}in whole rows, {each[0]}:-1"
             )
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from bitwright.calibration import Samples, TokenSource, load_samples
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
+from bitwright.checkpoint.holes import hole_in_safetensors
 from bitwright.checkpoint.inputs import same_inputs
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import output_errors, replaced, write_json
@@ -31,6 +32,7 @@ from bitwright.errors import (
     shown,
 )
 from bitwright.home import expands_home
+from bitwright.links import check_manifest
 from bitwright.models.model import Model, load_model
 from bitwright.models.network import Network
 
@@ -317,6 +319,7 @@ def tokens_fingerprint(tokens: NDArray[np.int32]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return what a folder of targets says of itself, None if there is none."""
     path = folder / MANIFEST
+    check_manifest(path, TargetsError)
     try:
         return read_json_object(path) if path.is_file() else None
     except CheckpointError as error:
@@ -388,6 +391,8 @@ def _shard_problem(path: Path, samples: int, length: int, k: int) -> str | None:
                 header = file.get_slice(name)
                 if header.get_shape() != shape or header.get_dtype() not in dtypes[name]:
                     return f"{name} has another shape or dtype than {MANIFEST} asks for"
+            if problem := hole_in_safetensors(path):
+                return problem
             known = (file.metadata() or {}).get(CHECKSUM)
             arrays = (file.get_tensor(name) for name in sorted(shapes))
             if known is not None and known != str(buffers_checksum(arrays)):

@@ -271,6 +271,8 @@ class ModelConfig:
             section = outer.section(rules.section)
             # What the outer object says of the whole, such as its dtype, holds for the part as well.
             values = {**raw, **(section.values if section else {})}
+            # The head is the whole's, so only the whole says whether the embedding is it.
+            values["tie_word_embeddings"] = raw.get("tie_word_embeddings")
         top = Keys(
             values,
             source,
@@ -615,6 +617,8 @@ def _experts(top: Keys, rules: ConfigRules) -> ExpertsConfig:
                 "topk_group",
                 f"its {kept} of {groups} groups of {count} experts must hold {chosen} to choose",
             )
+        if group_score == "top2" and count < 2 * groups:
+            raise top.wrong("n_group", f"its groups of {count} experts go by the best two in each")
     shared = top.integer("shared_expert_intermediate_size", 0, zero=True)
     return ExpertsConfig(
         count=count,

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from bitwright.checkpoint.holes import hole_in_safetensors
 from bitwright.checkpoint.shard import FLOATS_OF_8_BITS, Shard
 from bitwright.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError, shown
 from bitwright.home import expands_home
@@ -699,8 +700,12 @@ def _open_shard(file: Path) -> Any:
     try:
         # pread, because mapped pages would count as memory in use and a file cut short while it
         # is mapped would kill the process.
-        return Shard(file, safe_open(file, framework="numpy", backend="pread"))
+        shard = Shard(file, safe_open(file, framework="numpy", backend="pread"))
+        problem = hole_in_safetensors(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file}: is not a sound safetensors file: {shown(str(error))}. Download it again"
         ) from error
+    if problem is not None:
+        raise CheckpointError(f"{file}: {problem}. Download it again")
+    return shard

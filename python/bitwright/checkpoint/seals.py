@@ -41,11 +41,14 @@ class Seals:
         self._known = found
         return found
 
-    def broken(self, seals: Mapping[str, Any]) -> Path | None:
-        """Return the first of the files that is not what `of` has seen, None if all are."""
+    def broken(self, seals: Mapping[str, Any], whole: bool = False) -> Path | None:
+        """Return the first of the files that is not what `of` has seen, None if all are. What they have
+        more than that counts only if they are `whole`."""
         for name, (size, checksum) in seals.items():
             path = self._folder / name
             if not path.is_file() or _checksum(path, 0, int(size)) != checksum:
+                return path
+            if whole and path.stat().st_size != int(size):
                 return path
         self._known = {name: (int(size), int(value)) for name, (size, value) in seals.items()}
         return None

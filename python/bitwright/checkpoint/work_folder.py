@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -18,6 +19,7 @@ import numpy as np
 from bitwright.checkpoint.inputs import InputFiles
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import (
+    followed,
     is_mount_point,
     output_errors,
     replaced,
@@ -219,9 +221,9 @@ class WorkFolder:
             content[CHECKSUM] = content_checksum(content)
             write_json(self.path / STATE, content)
 
-    def require_seals(self, known: Mapping[str, Any]) -> None:
+    def require_seals(self, known: Mapping[str, Any], whole: bool = False) -> None:
         """Raise ResumeError if a file that a state counts on is not what it was then."""
-        broken = self._ranks.on_first(lambda: self.seals.broken(known))
+        broken = self._ranks.on_first(lambda: self.seals.broken(known, whole))
         if broken is not None:
             raise ResumeError(
                 f"{broken}: was changed since it was written, or is gone; {again_message(self.path)}"
@@ -245,8 +247,7 @@ class WorkFolder:
         self.inputs.check()
         folder, aside = self.path / name, self.path / REPLACED
         entries = sorted(os.listdir(folder), key=lambda entry: (entry == last, entry))
-        with output_errors(self.path):
-            (self.path / LAST).write_text("\0".join([name, *entries]))
+        self._begin_last_step(name, *entries)
         try:
             with output_errors(self.out):
                 if self.is_inside or not self._move_whole(folder, aside):
@@ -266,7 +267,7 @@ class WorkFolder:
         self.inputs.check()
         with output_errors(self.out):
             synchronize(self.path / name)
-            (self.path / LAST).write_text(name)
+            self._begin_last_step(name)
             os.replace(self.path / name, self.out)
             with suppress(OSError):  # some file systems cannot synchronize folders
                 synchronize(self.out.parent)
@@ -278,7 +279,7 @@ class WorkFolder:
         written everything. What is in here stays: by it the file is known again, see `has_written`.
         """
         content = (self.path / name).read_bytes()
-        with replaced(place) as partial:
+        with replaced(followed(place)) as partial:
             partial.write_bytes(content)
 
     def has_written(self, name: str, place: Path) -> bool:
@@ -441,10 +442,25 @@ class WorkFolder:
                 old.rename(self.out / old.name)
             aside.rmdir()
 
+    def _begin_last_step(self, *names: str) -> None:
+        """Write down what is moved into place: a folder and its entries, or a file."""
+        with output_errors(self.path):
+            (self.path / LAST).write_bytes(os.fsencode("\0".join([*names, _checksum(names)])))
+            synchronize(self.path / LAST)
+
     def _last_step(self) -> list[str]:
         """Return which folder is moved into place in the last step, and its entries."""
         last = self.path / LAST
-        return last.read_text().split("\0") if last.is_file() else [""]
+        if not last.is_file() or not last.stat().st_size:
+            return [""]
+        *names, checksum = os.fsdecode(last.read_bytes()).split("\0")
+        if not names or checksum != _checksum(names):
+            raise OutputError(
+                f"{last}: was changed since it was written, so nobody knows how far the run had come. Look "
+                f"whether {self.out} holds what it should (what was there before may be in "
+                f"{self.path / REPLACED}), then remove {self.path}"
+            )
+        return names
 
     def _is_finished(self) -> bool:
         name = self._last_step()[0]
@@ -502,6 +518,10 @@ def content_of(out: Path) -> list[os.DirEntry[str]]:
 def _is_fixed(out: Path) -> bool:
     """Tell whether an output is a folder that must stay, and be written into."""
     return out.is_dir() and (is_mount_point(out) or not os.access(out.parent, os.W_OK | os.X_OK))
+
+
+def _checksum(names: Sequence[str]) -> str:
+    return str(zlib.crc32(os.fsencode("\0".join(names))))
 
 
 def again_message(path: Path) -> str:
