@@ -135,8 +135,8 @@ def dwq(
 ) -> None:
     """Train the scales of the quantized MODEL to say what the original, --reference, says.
 
-    Without --reference MODEL is the original. It is quantized first, by --method to --bits and --group-size,
-    or with --target-bpw to dynamic precision from --candidates.
+    Without --reference MODEL is the original. It is quantized first, by --method to --bits and
+    --group-size, or with --target-bpw to dynamic precision from --candidates.
     """
     context = click.get_current_context()
     if reference is not None:
