@@ -493,7 +493,7 @@ def test_model_of_other_modules_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "salient"}, "method: expected one of gptq, rtn, awq, awq\\+gptq"),
+        ({"method": "salient"}, "method: expected one of awq, awq\\+gptq, gptq, rtn"),
         ({"format": "gguf"}, "format: gguf needs"),
         ({"calibration": None}, "calibration: gptq needs"),
         ({"calibration": np.full((2, 8), 96)}, "token id 96"),

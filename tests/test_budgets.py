@@ -33,7 +33,7 @@ import json, sys
 import numpy as np
 import bitwright
 from bitwright import sensitivity
-from bitwright.memory import peak_memory_bytes
+from bitwright.process.memory import peak_memory_bytes
 model, samples, length, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 plan, plans = sensitivity.plan_estimate, []
 def planned(*arguments):

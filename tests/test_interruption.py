@@ -40,7 +40,7 @@ if __name__ == "__main__":
 # Is busy until it is interrupted, and then with its clean-up for so many seconds.
 SLOW = """
 import sys, time
-import bitwright.cli.main, bitwright.quantization.pipeline
+import bitwright.cli.main, bitwright.quantization.run
 from bitwright.checkpoint import work_folder
 seconds, remove = float(sys.argv.pop(1)), work_folder.remove_tree
 def slowly(folder):
@@ -53,7 +53,7 @@ def busy(*arguments):
     work_folder.remove_tree = slowly
     print("busy", flush=True)
     time.sleep(60)
-bitwright.quantization.pipeline.States = busy
+bitwright.blocks.hidden_states.States = busy
 bitwright.cli.main.main()
 """
 # Is done, but does not end.

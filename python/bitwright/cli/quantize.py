@@ -20,8 +20,9 @@ from bitwright.cli.grouped import (
     run_option,
 )
 from bitwright.methods.awq import DEFAULT_GRID
+from bitwright.methods.method import CORRECTED_DAMPING
 from bitwright.methods.metrics import METRICS
-from bitwright.methods.registry import CORRECTED_DAMPING, PRESETS
+from bitwright.quantization.options import PRESETS
 from bitwright.report.printing import print_report
 from bitwright.report.tables import print_sentence
 

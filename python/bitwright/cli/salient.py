@@ -21,7 +21,7 @@ from bitwright.cli.grouped import (
 from bitwright.cli.spellings import Old
 from bitwright.errors import printable
 from bitwright.files.home import expanded
-from bitwright.methods.salient import ACTIVATION_METHODS
+from bitwright.methods.method import ACTIVATION_METHODS
 from bitwright.presets.quantize import check_quantization
 from bitwright.report.printing import print_report
 from bitwright.tools.collect_activations import DEFAULT_SAMPLES

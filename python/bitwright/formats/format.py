@@ -55,6 +55,7 @@ class Format:
     one_grid: ClassVar[bool] = False  # whether all layers must have grids of one kind
     reorders: ClassVar[bool] = False  # whether groups may be other than consecutive channels
     refuses_unknown: ClassVar[bool] = False  # whether engines refuse tensors that they do not use
+    needs_family: ClassVar[bool] = False  # whether only families that are known can be stored
     parts: ClassVar[tuple[str, ...]]  # endings of the names of tensors that hold a layer
     engines: ClassVar[str]  # what loads it
     metadata: ClassVar[str]  # the "format" that loaders look for in the header of weight files

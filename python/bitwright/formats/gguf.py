@@ -41,6 +41,7 @@ class GgufFormat(Format):
     embeddings = True
     stacks_experts = True
     refuses_unknown = True
+    needs_family = True
     parts = ("weight",)
     engines = "llama.cpp"
     metadata = "gguf"

@@ -19,7 +19,7 @@ from bitwright.models.keys import (
     SPELLINGS,
     ConfigRules,
     Keys,
-    whole,
+    as_integer,
 )
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu")
@@ -546,5 +546,5 @@ def plainly_spelled(config: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, dict) and key in ("text_config", "rope_scaling", "rope_parameters"):
             spelled[key] = plainly_spelled(value)
         else:
-            spelled[key] = whole(value) if _COUNT.fullmatch(key) else value
+            spelled[key] = as_integer(value) if _COUNT.fullmatch(key) else value
     return spelled

@@ -24,8 +24,8 @@ from bitwright.grids.tensor import QuantizedTensor, stored_bits
 from bitwright.loading.model import Model, load_model
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.config import float_config, plainly_spelled
+from bitwright.precision.target import as_written
 from bitwright.quantization.output import Output, QuantizedLayer
-from bitwright.quantization.pipeline import as_written
 from bitwright.quantization.small_weights import MOST_LOST, largest_of, require_kept
 from bitwright.records.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.records.reports import ConversionReport, ConvertedLayer
