@@ -445,7 +445,7 @@ def test_every_public_path_expands() -> None:
 
     def expands(function: Any) -> bool:
         while function is not None:
-            if function.__code__.co_filename.endswith("bitwright/home.py"):
+            if function.__code__.co_filename.endswith("bitwright/files/home.py"):
                 return True
             function = getattr(function, "__wrapped__", None)
         return False

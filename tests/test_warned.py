@@ -80,7 +80,7 @@ def said():
         warn(each)
 bitwright.cli.main.cli.add_command(bitwright.cli.main.click.Command("w", callback=said))
 sys.argv[1:] = ["w"]
-main()
+bitwright.cli.main.main()
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

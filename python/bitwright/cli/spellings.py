@@ -67,16 +67,20 @@ def spelled_out(
         new = found.new if found else name
         if found:
             used.append(found)
-        if not new.startswith("-"):
-            # As an option's value it may begin with a dash.
-            written = f"./{value}" if found and value.startswith("-") else value
-            (arguments if found else spelled).append(written)
+        values = [] if value is None else [value]
+        if found and not new.startswith("-"):
+            # The value of an option may begin with a dash.
+            arguments += [f"./{each}" if each.startswith("-") else each for each in values]
+        elif joined:
+            spelled.append(f"{new}={value}")
         else:
-            spelled += [f"{new}={value}"] if joined else [new, value]
+            spelled += [new, *values] if name else values
     return arguments + spelled, used
 
 
-def _read(words: Sequence[str], present: Mapping[str, str]) -> Iterator[tuple[str, str, bool]]:
+def _read(
+    words: Sequence[str], present: Mapping[str, str]
+) -> Iterator[tuple[str, str | None, bool]]:
     """Yield the options that take a value: present name, value, whether in one word; others nameless."""
     rest = iter(words)
     for word in rest:
@@ -91,5 +95,4 @@ def _read(words: Sequence[str], present: Mapping[str, str]) -> Iterator[tuple[st
         elif equals:
             yield present[name], value, True
         else:
-            following = next(rest, None)  # without one click says what is missing
-            yield ("", name, False) if following is None else (present[name], following, False)
+            yield present[name], next(rest, None), False  # without one click says what is missing
