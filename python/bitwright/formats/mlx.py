@@ -66,7 +66,7 @@ class MlxFormat(Format):
                 return None
             warn(
                 f'{checkpoint.folder / "config.json"}: "quantization" lacks bits or group_size, so mlx-lm '
-                f"refuses the folder. Here they are read from the tensors; bitwright convert --to mlx "
+                f"refuses the folder. Here they are read from the tensors; bitwright convert --format mlx "
                 f"writes a complete one"
             )
         where = f'{checkpoint.folder / "config.json"}: "quantization'

@@ -209,7 +209,7 @@ def model_card(
     parts += ["## Loading", *(_block(code.language, code.text) for code in codes)]
     original = source.path if isinstance(source, GgufCheckpoint) else source.folder
     known = base if base is not None and "/" in base else without_place(str(original))
-    evaluate = ("evaluate", place, "--reference", known, "--text", "other.txt")
+    evaluate = ("evaluate", place, "--reference", known, "--evaluation", "other.txt")
     parts += [
         "## Evaluation",
         "Perplexity, and how far it is from the original, on any text:",
