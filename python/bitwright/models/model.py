@@ -371,17 +371,22 @@ class Model:
         stored = f"{name}.weight"
         return not (stored in self.checkpoint and self._is_float(stored))
 
-    def rows_bytes(self, name: str) -> int:
-        """Return what reading the rows of the embedding or the head takes: a piece of them, where there are
-        several also the room that the one before has left, and of a quantized matrix all codes, which are
-        there twice while they are unpacked."""
+    def codes_bytes(self, name: str) -> int:
+        """Return what `rows` of the embedding or the head holds: of a quantized matrix all codes, with
+        their grids, which is there twice while they are unpacked."""
+        table = self.config.vocab_size * self.config.hidden_size
+        return table + table // 16 if self.is_quantized(name) else 0
+
+    def piece_bytes(self, name: str) -> int:
+        """Return what a piece of these rows takes beside that, where there are several also the room that
+        the one before has left."""
         vocabulary, width = self.config.vocab_size, self.config.hidden_size
         rows = piece_rows(width)
-        piece = 4 * width * min(vocabulary, rows) * (2 if rows < vocabulary else 1)
+        piece = width * min(vocabulary, rows) * (2 if rows < vocabulary else 1)
         if self.is_quantized(name):
-            return 2 * vocabulary * width + piece
+            return 4 * piece
         dtype = self.checkpoint.dtype(f"{name}.weight")
-        return piece if dtype in MODEL_DTYPES.values() else 2 * piece
+        return piece * (dtype.itemsize if dtype in MODEL_DTYPES.values() else 4 + dtype.itemsize)
 
     def embedding(self) -> Float32:
         """Read the embedding matrix ``[vocabulary, hidden_size]``."""
