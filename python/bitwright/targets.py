@@ -19,6 +19,7 @@ from bitwright.checkpoint.inputs import same_inputs
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.replacing import output_errors, replaced, write_json
 from bitwright.checkpoint.seals import buffers_checksum
+from bitwright.checkpoint.shard import Shard
 from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder, content_of
 from bitwright.checkpoint.writer import write_safetensors
 from bitwright.distillation import TopTokens
@@ -358,8 +359,8 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"targets-{shard + 1:05d}.safetensors"
 
 
-def _opened(path: Path) -> Any:  # the library's handles have no types
-    return safe_open(path, framework="numpy", backend="pread")  # see `Checkpoint`
+def _opened(path: Path) -> Shard:
+    return Shard(path, safe_open(path, framework="numpy", backend="pread"))  # see `Checkpoint`
 
 
 def _reading(path: Path) -> AbstractContextManager[None]:
