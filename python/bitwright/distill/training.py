@@ -290,27 +290,7 @@ def dwq_quantize(
     require_model(teacher)
     if not callable(student):
         require_model(student)
-    check_choice("schedule", schedule, SCHEDULES)
-    check_choice("zeros", zeros, ZEROS)
-    if isinstance(loss, str):
-        check_choice("loss", loss, LOSSES)
-    for name, number, least in (
-        ("batch_size", batch_size, 1),
-        ("accumulate", accumulate, 1),
-        ("validate_every", validate_every, 1),
-        ("checkpoint_every", checkpoint_every, 1),
-        ("patience", patience, 1),
-        ("tokens", tokens, 1),
-        ("validation_samples", validation_samples, 1),
-        ("k", k, 1),
-        ("seed", seed, 0),
-    ):
-        if number is not None and (not isinstance(number, int | np.integer) or number < least):
-            raise ValueError(f"{name}: expected a whole number from {least} up, got {number}")
-    if not (learning_rate > 0 and math.isfinite(learning_rate) and 0 <= warmup <= 1):
-        raise ValueError("learning_rate and warmup: expected more than 0, and 0 to 1")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected more than 0 and finite, got {temperature}")
+    _check_arguments(arguments)
     teacher_model = load_model(teacher)
     if not callable(student):
         check_pair(teacher_model, load_model(student))
@@ -319,50 +299,23 @@ def dwq_quantize(
     if validation is not None:
         held = _load(validation, None, teacher_model, rows.shape[1], bos).tokens
     plan = _plan(rows, held, validation_samples, tokens, batch_size * accumulate, seed)
-    steps = len(plan.order) // (batch_size * accumulate)
-    settings = _Settings(
-        learning_rate=learning_rate,
-        schedule=schedule,
-        warmup=warmup,
-        temperature=temperature,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        loss=loss if isinstance(loss, str) else "a function",
-        zeros=zeros,
-        steps=steps,
-        validate_every=validate_every or max(1, steps // VALIDATIONS),
-        patience=patience,
-    )
+    settings = _settings(arguments, len(plan.order) // (batch_size * accumulate))
     student_made = student if callable(student) else load_model(student)
     ready = student_made if isinstance(student_made, Model) else None
     plan_training(
         teacher_model, len(rows), rows.shape[1], batch_size, memory, student=ready, zeros=zeros
     )
     given = None if targets is None else Path(targets)
-    k = _token_count(teacher_model, k, given)
+    lesson = _Lesson(teacher_model, loaded, plan, _token_count(teacher_model, k, given), given)
     ranks, work = current(), WorkFolder(out)
-    work.inputs.watch_model(teacher_model.checkpoint)
-    if ready is not None:
-        work.inputs.watch_model(ready.checkpoint)
+    for model in filter(None, (teacher_model, ready)):
+        work.inputs.watch_model(model.checkpoint)
     source = teacher_model.checkpoint.source
     writer = CheckpointWriter(out, overwrite, source=source, work=work)
     beside = PlotBeside(plot, work, overwrite)
     ranks.on_first(beside.check)
-    if given is not None:
-        for taken in (work.out, work.path):
-            check_apart(taken, given, "targets")
-        taught = Samples(_taught(plan, given)[0], loaded.first)
-        ranks.on_first(lambda: check_targets(teacher_model, taught, given, k, temperature))
-    identity: dict[str, object] = {
-        "teacher": model_fingerprint(teacher_model.checkpoint),
-        "tokenizer": tokenizer_fingerprint(teacher_model.checkpoint),
-        "bos": loaded.bos,
-        "tokens": tokens_fingerprint(plan.samples[plan.order]),
-        "validation": tokens_fingerprint(plan.samples[plan.valid]),
-        "k": k,
-        "fixed_order": ranks.fixed_order,
-        **asdict(settings),
-    }
+    lesson.check(work, temperature)
+    identity = {**lesson.identity(), **asdict(settings)}
     if callable(student):
         identity["data"] = tokens_fingerprint(rows)
         identity |= {f"student's {name}": value for name, value in (made_with or {}).items()}
@@ -372,60 +325,144 @@ def dwq_quantize(
         try:
             resumed = resume and ranks.on_first(lambda: _is_begun(work.path))
             state = work.resume(identity, resumed) or {}
-            student_model, made = _student(
-                student_made, made_with is not None, work, identity, state
-            )
-            work.inputs.watch_model(student_model.checkpoint, recorded=False)  # unless it is given
-            learner = Student(student_model, zeros)
-            if callable(student):
-                check_pair(teacher_model, student_model)
-            else:
-                check_apart(work.out, student_model.checkpoint.source, "student that is read")
-            with progress_bar("teaching", progress and ranks.is_first) as bar:
-                task = bar.add_task("", total=1.0, figures="")
-                known = _teach(
-                    teacher_model,
-                    plan,
-                    loaded.first,
-                    given,
-                    work.path,
-                    k,
-                    temperature,
-                    lambda share: bar.update(task, completed=share),
-                )
-            work.inputs.watch(known.files())
+            learner, made = _learner(student_made, made_with, zeros, work, identity, state)
+            check_pair(teacher_model, learner.model)
+            known = lesson.teach(work, temperature, progress)
             run = _Run(learner, known, plan, settings, loss, work)
             run.resume()
             with progress_bar("distilling", progress and ranks.is_first) as bar:
                 stopped = run.go(bar, checkpoint_every or settings.validate_every)
             report = run.report(Path(out), stopped, time.perf_counter() - started, made)
-            tensors = [each.start for each in learner.tensors.values()]
-            kind = None if student_model.format is None else type(student_model.format)
-            stored = dict.fromkeys(student_model.linear_shapes()) | {
-                name: (each.start.bits, each.start.group_size)
-                for name, each in learner.tensors.items()
-            }
-
-            def write() -> None:
-                remove_tree(work.path / UNFINISHED)  # of a run that was interrupted here
-                draw = partial(plot_dwq, report)
-                with completed(out, lambda folder: beside.write(draw)), writer:
-                    _write(writer, learner, report)
-                    card = model_card(
-                        teacher_model.checkpoint,
-                        out,
-                        kind,
-                        [report] if made is None else [made, report],
-                        precisions=[(each.bits, each.group_size) for each in tensors],
-                        unfused=kind is not None and bool(unfused(kind, stored)),
-                    )
-                    writer.write_text(CARD_NAME, card)
-
-            ranks.on_first(write)
+            ranks.on_first(
+                lambda: _write_all(teacher_model, learner, report, made, writer, beside, work)
+            )
         except BaseException:
             work.keep = work.keep and _is_begun(work.path)
             raise
     return report
+
+
+def _check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise ValueError unless choices and numbers are such as can be."""
+    check_choice("schedule", given["schedule"], SCHEDULES)
+    check_choice("zeros", given["zeros"], ZEROS)
+    if isinstance(given["loss"], str):
+        check_choice("loss", given["loss"], LOSSES)
+    counts = ("batch_size", "accumulate", "validate_every", "checkpoint_every", "patience")
+    for name in (*counts, "tokens", "validation_samples", "k", "seed"):
+        number, least = given[name], 0 if name == "seed" else 1
+        if number is not None and (not isinstance(number, int | np.integer) or number < least):
+            raise ValueError(f"{name}: expected a whole number from {least} up, got {number}")
+    rate = given["learning_rate"]
+    if not (rate > 0 and math.isfinite(rate) and 0 <= given["warmup"] <= 1):
+        raise ValueError("learning_rate and warmup: expected more than 0, and 0 to 1")
+    if not 0 < given["temperature"] < math.inf:
+        raise ValueError(
+            f"temperature: expected more than 0 and finite, got {given['temperature']}"
+        )
+
+
+def _settings(given: Mapping[str, Any], steps: int) -> _Settings:
+    """Return what decides the training beside its data."""
+    same = ("learning_rate", "schedule", "warmup", "temperature", "batch_size", "accumulate")
+    return _Settings(
+        **{name: given[name] for name in (*same, "zeros", "patience")},
+        loss=given["loss"] if isinstance(given["loss"], str) else "a function",
+        steps=steps,
+        validate_every=given["validate_every"] or max(1, steps // VALIDATIONS),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Lesson:
+    """What the teacher is asked: the k likeliest tokens of every position of some samples."""
+
+    teacher: Model
+    loaded: Samples
+    plan: "_Plan"
+    k: int
+    targets: Path | None
+
+    def check(self, work: WorkFolder, temperature: float) -> None:
+        """Raise TargetsError if a folder of targets is there that holds others."""
+        targets = self.targets
+        if targets is None:
+            return
+        for taken in (work.out, work.path):
+            check_apart(taken, targets, "targets")
+        taught = Samples(_taught(self.plan, targets)[0], self.loaded.first)
+        current().on_first(
+            lambda: check_targets(self.teacher, taught, targets, self.k, temperature)
+        )
+
+    def identity(self) -> dict[str, object]:
+        """Return what decides the targets, in words for whoever changes it between two runs."""
+        checkpoint, samples = self.teacher.checkpoint, self.plan.samples
+        return {
+            "teacher": model_fingerprint(checkpoint),
+            "tokenizer": tokenizer_fingerprint(checkpoint),
+            "bos": self.loaded.bos,
+            "tokens": tokens_fingerprint(samples[self.plan.order]),
+            "validation": tokens_fingerprint(samples[self.plan.valid]),
+            "k": self.k,
+            "fixed_order": current().fixed_order,
+        }
+
+    def teach(self, work: WorkFolder, temperature: float, progress: bool) -> "_Known":
+        """Ask the teacher, or open what it has said before."""
+        with progress_bar("teaching", progress and current().is_first) as bar:
+            task = bar.add_task("", total=1.0, figures="")
+            known = _teach(
+                *(self.teacher, self.plan, self.loaded.first, self.targets, work.path),
+                *(self.k, temperature, lambda share: bar.update(task, completed=share)),
+            )
+        work.inputs.watch(known.files())
+        return known
+
+
+def _learner(
+    student: Model | Callable[[Path], object],
+    made_with: Mapping[str, object] | None,
+    zeros: Zeros,
+    work: WorkFolder,
+    identity: Mapping[str, object],
+    state: Mapping[str, Any],
+) -> tuple[Student, QuantizationReport | None]:
+    """Return the student, made first if it has to be, and the report of that."""
+    model, made = _student(student, made_with is not None, work, identity, state)
+    work.inputs.watch_model(model.checkpoint, recorded=False)  # unless it is given
+    if not callable(student):
+        check_apart(work.out, model.checkpoint.source, "student that is read")
+    return Student(model, zeros), made
+
+
+def _write_all(
+    teacher: Model,
+    learner: Student,
+    report: DwqReport,
+    made: QuantizationReport | None,
+    writer: CheckpointWriter,
+    beside: PlotBeside,
+    work: WorkFolder,
+) -> None:
+    """Write the folder, and its plot before it."""
+    tensors = {name: each.start for name, each in learner.tensors.items()}
+    precisions = {name: (each.bits, each.group_size) for name, each in tensors.items()}
+    kind = None if learner.model.format is None else type(learner.model.format)
+    stored = dict.fromkeys(learner.model.linear_shapes()) | precisions
+    remove_tree(work.path / UNFINISHED)  # of a run that was interrupted here
+    draw = partial(plot_dwq, report)
+    with completed(work.out, lambda folder: beside.write(draw)), writer:
+        _write(writer, learner, report)
+        card = model_card(
+            teacher.checkpoint,
+            work.out,
+            kind,
+            [report] if made is None else [made, report],
+            precisions=list(precisions.values()),
+            unfused=kind is not None and bool(unfused(kind, stored)),
+        )
+        writer.write_text(CARD_NAME, card)
 
 
 def _token_count(teacher: Model, k: int | None, targets: Path | None) -> int:

@@ -144,18 +144,17 @@ def dynamic_quantize(
         set_num_threads(threads)
     original = load_model(model)
     check_choice("method", method, [each.name for each in METHODS.values() if each.bits is None])
-    dtype = options.get("scale_dtype")
-    choices = dynamic_choices(original, target_bpw, candidates, format, grid, dtype)
+    given_grid = grid, options.get("scale_dtype")
+    choices = dynamic_choices(original, target_bpw, candidates, format, *given_grid)
     _check_places(out, sensitivities, recipe, overwrite)
     _check_plan(original, format, choices.ends[1], choices.grid, options)
     known = _known(original, sensitivities, data)
     reading: dict[str, Any] = {"length": length, "bos": bos, "memory": memory}
     judged = _Judged(original, evaluate_on, reading)
     estimated = {**reading, "samples": sensitivity_samples, "seed": seed}
-    text = data if calibration is None else calibration
     making: dict[str, Any] = {
         **{**reading, "method": method, "format": format, "grid": choices.grid, "seed": seed},
-        "calibration": text if METHODS[method].needs_inputs or options.get("grid_search") else None,
+        "calibration": _calibration(method, data if calibration is None else calibration, options),
         **{"samples": samples, "resume": resume, "overwrite": overwrite, **options},
     }
     with (
@@ -164,8 +163,8 @@ def dynamic_quantize(
         one_budget(memory),
     ):
         # All that does not depend on which layer gets what.
-        coarsest = dict.fromkeys(original.linear_shapes(), choices.ends[0])
-        same = Recipe(coarsest, target_bpw, target_bpw)
+        lowest = dict.fromkeys(original.linear_shapes(), choices.ends[0])
+        same = Recipe(lowest, target_bpw, target_bpw)
         plans: list[Callable[[], object]] = [
             lambda: check_quantization(model, out, recipe=same, **making),
             judged.check_memory,
@@ -198,8 +197,15 @@ def dynamic_quantize(
         with completed(out, complete):
             report = quantize(model, out, recipe=chosen, progress=progress, **making)
     before, after, seconds = judged.result()
-    report = replace(report, seconds=report.seconds - seconds)
-    return DynamicReport(chosen, known, report, before, after)
+    spent = replace(report, seconds=report.seconds - seconds)
+    return DynamicReport(chosen, known, spent, before, after)
+
+
+def _calibration(
+    method: str, text: TokenSource | None, options: Mapping[str, Any]
+) -> TokenSource | None:
+    """Return what a method is calibrated on, if it asks for that."""
+    return text if METHODS[method].needs_inputs or options.get("grid_search") else None
 
 
 class _Judged:
