@@ -277,15 +277,17 @@ def plan_evaluation(
     is expected; MemoryBudgetError if the budget is too small for the fewest."""
     budget = Budget.of(memory)
     chunk_rows = Rotation(length, {}).chunk_rows
-    heads = max(each.rows_bytes(each.head_name) for each in models)
+    codes = [each.codes_bytes(each.head_name) for each in models]
+    pieces = max(each.piece_bytes(each.head_name) for each in models)
     blocks = max(passing_bytes(layout, chunk_rows) for each in models for layout in each.layouts)
-    embeddings = max(each.rows_bytes(each.embedding_name) for each in models)
+    embeddings = max(_looking_up(each) for each in models)
     row = 4 * models[0].config.vocab_size
     positions = min(logit_rows(row, LOGIT_BYTES), samples * length)
     piece = max(piece_rows(each.config.hidden_size) for each in models)
     logits = len(models) * row * positions
     logits += 4 * positions * piece * (piece < models[0].config.vocab_size)
-    fixed = budget.base + max(blocks, embeddings, heads + logits)
+    heads = sum(codes) + max(max(codes), pieces + logits)
+    fixed = budget.base + max(blocks, embeddings, heads)
     per_row = sum(each.config.hidden_size for each in models)
     per_row += max(each.config.hidden_size + _inner(each) for each in models)  # normed at last
     per_chunk = 4 * min(chunk_rows, samples * length) * per_row
@@ -293,6 +295,12 @@ def plan_evaluation(
     per_chunk_samples = max(1, chunk_rows // length)
     chunks = min(int((budget.bytes - fixed) / per_chunk), -(-samples // per_chunk_samples))
     return chunks * per_chunk_samples, fixed + chunks * per_chunk
+
+
+def _looking_up(model: Model) -> int:
+    """Return what looking tokens up in the embedding takes."""
+    codes = model.codes_bytes(model.embedding_name)
+    return codes + max(codes, model.piece_bytes(model.embedding_name))
 
 
 def _inner(model: Model) -> int:

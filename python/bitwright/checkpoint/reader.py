@@ -21,29 +21,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from bitwright.checkpoint.holes import hole_in_safetensors
-from bitwright.checkpoint.shard import FLOATS_OF_8_BITS, Shard
+from bitwright.checkpoint.shard import DTYPES, FLOATS_OF_8_BITS, Shard
 from bitwright.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError, shown
 from bitwright.files.home import expands_home
 from bitwright.files.links import check_no_links, check_own
 from bitwright.files.text_file import read_bytes
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    **FLOATS_OF_8_BITS,
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-"""The tensor types that are read and written, by their safetensors names."""
 _BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)  # holds every number of 8 bits
 _WRITTEN_AS: dict[np.dtype[Any], np.dtype[Any]] = {
     np.dtype(np.float64): np.dtype(np.float32),

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint.reader import (
-    DTYPES,
     INDEX_NAME,
     Checkpoint,
     is_plain_file_name,
 )
+from bitwright.checkpoint.shard import DTYPES
 from bitwright.checkpoint.side_files import SideFiles, side_files
 from bitwright.checkpoint.work_folder import WorkFolder, content_of, remove_tree
 from bitwright.errors import (

@@ -1,5 +1,6 @@
 """Quantized layers whose scales and biases, or zeros, are trained."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from bitwright import _kernels
 from bitwright.errors import UnsupportedModelError
+from bitwright.formats.gguf import BLOCK
 from bitwright.grids.choice import rounded_scales
 from bitwright.grids.tensor import QuantizedTensor, SuperBlocks
 from bitwright.loading.model import Model
@@ -18,6 +20,7 @@ from bitwright.models.operations import Float, Float32
 Zeros = Literal["fixed", "project"]
 ZEROS: tuple[Zeros, ...] = ("fixed", "project")
 PACE = np.float32(16)
+SCALES = (".scales", ".weight_scale", ".s")  # one number for each group; of gguf there are none
 
 
 class TrainedTensor:
@@ -158,6 +161,35 @@ def _trained(tensor: QuantizedTensor, zeros: Zeros) -> TrainedTensor:
     if tensor.superblocks is not None:
         return TrainedSuperBlocks(tensor, tensor.superblocks)
     return TrainedTensor(tensor, zeros)
+
+
+def trained_bytes(model: Model, student: Model | None, zeros: Zeros) -> tuple[int, int]:
+    """Return what a student of a model is in training, and what a step's gradients take.
+
+    The first is its codes and, of each group, scales and biases or zeros as they are stored and in float32,
+    sums, and the parameters with their best and the two means of Adam.
+
+    Parameters
+    ----------
+    model
+        The teacher.
+    student
+        None where it is yet to be made: all its linears then have affine grids in groups of 64.
+    zeros
+        See `TrainedTensor`.
+    """
+    layers = model.linear_shapes() if student is None else student.quantized_layers()
+    weights = sum(out * channels for out, channels in layers.values())
+    groups, affine = weights // 64, True
+    if student is not None:
+        parts = student.packed_tensors()
+        scales = [name for name in parts if name.endswith(SCALES)]
+        groups = sum(math.prod(student.checkpoint.shape(name)) for name in scales)
+        groups = groups or weights // BLOCK
+        affine = any(name.endswith(".biases") for name in parts)
+    trained = 2 if affine or zeros == "project" else 1
+    in_float = 2 + affine + 2 + 4 * trained
+    return weights + groups * (4 * in_float + (4 if affine else 3)), groups * 4 * trained
 
 
 class Student:

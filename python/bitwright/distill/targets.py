@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.holes import hole_in_safetensors
 from bitwright.checkpoint.reader import read_json_object
+from bitwright.checkpoint.shard import Shard
 from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder, content_of
 from bitwright.checkpoint.writer import write_safetensors
 from bitwright.distill.losses import TopTokens
@@ -352,8 +353,8 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"targets-{shard + 1:05d}.safetensors"
 
 
-def _opened(path: Path) -> Any:  # the library's handles have no types
-    return safe_open(path, framework="numpy", backend="pread")  # see `Checkpoint`
+def _opened(path: Path) -> Shard:
+    return Shard(path, safe_open(path, framework="numpy", backend="pread"))  # see `Checkpoint`
 
 
 def _reading(path: Path) -> AbstractContextManager[None]:

@@ -34,7 +34,7 @@ from bitwright.checkpoint.writer import UNFINISHED, check_apart, completed, writ
 from bitwright.distill.adam import Adam
 from bitwright.distill.gradient_memory import final_bytes, head_bytes, logits_bytes, sub_block_bytes
 from bitwright.distill.losses import LOSSES, DistillationLoss, LossFunction, TopTokens, next_tokens
-from bitwright.distill.student import ZEROS, Student, Zeros
+from bitwright.distill.student import ZEROS, Student, Zeros, trained_bytes
 from bitwright.distill.targets import (
     DEFAULT_K,
     SHARD_BYTES,
@@ -83,9 +83,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
 VALIDATION_SAMPLES = 8
 BATCH_SIZE = 4
-# Of a weight in training: its code and, in groups of 64, what is trained, its best and Adam's means.
-TRAINED_BYTES = 2.5
-TARGET_BYTES = 16  # of a token that the teacher knows of a position, read and put together
+TARGET_BYTES = 8  # of a token that the teacher knows of a position
 VALIDATIONS = 8  # in a run, unless told otherwise
 SAME = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 REPORT_NAME = "dwq.json"
@@ -337,7 +335,9 @@ def dwq_quantize(
     )
     student_made = student if callable(student) else load_model(student)
     ready = student_made if isinstance(student_made, Model) else None
-    plan_training(teacher_model, len(rows), rows.shape[1], batch_size, memory, student=ready)
+    plan_training(
+        teacher_model, len(rows), rows.shape[1], batch_size, memory, student=ready, zeros=zeros
+    )
     given = None if targets is None else Path(targets)
     k = _token_count(teacher_model, k, given)
     ranks, work = current(), WorkFolder(out)
@@ -812,26 +812,23 @@ def plan_training(
     batch_size: int,
     memory: float | None,
     student: Model | None = None,
+    zeros: Zeros = "fixed",
 ) -> int:
     """Return what training a student of a model takes; MemoryBudgetError if the budget is too small."""
     config, budget = model.config, Budget.of(memory)
     rows = length * batch_size
-    trained = sum(out * channels for out, channels in model.linear_shapes().values())
-    if student is not None:
-        matrices = {student.embedding_name, student.head_name}
-        table = config.vocab_size * config.hidden_size
-        trained += table * sum(student.is_quantized(name) for name in matrices)
+    trained, gradients = trained_bytes(model, student, zeros)
     known = rows * min(DEFAULT_K, config.vocab_size) * TARGET_BYTES
     backward = (most for _, _, most in sub_block_bytes(model, length, rows))
-    training = known + max(final_bytes(model, rows, 1), *backward)
+    training = known + max(final_bytes(model, rows, 2), gradients, *backward)
     # The teacher says of many samples together what it knows of them.
     packed = min(DEFAULT_K, config.vocab_size) * (2 + (2 if config.vocab_size <= 1 << 16 else 4))
     per_sample = length * max(packed, 4 * config.hidden_size)
     together = length * min(samples, max(1, SHARD_BYTES // per_sample))
     taught = together * (2 * packed + 2 * 4 * config.hidden_size)
-    teaching = head_bytes(model, together) + logits_bytes(model, together, 1) + taught
-    most = budget.base + int(TRAINED_BYTES * trained)
-    most += max(teaching, training)
+    logits = logits_bytes(model, together, 1) * 5 // 4  # and which of them are finite
+    teaching = head_bytes(model, together) + logits + taught
+    most = budget.base + trained + max(teaching, training)
     budget.require(most, model.checkpoint.folder)
     return most
 

@@ -315,24 +315,30 @@ class Model(Decoder):
         stored = f"{name}.weight"
         return not (stored in self.checkpoint and self._is_float(stored))
 
-    def rows_bytes(self, name: str) -> int:
-        """Return what reading the rows of the embedding or the head takes: a piece of them, where there are
-        several also the room that the one before has left, and of a quantized matrix all codes, which are
-        there twice while they are unpacked."""
+    def codes_bytes(self, name: str) -> int:
+        """Return what `rows` of the embedding or the head holds: of a quantized matrix all codes, with
+        their grids, which is there twice while they are unpacked."""
+        table = self.config.vocab_size * self.config.hidden_size
+        return table + table // 16 if self.is_quantized(name) else 0
+
+    def piece_bytes(self, name: str) -> int:
+        """Return what a piece of these rows takes beside that, where there are several also the room that
+        the one before has left."""
         vocabulary, width = self.config.vocab_size, self.config.hidden_size
         rows = piece_rows(width)
-        piece = 4 * width * min(vocabulary, rows) * (2 if rows < vocabulary else 1)
+        piece = width * min(vocabulary, rows) * (2 if rows < vocabulary else 1)
         if self.is_quantized(name):
-            return 2 * vocabulary * width + piece
+            return 4 * piece
         dtype = self.checkpoint.dtype(f"{name}.weight")
-        return piece if dtype in MODEL_DTYPES.values() else 2 * piece
+        return piece * (dtype.itemsize if dtype in MODEL_DTYPES.values() else 4 + dtype.itemsize)
 
     def embedding(self) -> Float32:
         """Read the embedding matrix ``[vocabulary, hidden_size]``."""
         return self.weight(self.embedding_name, (self.config.vocab_size, self.config.hidden_size))
 
-    def embedding_table(self) -> NDArray[Any]:
-        """Read the embedding matrix as it is stored, if that is in float, for `embed`."""
+    def embedding_table(self) -> NDArray[Any] | MatrixRows:
+        """Read the embedding matrix as it is stored, in 16 or 32 bits, or get ready to read its rows, for
+        `embed`."""
         name = f"{self.embedding_name}.weight"
         shape = (self.config.vocab_size, self.config.hidden_size)
         if (
@@ -340,12 +346,8 @@ class Model(Decoder):
             or self.checkpoint.shape(name) != shape
             or self.checkpoint.dtype(name) not in MODEL_DTYPES.values()
         ):
-            return self.embedding()
+            return self.rows(self.embedding_name)
         return self.checkpoint.read(name)
-
-    def head(self) -> Float32:
-        """Read the output matrix ``[vocabulary, hidden_size]``, to quantize it."""
-        return self.weight(self.head_name, (self.config.vocab_size, self.config.hidden_size))
 
     def _embedding_and_head(self) -> tuple[str, str]:
         embedding, head = self.names.embedding, self.names.head

@@ -186,6 +186,7 @@ class Network:
             above = None if gradient is None else np.empty_like(logits)
             losses[rows] = loss(first, logits, above)
             if gradient is None or above is None:
+                del logits  # before there are the next
                 continue
             if model.caps_logits:
                 _kernels.cap_logits_backward(logits, *model.logit_cap, above)
