@@ -149,7 +149,7 @@ class DecoderBlock:
     ) -> None:
         """Run the whole block over all chunks, in place.
 
-        A block without experts is passed chunk by chunk, so that only one chunk has inner states at a time; one
+        A block without experts is passed chunk by chunk, so that one chunk has inner states at a time; one
         with experts stage by stage, so that one expert's weights are in memory at a time.
 
         Parameters
@@ -161,7 +161,8 @@ class DecoderBlock:
         observe
             Called with the index of each chunk, the stage, and its input.
         finished
-            Number of chunks whose outputs are needed; the last product of the others is left out. None for all.
+            Number of chunks whose outputs are needed, None for all; the last product of the others is left
+            out.
         """
         by_stage = bool(self.layout.experts)
         for stages in [(stage,) for stage in self.stages] if by_stage else [self.stages]:

@@ -200,7 +200,7 @@ class ModelConfig:
         values = raw
         if rules.section is not None:
             section = outer.section(rules.section)
-            # Keys of the outer object that apply to the whole model, such as its dtype, apply to the part as well.
+            # Keys of the outer object about the whole model, such as its dtype, apply to the part as well.
             values = {**raw, **(section.values if section else {})}
         top = Keys(
             values,

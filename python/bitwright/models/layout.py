@@ -1,4 +1,4 @@
-"""The stages, tensors and scale groups of one decoder block, derived from an `Architecture` and a config."""
+"""The stages, tensors and scale groups of one decoder block, from an `Architecture` and a config."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
