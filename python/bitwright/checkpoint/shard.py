@@ -1,4 +1,4 @@
-"""One safetensors file, floats of 8 bits included, which NumPy and so the library does not have."""
+"""One safetensors file, 8-bit floats included, which NumPy and so the library's NumPy interface lack."""
 
 import json
 import math
@@ -15,7 +15,7 @@ FLOATS_OF_8_BITS: dict[str, np.dtype[Any]] = {
     "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
 }
-"""Those that weights are stored in, by their safetensors names."""
+"""Dtypes of weights, by their safetensors names."""
 
 
 class Shard:
@@ -26,7 +26,7 @@ class Shard:
     file : pathlib.Path
         Its path.
     opened : safetensors.safe_open
-        The library's handle, which has looked whether the file is sound.
+        The library's handle, which has validated the file.
     """
 
     def __init__(self, file: Path, opened: Any) -> None:
@@ -47,7 +47,7 @@ class Shard:
         return names
 
     def get_slice(self, name: str) -> Any:
-        """Return a tensor of which parts can be read."""
+        """Return a tensor whose parts can be read."""
         found = self._opened.get_slice(name)
         return _Slice(self, name, found) if found.get_dtype() in FLOATS_OF_8_BITS else found
 
