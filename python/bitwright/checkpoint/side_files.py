@@ -1,4 +1,4 @@
-"""The files that travel with a model beside weights and config.json: all small ones but those named here."""
+"""The files that travel with a model beside weights and config.json: all small ones, with exceptions."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The ways to store quantized tensors in a checkpoint folder."""
+"""The formats in which quantized tensors are stored in a checkpoint."""
 
 from bitwright.checkpoint import Checkpoint
 from bitwright.errors import UnsupportedModelError, shown

@@ -22,7 +22,7 @@ SCRATCH = "scratch"
 
 
 class Recorded(Protocol):
-    """What tells its state."""
+    """An object with a state to commit."""
 
     def state(self) -> dict[str, Any]:
         """Return what it needs to resume from here, for JSON."""
@@ -30,14 +30,14 @@ class Recorded(Protocol):
 
 
 class RecordedFiles(Recorded, Protocol):
-    """What writes files; those of a state are on the disk when it has been told."""
+    """A writer of files; those of a state are on the disk when `state` returns."""
 
     def files(self) -> dict[Path, int]:
-        """Return the files of its state, and how much of each."""
+        """Return the files that its state counts on, and how many bytes of each."""
         ...
 
     def committed(self) -> None:
-        """Remove what only a state before the last one needs."""
+        """Remove files that only a state before the last one needs."""
         ...
 
 
@@ -135,7 +135,7 @@ class Journal:
 
 @contextmanager
 def kept_when_interrupted(work: WorkFolder) -> Iterator[None]:
-    """Say of an interruption or an error that a user can mend that the same call goes on from what is done;
+    """Add to an interruption, or an error that a user can mend, that the same call resumes what is done;
     after any other error nothing is kept."""
     try:
         yield
@@ -151,7 +151,7 @@ def kept_when_interrupted(work: WorkFolder) -> Iterator[None]:
             raise MemoryBudgetError(f"{what}{remedy}{resumes if work.keep else ''}") from error
         if work.keep and known and isinstance(error, OSError | CheckpointError):
             raise type(error)(f"{error}{resumes}") from error
-        # What is wrong with a value will be wrong again.
+        # A wrong value would be wrong again.
         work.keep = work.keep and (
             isinstance(error, CheckpointError) or not isinstance(error, ValueError | TypeError)
         )
