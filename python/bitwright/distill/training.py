@@ -1,4 +1,4 @@
-"""DWQ: scales and biases of a quantized model, trained to say what the original says.
+"""DWQ: scales and biases of a quantized model, trained by distillation from the original.
 
 Distilled weight quantization, as in mlx-lm: the codes stay, so the result has the same size and speed."""
 
@@ -82,7 +82,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
 VALIDATION_SAMPLES = 8
 BATCH_SIZE = 4
-# Of a weight in training: its code and, in groups of 64, what is trained, its best and Adam's means.
+# Of a weight in training: its code and, in groups of 64, parameters, the best ones and Adam's moments.
 TRAINED_BYTES = 2.5
 TARGET_BYTES = 16  # of a token that the teacher knows of a position, read and put together
 VALIDATIONS = 8  # in a run, unless told otherwise
@@ -117,7 +117,7 @@ class _Settings:
 
 @dataclass(eq=False)
 class _Progress:
-    """What a run knows of itself between two steps, and what a checkpoint holds beside the arrays."""
+    """The state of a run between two steps, which a checkpoint holds beside the arrays."""
 
     step: int = 0
     seconds: float = 0.0
@@ -184,7 +184,7 @@ def dwq_quantize(
     threads: int | None = None,
     progress: bool = True,
 ) -> DwqReport:
-    """Train the scales and biases of a quantized model by what the original says of some text.
+    """Train the scales and biases of a quantized model to reproduce the original's outputs on some text.
 
     The codes stay what they are, and so do size and format. What is trained is what is stored: the forward
     pass uses scales and biases rounded to their dtype. The student with the least KL on the validation
@@ -424,7 +424,7 @@ def dwq_quantize(
 
 
 def _token_count(teacher: Model, k: int | None, targets: Path | None) -> int:
-    """Return how many of the teacher's tokens are known of each position."""
+    """Return how many of the teacher's tokens the targets have per position."""
     vocabulary = teacher.config.vocab_size
     if k is None and targets is not None:
         stored = (read_manifest(targets) or {}).get("k")
@@ -436,7 +436,7 @@ def _token_count(teacher: Model, k: int | None, targets: Path | None) -> int:
 
 
 def _is_begun(work: Path) -> bool:
-    """Tell whether a work folder holds something that took time."""
+    """Tell whether a work folder holds results that took time to compute."""
     patterns = (TRAINING, STUDENT, f".{STUDENT}*", "*/targets-*.safetensors")
     return any(any(work.glob(pattern)) for pattern in patterns)
 
@@ -448,7 +448,7 @@ def _student(
     identity: Mapping[str, object],
     state: Mapping[str, Any],
 ) -> tuple[Model, QuantizationReport | None]:
-    """Return the student that is given or made, and the report of its making, and commit to it.
+    """Return the student that is given or made, with the report of its quantization, and commit it.
 
     One that an interrupted run has made is used again if it is `reusable`."""
     ranks, folder = current(), work.path / STUDENT
@@ -478,7 +478,7 @@ def _student(
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What is trained and validated on.
+    """The samples of training and validation.
 
     ``rows`` are all samples of the data, ``used`` those of them that are, and ``held`` validation data of
     their own, after these; ``order`` and ``valid`` name some of the samples.
@@ -498,7 +498,7 @@ class _Plan:
 
 @dataclass(frozen=True, eq=False)
 class _Known:
-    """What the teacher says of a plan's samples: those at `places` of one folder, and then those of another
+    """The targets of a plan's samples: those at `places` of one folder, and then those of another
     where the validation data are of their own."""
 
     training: DwqTargets
@@ -575,7 +575,7 @@ class _Run:
         return None
 
     def resume(self) -> None:
-        """Go on from the checkpoint if there is one."""
+        """Resume from the checkpoint if there is one."""
         if not self.ranks.on_first(self.checkpoint.is_file):
             return
         again, damaged = again_message(self.checkpoint.parent), f"{self.checkpoint}: is damaged"
@@ -605,7 +605,7 @@ class _Run:
         seconds: float,
         student: QuantizationReport | None,
     ) -> DwqReport:
-        """Set the student to its best and sum up the run."""
+        """Set the student to its best parameters and summarize the run."""
         digest = hashlib.sha256(b"".join(array.tobytes() for array in self.best.values()))
         if len(set(self.ranks.gather(digest.hexdigest()))) > 1:
             raise RankError(
@@ -814,7 +814,7 @@ def plan_training(
     known = rows * min(DEFAULT_K, config.vocab_size) * TARGET_BYTES
     backward = (most for _, _, most in sub_block_bytes(model, length, rows))
     training = known + max(final_bytes(model, rows, 1), *backward)
-    # The teacher says of many samples together what it knows of them.
+    # The teacher computes the targets of many samples together.
     packed = min(DEFAULT_K, config.vocab_size) * (2 + (2 if config.vocab_size <= 1 << 16 else 4))
     per_sample = length * max(packed, 4 * config.hidden_size)
     together = length * min(samples, max(1, SHARD_BYTES // per_sample))
@@ -905,7 +905,7 @@ def _teach(
 
 
 def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> None:
-    """Write the student's checkpoint with the scales, and biases or zeros, that it has now."""
+    """Write the student's checkpoint with its current scales, and biases or zeros."""
     checkpoint, changed = student.model.checkpoint, student.stored()
     kind = Format if student.model.format is None else type(student.model.format)
     if student.model.format is not None:
@@ -918,7 +918,7 @@ def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> Non
     settings = config.get("quantization_config")
     moved = any(each.tensor().grid == "zero_point" for each in student.tensors.values())
     if isinstance(settings, dict) and settings.get("sym") and moved:
-        # Engines do not read the zeros of what is called symmetric.
+        # Engines do not read the zeros of grids that are declared symmetric.
         config = {**config, "quantization_config": {**settings, "sym": False}}
     writer.write_json("config.json", config)
     writer.write_json(REPORT_NAME, report.as_dict())

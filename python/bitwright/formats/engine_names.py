@@ -158,7 +158,7 @@ def mlx_name(name: str) -> str:
 
 
 def transformers_name(name: str) -> str:
-    """Return the name since transformers 4.52 of a layer or tensor of a multimodal model, as GPTQModel wants
+    """Return the name in transformers 4.52 or later of a layer of a multimodal model, as GPTQModel wants
     it in files, too.
 
     Examples

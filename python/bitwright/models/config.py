@@ -375,7 +375,7 @@ def _latent(top: Keys) -> LatentConfig:
 
 
 def _latent_scale(rope: RopeConfig) -> float:
-    """Return the factor of latent attention's scores: YaRN's attention factor (arXiv:2309.00071, eq. 15),
+    """Return the factor of latent attention's scores: YaRN's attention factor (arXiv:2309.00071),
     which cosines and sines leave out there."""
     if rope.rope_type == "default" or not rope.mscale_all_dim or rope.factor <= 1:
         return 1.0

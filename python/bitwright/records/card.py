@@ -27,7 +27,7 @@ from bitwright.formats import Format
 from bitwright.records.reports import DwqReport, QuantizationReport, error_text, megabytes
 
 CARD_NAME = "README.md"
-CARD_LIMIT = 64 << 10  # bytes of the original's card that are looked at
+CARD_LIMIT = 64 << 10  # bytes of the original's card that are read
 LIBRARIES = {"mlx": "mlx", "gguf": "llama.cpp"}  # by format; transformers for the others
 METHOD_WORDS = {
     "refine": "refinement of its codes and scales",
@@ -36,7 +36,7 @@ METHOD_WORDS = {
 PROMPT = "Once upon a time"
 WIDTH = 88  # of a call on one line
 SHOWN = 200  # characters of an argument, and of a name from a file
-# What is carried over from the original's card, and what it may look like there.
+# Entries copied from the original's card, and the form that they must have there.
 CARRIED = {
     "license": r"[\w.+-]{1,64}",
     "license_name": r"[\w.+ ()-]{1,100}",
@@ -59,7 +59,7 @@ Report = QuantizationReport | DwqReport
 
 @contextmanager
 def made_by(command: str) -> Iterator[None]:
-    """Name the command, or the call in Python, that makes what is written meanwhile.
+    """Set the command, or the call in Python, that cards written in this context name.
 
     Of several around each other the outermost counts: that is what a user gave.
 
@@ -94,7 +94,7 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def without_place(path: str) -> str:
-    """Return a path as strangers may read it: of one that is absolute, or in somebody's home, the name."""
+    """Return a path without private parts: of one that is absolute, or in a home folder, only the name."""
     if not path.startswith(("/", "~")):
         return path
     return os.path.basename(os.path.normpath(path)) or path
@@ -368,7 +368,7 @@ def _figures(reports: Sequence[Report]) -> list[str]:
 def _loading(
     out: str, format: type[Format] | None, mixed: bool, unfused: bool = False
 ) -> list[str]:
-    """Return how to load it, for people who have none of the tools yet."""
+    """Return the section on loading, for people who have none of the tools yet."""
     place = _word(out)
     vllm = [] if unfused else [_block("sh", f"pip install vllm\nvllm serve {place}")]
     name = "float" if format is None else format.name
@@ -443,7 +443,7 @@ def _metadata(
 
 
 def _base_model(source: Checkpoint, card: Mapping[str, list[str]]) -> str | None:
-    """Return the original's name at the hub as far as it can be told, None if nothing can be a name there.
+    """Return the original's name at the hub as far as its path tells, None if no part can be such a name.
 
     That is what it was made from, if its own card says that it is quantized; what the hub's client calls
     its folder; what config.json says that it was loaded from, unless its card says that it was trained
@@ -466,7 +466,7 @@ def _base_model(source: Checkpoint, card: Mapping[str, list[str]]) -> str | None
 
 def _front_matter(folder: Path) -> dict[str, list[str]]:
     """Return the simple entries of a card's YAML: scalars of one line, as lists of one, and lists of such.
-    Whatever is more than that is left out, and of a strange file everything."""
+    Anything else is left out, and an unreadable card entirely."""
     path = folder / CARD_NAME
     try:
         if not is_own_file(path, folder):
@@ -494,7 +494,7 @@ def _front_matter(folder: Path) -> dict[str, list[str]]:
         elif item and listed:
             values.append(_scalar(_without_comment(item[1])))
         else:
-            values.append(None)  # goes on in a way that is not read here
+            values.append(None)  # continues in a way that is not read here
     return {
         key: [each for each in values if each is not None]
         for key, values in found.items()
@@ -548,7 +548,7 @@ def _word(text: str) -> str:
 
 
 def _literal(value: object) -> str:
-    """Write an argument in Python, or what it is in brackets."""
+    """Write an argument in Python, or its type in brackets."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | float | complex):
@@ -577,7 +577,7 @@ def _short(literal: str, value: list[Any] | tuple[Any, ...] | Mapping[Any, Any])
 
 
 def _text(text: str) -> str:
-    """Write text so that Markdown shows just that."""
+    """Escape text for Markdown."""
     return _MARKUP.sub(lambda each: f"&#{ord(each[0])};", printable(text)[:SHOWN])
 
 

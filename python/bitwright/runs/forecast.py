@@ -8,7 +8,7 @@ INNER_COPIES = 3  # of one chunk's widest states while a stage is computed
 
 
 def passing_bytes(layout: BlockLayout, chunk_rows: int) -> int:
-    """Return the memory of a pass over a block beside the states: weights, and a stage's work on a chunk."""
+    """Return the memory of a pass over a block beside states: weights, and a stage's work on a chunk."""
     weights = weight_count(layout.linears.values())
     if layout.experts:
         weights = max(weight_count(stage_shapes(layout, stage)) for stage in layout.stages)

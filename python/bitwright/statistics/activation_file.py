@@ -80,7 +80,7 @@ class ActivationFile:
         self.close()
 
     def fingerprint(self) -> str:
-        """Return what the file is known by again."""
+        """Return the fingerprint of the file."""
         return file_fingerprint(self.path)
 
     def token_count(self) -> int:
