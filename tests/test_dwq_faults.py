@@ -769,8 +769,17 @@ def test_starting_over_after_damage(
 
 def command(student: Path, out: Path, data: Path) -> list[str]:
     return [
-        *(sys.executable, "-m", "bitwright", "dwq", "--teacher", str(DEMO)),
-        *("--student", str(student), "--out", str(out), "--data", str(data), "--length", "32"),
+        *(sys.executable, "-m", "bitwright", "dwq", str(student)),
+        *(
+            "--reference",
+            str(DEMO),
+            "--out",
+            str(out),
+            "--calibration",
+            str(data),
+            "--length",
+            "32",
+        ),
         *("--batch-size", "2", "--checkpoint-every", "1", "--validate-every", "10"),
         *("--tokens", "1280", "--learning-rate", "5e-4", "--threads", "1"),
     ]

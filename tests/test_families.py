@@ -405,6 +405,8 @@ def changed_copy(source: Path, folder: Path, **changes: Any) -> Path:
         ("qwen3_moe", {"num_local_experts": 3, "num_experts": 3}, r"gate.weight has.*\[3, 64\]"),
         ("deepseek_v3", {"topk_method": "best"}, "'best'.*supported are: noaux_tc"),
         ("deepseek_v3", {"topk_group": 9}, '"topk_group"'),
+        ("deepseek_v3", {"n_group": 8, "topk_group": 4}, '"n_group".* best two in each'),
+        ("deepseek_v3", {"n_group": 8, "topk_group": 8}, '"n_group"'),
         (
             "gemma2",
             {"layer_types": ["chunked_attention"] * 2},

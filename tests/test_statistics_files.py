@@ -17,7 +17,7 @@ from shared_data import TESTS
 
 import bitwright
 from bitwright.checkpoint.work_folder import WorkFolder
-from bitwright.cli.commands import cli
+from bitwright.cli.main import cli
 from bitwright.files.replacing import output_errors
 from bitwright.methods.moments import Moments
 from bitwright.models.block import ChunkStates

@@ -58,7 +58,7 @@ def test_collected_ends_with_its_block() -> None:
 def test_on_the_command_line_a_warning_is_one_line() -> None:
     program = """
 import sys, click
-from bitwright.cli.commands import cli, main
+from bitwright.cli.main import cli, main
 from bitwright.warned import warn
 cli.add_command(click.Command("w", callback=lambda: warn("a\\nb")))
 sys.argv[1:] = ["w"]
@@ -73,14 +73,14 @@ main()
 def test_a_command_says_each_warning_once() -> None:
     """Though it may open a model several times, in calls of their own."""
     program = """
-import sys, bitwright.cli.commands
+import sys, bitwright.cli.main
 from bitwright.warned import warn
 def said():
     for each in ("a", "b", "a", "a"):
         warn(each)
-bitwright.cli.commands.cli.add_command(bitwright.cli.commands.click.Command("w", callback=said))
+bitwright.cli.main.cli.add_command(bitwright.cli.main.click.Command("w", callback=said))
 sys.argv[1:] = ["w"]
-main()
+bitwright.cli.main.main()
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -26,6 +26,7 @@ from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.reader import require_model
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.formats import FormatName, GroupSize, Precision
 from bitwright.formats.engine_names import unfused
 from bitwright.grids.choice import GridChoice
@@ -74,6 +75,7 @@ NEVER_CLIPPED = ("q_proj", "k_proj", "query", "key", "qkv")
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def quantize_with_transformers(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -179,7 +181,7 @@ def quantize_with_transformers(
     offered = [each.name for each in METHODS.values() if each.through_transformers]
     check_choice("method", method, offered)
     options = QuantizationOptions.of({**arguments, "drift": False})
-    if options.precision.kind.needs_family:
+    if options.precision.kind.own_container:
         raise ValueError(
             f"format: {format} needs an architecture that bitwright and llama.cpp both know; with the "
             f"transformers backend choose another"

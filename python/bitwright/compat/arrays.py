@@ -315,8 +315,7 @@ def awq_quantize(
         meta["channel_scale"] = channel_scale
     stored = q_scale.astype(np.float16)
     change = awq_dequantize(words, scales, zeros, stored, meta) - matrix
-    lost = float(np.square(change, dtype=np.float64).sum())
-    largest = float(np.abs(rows).max())
+    lost, largest = float(np.square(change, dtype=np.float64).sum()), float(np.abs(rows).max())
     energy = float(np.square(matrix, dtype=np.float64).sum())
     if lost > 0.5 * energy and largest < HIGHEST * COARSE:
         raise ValueError(

@@ -187,7 +187,8 @@ class Student:
         if not self.tensors:
             raise UnsupportedModelError(
                 f"{model.checkpoint.folder}: none of its layers is quantized, so there are no scales to "
-                f"train; quantize it first (bitwright quantize), or give --student the quantized folder"
+                f"train; quantize it first (bitwright quantize), or let bitwright dwq do so (without "
+                f"--reference)"
             )
         self._matrices: dict[str, Float32] = {}
 

@@ -14,6 +14,7 @@ from bitwright.checkpoint import Checkpoint, CheckpointSlice, open_checkpoint
 from bitwright.checkpoint.reader import written_dtype
 from bitwright.errors import CheckpointError, shown
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import note_model
 from bitwright.formats import Format, detect_format
 from bitwright.formats.stored import is_float
 from bitwright.grids.tensor import QuantizedTensor
@@ -485,4 +486,6 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     >>> bitwright.load_model(bitwright.demo_folder()).config.num_hidden_layers
     3
     """
-    return Model(open_checkpoint(path))
+    checkpoint = open_checkpoint(path)
+    note_model(checkpoint)
+    return Model(checkpoint)

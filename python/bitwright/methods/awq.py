@@ -450,7 +450,7 @@ def searching_operations(out: int, channels: int) -> float:
 METHODS = (
     Method(
         "awq",
-        "awq",
+        "AWQ",
         rtn_solver,
         scales_first=True,
         clips=True,
@@ -460,7 +460,7 @@ METHODS = (
     ),
     Method(
         "awq+gptq",
-        "awq+gptq",
+        "AWQ and GPTQ",
         gptq_solver,
         needs_gram=True,
         factors_gram=True,

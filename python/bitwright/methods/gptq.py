@@ -268,7 +268,7 @@ def solving_operations(out: int, channels: int) -> float:
 METHODS = (
     Method(
         "gptq",
-        "gptq",
+        "GPTQ",
         gptq_solver,
         needs_gram=True,
         factors_gram=True,

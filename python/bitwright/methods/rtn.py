@@ -156,4 +156,4 @@ def rtn_solver(inputs: StageInputs, options: MethodOptions) -> Solver:
     return solve
 
 
-METHODS = (Method("rtn", "rtn", rtn_solver, needs_inputs=False),)
+METHODS = (Method("rtn", "RTN", rtn_solver, needs_inputs=False),)

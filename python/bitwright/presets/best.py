@@ -16,6 +16,7 @@ from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
 from bitwright.distill.training import check_training, dwq_quantize
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.formats import Format, FormatName, GroupSize, Precision
 from bitwright.grids.tensor import K_GRIDS, Grid, stored_bits
 from bitwright.loading.model import Model, load_model
@@ -38,6 +39,7 @@ LEARNING_RATE = 3e-4  # what is known to suit students that are good already
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def quantize_best(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

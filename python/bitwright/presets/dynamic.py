@@ -13,6 +13,7 @@ from bitwright.checkpoint.writer import check_apart, completed
 from bitwright.errors import check_choice
 from bitwright.evaluate import Evaluation, check_evaluation, check_text, evaluate
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.files.replacing import check_new_file
 from bitwright.formats import FORMATS, FormatName
 from bitwright.grids.tensor import Grid
@@ -59,6 +60,7 @@ class DynamicReport:
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def dynamic_quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

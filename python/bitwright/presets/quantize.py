@@ -9,6 +9,7 @@ from numpy.typing import DTypeLike
 from bitwright.blocks.scaling import Clip, Objective
 from bitwright.checkpoint.reader import require_model
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.formats import FormatName, GroupSize
 from bitwright.grids.tensor import Grid
 from bitwright.methods.awq import DEFAULT_GRID
@@ -26,6 +27,7 @@ from bitwright.warned import reports_warnings
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -1,7 +1,6 @@
 """Statistics that are read from files: those of a folder, or those of a file of activations."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 from bitwright.blocks.equalizing import Equalized
 from bitwright.blocks.known_inputs import KnownInputs
@@ -33,9 +32,6 @@ class ActivationStatistics(NoStatistics):
 
     def identity(self) -> Mapping[str, object]:
         return {"activations": self._file.fingerprint()}
-
-    def files(self) -> Iterable[Path]:
-        return [self._file.path]
 
     def check(self, model: Model, target: Target) -> None:
         for index, layout in enumerate(model.layouts):
@@ -86,9 +82,6 @@ class FolderStatistics(StatisticsSource):
 
     def identity(self) -> Mapping[str, object]:
         return {"statistics": self._statistics.fingerprint()}
-
-    def files(self) -> Iterable[Path]:
-        return sorted(self._statistics.folder.iterdir())
 
     def quantize_block(self, layers: Layers, index: int, block: Equalized) -> None:
         """Quantize block `index`.

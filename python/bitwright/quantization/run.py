@@ -209,11 +209,11 @@ class Run:
         }
 
     def _watch(self, work: WorkFolder) -> None:
-        """Note the files that nobody may change meanwhile."""
+        """Note the files that nobody may change meanwhile, but for statistics and activations, which are
+        checked when they are read."""
         work.inputs.watch_model(self.model.checkpoint)
         if self.quantized is not None:
             work.inputs.watch_model(self.quantized.checkpoint)
-        work.inputs.watch(self.source.files())
 
     def _write_the_rest(self) -> None:
         """Quantize the head, and write what is in no block."""

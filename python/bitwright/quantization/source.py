@@ -1,8 +1,7 @@
 """Where the statistics of the layers' inputs come from: a source for each kind of data, one for none."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import NDArray
@@ -43,10 +42,6 @@ class StatisticsSource(ABC):
     def identity(self) -> Mapping[str, object]:
         """Return what decides the result, in words for whoever changes it between two runs."""
         return {}
-
-    def files(self) -> Iterable[Path]:
-        """Return the files that it reads."""
-        return ()
 
     def check(self, model: Model, target: Target) -> None:
         """Raise CalibrationError unless the inputs of all layers that are planned are there."""

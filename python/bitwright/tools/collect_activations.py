@@ -19,6 +19,7 @@ from bitwright.checkpoint.fingerprint import file_stamp, model_fingerprint
 from bitwright.checkpoint.work_folder import STATE, WorkFolder
 from bitwright.errors import OutputExistsError
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.files.replacing import check_new_file, output_errors, synchronize, taken
 from bitwright.loading.model import Model, load_model
 from bitwright.models.block import Rotation
@@ -27,13 +28,14 @@ from bitwright.runs.forecast import inner_width, passing_bytes
 from bitwright.runs.journal import Journal, kept_when_interrupted
 from bitwright.runs.states import ChunkPlan, States
 from bitwright.text.calibration import CalibrationOptions
-from bitwright.text.samples import TokenSource, tokens_fingerprint
+from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
 
 DEFAULT_SAMPLES = 8
 WHOLE = "activations.npz"  # in the work folder: what is moved into place
 
 
 @expands_home
+@same_inputs()
 def collect_activations(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str] | WorkFolder,
@@ -100,10 +102,8 @@ def collect_activations(
             work.forget_finished()
             raise
     check_new_file(work.out, lambda _: None)
-    loaded = CalibrationOptions(calibration, samples, length, seed, bos).load(source)
-    budget = Budget.of(memory)
-    budget.require(
-        budget.base + _needed_bytes(source, *loaded.tokens.shape), source.checkpoint.folder
+    loaded = planned_samples(
+        source, CalibrationOptions(calibration, samples, length, seed, bos), memory
     )
     identity = {
         "version of bitwright": version("bitwright"),
@@ -132,6 +132,18 @@ def collect_activations(
         _check_new(work.out, overwrite)  # hours may have passed
         archive.put_into_place()
     return archive.count
+
+
+def planned_samples(
+    source: Model, calibration: CalibrationOptions, memory: float | None
+) -> Samples:
+    """Return the samples that `collect_activations` runs a model on, if there is memory for it."""
+    loaded = calibration.load(source, DEFAULT_SAMPLES)
+    budget = Budget.of(memory)
+    budget.require(
+        budget.base + _needed_bytes(source, *loaded.tokens.shape), source.checkpoint.folder
+    )
+    return loaded
 
 
 def _check_new(path: Path, overwrite: bool) -> None:

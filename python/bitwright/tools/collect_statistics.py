@@ -15,6 +15,7 @@ from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.checkpoint.writer import check_apart
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.loading.model import Model, load_model
 from bitwright.methods.method import MethodOptions
 from bitwright.methods.moments import LayerStatistics, Moments
@@ -32,6 +33,7 @@ from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
 
 
 @expands_home
+@same_inputs()
 def collect_statistics(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],

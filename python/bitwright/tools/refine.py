@@ -13,6 +13,7 @@ from bitwright.checkpoint.writer import check_apart
 from bitwright.distill.training import check_pair
 from bitwright.errors import UnsupportedModelError
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.formats import Precision
 from bitwright.loading.model import load_model
 from bitwright.methods.method import CORRECTED_DAMPING, DAMPING, MethodOptions
@@ -31,6 +32,7 @@ from bitwright.warned import reports_warnings
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def refine_model(
     original: str | os.PathLike[str],
     quantized: str | os.PathLike[str],
