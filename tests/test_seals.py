@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bitwright.cli.commands import cli
 from safetensors.numpy import load_file, save_file
 
 import bitwright
@@ -20,7 +21,6 @@ import bitwright.distill.training
 import bitwright.precision.estimate
 import bitwright.presets.best
 from bitwright.checkpoint.work_folder import LOCK
-from bitwright.cli.commands import cli
 from bitwright.errors import BitwrightError, CheckpointError, ResumeError
 from bitwright.files import inputs
 from bitwright.files.seals import Seals, files_of
