@@ -189,7 +189,7 @@ def test_interrupted_runs_go_on_inside(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Journal, "commit", committed)
-    with pytest.raises(KeyboardInterrupt, match=f"goes on from what is done, in {fixed}/.out.work"):
+    with pytest.raises(KeyboardInterrupt, match=f"resumes from what is done, in {fixed}/.out.work"):
         bitwright.quantize(DEMO, fixed, **SETTINGS)
     assert names(fixed) == {".out.work"}
     with pytest.raises(bitwright.ResumeError, match="other options"):

@@ -1,4 +1,4 @@
-"""How good a model is, alone and next to the original."""
+"""Evaluation: perplexity, and KL divergence and top-1 agreement with the original."""
 
 import math
 import os
@@ -244,7 +244,7 @@ def check_evaluation(
 
 
 def _skipped(tokens: NDArray[np.int32], windows: Windows) -> int:
-    """Return how many tokens at the start of a sample are not judged."""
+    """Return how many tokens at the start of a sample are not scored."""
     return tokens.shape[1] // 2 if windows == "llama.cpp" else 0
 
 
@@ -309,7 +309,7 @@ def _inner(model: Model) -> int:
 
 
 def _final_states(model: Model, tokens: NDArray[np.int32], step: Callable[[], None]) -> Float32:
-    """Return the states ``[samples * length, hidden_size]`` that the head sees."""
+    """Return the input of the head ``[samples * length, hidden_size]``."""
     states = np.empty((0, 0, 0), np.float32)
     for after_block in model.hidden_states(tokens):
         states = after_block
@@ -364,4 +364,4 @@ class _Comparison:
                 divergences = _kernels.kl_divergence(logits[1], logits[0])
                 self.divergence += float(divergences[judged].sum())
                 self.agreed += int((logits[0].argmax(1) == logits[1].argmax(1))[judged].sum())
-            del logits, each  # before there are the next
+            del logits, each  # before the next ones are computed

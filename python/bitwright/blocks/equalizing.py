@@ -1,7 +1,8 @@
 """Powers of two moved between the layers of a block, so that no weights are below the range of scales.
 
 What a layer and the norm before it compute does not change if one is multiplied by a number and the other
-divided by it (cross-layer equalization, Nagel et al. 2019). With a power of two that is exact."""
+divided by it (cross-layer equalization, Nagel et al. 2019, arXiv:1906.04721). With a power of two that is
+exact."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -57,7 +57,7 @@ class Shard:
     file : pathlib.Path
         Its path.
     opened : safetensors.safe_open
-        The library's handle, which has looked whether the file is sound.
+        The library's handle, which has validated the file.
     """
 
     def __init__(self, file: Path, opened: Any) -> None:
@@ -83,7 +83,7 @@ class Shard:
         return found
 
     def get_slice(self, name: str) -> Any:
-        """Return a tensor of which parts can be read."""
+        """Return a tensor whose parts can be read."""
         found = self._opened.get_slice(name)
         return _Slice(self, name, found) if found.get_dtype() in DTYPES else found
 

@@ -1,4 +1,4 @@
-"""What a model's losses and gradients take in memory, see `bitwright.models.network.Network`."""
+"""The memory of a model's losses and gradients, see `bitwright.models.network.Network`."""
 
 import math
 from collections.abc import Iterable, Iterator

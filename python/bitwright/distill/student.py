@@ -61,7 +61,7 @@ class TrainedTensor:
 
     @np.errstate(over="ignore", invalid="ignore")  # the loss tells
     def tensor(self) -> QuantizedTensor:
-        """Return what would be stored now."""
+        """Return the tensor as it would be stored now."""
         start, moved = self.start, self.parameters
         scales = rounded_scales(self.scales + self.units * moved[0], self.dtype)
         if self.offsets is not None:
@@ -81,7 +81,7 @@ class TrainedTensor:
         return replace(start, scales=scales)
 
     def add_gradient(self, inputs: Float32, above: Float32) -> None:
-        """Add what inputs ``[tokens, in]`` and the gradient of the outputs ``[tokens, out]`` say."""
+        """Accumulate the gradient from inputs ``[tokens, in]`` and that of outputs ``[tokens, out]``."""
         codes, groups = self.start.codes, self.group_of
         _kernels.linear_backward_groups(above, inputs, codes, groups, *self.sums)
 
@@ -96,7 +96,7 @@ class TrainedTensor:
 
     @np.errstate(over="ignore", invalid="ignore")
     def gradient(self) -> Float32:
-        """Return the gradient of the parameters, and forget it."""
+        """Return the gradient of the parameters, and reset it."""
         by_code, by_weight = self.sums
         result = np.empty_like(self.parameters)
         if self.offsets is not None:
@@ -126,7 +126,7 @@ class TrainedSuperBlocks(TrainedTensor):
 
     @np.errstate(over="ignore", invalid="ignore")
     def tensor(self) -> QuantizedTensor:
-        """Return what would be stored now."""
+        """Return the tensor as it would be stored now."""
         blocks, factor = self.blocks, 1 + PACE * self.parameters[0]
         moved = replace(blocks, d=rounded_scales(blocks.d * factor, np.dtype(np.float16)))
         if blocks.dmin is not None:
@@ -137,7 +137,7 @@ class TrainedSuperBlocks(TrainedTensor):
         return replace(self.start, scales=scales, biases=biases, superblocks=moved)
 
     def gradient(self) -> Float32:
-        """Return the gradient of the parameters, and forget it."""
+        """Return the gradient of the parameters, and reset it."""
         by_code, by_weight = self.sums
         if self.start.zeros is not None:
             by_code = by_code - self.start.zeros * by_weight
@@ -152,7 +152,7 @@ class TrainedSuperBlocks(TrainedTensor):
         return result
 
     def _summed(self, groups: Float32) -> Float32:
-        """Sum what groups say over each superblock."""
+        """Sum the groups' gradients over each superblock."""
         sums: Float32 = groups.reshape(*self.blocks.d.shape, -1).sum(axis=2)
         return sums
 
@@ -226,7 +226,7 @@ class Student:
 
     @property
     def parameters(self) -> dict[str, Float32]:
-        """What is trained, by layer; change it in place."""
+        """The trained parameters by layer; change them in place."""
         return {name: tensor.parameters for name, tensor in self.tensors.items()}
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Float32:
@@ -247,7 +247,7 @@ class Student:
         return self.model.rows(name)
 
     def add_gradient(self, name: str, inputs: Float, above: Float) -> None:
-        """Add what a linear's inputs and the gradient of its outputs say."""
+        """Accumulate the gradient of a linear, given its inputs and the gradient of its outputs."""
         if name in self.tensors:
             self.tensors[name].add_gradient(inputs, above)
 
@@ -257,7 +257,7 @@ class Student:
             self.tensors[self.model.embedding_name].add_row_gradient(rows, above)
 
     def gradients(self) -> dict[str, Float32]:
-        """Return the gradients of the parameters, and forget them."""
+        """Return the gradients of the parameters, and reset them."""
         return {name: tensor.gradient() for name, tensor in self.tensors.items()}
 
     def restore(self, parameters: Mapping[str, Float32]) -> None:

@@ -1,4 +1,4 @@
-"""DWQ: scales and biases of a quantized model, trained to say what the original says.
+"""DWQ: scales and biases of a quantized model, trained by distillation from the original.
 
 Distilled weight quantization, as in mlx-lm: the codes stay, so the result has the same size and speed."""
 
@@ -116,7 +116,7 @@ class _Settings:
 
 @dataclass(eq=False)
 class _Progress:
-    """What a run knows of itself between two steps, and what a checkpoint holds beside the arrays."""
+    """The state of a run between two steps, which a checkpoint holds beside the arrays."""
 
     step: int = 0
     seconds: float = 0.0
@@ -184,7 +184,7 @@ def dwq_quantize(
     threads: int | None = None,
     progress: bool = True,
 ) -> DwqReport:
-    """Train the scales and biases of a quantized model by what the original says of some text.
+    """Train the scales and biases of a quantized model to reproduce the original's outputs on some text.
 
     The codes stay what they are, and so do size and format. What is trained is what is stored: the forward
     pass uses scales and biases rounded to their dtype. The student with the least KL on the validation
@@ -466,7 +466,7 @@ def _write_all(
 
 
 def _token_count(teacher: Model, k: int | None, targets: Path | None) -> int:
-    """Return how many of the teacher's tokens are known of each position."""
+    """Return how many of the teacher's tokens the targets have per position."""
     vocabulary = teacher.config.vocab_size
     if k is None and targets is not None:
         stored = (read_manifest(targets) or {}).get("k")
@@ -478,7 +478,7 @@ def _token_count(teacher: Model, k: int | None, targets: Path | None) -> int:
 
 
 def _is_begun(work: Path) -> bool:
-    """Tell whether a work folder holds something that took time."""
+    """Tell whether a work folder holds results that took time to compute."""
     patterns = (TRAINING, STUDENT, f".{STUDENT}*", "*/targets-*.safetensors")
     return any(any(work.glob(pattern)) for pattern in patterns)
 
@@ -490,7 +490,7 @@ def _student(
     identity: Mapping[str, object],
     state: Mapping[str, Any],
 ) -> tuple[Model, QuantizationReport | None]:
-    """Return the student that is given or made, and the report of its making, and commit to it.
+    """Return the student that is given or made, with the report of its quantization, and commit it.
 
     One that an interrupted run has made is used again if it is `reusable`."""
     ranks, folder = current(), work.path / STUDENT
@@ -520,7 +520,7 @@ def _student(
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What is trained and validated on.
+    """The samples of training and validation.
 
     ``rows`` are all samples of the data, ``used`` those of them that are, and ``held`` validation data of
     their own, after these; ``order`` and ``valid`` name some of the samples.
@@ -540,7 +540,7 @@ class _Plan:
 
 @dataclass(frozen=True, eq=False)
 class _Known:
-    """What the teacher says of a plan's samples: those at `places` of one folder, and then those of another
+    """The targets of a plan's samples: those at `places` of one folder, and then those of another
     where the validation data are of their own."""
 
     training: DwqTargets
@@ -622,7 +622,7 @@ class _Run:
         return None
 
     def resume(self) -> None:
-        """Go on from the checkpoint if there is one."""
+        """Resume from the checkpoint if there is one."""
         if not self.ranks.on_first(self.checkpoint.is_file):
             return
         again, damaged = again_message(self.checkpoint.parent), f"{self.checkpoint}: is damaged"
@@ -652,7 +652,7 @@ class _Run:
         seconds: float,
         student: QuantizationReport | None,
     ) -> DwqReport:
-        """Set the student to its best and sum up the run."""
+        """Set the student to its best parameters and summarize the run."""
         digest = hashlib.sha256(b"".join(array.tobytes() for array in self.best.values()))
         if len(set(self.ranks.gather(digest.hexdigest()))) > 1:
             raise RankError(
@@ -949,7 +949,7 @@ def _teach(
 
 
 def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> None:
-    """Write the student's checkpoint with the scales, and biases or zeros, that it has now."""
+    """Write the student's checkpoint with its current scales, and biases or zeros."""
     checkpoint, changed = student.model.checkpoint, student.stored()
     kind = Format if student.model.format is None else type(student.model.format)
     if student.model.format is not None:
@@ -962,7 +962,7 @@ def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> Non
     settings = config.get("quantization_config")
     moved = any(each.tensor().grid == "zero_point" for each in student.tensors.values())
     if isinstance(settings, dict) and settings.get("sym") and moved:
-        # Engines do not read the zeros of what is called symmetric.
+        # Engines do not read the zeros of grids that are declared symmetric.
         config = {**config, "quantization_config": {**settings, "sym": False}}
     writer.write_json("config.json", config)
     writer.write_json(REPORT_NAME, report.as_dict())

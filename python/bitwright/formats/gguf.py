@@ -65,7 +65,7 @@ class GgufFormat(Format):
 
     @classmethod
     def default_grid(cls, bits: int, channels: Iterable[int]) -> Grid:
-        """The k grid where rows have whole superblocks, otherwise what has these bits."""
+        """Return the k grid where rows have whole superblocks, otherwise a grid that has these bits."""
         if bits in K_GRIDS and not any(each % SUPERBLOCK for each in channels):
             return "k"
         return "affine" if ("affine", bits) in TYPES else "symmetric"
@@ -289,7 +289,7 @@ def _merged(parts: Codes, bits: int, width: int) -> Codes:
 
 
 def _split(merged: Codes, bits: int, width: int) -> Codes:
-    """Return what `_merged` merged."""
+    """Undo `_merged`."""
     runs = merged.reshape(*merged.shape[:-1], -1, 1, width)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     parts = runs >> shifts & np.uint8((1 << bits) - 1)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from bitwright.grids.tensor import Grid, QuantizedTensor
 
 Float32 = NDArray[np.float32]
-# Two unit roundoffs of float16, the coarsest dtype that a format leaves no choice but: what is stored in it
-# has been rounded once, and on another grid is rounded again.
+# Two unit roundoffs of float16, the only dtype of scales in some formats: a stored value has been rounded
+# once, and is rounded again on another grid.
 ROUNDOFF = 2 * 2.0**-11
 ROUNDING = (2 * ROUNDOFF) ** 2  # of a layer's energy: a weight s·c + b has two terms
 ROWS = 1024  # that are compared at once
@@ -148,6 +148,6 @@ def _zeros(scales: Float32, biases: Float32, bits: int) -> Float32:
     """Return the integer zeros that are nearest to what biases stand for, -1 where there are none."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         zeros: Float32 = np.rint(-biases / scales)
-    zeros[(scales == 0) & (biases == 0)] = 2 ** (bits - 1)  # any will do
+    zeros[(scales == 0) & (biases == 0)] = 2 ** (bits - 1)  # any zero gives the same weights
     zeros[~np.isfinite(zeros)] = -1
     return zeros

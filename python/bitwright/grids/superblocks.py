@@ -7,7 +7,7 @@ from bitwright.grids.tensor import K_GRIDS, SUPERBLOCK, SuperBlocks
 
 Float32 = NDArray[np.float32]
 SHRINKS = np.linspace(0.8, 1.1, 13)  # of the scale that just reaches the largest value
-SMALLEST = np.float16(2.0**-24)  # of what is above zero
+SMALLEST = np.float16(2.0**-24)  # the smallest subnormal float16
 
 
 def fit_superblocks(
@@ -50,7 +50,7 @@ def fit_superblocks(
     d, codes = _fit(blocks(scales), costs, low, high, least=1)
     codes = codes.reshape(scales.shape)
     rounded = SuperBlocks(d, codes.astype(np.int8)).scales()
-    # Where the scale has been rounded, the middle of the range stays where it is.
+    # After the scale has been rounded, the middle of the range is kept.
     mins = np.maximum((rounded - scales) * (top / 2) - bottom, 0)
     mins[(scales == 0) & (bottom == 0)] = 0  # so that zeros stay zeros
     dmin, min_codes = _fit(blocks(mins), costs, low, high, least=0)

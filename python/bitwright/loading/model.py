@@ -100,7 +100,7 @@ class Model(Decoder):
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the model knows."""
+        """The size of the model's vocabulary."""
         return self.config.vocab_size
 
     @property
@@ -168,7 +168,7 @@ class Model(Decoder):
         return None if tensor == f"{self.names.head}.weight" else tensor
 
     def unused(self) -> list[str]:
-        """Return the tensors that nothing computes with; parts of a multimodal model that are not the
+        """Return the unused tensors; parts of a multimodal model that are not the
         decoder's are none of them."""
         parts = ("weight", *(() if self.format is None else self.format.parts))
         layers = {self.names.embedding, self.names.head, *self.linear_shapes()}
@@ -192,7 +192,7 @@ class Model(Decoder):
         ]
 
     def warn_of_unused(self) -> None:
-        """Name the tensors that nothing computes with in a warning, if there are any to speak of."""
+        """Name the unused tensors in a warning, if there are any that matter."""
         names = without_harmless(self.checkpoint, self.unused())
         kinds = kinds_of(names, self.names.block, self.config.num_hidden_layers)
         warn_of_unused(self.checkpoint, names, kinds)

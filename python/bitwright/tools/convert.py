@@ -1,4 +1,4 @@
-"""From one format to another: the same weights where the grids allow, and otherwise what that costs."""
+"""Conversion between formats: lossless where the grids allow, otherwise with a report of what is lost."""
 
 import math
 import os

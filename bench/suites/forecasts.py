@@ -1,6 +1,6 @@
 """Forecasts of memory next to the peaks of whole processes, by command and size of the vocabulary.
 
-python bench/forecasts.py [COMMAND …]
+python bench/suites/forecasts.py [COMMAND …]
 
 Without names, all commands but that of transformers, which needs a Python with torch. Models are random,
 in bfloat16 (tests/sized_models.py); a command runs in a process of its own, with one thread, once without
@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-TESTS = Path(__file__).parents[1] / "tests"
-VOCABULARIES = (4_096, 152_064)
+TESTS = Path(__file__).parents[2] / "tests"
+VOCABULARIES = (4_096, 32_000, 152_064)
 SHAPE = {
     "hidden_size": 256,
     "intermediate_size": 768,
