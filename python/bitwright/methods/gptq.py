@@ -83,7 +83,7 @@ def factor_gram(
 
     Notes
     -----
-    `GramFactor.importance` is the exact cost of a step of GPTQ (eq. 3 of the paper): an error e in
+    `GramFactor.importance` is the exact cost of a step of GPTQ (eq. 2 of the paper): an error e in
     column j adds ``e² / U[j, j]²`` to the objective, once the later columns have made up for it.
 
     Examples
@@ -218,11 +218,7 @@ def quantize_gptq(
         gram.upper,
         gram.order,
         gram.importance,
-        choice.bits,
-        choice.group_size,
-        choice.base,
-        choice.scale_dtype.name,
-        choice.search,
+        choice.kernel_grid,
         block_size,
         static_groups,
         *given,
