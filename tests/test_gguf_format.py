@@ -171,8 +171,8 @@ def test_kernels_of_blocks_check_their_arguments(bits: int) -> None:
     parts = (blocks.d, blocks.scale_codes, blocks.dmin, blocks.min_codes)
     with pytest.raises(ValueError, match="d: axis 1 must be 1"):
         _kernels.pack_superblocks(tensor.codes[:, :256].copy(), *parts, bits)
+    wrong: Any = blocks.scale_codes.view(np.uint8)
     with pytest.raises(TypeError, match="scale_codes: expected dtype int8, got uint8"):
-        wrong: Any = blocks.scale_codes.view(np.uint8)
         _kernels.pack_superblocks(tensor.codes, blocks.d, wrong, *parts[2:], bits)
     with pytest.raises(ValueError, match="100 are no whole number of blocks of"):
         _kernels.unpack_superblocks(np.zeros((1, 100), np.uint8), bits)

@@ -364,7 +364,7 @@ void bind_blocks(py::module_& module) {
         [](const py::object& codes, const py::object& d, const py::object& m, int bits) {
             check_block_bits(bits);
             const auto c = matrix<std::uint8_t>(codes, "codes");
-            const Index blocks = blocks_in(c.cols(), block_size);
+            const Index blocks = blocks_in(c.cols(), weights_per_block);
             const auto scales = matrix<Eigen::half>(d, "d", c.rows(), blocks);
             const auto biases = m.is_none() ? ConstMatrixView<Eigen::half>(nullptr, 0, 0)
                                             : matrix<Eigen::half>(m, "m", c.rows(), blocks);
@@ -386,7 +386,7 @@ void bind_blocks(py::module_& module) {
             const auto packed = matrix<std::uint8_t>(blocks, "blocks");
             const Index rows = packed.rows(),
                         count = blocks_in(packed.cols(), block_bytes(bits, affine));
-            auto codes = new_matrix<std::uint8_t>(rows, count * block_size);
+            auto codes = new_matrix<std::uint8_t>(rows, count * weights_per_block);
             py::array d = new_halves(rows, count), m = new_halves(affine ? rows : 0, count);
             const auto c = view(codes);
             const auto scales = half_view(d), biases = half_view(m);

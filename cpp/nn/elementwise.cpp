@@ -83,7 +83,8 @@ void norm_backward(bool centred, ConstMatrixView<Scalar> input, ConstVectorView<
                    MatrixView<Scalar> input_gradient, Scalar* weight_gradient) {
     const auto channels = static_cast<Scalar>(input.cols());
     const auto body = [&](Index row, auto weight_part) {
-        const auto above = gradient.row(row).array(), gain = weight.transpose().array();
+        const auto above = gradient.row(row).array();
+        const auto gain = weight.transpose().array();
         const Scalar middle = centred ? mean(input.row(row)) : Scalar(0);
         const auto values = input.row(row).array() - middle;
         const Scalar factor =

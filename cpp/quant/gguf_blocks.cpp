@@ -24,7 +24,7 @@ struct BitPlane {
         const int places = 8 / bits, runs = count / (places * width);
         for (int run = 0; run < runs; ++run)
             for (int place = 0; place < places; ++place)
-                move(offset + run * width, (run * places + place) * width, place * bits);
+                move(offset + Index{run} * width, (run * places + place) * width, place * bits);
     }
 
     void pack(const std::uint8_t* values, std::uint8_t* block) const {
@@ -152,9 +152,10 @@ void pack_blocks(ConstMatrixView<std::uint8_t> codes, ConstMatrixView<Eigen::hal
         std::fill_n(bytes, layout.bytes, std::uint8_t{0});
         store_half(d(row, block), bytes + layout.d);
         if (layout.bias >= 0) store_half(m(row, block), bytes + layout.bias);
-        std::array<std::uint8_t, block_size> values;
-        for (Index i = 0; i < block_size; ++i)
-            values[static_cast<size_t>(i)] = codes(row, block * block_size + i) ^ layout.code_flip;
+        std::array<std::uint8_t, weights_per_block> values;
+        for (Index i = 0; i < weights_per_block; ++i)
+            values[static_cast<size_t>(i)] =
+                codes(row, block * weights_per_block + i) ^ layout.code_flip;
         Layout::pack(layout.codes, values.data(), bytes);
     });
 }
@@ -165,10 +166,10 @@ void unpack_blocks(ConstMatrixView<std::uint8_t> blocks, int bits, MatrixView<st
     each_block(layout, blocks, [&](Index row, Index block, const std::uint8_t* bytes) {
         d(row, block) = load_half(bytes + layout.d);
         if (layout.bias >= 0) m(row, block) = load_half(bytes + layout.bias);
-        std::uint8_t* values = codes.data() + row * codes.cols() + block * block_size;
-        std::fill_n(values, block_size, std::uint8_t{0});
+        std::uint8_t* values = codes.data() + row * codes.cols() + block * weights_per_block;
+        std::fill_n(values, weights_per_block, std::uint8_t{0});
         Layout::unpack(layout.codes, bytes, values);
-        for (Index i = 0; i < block_size; ++i) values[i] ^= layout.code_flip;
+        for (Index i = 0; i < weights_per_block; ++i) values[i] ^= layout.code_flip;
     });
 }
 
@@ -193,8 +194,8 @@ void pack_superblocks(ConstMatrixView<std::uint8_t> codes, const SuperblocksView
             pack_six_bits(values.data(), bytes + six_bits_at);
         else
             Layout::pack(layout.scales, values.data(), bytes);
-        Layout::pack(layout.codes, codes.data() + row * codes.cols() + block * superblock_size,
-                     bytes);
+        Layout::pack(layout.codes,
+                     codes.data() + row * codes.cols() + block * superweights_per_block, bytes);
     });
 }
 
@@ -218,8 +219,8 @@ void unpack_superblocks(ConstMatrixView<std::uint8_t> blocks, const KGrid& grid,
             for (Index i = 0; i < groups; ++i)
                 grids.min_codes(row, block * groups + i) = values[static_cast<size_t>(groups + i)];
         }
-        std::uint8_t* target = codes.data() + row * codes.cols() + block * superblock_size;
-        std::fill_n(target, superblock_size, std::uint8_t{0});
+        std::uint8_t* target = codes.data() + row * codes.cols() + block * superweights_per_block;
+        std::fill_n(target, superweights_per_block, std::uint8_t{0});
         Layout::unpack(layout.codes, bytes, target);
     });
 }

@@ -5,7 +5,7 @@
 
 namespace bitwright {
 
-constexpr Index block_size = 32;
+constexpr Index weights_per_block = 32;  // of the types that have no superblocks
 
 // The bytes of a block, with a bias beside its scale if it is affine, and of a superblock.
 Index block_bytes(int bits, bool affine);

@@ -137,7 +137,7 @@ bool fit_superblock(const ConstMatrixView<float>& scales, const ConstMatrixView<
     };
     const Values cost = costs.segment<groups>(first);
     const auto store = [&](const ScaledCodes<groups>& found, auto& d, auto& codes) {
-        using Code = typename std::remove_reference_t<decltype(codes)>::Scalar;
+        using Code = std::remove_reference_t<decltype(codes)>::Scalar;
         d(row, block) = found.d;
         codes.row(row).template segment<groups>(first) =
             found.codes.template cast<Code>().transpose();

@@ -156,12 +156,13 @@ class GgufFormat(Format):
                     f"{checkpoint.file(tensor)}: tensor {tensor} has scales that are NaN or infinite. "
                     f"The file is damaged: fetch or make it again"
                 )
+        scales: NDArray[Any]
         grid, bits = GRIDS_OF_TYPES[TYPE_NAMES[blocks.dtype]]
         packed = np.ascontiguousarray(blocks).view(np.uint8)
         fields: dict[str, Any] = {"superblocks": None, "biases": None}
         if grid == "k":
-            codes, *parts = _kernels.unpack_superblocks(packed, bits)
-            superblocks = SuperBlocks(*parts)
+            codes, d, scale_codes, dmin, min_codes = _kernels.unpack_superblocks(packed, bits)
+            superblocks = SuperBlocks(d, scale_codes, dmin, min_codes)
             scales, grid = superblocks.scales(), K_GRIDS[bits].grid
             fields = {"superblocks": superblocks, "biases": superblocks.biases()}
         else:
