@@ -48,7 +48,7 @@ import json, sys
 import numpy as np
 import bitwright
 from bitwright.errors import MemoryBudgetError
-from bitwright.memory import peak_memory_bytes
+from bitwright.process.memory import peak_memory_bytes
 
 model, q, out, least = sys.argv[1:5]
 bitwright.set_num_threads(1)

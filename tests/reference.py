@@ -125,13 +125,28 @@ def smaller_steps(
     if grid == "affine":  # MLX's floor takes more than half of a group's energy
         half = 0.5 * ((groups / unit) ** 2).sum(2, keepdims=True)
         allowed, doubtful = best > half, np.abs(best - half) <= 1e-4 * half
-    for factor in (np.ones_like(stretch), stretch):
-        other = span(low * factor, high * factor, bits, grid, scale_dtype, floor=0)
+    ranges = [(low * factor, high * factor) for factor in (np.ones_like(stretch), stretch)]
+    others = [(allowed, span(*each, bits, grid, scale_dtype, floor=0)) for each in ranges]
+    if grid == "affine":  # whose scale the end of the range may have taken to the same multiple
+        same = allowed & (stretch != 1) & (others[0][1].scale == others[1][1].scale)
+        others += [
+            (same, other) for each in ranges for other in range_grids(*each, top, scale_dtype)
+        ]
+    for where, other in others:
         error = lost(other)
-        better = allowed & (error < best)
-        tied = allowed & (np.abs(error - best) <= 1e-4 * best) & (other.scale != fit.scale)
+        better = where & (error < best)
+        tied = where & (np.abs(error - best) <= 1e-4 * best) & (other.scale != fit.scale)
         best = np.where(better, error, best)
         yield better, tied | doubtful, other
+
+
+def range_grids(low: Array, high: Array, top: Any, scale_dtype: str) -> Iterator[Fit]:
+    """Yield the affine grids of a range, with zero on the grid and with the lower end on it."""
+    dtype, least = DTYPES[scale_dtype], np.float32(SMALLEST[scale_dtype])
+    with np.errstate(invalid="ignore", over="ignore"):  # of groups that these are not taken for
+        scale = np.maximum((high - low) / top, least).astype(dtype).astype(np.float32)
+        for bias in (np.rint(low / scale) * scale, low):
+            yield Fit(scale, np.zeros_like(low), bias.astype(dtype).astype(np.float32))
 
 
 def dequantize(codes: Array, scales: Array, offsets: Array, grid: Grid) -> Array:

@@ -17,6 +17,7 @@ from shared_data import SHARED, TESTS, needs_shared
 from tokenizers import Tokenizer, processors
 
 import bitwright
+from bitwright.adapter import quantize as adapter
 from bitwright.formats import detect_format
 from bitwright.quantization.output import relative_error
 
@@ -493,7 +494,7 @@ def test_model_of_other_modules_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "salient"}, "method: expected one of gptq, rtn, awq, awq\\+gptq"),
+        ({"method": "salient"}, "method: expected one of awq, awq\\+gptq, gptq, rtn"),
         ({"format": "gguf"}, "format: gguf needs"),
         ({"calibration": None}, "calibration: gptq needs"),
         ({"calibration": np.full((2, 8), 96)}, "token id 96"),
@@ -806,3 +807,26 @@ def test_text_begins_with_what_the_tokenizer_puts_first(tmp_path: Path) -> None:
         bitwright.quantize_with_transformers(
             model, tmp_path / "long", calibration=np.zeros((1, 260), int), progress=False
         )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_a_model_that_changes_meanwhile_is_named(
+    folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whatever is still to be read of it then."""
+    model = Path(shutil.copytree(folders("llama-biases"), tmp_path / "model"))
+    path = model / name
+    if not path.exists():
+        path.write_text("{}")
+    original = adapter._Run.go
+
+    def go(run: Any, progress: bool) -> None:
+        original(run, progress)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    monkeypatch.setattr(adapter._Run, "go", go)
+    with pytest.raises(bitwright.CheckpointError, match=f"{name}: was changed or touched while"):
+        run(model, tmp_path / "out", method="rtn", calibration=None)
+    assert not (tmp_path / "out").exists()

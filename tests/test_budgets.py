@@ -33,7 +33,7 @@ import json, sys
 import numpy as np
 import bitwright
 from bitwright import sensitivity
-from bitwright.memory import peak_memory_bytes
+from bitwright.process.memory import peak_memory_bytes
 model, samples, length, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 plan, plans = sensitivity.plan_estimate, []
 def planned(*arguments):
@@ -239,3 +239,25 @@ except bitwright.MemoryBudgetError as error:
         text=True,
     )
     assert re.search(r"qwen2: this run needs at least .* GB", done.stdout), done.stderr
+
+
+@pytest.mark.parametrize(("samples", "length"), [(4, 32), (64, 64), (64, 256)])
+def test_salient_says_at_first_what_both_its_stages_need(
+    tmp_path: Path, samples: int, length: int
+) -> None:
+    """Whichever takes more, what is said is enough for both."""
+
+    def run(memory: str) -> subprocess.CompletedProcess[str]:
+        words = ["salient", "--model-path", str(DEMO), "--output-path", str(tmp_path / "out")]
+        words += ["--activations-path", str(tmp_path / "a.npz"), "--group-size", "32"]
+        words += ["--calibration", str(TEXT), "--samples", str(samples), "--length", str(length)]
+        call = [sys.executable, "-m", "bitwright", *words, "--memory", memory]
+        return subprocess.run(call, capture_output=True, text=True, check=False)
+
+    refused = run("0.001")
+    assert refused.returncode == 1
+    said = re.search(r"--memory ([\d.]+)", refused.stderr)
+    assert said is not None
+    assert list(tmp_path.iterdir()) == []
+    done = run(said[1])
+    assert done.returncode == 0, done.stderr

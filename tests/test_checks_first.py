@@ -17,7 +17,7 @@ from bitwright.cli.commands import main
 from bitwright.formats import FORMATS
 from bitwright.loading.model import Model
 from bitwright.models.network import Network
-from bitwright.presets.dynamic import dynamic_choices
+from bitwright.precision.choices import dynamic_choices
 from bitwright.tools.convert import _Conversion
 
 DEMO = bitwright.demo_folder()
@@ -171,7 +171,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*DYNAMIC, "--candidates", "3:64,4:64", "--target-bpw", "5.2"), "reach from 3.5 to 4.5"),
     ((*DYNAMIC, "--target-bpw", "1.5"), "the mlx format reaches from 2.5 to 8.5"),
     ((*DYNAMIC, "--target-bpw", "20"), "out of reach"),
-    ((*DYNAMIC, "--method", "salient"), "method: expected one of gptq, rtn, awq, awq+gptq"),
+    ((*DYNAMIC, "--method", "salient"), "method: expected one of awq, awq+gptq, gptq, rtn"),
     ((*DYNAMIC, "--samples", "99999"), "99999 samples"),
     ((*DYNAMIC, "--sensitivity-samples", "99999"), "99999 samples"),
     ((*DYNAMIC, "--calibration", "DIR/absent.txt"), "absent.txt"),

@@ -381,3 +381,15 @@ def test_text_section_of_multimodal_configs() -> None:
     assert (config.hidden_size, config.dtype) == (128, ml_dtypes.bfloat16)
     with pytest.raises(CheckpointError, match=r'"text_config.hidden_size" is 0'):
         parse(model_type="gemma3", text_config={"hidden_size": 0})
+
+
+@pytest.mark.parametrize("whole", [True, False, None])
+@pytest.mark.parametrize("part", [True, False, None])
+def test_the_whole_says_whether_its_head_is_the_embedding(
+    whole: bool | None, part: bool | None
+) -> None:
+    """As in transformers, whose text part has no head; what the part says of one is overlooked."""
+    said = {} if whole is None else {"tie_word_embeddings": whole}
+    text = {"hidden_size": 128} | ({} if part is None else {"tie_word_embeddings": part})
+    config = parse(model_type="gemma3", text_config=text, **said)
+    assert config.tie_word_embeddings is (whole is not False)

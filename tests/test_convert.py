@@ -18,9 +18,9 @@ import bitwright
 from bitwright.checkpoint import Checkpoint
 from bitwright.formats import FORMATS
 from bitwright.formats.gptq import GptqFormat
-from bitwright.formats.table import format_table
 from bitwright.grids.regrid import regrid
 from bitwright.grids.tensor import GRIDS, Grid, QuantizedTensor
+from bitwright.report.format_table import format_table
 
 DEMO = bitwright.demo_folder()
 TOKENS = bitwright.load_tokens(DEMO / "evaluation.txt", tokenizer=DEMO, length=64, samples=4)

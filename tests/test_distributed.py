@@ -101,6 +101,60 @@ def training(ids: Path, **more: Any) -> dict[str, Any]:
     return options | {"checkpoint_every": 2, "validate_every": 5, "validation_samples": 5} | more
 
 
+# Quantizes, and tells how many of the model's bytes each rank reads for checksums. But for "shared" the
+# second rank has a file of its own under the same name: a copy, or "another" one.
+READERS = """
+import json, sys
+import bitwright
+from bitwright.checkpoint import inputs
+from bitwright.distributed import spread_over, world
+
+model, out, case = sys.argv[1:]
+read, checksum, stamp = [0], inputs.file_checksum, inputs._Stamp.of
+with spread_over(world()) as ranks:
+    def counted(path, start, end):
+        read[0] += end * (path.name == "model.safetensors")
+        return checksum(path, start, end) ^ (case == "another" and ranks.rank)
+    inputs.file_checksum = counted
+    if case != "shared":
+        inputs._Stamp.of = lambda place: stamp(place)._replace(changed=ranks.rank)
+    try:
+        said = bitwright.quantize(model, out, "rtn", 4, 32, progress=False).method
+    except bitwright.BitwrightError as error:
+        said = f"{type(error).__name__}: {error}"
+    found = ranks.gather([said, read[0]])
+    if ranks.is_first:
+        print(json.dumps(found))
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("case", ["shared", "copies", "another"])
+def test_the_first_rank_reads_inputs_for_all(tmp_path: Path, case: str) -> None:
+    done = subprocess.run(
+        [
+            *(str(MPIEXEC), "-n", "2", sys.executable, "-c", READERS),
+            *(str(DEMO), str(tmp_path / "out"), case),
+        ],
+        env=os.environ | {"PYTHONPATH": str(Path(bitwright.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said, read = zip(*json.loads(done.stdout), strict=True)
+    size = (DEMO / "model.safetensors").stat().st_size
+    if case == "another":
+        assert said[0] == said[1]
+        assert "RankError: " in said[0]
+        assert "is another file for MPI rank 1 than for the first" in said[0]
+        assert not (tmp_path / "out").exists()
+    else:
+        assert said == ("rtn", "rtn")
+        assert read == (size, 0 if case == "shared" else size)
+
+
 @needs_mpi
 def test_sensitivities_of_any_number_of_ranks(tmp_path: Path, ids: Path) -> None:
     options = {"model": DEMO, "data": ids, "batch_size": 4, "progress": False}

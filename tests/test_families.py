@@ -296,7 +296,7 @@ def test_an_experts_gram_is_that_of_its_tokens(
     counts = [len(seen[f"mlp.experts.{e}.up_proj"][0]) for e in range(4)]
     assert sum(counts) == 2 * len(hidden)
     few = sorted(counts)[1] + 1  # two experts have fewer
-    monkeypatch.setattr(bitwright.quantization.pipeline, "FEW_TOKENS", few)
+    monkeypatch.setattr(bitwright.quantization.live, "FEW_TOKENS", few)
     report = bitwright.quantize(
         MOE,
         tmp_path / "out",
@@ -328,7 +328,7 @@ def test_awq_gathers_what_experts_see_from_all_tokens(
 ) -> None:
     """Also in the last block, where only some tokens are needed to judge the scales."""
     tokens = calibration(bitwright.load_model(MOE), 40)
-    monkeypatch.setattr(bitwright.quantization.pipeline, "FEW_TOKENS", 400)
+    monkeypatch.setattr(bitwright.quantization.live, "FEW_TOKENS", 400)
     settings: Any = {"group_size": 32, "calibration": tokens, "progress": False}
     for method in ("gptq", "awq"):
         report = bitwright.quantize(MOE, tmp_path / method, method=method, **settings)
@@ -405,6 +405,8 @@ def changed_copy(source: Path, folder: Path, **changes: Any) -> Path:
         ("qwen3_moe", {"num_local_experts": 3, "num_experts": 3}, r"gate.weight has.*\[3, 64\]"),
         ("deepseek_v3", {"topk_method": "best"}, "'best'.*supported are: noaux_tc"),
         ("deepseek_v3", {"topk_group": 9}, '"topk_group"'),
+        ("deepseek_v3", {"n_group": 8, "topk_group": 4}, '"n_group".* best two in each'),
+        ("deepseek_v3", {"n_group": 8, "topk_group": 8}, '"n_group"'),
         (
             "gemma2",
             {"layer_types": ["chunked_attention"] * 2},

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from shared_data import TESTS
 
 import bitwright
 from bitwright.cli.commands import cli
@@ -129,8 +130,13 @@ def test_other_runs_say_it_too(tmp_path: Path) -> None:
             sensitivities=bitwright.estimate_sensitivities(model, ids, progress=False),
             **options,
         )
-    with pytest.raises(ValueError, match=r"groups of 128 .*\*\.mlp\.down_proj.*3:32"):
+    with pytest.raises(ValueError, match=r"groups of 128 .*\*\.mlp\.down_proj.*3:64, or"):
         bitwright.estimate_sensitivities(model, ids, 3, 128, 5, 128, **options)
+    for size in (32, 64, 128):  # no smaller group does for rows of 24 channels
+        with pytest.raises(ValueError, match=r"Estimate in whole rows, 3:-1$"):
+            bitwright.estimate_sensitivities(
+                TESTS / "data/tiny/deepseek_v3-qlora", ids, 3, size, 5, size, **options
+            )
     with pytest.raises(ValueError, match=r"--override '.*down_proj=group_size:64'"):
         bitwright.quantize(
             model, tmp_path / "out", group_size=128, calibration=ids, preset="best", **options

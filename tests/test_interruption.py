@@ -40,7 +40,7 @@ if __name__ == "__main__":
 # Is busy until it is interrupted, and then with its clean-up for so many seconds.
 SLOW = """
 import sys, time
-import bitwright.cli, bitwright.pipeline
+import bitwright.cli, bitwright.quantization.run
 from bitwright.checkpoint import work_folder
 seconds, remove = float(sys.argv.pop(1)), work_folder.remove_tree
 def slowly(folder):
@@ -53,7 +53,7 @@ def busy(*arguments):
     work_folder.remove_tree = slowly
     print("busy", flush=True)
     time.sleep(60)
-bitwright.quantization.pipeline.States = busy
+bitwright.blocks.hidden_states.States = busy
 bitwright.cli.commands.main()
 """
 # Is done, but does not end.
@@ -249,7 +249,7 @@ assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] 
         (["-m"], ["python", "-mbitwright"], True),
         (["-m", "bitwright"], ["python", "-m", "mytool", "bitwright"], False),
         (["-m"], ["python", "-m", "mybitwright"], False),
-        (["-m"], ["python", "-m", "bitwright.formats.table"], False),
+        (["-m"], ["python", "-m", "bitwright.report.format_table"], False),
         (["-c"], ["python", "-c", "import bitwright"], False),
         (["my_bitwright"], ["python", "my_bitwright"], False),
         (["-m", "a", "b"], [], False),

@@ -183,7 +183,7 @@ def test_settings_of_older_tools(tmp_path: Path, run: Run) -> None:
     link(model / "quantize_config.json", tmp_path / "settings.json")
     code, lines, _ = run("inspect", model)
     assert (code, len(lines)) == (1, 1)
-    assert f"{model}/quantize_config.json: leads out of the model's folder" in lines[0]
+    assert f"{model}/quantize_config.json: leads out of its folder" in lines[0]
     assert run("inspect", model, "--links")[:2] == (0, [])
 
 
@@ -273,7 +273,7 @@ def test_what_is_read_is_refused_by_name(tmp_path: Path, run: Run, name: str) ->
         assert "not copied to the output (links out of the folder" in lines[0]
     else:
         assert code == 1
-        assert f"{model / name}: leads out of the model's folder" in lines[0]
+        assert f"{model / name}: leads out of its folder" in lines[0]
         assert "--links" in lines[0]
         assert not (tmp_path / "out").exists()
     code, lines, _ = run(*command, tmp_path / "all", "--links")
@@ -338,6 +338,53 @@ def test_gguf_files_that_are_links(tmp_path: Path, run: Run) -> None:
     model.unlink()
     (outside / "copy").rename(model)
     assert run(*convert, tmp_path / "out4", "--no-links")[:2] == (0, [])
+
+
+def linked(path: Path, outside: Path) -> None:
+    outside.mkdir(exist_ok=True)
+    path.rename(outside / path.name)
+    path.symlink_to(outside / path.name)
+
+
+@pytest.mark.parametrize("command", ["quantize", "merge", "dwq"])
+def test_statistics_and_targets(tmp_path: Path, run: Run, command: str) -> None:
+    """What tells of them is not taken from elsewhere; their arrays are, unless links are refused."""
+    model, ids = put(tmp_path / "model", files.wide()), np.arange(96).reshape(6, 16)
+    np.save(tmp_path / "ids.npy", ids)
+    folder, out = tmp_path / "given", ("--out", tmp_path / "out")
+    if command == "dwq":
+        bitwright.quantize(model, tmp_path / "packed", "rtn", progress=False)
+        bitwright.compute_dwq_targets(model, ids, folder, k=16)
+        words: tuple[str | Path, ...] = (
+            "dwq",
+            "--teacher",
+            model,
+            "--student",
+            tmp_path / "packed",
+        )
+        words += ("--targets", folder, "--data", tmp_path / "ids.npy", "--tokens", "32", *out)
+        words += ("--validation-samples", "2")
+    else:
+        bitwright.collect_statistics(model, folder, ids, progress=False)
+        merge = ("statistics", "merge", folder, *out)
+        words = merge if command == "merge" else ("quantize", model, "--statistics", folder, *out)
+    elsewhere = tmp_path / "elsewhere"
+    manifest, arrays = next(folder.glob("*.json")), next(folder.glob("*.safetensors"))
+    linked(arrays, elsewhere)
+    code, lines, said = run(*words, "--no-links")
+    assert (code, len(lines)) == (1, 1), said
+    assert f"{folder}: 1 links lead out of it ('{arrays.name}')" in lines[0]
+    assert not (tmp_path / "out").exists()
+    linked(manifest, elsewhere)
+    code, lines, said = run(*words)
+    assert (code, len(lines)) == (1, 1), said
+    assert f"{manifest}: leads out of its folder" in lines[0]
+    assert "--links" in lines[0]
+    assert not (tmp_path / "out").exists()
+    assert run(*words, "--links")[0] == 0
+    shutil.rmtree(tmp_path / "out")
+    (elsewhere / manifest.name).replace(manifest)
+    assert run(*words)[0] == 0
 
 
 # everything at once

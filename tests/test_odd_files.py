@@ -1,6 +1,8 @@
 """Pipes, devices and endless files in the place of each file that commands read: refused by name."""
 
+import errno
 import json
+import math
 import os
 import shutil
 import time
@@ -15,6 +17,9 @@ from hostile import files
 from strangers import FEW, GGUF, READ, SIDE, TEXT, Run, link, put, quick, run
 
 import bitwright
+from bitwright.checkpoint.gguf_file import TensorInfo, write_header
+from bitwright.checkpoint.holes import hole_in_safetensors
+from bitwright.distill.targets import DwqTargets
 from bitwright.errors import CalibrationError
 from bitwright.files.text_file import read_bytes
 
@@ -206,6 +211,127 @@ def test_odd_files(
         assert spared, said
     if odd is endless and command == QUANTIZE and spared and path.name != "README.md":
         assert path.name in said, said
+
+
+def grown(
+    path: Path, name: str, shape: tuple[int, ...], written: int = 0, dtype: str = "F32"
+) -> None:
+    """Add a tensor to a safetensors file, of which only so many bytes are written; the rest is a hole."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header, held = json.loads(file.read(length)), size - 8 - length
+        data = file.read(min(held, 1 << 23))
+        end = held + int(dtype[-2:]) // 8 * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [held, end]}
+        text = json.dumps(header).encode()
+        file.seek(0)
+        file.truncate()
+        file.write(len(text).to_bytes(8, "little") + text + data + b"a" * written)
+        file.truncate(8 + len(text) + end)
+
+
+def emptied(path: Path) -> None:
+    """Have no more of a file than its header, with tensors of a terabyte."""
+    with path.open("wb") as file:
+        wide = TensorInfo("token_embd.weight", np.dtype("<f4"), (HUGE >> 12, 1 << 10))
+        start = write_header(file, {"general.architecture": "llama"}, [wide])
+        file.truncate(start + wide.nbytes)
+
+
+@pytest.mark.parametrize("command", ["inspect", "quantize", "convert", "evaluate"])
+@pytest.mark.parametrize(
+    ("file", "written"),
+    [("model/model.safetensors", 0), ("model/model.safetensors", 1 << 20),
+     ("shards/model-00002-of-00003.safetensors", 0), ("gguf/model.gguf", 0)],
+)  # fmt: skip
+def test_tensors_in_holes(tmp_path: Path, run: Run, command: str, file: str, written: int) -> None:
+    """A sound file that says it holds a terabyte and does not is refused by the name of the tensor."""
+    folder = tmp_path / "given"
+    shutil.copytree(Path(kept().name) / file.partition("/")[0], folder)
+    path = folder / file.partition("/")[2]
+    name = "token_embd.weight" if path.suffix == ".gguf" else "model.extra.weight"
+    if path.suffix == ".gguf":
+        emptied(path)
+    else:
+        grown(path, name, (HUGE >> 12, 1 << 10), written)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"][name] = path.name
+        index.write_text(json.dumps(content))
+    out = ("--out", tmp_path / "out")
+    words = {
+        "inspect": (),
+        "quantize": (*out, "--method", "rtn", "--format", "gptq"),
+        "convert": (*out, "--to", "float"),
+        "evaluate": ("--text", TEXT, *FEW),
+    }
+    code, lines, said = run(command, folder, *words[command])
+    assert (code, len(lines)) == (1, 1), said
+    assert f"{path}: has next to nothing of tensor '{name}', which lies in a hole" in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_in_holes(tmp_path: Path, run: Run) -> None:
+    folder = Path(shutil.copytree(Path(kept().name) / "statistics", tmp_path / "statistics"))
+    manifest, path = (
+        in_place(tmp_path, "statistics/MANIFEST"),
+        in_place(tmp_path, "statistics/FILE"),
+    )
+    content, channels = json.loads(manifest.read_text()), 1 << 19
+    name, stage = next(iter(content["files"][path.name].items()))
+    content["files"] = {path.name: {name: {**stage, "channels": channels}}}
+    manifest.write_text(json.dumps(content))
+    means = {"dtype": "F64", "shape": [channels], "data_offsets": [0, 8 * channels]}
+    header = json.dumps({f"{name}.mean_abs": means}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8 * channels))
+    grown(path, f"{name}.gram", (channels, channels))
+    code, lines, said = run("statistics", "merge", folder, "--out", tmp_path / "out")
+    assert (code, len(lines)) == (1, 1), said
+    assert f"{path}: has next to nothing of tensor '{name}.gram'" in lines[0]
+
+
+def test_targets_in_holes(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(Path(kept().name) / "targets", tmp_path / "targets"))
+    manifest, path = in_place(tmp_path, "targets/MANIFEST"), in_place(tmp_path, "targets/FILE")
+    content, samples = json.loads(manifest.read_text()), 1 << 24
+    length, k = content["length"], content["k"]
+    manifest.write_text(json.dumps({**content, "samples": samples, "shard_samples": samples}))
+    path.write_bytes((2).to_bytes(8, "little") + b"{}")
+    for name, dtype, shape in (
+        ("ids", "U16", (samples, length, k)),
+        ("log_probabilities", "F16", (samples, length, k)),
+        ("rest", "F32", (samples, length)),
+        ("tokens", "I32", (samples, length)),
+    ):
+        grown(path, name, shape, dtype=dtype)
+    with pytest.raises(
+        bitwright.TargetsError, match=f"{path}: has next to nothing of tensor 'ids'"
+    ):
+        DwqTargets(folder)
+
+
+@pytest.mark.parametrize("change", ["none", "less", "held", "unknown"])
+def test_holes_that_harm_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Zeros that a copy has left out, tensors that are there, and file systems that tell of no holes."""
+    path = Path(shutil.copyfile(Path(kept().name) / "model/model.safetensors", tmp_path / "m"))
+    shape = (1 << 16, 1 << 10) if change == "less" else (1 << 20, 1 << 9)
+    grown(path, "x", shape)
+    if change == "none":
+        assert "tensor 'x'" in str(hole_in_safetensors(path))
+        return
+    if change == "held":
+        monkeypatch.setattr("bitwright.checkpoint.holes.LEAST_HELD", 1 << 40)
+    if change == "unknown":
+
+        def lseek(*_: int) -> int:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+        monkeypatch.setattr(os, "lseek", lseek)
+    assert hole_in_safetensors(path) is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")

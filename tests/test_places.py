@@ -265,6 +265,83 @@ def test_kills_while_files_are_moved(
     assert names(fixed.parent) == {"out"}
 
 
+def everything(place: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(place.rglob("*")) if path.is_file() and path.name != "lock")
+    return {str(path.relative_to(place)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("place", [0, 3, "name", "checksum", "cut", "no text"])
+def test_a_damaged_list_of_moves_is_named(
+    fixed: Path, monkeypatch: pytest.MonkeyPatch, place: int | str
+) -> None:
+    """By it what is half done is taken back, so what it has become is not guessed; nothing is lost."""
+    write(fixed, 1)
+    last, rename, os_rename = WorkFolder(fixed).path / LAST, Path.rename, os.rename
+
+    def killed(move: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *paths: os._exit(9) if last.exists() else move(*paths)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed(rename))
+        patched.setattr(os, "rename", killed(os_rename))
+        assert in_a_child(lambda: write(fixed, 2)) == 9
+    whole = last.read_bytes()
+    damaged = bytearray(whole)
+    if place == "no text":
+        damaged = bytearray(b"\xbb\xfe" + whole[2:])
+    elif place == "cut":
+        del damaged[-1:]
+    else:
+        at = {"name": whole.index(b"note.txt"), "checksum": len(whole) - 1}.get(str(place), place)
+        damaged[int(at)] ^= 1
+    last.write_bytes(damaged)
+    before = everything(fixed.parent)
+    for _ in range(2):
+        with pytest.raises(bitwright.OutputError, match=f"{last}: was changed since .* remove"):
+            write(fixed, 3)
+        assert everything(fixed.parent) == before
+    last.write_bytes(whole)
+    write(fixed, 3)
+    assert (fixed / "note.txt").read_text() == "3"
+
+
+@pytest.mark.parametrize("kind", ["recipe", "sensitivities", "plot"])
+@pytest.mark.parametrize("there", [True, False])
+def test_links_to_files_are_followed(tmp_path: Path, kind: str, there: bool) -> None:
+    """What they lead to is written, and they stay; what is not ours is not replaced through them."""
+    known = bitwright.Sensitivities(
+        {"a": 0.1, "b": 0.2}, {"a": 64, "b": 64}, (3, 64), (5, 64), "model", "tokens", "kl", 0.1
+    )
+    link, real = tmp_path / "link.svg", tmp_path / "disk" / "[real].svg"
+    real.parent.mkdir()
+    if kind == "plot":
+        pytest.importorskip("matplotlib")
+    from bitwright.records.plots import check_plot
+
+    writes: dict[str, Callable[[Path], None]] = {
+        "recipe": bitwright.Recipe({"a": (4, 64)}, 4.5, 4.5).save,
+        "sensitivities": known.save,
+        "plot": lambda path: bitwright.plot_sensitivities(known, path),
+    }
+    writes[kind](real)
+    whole = real.read_bytes()
+    if not there:
+        real.unlink()
+    link.symlink_to("disk/[real].svg")
+    (real.parent / ".[real].svg.partial-x").write_text("left by a run that was killed")
+    writes[kind](link)
+    assert link.is_symlink()
+    assert real.read_bytes() == whole
+    assert names(tmp_path) == {"link.svg", "disk"}
+    assert names(real.parent) == {"[real].svg"}
+    if kind == "plot":
+        real.unlink()
+        check_plot(link)
+        real.write_text("mine")
+        with pytest.raises(bitwright.OutputExistsError, match="link.svg"):
+            check_plot(link)
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_errors_while_files_are_moved(
     fixed: Path, monkeypatch: pytest.MonkeyPatch, inside: bool

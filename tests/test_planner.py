@@ -151,14 +151,14 @@ def test_limits_of_control_groups_count(
 SCRIPT = """
 import json, sys
 import numpy as np
-import bitwright, bitwright.pipeline, bitwright.planner
+import bitwright, bitwright.quantization.run, bitwright.quantization.plan
 model, out, method, preset, tokens, resident = sys.argv[1:]
 plan_run = bitwright.quantization.plan.plan_run
 plans = []
 def planned(*arguments, **options):
     plans.append(plan_run(*arguments, **options))
     return plans[0]
-bitwright.quantization.pipeline.plan_run = planned
+bitwright.quantization.run.plan_run = planned
 memory = None
 if resident != "all":
     try:

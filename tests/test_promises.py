@@ -72,7 +72,7 @@ def test_kernels_take_arrays_without_copies() -> None:
     program = """
 import numpy as np
 import bitwright
-from bitwright.memory import peak_memory_bytes
+from bitwright.process.memory import peak_memory_bytes
 bitwright.set_num_threads(1)
 def work(rows):
     inputs = np.ones((rows, 64), np.float32)

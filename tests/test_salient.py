@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import zipfile
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -467,7 +468,9 @@ def test_activations_that_are_there_leave_no_work(tmp_path: Path, content: list[
     out.write_bytes(b"all")
     for name in content:
         (work / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).write_text("activations.npz" if name == "last" else "")
+        moved = "activations.npz"
+        last = f"{moved}\0{zlib.crc32(moved.encode())}"
+        (work / name).write_text(last if name == "last" else "")
     with pytest.raises(bitwright.OutputExistsError):
         bitwright.collect_activations(DEMO, out, TEXT, samples=1, length=16)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,8 @@ def test_the_work_folder_of_one_killed_at_its_end_is_removed(
     work, before = work_path(copied), digests(copied)
     work.mkdir()
     for name in content:
-        (work / name).write_text("checkpoint" if name == "last" else "")
+        last = f"checkpoint\0{zlib.crc32(b'checkpoint')}"
+        (work / name).write_text(last if name == "last" else "")
     make(copied)
     assert not work.exists()
     assert digests(copied) == before

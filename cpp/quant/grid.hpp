@@ -236,6 +236,13 @@ template <typename WeightAt>
     found.offer(smaller, lost(smaller));
     const GridLanes other = span_grid(grid, low * stretch, high * stretch, 0.0f);
     found.offer(other, lost(other));
+    // What takes the end of the range to the grid may have taken both to the same of two multiples.
+    const auto same = (stretch != 1.0f && smaller.scale == other.scale).eval();
+    if (!affine || !same.any()) return found.grid;
+    for (const Lanes& factor : {Lanes(Lanes::Ones()), stretch})
+        range_grids(grid, low * factor, high * factor, [&](const GridLanes& candidate) {
+            found.offer(candidate, same.select(lost(candidate), INFINITY));
+        });
     return found.grid;
 }
 

@@ -8,6 +8,14 @@ from importlib.metadata import version as _version
 from bitwright.adapter.quantize import collect_grams, quantize_with_transformers
 from bitwright.build import BuildInfo, build_info, set_num_threads
 from bitwright.checkpoint import Checkpoint
+from bitwright.compat.arrays import (
+    AWQResult,
+    awq_dequantize,
+    awq_quantize,
+    compute_salient_scaling,
+    pack_awq_weights,
+    unpack_awq_weights,
+)
 from bitwright.compat.model import awq_quantize_model
 from bitwright.demo import demo_folder
 from bitwright.distill.targets import DwqTargets, compute_dwq_targets
@@ -47,24 +55,16 @@ from bitwright.methods.gptq import GptqTensor, GramFactor, factor_gram, quantize
 from bitwright.methods.moments import LayerStatistics, Moments, gram
 from bitwright.methods.refine import refine
 from bitwright.methods.rtn import quantize_rtn
-from bitwright.methods.salient import (
-    AWQResult,
-    awq_dequantize,
-    awq_quantize,
-    compute_activation_stats,
-    compute_salient_scaling,
-    find_salient_weights,
-    pack_awq_weights,
-    unpack_awq_weights,
-)
+from bitwright.methods.salient import compute_activation_stats, find_salient_weights
 from bitwright.models.fold import fold_scale
 from bitwright.precision.allocation import allocate, estimate_threshold
+from bitwright.precision.choices import choose_precisions
 from bitwright.precision.estimate import estimate_sensitivities
 from bitwright.precision.plot import plot_sensitivities
 from bitwright.precision.recipe import Recipe
 from bitwright.precision.sensitivities import Sensitivities
 from bitwright.presets.best import quantize_best
-from bitwright.presets.dynamic import DynamicReport, choose_precisions, dynamic_quantize
+from bitwright.presets.dynamic import DynamicReport, dynamic_quantize
 from bitwright.presets.quantize import quantize
 from bitwright.ranks import spread_over
 from bitwright.records.plots import plot_dwq

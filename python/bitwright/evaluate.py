@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
-from bitwright.checkpoint.inputs import InputFiles
 from bitwright.errors import CalibrationError, NonFiniteError, check_choice
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import InputFiles, same_inputs
 from bitwright.loading.model import Model, load_model
 from bitwright.models.block import Rotation
 from bitwright.models.matrix_rows import piece_rows
@@ -81,6 +81,7 @@ class Evaluation:
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def evaluate(
     model: str | os.PathLike[str] | Model,
     text: TokenSource,
@@ -171,10 +172,12 @@ def evaluate(
     total, inputs = _Comparison(), InputFiles()
     for each in models:
         inputs.watch_model(each.checkpoint)
-    for part in parts:
+    for number, part in enumerate(parts, start=1):
         hidden = [_final_states(each, part, step) for each in models]
         total.add(models, hidden, part, _compared(part.shape, windows))
         inputs.check()
+        if number < len(parts):
+            inputs.take_checksums()
         step()
     followed = len(tokens) * (tokens.shape[1] - 1 - skipped)
     positions = followed if skipped else tokens.size

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -21,35 +21,34 @@ from bitwright.blocks.equalizing import (
     moves_exactly,
     size_of,
 )
-from bitwright.build import build_info, set_num_threads
+from bitwright.build import build_info
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.reader import require_model
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.files.home import expands_home
-from bitwright.formats import FORMATS, FormatName, GroupSize, Precision
+from bitwright.files.inputs import same_inputs
+from bitwright.formats import FormatName, GroupSize, Precision
 from bitwright.formats.engine_names import unfused
 from bitwright.grids.choice import GridChoice
 from bitwright.grids.tensor import Grid, QuantizedTensor
 from bitwright.methods.awq import (
     DEFAULT_GRID,
     ScaleSearch,
+    clip_solver,
     gram_loss,
     search_scale,
 )
-from bitwright.methods.registry import (
-    CORRECTED_METHODS,
-    DAMPING,
-    METHODS,
-    SCALED_METHODS,
-    MethodOptions,
-    Solver,
-    clip_solver,
-    refined,
-)
+from bitwright.methods.method import Solver, StageInputs
+from bitwright.methods.refine import refined
+from bitwright.methods.registry import METHODS
+from bitwright.methods.rtn import rtn_solver
 from bitwright.models.config import plainly_spelled
 from bitwright.models.fold import fold_scale
+from bitwright.precision.options import PrecisionOptions
 from bitwright.precision.recipe import check_plan, plan_shapes
-from bitwright.quantization.output import Output, QuantizedLayer, block_error, relative_error
+from bitwright.precision.target import Target
+from bitwright.quantization.options import QuantizationOptions
+from bitwright.quantization.output import Output, QuantizedLayer, Trial, block_error, relative_error
 from bitwright.quantization.small_weights import (
     MOST_LOST,
     largest_of,
@@ -57,15 +56,15 @@ from bitwright.quantization.small_weights import (
     warn_of_small_weights,
 )
 from bitwright.records.card import CARD_NAME, made_by, model_card, python_call
-from bitwright.records.reports import BlockReport, QuantizationReport
+from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import Budget
 from bitwright.runs.progress import progress_bar
-from bitwright.text.samples import DEFAULT_SAMPLES, TokenSource, existing_file, load_samples
+from bitwright.text.calibration import CalibrationOptions
+from bitwright.text.samples import TokenSource, existing_file
 from bitwright.warned import reports_warnings, warn
 
 Float32 = NDArray[np.float32]
 
-ADAPTER_METHODS = ("gptq", "rtn", "awq", "awq+gptq")
 # Relative change of what a block adds to the hidden states, above which a folded scale is undone: the norm
 # then has a reader that was not scaled.
 MOST_CHANGE = 1e-3
@@ -76,10 +75,11 @@ NEVER_CLIPPED = ("q_proj", "k_proj", "query", "key", "qkv")
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def quantize_with_transformers(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    method: Literal["gptq", "rtn", "awq", "awq+gptq"] = "gptq",
+    method: str = "gptq",
     bits: int = 4,
     group_size: GroupSize = "auto",
     format: FormatName = "mlx",
@@ -178,29 +178,13 @@ def quantize_with_transformers(
     arguments = dict(locals())
     start = time.perf_counter()
     require_model(model)
-    for name, value, known in (
-        ("method", method, ADAPTER_METHODS),
-        ("format", format, tuple(FORMATS)),
-    ):
-        check_choice(name, value, known)
-    if method != "rtn" and calibration is None:
-        raise ValueError(f"calibration: {method} needs text or token ids; method rtn does without")
-    if refine and calibration is None:
-        raise ValueError("refine: needs calibration data")
-    if n_grid < 1:
-        raise ValueError(f"n_grid: expected at least 1, got {n_grid}")
-    options = MethodOptions(
-        method,
-        DAMPING if damping is None else damping,
-        act_order,
-        block_size,
-        grid_search,
-        refine=method in CORRECTED_METHODS if refine is None else refine,
-    )
-    if format == "gguf":
+    offered = [each.name for each in METHODS.values() if each.through_transformers]
+    check_choice("method", method, offered)
+    options = QuantizationOptions.of({**arguments, "drift": False})
+    if options.precision.kind.own_container:
         raise ValueError(
-            "format: gguf needs an architecture that bitwright and llama.cpp both know; with the "
-            "transformers backend choose another"
+            f"format: {format} needs an architecture that bitwright and llama.cpp both know; with the "
+            f"transformers backend choose another"
         )
     if isinstance(calibration, str | os.PathLike):
         existing_file(Path(calibration))
@@ -209,64 +193,78 @@ def quantize_with_transformers(
 
     def before(outline: TorchModel) -> None:
         nonlocal tokens
+        options.limits.set_threads()
         if threads is not None:
-            set_num_threads(threads)
             outline.torch.set_num_threads(build_info().threads)
-        if calibration is not None:
-            tokens = load_samples(
-                calibration,
-                tokenizer=outline.folder,
-                length=length,
-                samples=samples,
-                seed=seed,
-                vocab_size=outline.vocab_size,
-                positions=outline.positions,
-                bos=bos,
-                most=DEFAULT_SAMPLES,
-            ).tokens
+        if options.calibration is not None:
+            tokens = options.calibration.load(outline).tokens
         budget = Budget.of(memory)
-        budget.require(budget.base + needed_bytes(outline, options, tokens), outline.folder)
+        budget.require(budget.base + needed_bytes(outline, options.method, tokens), outline.folder)
 
     original = TorchModel(model, before)  # which reads all weights
-    kind = FORMATS[format]
-    linears = original.linears()
-    shapes = {
-        name: (linear.weight.shape[0], linear.weight.shape[1]) for name, linear in linears.items()
-    }
-    default = kind.precision(bits, group_size, grid, {shape[1] for shape in shapes.values()})
-    model_type = str(original.checkpoint.config.get("model_type"))
-    kind.check_head(model_type, original.tied)
-    plan = plan_shapes(shapes, default, include=include, exclude=exclude, overrides=overrides)
-    plan.update(dict.fromkeys(n for n in shapes if kind.keeps_in_float(model_type, n)))
-    check_plan(plan, shapes, kind, allow_unfused)
-    dtype = kind.scale_dtype(original.dtype)
-    if scale_dtype is not None:
-        dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
+    target = _target(original, options.precision)
+    with made_by(python_call(quantize_with_transformers, arguments)):
+        return _write(original, target, options, tokens, Path(out), start)
 
-    config = kind.spell(plainly_spelled(original.checkpoint.config))
-    in_float: dict[str, Precision | None] = dict.fromkeys(original.routers())
-    config.update(kind.config(default, {**in_float, **plan}, ""))
-    checkpoint = original.checkpoint
-    left_out = set(original.unused) if kind.refuses_unknown else set()
+
+def _target(model: TorchModel, asked: PrecisionOptions) -> Target:
+    """Return what the model's layers are stored in."""
+    kind = asked.kind
+    shapes = {
+        name: (linear.weight.shape[0], linear.weight.shape[1])
+        for name, linear in model.linears().items()
+    }
+    channels = {shape[1] for shape in shapes.values()}
+    default = kind.precision(asked.bits, asked.group_size, asked.grid, channels)
+    model_type = str(model.checkpoint.config.get("model_type"))
+    kind.check_head(model_type, model.tied)
+    plan = plan_shapes(
+        shapes,
+        default,
+        include=asked.include,
+        exclude=asked.exclude,
+        overrides=asked.overrides,
+    )
+    plan.update(dict.fromkeys(n for n in shapes if kind.keeps_in_float(model_type, n)))
+    check_plan(plan, shapes, kind, asked.allow_unfused)
+    dtype = kind.scale_dtype(model.dtype)
+    if asked.scale_dtype is not None:
+        dtype = kind.check_scale_dtype(np.dtype(asked.scale_dtype))
+    return Target(kind, plan, default, dtype)
+
+
+def _write(
+    model: TorchModel,
+    target: Target,
+    options: QuantizationOptions,
+    tokens: NDArray[np.int32] | None,
+    out: Path,
+    start: float,
+) -> QuantizationReport:
+    """Quantize the model and write the folder."""
+    kind, checkpoint = target.format, model.checkpoint
+    config = kind.spell(plainly_spelled(checkpoint.config))
+    in_float: dict[str, Precision | None] = dict.fromkeys(model.routers())
+    config.update(kind.config(target.default, {**in_float, **target.plan}, ""))
+    left_out = set(model.unused) if kind.refuses_unknown else set()
     weights = sum(
         math.prod(checkpoint.shape(name)) for name in checkpoint.names() if name not in left_out
     )
-    with (
-        made_by(python_call(quantize_with_transformers, arguments)),
-        CheckpointWriter(
-            out, overwrite, metadata={"format": kind.metadata}, source=original.folder
-        ) as writer,
-    ):
+    metadata = {"format": kind.metadata}
+    with CheckpointWriter(
+        out, options.limits.overwrite, metadata=metadata, source=model.folder
+    ) as writer:
         writer.inputs.watch_model(checkpoint)
-        run = _Run(original, Output(writer, kind), plan, options, n_grid, dtype, tokens, left_out)
-        run.go(progress)
+        run = _Run(model, Output(writer, kind), target, options, tokens, left_out)
+        run.go(options.limits.progress)
         writer.write_json("config.json", config)
         copy_side_files(checkpoint, writer)
         seconds = time.perf_counter() - start
         count = 0 if tokens is None else tokens.size
-        report = run.output.report(Path(out), method, checkpoint, weights, count, seconds)
-        facts = {"grid": default.grid, "scales": dtype.name}
-        differ = bool(unfused(kind, plan))
+        name = options.method.method.name
+        report = run.output.report(out, name, checkpoint, weights, count, seconds)
+        facts = {"grid": target.default.grid, "scales": target.scale_dtype.name}
+        differ = bool(unfused(kind, target.plan))
         card = model_card(checkpoint, out, kind, [report], facts=facts, unfused=differ)
         writer.write_text(CARD_NAME, card)
     return report
@@ -309,15 +307,7 @@ def collect_grams(
     """
     loaded = TorchModel(model)
     names = loaded.linears().keys()
-    ids = load_samples(
-        tokens,
-        tokenizer=loaded.folder,
-        length=None,
-        samples=None,
-        vocab_size=loaded.vocab_size,
-        positions=loaded.positions,
-        bos=bos,
-    ).tokens
+    ids = CalibrationOptions(tokens, seed=None, bos=bos).load(loaded, most=None).tokens
     stream = Stream(loaded, ids)
     grams: dict[str, Float32] = {}
     for block in loaded.blocks:
@@ -361,21 +351,19 @@ class _Run:
         self,
         model: TorchModel,
         output: Output,
-        plan: Mapping[str, Precision | None],
-        options: MethodOptions,
-        n_grid: int,
-        scale_dtype: np.dtype[Any],
+        target: Target,
+        options: QuantizationOptions,
         tokens: NDArray[np.int32] | None,
         left_out: Collection[str],
     ) -> None:
         self.model = model
         self.left_out = left_out
         self.output = output
-        self.plan = plan
-        self.wanted = {name for name, precision in plan.items() if precision is not None}
-        self.options = options
-        self.n_grid = n_grid
-        self.scale_dtype = scale_dtype
+        self.plan = target.plan
+        self.wanted = {name for name, precision in target.plan.items() if precision is not None}
+        self.options = options.method
+        self.n_grid = options.awq.n_grid
+        self.scale_dtype = target.scale_dtype
         self.tokens = tokens
         self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
         self.unread: list[str] = []  # layers that no token reached
@@ -387,10 +375,10 @@ class _Run:
         """Quantize and write all tensors."""
         model = self.model
         stream = None if self.tokens is None else Stream(model, self.tokens)
-        scaled = self.options.method in SCALED_METHODS
+        scaled = self.options.method.scales_first
         if scaled and stream is not None and not stream.scale_groups:
             raise ValueError(
-                f"method: {self.options.method} finds no norm in the blocks of "
+                f"method: {self.options.method.name} finds no norm in the blocks of "
                 f"{type(model.module).__name__} that only linears read, so it has nothing to scale; "
                 f"use gptq"
             )
@@ -406,7 +394,7 @@ class _Run:
                     if self.wanted.isdisjoint(linear.name for linear in linears):
                         pass
                     elif scaled:
-                        self._quantize_scaled(block, stream, self.output.finish)
+                        self._quantize_scaled(block, stream)
                     else:
                         inputs, _ = self._observe(block, stream)
                         self._equalize(block, stream, inputs)
@@ -426,7 +414,7 @@ class _Run:
         self, block: TorchBlock, stream: Stream, kept: int = 0
     ) -> tuple[list[Input], list[Any]]:
         """Return what a block's linears read, and what it makes of the first `kept` chunks."""
-        scaled = self.options.method in SCALED_METHODS
+        scaled = self.options.method.scales_first
         watch, outputs = stream.observe(block, self.wanted, magnitudes=scaled, kept=kept)
         inputs = watch.finish()
         _require_finite(inputs, self.model, block)
@@ -455,8 +443,7 @@ class _Run:
                         solve = clip_solver((each.gram,), self.n_grid)
                     else:
                         if shared is None:
-                            method = "rtn" if each.gram is None else self.options.method
-                            shared = METHODS[method](each.gram, self.options)
+                            shared = self._solver(each)
                         solve = shared
                     solve = refined(solve, each.gram, self.options)
                     tensor = self._solved(solve, linear.weight, precision)
@@ -481,6 +468,12 @@ class _Run:
                     )
                 )
 
+    def _solver(self, inputs: Input) -> Solver:
+        """Return how to quantize linears; those that no token reached are rounded."""
+        if inputs.gram is None:
+            return rtn_solver(StageInputs(), self.options)
+        return self.options.solver(StageInputs(inputs.gram))
+
     def _solved(self, solve: Solver, weight: Float32, precision: Precision) -> QuantizedTensor:
         return solve(weight, precision.bits, precision.group_size, precision.grid, self.scale_dtype)
 
@@ -503,9 +496,7 @@ class _Run:
         largest = largest_of([linear.weight])
         require_kept(place, self.output.format, tensor, lost, largest, lost_if_raised)
 
-    def _quantize_scaled(
-        self, block: TorchBlock, stream: Stream, finish: Callable[[QuantizedLayer], None]
-    ) -> None:
+    def _quantize_scaled(self, block: TorchBlock, stream: Stream) -> None:
         """Quantize a block with AWQ's scales, or without if they do not help."""
         judged = stream.first_chunks(JUDGED_TOKENS)
         inputs, originals = self._observe(block, stream, judged)
@@ -518,22 +509,17 @@ class _Run:
             each.restore()
         searches, changed = self._scale(block, stream, inputs)
         scaled: list[QuantizedLayer] = []
-        self._solve(inputs, scaled.append, clips=self.options.clips)
+        self._solve(inputs, scaled.append, clips=self.options.method.clips)
         loss_after = _loss(block, stream, originals)
-        better = loss_after < loss_before
-        if better:
+        trials = Trial(plain, loss_before), Trial(scaled, loss_after)
+        if self.output.finish_better(block.index, *trials, searches):
             self.changed.update({name: array.copy() for name, array in changed.items()})
-        else:
-            for each in kept:
-                each.restore()
-            arrays = {linear.name: linear.weight for linear in block.all_linears()}
-            for layer in plain:
-                arrays[layer.name][...] = layer.tensor.dequantize()
-        for layer in scaled if better else plain:
-            finish(layer)
-        self.output.blocks.append(
-            BlockReport(block.index, loss_before, loss_after, better, searches)
-        )
+            return
+        for each in kept:
+            each.restore()
+        arrays = {linear.name: linear.weight for linear in block.all_linears()}
+        for layer in plain:
+            arrays[layer.name][...] = layer.tensor.dequantize()
 
     def _equalize(self, block: TorchBlock, stream: Stream, inputs: Sequence[Input]) -> None:
         """Multiply linears whose weights are too small for float16 scales, and divide what they read."""
@@ -614,10 +600,8 @@ class _Run:
         """Return the grid of a linear, with a search for ranges where one will follow."""
         precision = self.plan[linear.name]
         assert precision is not None
-        if self.options.method == "awq":
-            ranges = _is_clipped(linear)
-        else:
-            ranges = self.options.grid_search is not False
+        searches = self.options.grid_search is not False
+        ranges = _is_clipped(linear) if self.options.method.clips else searches
         return GridChoice.check(
             linear.weight,
             precision.bits,

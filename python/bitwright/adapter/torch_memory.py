@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.adapter.torch_model import CHUNK_TOKENS, TorchModel
-from bitwright.methods.registry import SCALED_METHODS, MethodOptions
+from bitwright.methods.method import MethodOptions
 from bitwright.quantization.plan import REFINED_ROWS
 
 Shape = tuple[int, int]
@@ -65,7 +65,7 @@ def _block_bytes(
     widest = max(inputs)
     work += 4 * widest**2 + (12 * REFINED_ROWS * widest if options.refine else 0)
     held = 4 * sum(width**2 for width in inputs)
-    if options.method in SCALED_METHODS:  # the weights as they were, and both forms that are judged
+    if options.method.scales_first:  # the weights as they were, and both forms that are judged
         held += (4 + 2) * sum(map(math.prod, map(tuple, _matrices(block))))
     return held + max(observing, work)
 

@@ -21,6 +21,7 @@ from bitwright.arrays import require_finite
 from bitwright.checkpoint import Checkpoint
 from bitwright.checkpoint.reader import written_dtype
 from bitwright.errors import BitwrightError, MissingExtraError, UnsupportedModelError, shown
+from bitwright.files.inputs import note_model
 from bitwright.formats import detect_format
 from bitwright.loading.contents import (
     kinds_of,
@@ -165,6 +166,7 @@ class TorchModel:
     ) -> None:
         self.torch, self.transformers = import_torch()
         self.checkpoint = Checkpoint(folder)
+        note_model(self.checkpoint)
         self.folder: Path = self.checkpoint.folder
         declared = detect_format(self.checkpoint)
         if declared is not None:

@@ -14,14 +14,15 @@ from bitwright.methods.awq import (
     DEFAULT_GRID,
     Loss,
     ScaleSearch,
+    clip_solver,
     gram_loss,
     scaled_rounding,
     search_scale,
     token_loss,
 )
+from bitwright.methods.method import Solver
 from bitwright.methods.metrics import Metric, find_metric, total_error
 from bitwright.methods.moments import LayerStatistics
-from bitwright.methods.registry import Solver, clip_solver
 from bitwright.models.block import DecoderBlock, Rotation
 from bitwright.models.fold import fold_scale
 from bitwright.models.layout import BlockLayout, ScaleGroup, Stage

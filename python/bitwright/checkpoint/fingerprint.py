@@ -39,29 +39,6 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     return known.hexdigest()[:16]
 
 
-def file_fingerprint(path: Path) -> str:
-    """Return a digest of a file's size, of its beginning and of some places of it.
-
-    Parameters
-    ----------
-    path
-        Any file.
-
-    Returns
-    -------
-    str
-        16 hexadecimal digits.
-
-    Raises
-    ------
-    CheckpointError
-        If it cannot be read.
-    """
-    known = hashlib.sha256()
-    _add_pieces(known, path)
-    return known.hexdigest()[:16]
-
-
 def file_stamp(path: Path) -> list[int]:
     """Return what a file keeps when it is moved, and loses when it is changed: inode, size and time of
     change in nanoseconds."""

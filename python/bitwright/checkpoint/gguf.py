@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES, Header, TensorInfo
 from bitwright.checkpoint.gguf_metadata import config_from_gguf
 from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames, nested
-from bitwright.checkpoint.reader import Checkpoint, _Tensor, read_json_object
-from bitwright.checkpoint.side_files import READ_BESIDE
+from bitwright.checkpoint.holes import hole_problem
+from bitwright.checkpoint.reader import READ_BESIDE, Checkpoint, _Tensor, read_json_object
 from bitwright.errors import CheckpointError, CheckpointNotFoundError, malformed_as, shown
 from bitwright.files.home import expands_home
 from bitwright.files.links import REMEDY, check_no_links, is_own_file
@@ -122,6 +122,8 @@ class GgufCheckpoint(Checkpoint):
             try:
                 file = stack.enter_context(self.path.open("rb"))
                 header = Header(file, self.path)
+                if problem := hole_problem(file, header.places):
+                    raise header.damaged(problem)
             except OSError as error:
                 raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
             self.metadata = header.metadata

@@ -269,6 +269,10 @@ class Header:
         start = _aligned(self.position, alignment)
         self._place_tensors(start, alignment, offsets)
 
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Return where in the file each tensor begins, and how many bytes it has."""
+        return {name: (place, info.nbytes) for name, (info, place) in self.tensors.items()}
+
     def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {what}. {_INCOMPLETE}")
 

@@ -167,22 +167,7 @@ def config_from_gguf(
     UnsupportedModelError
         If the model is of a kind that is not computed.
     """
-    architecture = metadata.get("general.architecture")
-    known = {family.architecture: name for name, family in reversed(GGUF_FAMILIES.items())}
-    if not isinstance(architecture, str) or architecture not in known:
-        raise UnsupportedModelError(
-            f'{source}: "general.architecture" is {shown(architecture)}, which is not supported; '
-            f"supported are: {', '.join(sorted(known))}. Start from the safetensors files of the model"
-        )
-    prefix = f"{architecture}."
-    values = {
-        key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
-    }
-    keys = Keys(values, source, prefix)
-    model_type = "gemma3_text" if architecture == "gemma3" else known[architecture]
-    experts = keys.integer("expert_count", 0, zero=True)
-    if architecture == "llama" and experts:
-        model_type = "mixtral"
+    model_type, keys = _described(metadata, source)
     family = GGUF_FAMILIES[model_type]
     _check_keys(keys, family)
     hidden, heads = keys.integer("embedding_length"), keys.integer("attention.head_count")
@@ -216,37 +201,71 @@ def config_from_gguf(
     }
     if (rotated := keys.integer("rope.dimension_count", width)) != width:
         config["partial_rotary_factor"] = rotated / width
-    if family.full_every or architecture == "phi3":
+    if family.full_every or family.architecture == "phi3":
         config |= _window_config(keys, family, layers)
     if family.full_every:
-        widest = layers == family.widest
-        config["query_pre_attn_scalar"] = hidden // heads if widest else width
-        config["rope_local_base_freq"] = (
-            keys.number("rope.freq_base_swa", 10000.0) if architecture == "gemma3" else None
-        )
-        # llama.cpp takes these numbers where a file of Gemma 2 has none; Gemma 3 has no cap on scores.
-        of_two = architecture == "gemma2"
-        if of_two:
-            config["attn_logit_softcapping"] = keys.number("attn_logit_softcapping", 50.0)
-        cap = keys.number("final_logit_softcapping", 30.0 if of_two else 0.0, zero=not of_two)
-        config["final_logit_softcapping"] = cap or None
-    if experts:
-        size = [*shapes.get("blk.0.ffn_up_exps.weight", ()), 0, 0][1]
-        config |= {
-            "num_experts": experts,
-            "num_experts_per_tok": keys.integer("expert_used_count"),
-            "moe_intermediate_size": keys.integer("expert_feed_forward_length", size),
-            "shared_expert_intermediate_size": keys.integer(
-                "expert_shared_feed_forward_length",
-                shapes.get("blk.0.ffn_up_shexp.weight", (0,))[0],
-                zero=True,
-            ),
-            "norm_topk_prob": family.normalized,
-        }
+        config |= _gemma_config(keys, family, config)
+    if keys.integer("expert_count", 0, zero=True):
+        config |= _experts_config(keys, family, shapes)
     for key in ("bos", "eos"):
         if type(number := metadata.get(f"tokenizer.ggml.{key}_token_id")) is int:
             config[f"{key}_token_id"] = number
     return {key: value for key, value in config.items() if value is not None}
+
+
+def _described(metadata: Mapping[str, Any], source: Path) -> tuple[str, Keys]:
+    """Return the model type that a file describes, and its keys without their prefix."""
+    architecture = metadata.get("general.architecture")
+    known = {family.architecture: name for name, family in reversed(GGUF_FAMILIES.items())}
+    if not isinstance(architecture, str) or architecture not in known:
+        raise UnsupportedModelError(
+            f'{source}: "general.architecture" is {shown(architecture)}, which is not supported; '
+            f"supported are: {', '.join(sorted(known))}. Start from the safetensors files of the model"
+        )
+    prefix = f"{architecture}."
+    values = {
+        key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
+    }
+    keys = Keys(values, source, prefix)
+    model_type = "gemma3_text" if architecture == "gemma3" else known[architecture]
+    if architecture == "llama" and keys.integer("expert_count", 0, zero=True):
+        model_type = "mixtral"
+    return model_type, keys
+
+
+def _gemma_config(keys: Keys, family: GgufFamily, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is Gemma's own; llama.cpp takes these numbers where a file of Gemma 2 has none, and
+    Gemma 3 has no cap on scores."""
+    of_two = family.architecture == "gemma2"
+    heads, width = config["num_attention_heads"], config["head_dim"]
+    widest = config["num_hidden_layers"] == family.widest
+    found: dict[str, Any] = {
+        "query_pre_attn_scalar": config["hidden_size"] // heads if widest else width,
+        "rope_local_base_freq": None,
+    }
+    if family.architecture == "gemma3":
+        found["rope_local_base_freq"] = keys.number("rope.freq_base_swa", 10000.0)
+    if of_two:
+        found["attn_logit_softcapping"] = keys.number("attn_logit_softcapping", 50.0)
+    cap = keys.number("final_logit_softcapping", 30.0 if of_two else 0.0, zero=not of_two)
+    return {**found, "final_logit_softcapping": cap or None}
+
+
+def _experts_config(
+    keys: Keys, family: GgufFamily, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Return what is said of experts."""
+    size = [*shapes.get("blk.0.ffn_up_exps.weight", ()), 0, 0][1]
+    shared = shapes.get("blk.0.ffn_up_shexp.weight", (0,))[0]
+    return {
+        "num_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "moe_intermediate_size": keys.integer("expert_feed_forward_length", size),
+        "shared_expert_intermediate_size": keys.integer(
+            "expert_shared_feed_forward_length", shared, zero=True
+        ),
+        "norm_topk_prob": family.normalized,
+    }
 
 
 def _check_keys(keys: Keys, family: GgufFamily) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from bitwright.checkpoint.holes import hole_in_safetensors
 from bitwright.checkpoint.shard import FLOATS_OF_8_BITS, Shard
 from bitwright.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError, shown
 from bitwright.files.home import expands_home
@@ -51,6 +52,11 @@ _WRITTEN_AS: dict[np.dtype[Any], np.dtype[Any]] = {
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# What is read beside a GGUF file, whatever else lies there.
+READ_BESIDE = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("generation_config.json", "chat_template.json", "chat_template.jinja"),
+)
 # Bytes, of which Python's objects may take 24 times as many; the largest public tokenizers and indexes are
 # below 40 MB.
 JSON_LIMIT = 128 << 20
@@ -132,6 +138,11 @@ class Checkpoint:
     def weight_files(self) -> list[Path]:
         """Return the files with its tensors."""
         return list(self._shards)
+
+    def input_files(self) -> list[Path]:
+        """Return all files that it is read from: weights, config, tokenizer and templates."""
+        names = ("config.json", INDEX_NAME, *READ_BESIDE) if self.owns_folder else ()
+        return [*self.weight_files(), *(self.folder / name for name in names)]
 
     @property
     def owns_folder(self) -> bool:
@@ -699,8 +710,12 @@ def _open_shard(file: Path) -> Any:
     try:
         # pread, because mapped pages would count as memory in use and a file cut short while it
         # is mapped would kill the process.
-        return Shard(file, safe_open(file, framework="numpy", backend="pread"))
+        shard = Shard(file, safe_open(file, framework="numpy", backend="pread"))
+        problem = hole_in_safetensors(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file}: is not a sound safetensors file: {shown(str(error))}. Download it again"
         ) from error
+    if problem is not None:
+        raise CheckpointError(f"{file}: {problem}. Download it again")
+    return shard

@@ -18,6 +18,19 @@ FLOATS_OF_8_BITS: dict[str, np.dtype[Any]] = {
 """Those that weights are stored in, by their safetensors names."""
 
 
+def places_in(file: Path) -> dict[str, tuple[int, int]]:
+    """Return where in a sound safetensors file each tensor begins, and how many bytes it has."""
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        found[name] = 8 + length + first, last - first
+    return found
+
+
 class Shard:
     """An open file, with the methods of the library's handle.
 
@@ -32,7 +45,7 @@ class Shard:
     def __init__(self, file: Path, opened: Any) -> None:
         self._file = file
         self._opened = opened
-        self._offsets: dict[str, int] = {}
+        self._places: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
         self._opened.__enter__()
@@ -63,16 +76,10 @@ class Shard:
         self, name: str, first: int, dtype: np.dtype[Any], shape: tuple[int, ...]
     ) -> NDArray[Any]:
         """Read elements of a tensor, from the first one on, as an array of a shape."""
-        if not self._offsets:
-            with open(self._file, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            self._offsets = {
-                each: 8 + length + entry["data_offsets"][0] for each, entry in header.items()
-            }
+        if not self._places:
+            self._places = places_in(self._file)
         count = math.prod(shape)
-        start = self._offsets[name] + first * dtype.itemsize
+        start = self._places[name][0] + first * dtype.itemsize
         array = np.fromfile(self._file, dtype, count, offset=start)
         if len(array) != count:
             raise ValueError("the file ends early")

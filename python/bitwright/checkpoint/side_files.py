@@ -7,7 +7,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from bitwright.checkpoint.reader import Checkpoint, is_plain_file_name
+from bitwright.checkpoint.reader import READ_BESIDE, Checkpoint, is_plain_file_name
 from bitwright.errors import shown
 from bitwright.files.links import DEPTH, is_own_file
 from bitwright.models.config import SEPARATE_FILES
@@ -40,11 +40,6 @@ _LEFT_FILES = (
 )
 CARD = "README.md"  # of which the new one takes some entries over
 _WRITTEN_ANEW = ("config.json", "readme*")  # in the folder itself
-READ_BESIDE = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("generation_config.json", "chat_template.json", "chat_template.jinja"),
-)
-"""What is read beside a GGUF file, whatever else lies there."""
 
 
 class SideFiles:

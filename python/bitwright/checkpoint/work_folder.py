@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -15,29 +16,32 @@ from typing import Any, Self
 
 import numpy as np
 
-from bitwright.checkpoint.inputs import InputFiles
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.seals import Seals, content_checksum
 from bitwright.errors import (
     CheckpointError,
     OutputError,
     OutputExistsError,
+    RankError,
     ResumeError,
     malformed_as,
     shown,
 )
+from bitwright.files.inputs import InputFiles
 from bitwright.files.replacing import (
+    followed,
     is_mount_point,
     output_errors,
     replaced,
     synchronize,
     write_json,
 )
+from bitwright.files.seals import Seals, content_checksum
 from bitwright.ranks import current
 from bitwright.warned import warn
 
 LOCK, STATE, REPLACED, LAST = "lock", "state.json", "replaced", "last"
 CHECKSUM = "checksum"  # of the rest of a state
+INPUTS = "inputs"  # the part of a state that tells what was read
 SENSITIVITIES = "sensitivities"  # the part of a run that has a work folder of its own
 # What the operating system says of folders that cannot be moved as a whole.
 UNMOVABLE = (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES)
@@ -79,6 +83,7 @@ class WorkFolder:
         self.keep = False
         self.inputs = InputFiles()
         self.seals = Seals(self.path)
+        self._committed: dict[str, Any] = {}
         self._ranks = current()
         self._lock: FileIO | None = None
         self._made_parents: list[Path] = []
@@ -157,16 +162,16 @@ class WorkFolder:
         for rank, other in enumerate(self._ranks.gather(dict(identity))):
             if changes := _changes(identity, other):
                 raise ResumeError(f"MPI rank {rank} has another {changes}. Give all ranks the same")
+        first = self._ranks.broadcast(self.inputs.stamps())
+        self.inputs.are_those_of_first = not self._ranks.is_first and first == self.inputs.stamps()
         state = self._ranks.on_first(lambda: self._resume(identity, resume))
         self.keep = state is not None
         return state
 
     def commit(self, identity: Mapping[str, object], state: Mapping[str, Any]) -> None:
         """Write the state to go on from, in place of the last one; files that it names are there by now."""
-        self.check_inputs()
-        content: dict[str, Any] = {"identity": dict(identity), "state": dict(state)}
-        content[CHECKSUM] = content_checksum(content)
-        self._ranks.on_first(lambda: write_json(self.path / STATE, content))
+        self._committed = {"identity": dict(identity), "state": dict(state)}
+        self.check_inputs(again=True)
         self.keep = True
 
     def require(self, path: Path, size: int, or_more: bool = False) -> None:
@@ -176,13 +181,49 @@ class WorkFolder:
             matter = "is no longer there" if found is None else f"has {found} bytes, not {size}"
             raise ResumeError(f"{path}: {matter}; {again_message(self.path)}")
 
-    def check_inputs(self) -> None:
-        """Raise CheckpointError if a file that the run reads, see `inputs`, is another by now."""
-        self._ranks.on_first(self.inputs.check)
+    def check_inputs(self, again: bool = False) -> None:
+        """Raise CheckpointError if a file that the run reads, see `inputs`, is another by now, or another
+        for one of the ranks; all of them call this together.
 
-    def require_seals(self, known: Mapping[str, Any]) -> None:
+        The state is written `again`, or when it can tell more of these files."""
+        error = None
+        try:
+            self.inputs.check()
+        except CheckpointError as raised:
+            error = raised
+        for each in self._ranks.gather(error):
+            if each is not None:
+                raise each
+        again |= self.inputs.take_checksums()
+        self._compare_inputs()
+        self._ranks.on_first(lambda: self._write_state() if again else None)
+
+    def keep_checksums(self) -> None:
+        """Write the state again if it can tell more of the files that the run reads; a rank may call this
+        by itself."""
+        if self.inputs.take_checksums() and self._ranks.is_first:
+            self._write_state()
+
+    def _compare_inputs(self) -> None:
+        """Raise RankError if a rank has read another file under the name of one that the first has read."""
+        first, *others = self._ranks.gather(self.inputs.checksums())
+        for rank, checksums in enumerate(others, start=1):
+            for path, checksum in checksums.items():
+                if first.get(path, checksum) != checksum:
+                    raise RankError(
+                        f"{path}: is another file for MPI rank {rank} than for the first. Give all ranks "
+                        f"the same"
+                    )
+
+    def _write_state(self) -> None:
+        if self._committed:
+            content = {**self._committed, INPUTS: self.inputs.records()}
+            content[CHECKSUM] = content_checksum(content)
+            write_json(self.path / STATE, content)
+
+    def require_seals(self, known: Mapping[str, Any], whole: bool = False) -> None:
         """Raise ResumeError if a file that a state counts on is not what it was then."""
-        broken = self._ranks.on_first(lambda: self.seals.broken(known))
+        broken = self._ranks.on_first(lambda: self.seals.broken(known, whole))
         if broken is not None:
             raise ResumeError(
                 f"{broken}: was changed since it was written, or is gone; {again_message(self.path)}"
@@ -206,8 +247,7 @@ class WorkFolder:
         self.inputs.check()
         folder, aside = self.path / name, self.path / REPLACED
         entries = sorted(os.listdir(folder), key=lambda entry: (entry == last, entry))
-        with output_errors(self.path):
-            (self.path / LAST).write_text("\0".join([name, *entries]))
+        self._begin_last_step(name, *entries)
         try:
             with output_errors(self.out):
                 if self.is_inside or not self._move_whole(folder, aside):
@@ -227,7 +267,7 @@ class WorkFolder:
         self.inputs.check()
         with output_errors(self.out):
             synchronize(self.path / name)
-            (self.path / LAST).write_text(name)
+            self._begin_last_step(name)
             os.replace(self.path / name, self.out)
             with suppress(OSError):  # some file systems cannot synchronize folders
                 synchronize(self.out.parent)
@@ -239,7 +279,7 @@ class WorkFolder:
         written everything. What is in here stays: by it the file is known again, see `has_written`.
         """
         content = (self.path / name).read_bytes()
-        with replaced(place) as partial:
+        with replaced(followed(place)) as partial:
             partial.write_bytes(content)
 
     def has_written(self, name: str, place: Path) -> bool:
@@ -319,12 +359,15 @@ class WorkFolder:
         with malformed_as(ResumeError, f"{place}: is damaged", f"; {again}", CheckpointError):
             found = read_json_object(place)
             checksum = found.pop(CHECKSUM)
-            known, state = found["identity"], found["state"]
-            if not isinstance(known, dict) or not isinstance(state, dict):
+            state: dict[str, Any]
+            known, state, inputs = found["identity"], found["state"], found[INPUTS]
+            if not all(isinstance(part, dict) for part in (known, state, inputs)):
                 raise ValueError("state")
             if checksum != content_checksum(found):
                 raise ValueError("its checksum is another")
         check_identity(self.path, known, identity)
+        check_identity(self.path, *self.inputs.differences(inputs))
+        self._committed = {"identity": dict(identity), "state": state}
         return state
 
     def _clear(self) -> None:
@@ -399,10 +442,25 @@ class WorkFolder:
                 old.rename(self.out / old.name)
             aside.rmdir()
 
+    def _begin_last_step(self, *names: str) -> None:
+        """Write down what is moved into place: a folder and its entries, or a file."""
+        with output_errors(self.path):
+            (self.path / LAST).write_bytes(os.fsencode("\0".join([*names, _checksum(names)])))
+            synchronize(self.path / LAST)
+
     def _last_step(self) -> list[str]:
         """Return which folder is moved into place in the last step, and its entries."""
         last = self.path / LAST
-        return last.read_text().split("\0") if last.is_file() else [""]
+        if not last.is_file() or not last.stat().st_size:
+            return [""]
+        *names, checksum = os.fsdecode(last.read_bytes()).split("\0")
+        if not names or checksum != _checksum(names):
+            raise OutputError(
+                f"{last}: was changed since it was written, so nobody knows how far the run had come. Look "
+                f"whether {self.out} holds what it should (what was there before may be in "
+                f"{self.path / REPLACED}), then remove {self.path}"
+            )
+        return names
 
     def _is_finished(self) -> bool:
         name = self._last_step()[0]
@@ -460,6 +518,10 @@ def content_of(out: Path) -> list[os.DirEntry[str]]:
 def _is_fixed(out: Path) -> bool:
     """Tell whether an output is a folder that must stay, and be written into."""
     return out.is_dir() and (is_mount_point(out) or not os.access(out.parent, os.W_OK | os.X_OK))
+
+
+def _checksum(names: Sequence[str]) -> str:
+    return str(zlib.crc32(os.fsencode("\0".join(names))))
 
 
 def again_message(path: Path) -> str:

@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, Protocol, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint.inputs import InputFiles
 from bitwright.checkpoint.reader import (
     DTYPES,
     INDEX_NAME,
@@ -30,6 +29,7 @@ from bitwright.errors import (
     OutputError,
     shown,
 )
+from bitwright.files.inputs import InputFiles
 from bitwright.files.replacing import output_errors, synchronize, taken
 
 SHARD_BYTES = 5_000_000_000  # as model hubs have them

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import bitwright
 from bitwright.blocks.scaling import CLIPS, OBJECTIVES
-from bitwright.checkpoint.fingerprint import digest, file_fingerprint
+from bitwright.checkpoint.fingerprint import digest
 from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.work_folder import WorkFolder, kept_until_written
 from bitwright.demo import run_demo
@@ -32,14 +32,16 @@ from bitwright.distill.training import SCHEDULES
 from bitwright.errors import MissingExtraError, printable
 from bitwright.evaluate import WINDOWS
 from bitwright.files.home import expanded
+from bitwright.files.inputs import InputFiles, same_inputs
 from bitwright.files.links import follow_links
+from bitwright.files.seals import file_checksum
 from bitwright.files.text_file import TEXT_LIMIT, read_bytes
 from bitwright.formats import FORMATS
 from bitwright.grids.tensor import BITS, GRIDS
 from bitwright.methods.awq import DEFAULT_GRID
+from bitwright.methods.method import ACTIVATION_METHODS, CORRECTED_DAMPING
 from bitwright.methods.metrics import METRICS
-from bitwright.methods.registry import CORRECTED_DAMPING, METHODS, PRESETS
-from bitwright.methods.salient import ACTIVATION_METHODS
+from bitwright.methods.registry import METHODS
 from bitwright.precision.estimate import DEFAULT_SAMPLES as SENSITIVITY_SAMPLES
 from bitwright.precision.sensitivities import parse_precision
 from bitwright.presets.quantize import check_quantization
@@ -52,6 +54,7 @@ from bitwright.process.interruption import (
     while_running,
 )
 from bitwright.process.standard_streams import flush_output, tell_of_lost_output
+from bitwright.quantization.options import PRESETS
 from bitwright.ranks import launched, spread_over, world
 from bitwright.records.card import command_line, made_by
 from bitwright.report.printing import (
@@ -64,8 +67,10 @@ from bitwright.report.printing import (
     print_sensitivities,
 )
 from bitwright.report.tables import print_sentence
+from bitwright.runs.budget import one_budget, require_all
+from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import existing_file
-from bitwright.tools.collect_activations import DEFAULT_SAMPLES
+from bitwright.tools.collect_activations import DEFAULT_SAMPLES, planned_samples
 from bitwright.warned import BitwrightWarning
 
 FAILED = 1
@@ -169,11 +174,16 @@ def _check_apart(**files: Path | None) -> None:
 
 
 def _digest(path: Path) -> str:
-    place = existing_file(Path(expanded(path)))
+    place, inputs = existing_file(Path(expanded(path))), InputFiles()
+    inputs.watch([place], recorded=True)
     # Arrays may be large, and are mapped where they are read.
-    return (
-        file_fingerprint(place) if place.suffix == ".npy" else digest(read_bytes(place, TEXT_LIMIT))
+    known = (
+        f"{file_checksum(place, 0, place.stat().st_size):08x}"
+        if place.suffix == ".npy"
+        else digest(read_bytes(place, TEXT_LIMIT))
     )
+    inputs.take_checksums()
+    return known
 
 
 def _method_and_format(function: Callable[..., None]) -> Callable[..., None]:
@@ -312,8 +322,8 @@ def _links(function: Callable[..., None]) -> Callable[..., None]:
         is_eager=True,
         expose_value=False,
         callback=enter,
-        help="Follow all links out of the folders of models, or refuse folders with any; by default only "
-        "weights and their index may be links to other places.",
+        help="Follow all links out of folders of models, statistics and targets, or refuse folders with "
+        "any; by default only weights, their index, statistics and targets may be links to other places.",
     )(function)
 
 
@@ -554,6 +564,7 @@ def quantize(
 @_resumable
 @_links
 @_threads
+@same_inputs()
 def salient(
     model_path: Path,
     output_path: Path | None,
@@ -579,16 +590,14 @@ def salient(
     if not dry_run and output_path is None:
         raise click.UsageError("--output-path is missing; only --dry-run does without")
     options["overrides"] = dict(overrides)
+    chosen: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "bos": bos}
 
     def collect(out: Any) -> None:
         count = bitwright.collect_activations(
             model_path,
             out,
             cast(Path, calibration),
-            samples=samples,
-            length=length,
-            seed=seed,
-            bos=bos,
+            **chosen,
             memory=memory,
             overwrite=overwrite,
             resume=resume,
@@ -598,23 +607,31 @@ def salient(
     if output_path is None or dry_run:
         collect(activations_path)
         return
+
+    def check() -> None:
+        check_quantization(
+            model_path,
+            output_path,
+            method="salient",
+            calibration=np.zeros((1, 2), np.int32),
+            memory=memory,
+            overwrite=overwrite,
+            **{**options, "activation_method": "rms"},
+        )
+
+    def check_collecting() -> None:
+        model = bitwright.load_model(model_path)
+        planned_samples(model, CalibrationOptions(cast(Path, calibration), **chosen), memory)
+
     with (
+        one_budget(memory),
         nullcontext()
         if calibration is None
-        else kept_until_written(WorkFolder(expanded(activations_path))) as work
+        else kept_until_written(WorkFolder(expanded(activations_path))) as work,
     ):
         if calibration is not None:
-            # Whether the format takes such a model is known before the model is run.
-            tokens = np.zeros((1, 2), np.int32)
-            check_quantization(
-                model_path,
-                output_path,
-                method="salient",
-                calibration=tokens,
-                memory=memory,
-                overwrite=overwrite,
-                **{**options, "activation_method": "rms"},
-            )
+            # Whether the format takes such a model, and there is memory for all, is known before it is run.
+            require_all([check, check_collecting])
             collect(work)
         report = bitwright.awq_quantize_model(
             model_path,
@@ -768,6 +785,7 @@ def dynamic(model: Path, out: Path, recipe: Path | None, **options: Any) -> None
 )
 @_links
 @_threads
+@same_inputs()
 def dwq(
     teacher: Path,
     student: Path | None,
@@ -933,6 +951,7 @@ def collect(model: Path, out: Path, calibration: Path, **options: Any) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--overwrite", is_flag=True, help="Replace other statistics.")
 @_memory
+@_links
 def merge(parts: tuple[Path, ...], out: Path, overwrite: bool, memory: float | None) -> None:
     """Merge the statistics PARTS of one model over different tokens."""
     found = bitwright.merge_statistics(parts, out, overwrite=overwrite, memory=memory)

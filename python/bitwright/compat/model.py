@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from bitwright.files.home import expands_home
 from bitwright.formats import FormatName
-from bitwright.methods.salient import ActivationMethod
+from bitwright.methods.method import ActivationMethod
 from bitwright.presets.quantize import quantize
 from bitwright.records.reports import QuantizationReport
 from bitwright.warned import reports_warnings

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
+from bitwright.checkpoint.holes import hole_in_safetensors
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.seals import buffers_checksum
 from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder, content_of
 from bitwright.checkpoint.writer import write_safetensors
 from bitwright.distill.losses import TopTokens
@@ -26,7 +26,10 @@ from bitwright.errors import (
     shown,
 )
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
+from bitwright.files.links import check_manifest
 from bitwright.files.replacing import output_errors, replaced, write_json
+from bitwright.files.seals import buffers_checksum
 from bitwright.loading.model import Model, load_model
 from bitwright.models.network import Network
 from bitwright.ranks import current
@@ -102,6 +105,10 @@ class DwqTargets:
         """Number of files."""
         return -(-self.samples // self._shard_samples)
 
+    def files(self) -> list[Path]:
+        """Return the files that they are read from."""
+        return [_shard_path(self.folder, shard) for shard in range(self.shard_count)]
+
     def read(self, samples: NDArray[np.intp]) -> TopTokens:
         """Return the targets of all positions of some samples, one sample after another."""
         parts = [self._sample(int(sample)) for sample in samples]
@@ -145,6 +152,7 @@ class DwqTargets:
 
 
 @expands_home
+@same_inputs()
 def compute_dwq_targets(
     model: str | os.PathLike[str] | Model,
     data: TokenSource,
@@ -305,6 +313,7 @@ def _manifest(teacher: Model, samples: Samples, k: int, temperature: float) -> d
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return what a folder of targets says of itself, None if there is none."""
     path = folder / MANIFEST
+    check_manifest(path, TargetsError)
     try:
         return read_json_object(path) if path.is_file() else None
     except CheckpointError as error:
@@ -376,6 +385,8 @@ def _shard_problem(path: Path, samples: int, length: int, k: int) -> str | None:
                 header = file.get_slice(name)
                 if header.get_shape() != shape or header.get_dtype() not in dtypes[name]:
                     return f"{name} has another shape or dtype than {MANIFEST} asks for"
+            if problem := hole_in_safetensors(path):
+                return problem
             known = (file.metadata() or {}).get(CHECKSUM)
             arrays = (file.get_tensor(name) for name in sorted(shapes))
             if known is not None and known != str(buffers_checksum(arrays)):

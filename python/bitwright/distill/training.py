@@ -22,7 +22,6 @@ from bitwright.build import set_num_threads
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.reader import require_model
-from bitwright.checkpoint.seals import buffers_checksum, files_of
 from bitwright.checkpoint.work_folder import (
     CHECKSUM,
     WorkFolder,
@@ -54,8 +53,10 @@ from bitwright.errors import (
     malformed_as,
 )
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.files.links import is_own_file
 from bitwright.files.replacing import replaced
+from bitwright.files.seals import buffers_checksum, files_of
 from bitwright.formats import Format
 from bitwright.formats.engine_names import unfused
 from bitwright.loading.model import Model, load_model
@@ -151,6 +152,7 @@ class _Progress:
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def dwq_quantize(
     teacher: str | os.PathLike[str],
     student: str | os.PathLike[str] | Callable[[Path], object],
@@ -340,6 +342,8 @@ def dwq_quantize(
     k = _token_count(teacher_model, k, given)
     ranks, work = current(), WorkFolder(out)
     work.inputs.watch_model(teacher_model.checkpoint)
+    if ready is not None:
+        work.inputs.watch_model(ready.checkpoint)
     source = teacher_model.checkpoint.source
     writer = CheckpointWriter(out, overwrite, source=source, work=work)
     beside = PlotBeside(plot, work, overwrite)
@@ -371,7 +375,7 @@ def dwq_quantize(
             student_model, made = _student(
                 student_made, made_with is not None, work, identity, state
             )
-            work.inputs.watch_model(student_model.checkpoint)
+            work.inputs.watch_model(student_model.checkpoint, recorded=False)  # unless it is given
             learner = Student(student_model, zeros)
             if callable(student):
                 check_pair(teacher_model, student_model)
@@ -389,6 +393,7 @@ def dwq_quantize(
                     temperature,
                     lambda share: bar.update(task, completed=share),
                 )
+            work.inputs.watch(known.files())
             run = _Run(learner, known, plan, settings, loss, work)
             run.resume()
             with progress_bar("distilling", progress and ranks.is_first) as bar:
@@ -456,7 +461,7 @@ def _student(
     if isinstance(student, Model):
         model = student
     elif reusable and "student" in state and ranks.on_first(folder.is_dir):
-        work.require_seals(state["seals"])
+        work.require_seals(state["seals"], whole=True)
         model = load_model(folder)
         if state["report"] is not None:
             report = QuantizationReport.from_dict(state["report"])
@@ -510,6 +515,11 @@ class _Known:
         if self.validation is not None and samples[0] >= len(self.places):
             return self.validation.read(samples - len(self.places))
         return self.training.read(self.places[samples])
+
+    def files(self) -> list[Path]:
+        """Return the files that it is read from."""
+        held = [] if self.validation is None else self.validation.files()
+        return [*self.training.files(), *held]
 
 
 class _Run:

@@ -1,7 +1,8 @@
 """Links in the folders of models: which are followed, so that a stranger's folder takes nothing else along.
 
-Only weights and their index may lie elsewhere. In the hub client's cache all files are links to blobs
-beside the folder, and older clients link to them from other folders, too: these belong to the model."""
+Only weights and their index may lie elsewhere, and the arrays of statistics and targets. In the hub
+client's cache all files are links to blobs beside the folder, and older clients link to them from other
+folders, too: these belong to the model."""
 
 import os
 import re
@@ -22,9 +23,10 @@ REMEDY = "put the file itself there, or follow links (follow_links, --links) if 
 
 @contextmanager
 def follow_links(follow: bool) -> Iterator[None]:
-    """Follow all links out of the folders of models inside the block, or none.
+    """Follow all links out of the folders of models, statistics and targets inside the block, or none.
 
-    Without it, weights and their index may be links to files anywhere. Of links to anything else out of
+    Without it, weights and their index may be links to files anywhere, and so may the arrays of
+    statistics and targets, but not what tells of them. Of links to anything else out of
     the folder, those to what is read (config.json, the tokenizer, chat templates) are refused, and what
     is only carried over to the output is left out with a warning. The hub client's cache is no other
     place than the folders in it.
@@ -79,34 +81,47 @@ def is_own_file(path: Path, folder: Path) -> bool:
 
 
 def check_own(path: Path, folder: Path, kind: type[BitwrightError] = CheckpointError) -> None:
-    """Raise an error of a kind for a link out of the model's folder, unless all are followed."""
+    """Raise an error of a kind for a link out of a folder, unless all are followed."""
     if _follow.get() is not True and leads_out(path, folder):
         raise kind(
-            f"{path}: leads out of the model's folder, where only weights and their index are read: "
-            f"{REMEDY}"
+            f"{path}: leads out of its folder, of which only weights, their index, statistics and targets "
+            f"may lie elsewhere: {REMEDY}"
         )
 
 
-def check_no_links(folder: Path, paths: Iterable[Path] | None = None) -> None:
-    """Raise CheckpointError if none may be followed and there are links out of a model's folder.
+def check_no_links(
+    folder: Path,
+    paths: Iterable[Path] | None = None,
+    kind: type[BitwrightError] = CheckpointError,
+) -> None:
+    """Raise an error if none may be followed and there are links out of a folder.
 
     Parameters
     ----------
     folder : pathlib.Path
-        Of the model.
+        Of a model, of statistics or of targets.
     paths : iterable of pathlib.Path, optional
         What is asked about; by default everything in the folder.
+    kind : type, optional
+        Of the error.
     """
     if _follow.get() is not False:
         return
     out = [path for path in paths or _links(folder) if leads_out(path, folder)]
     if out:
         names = [path.relative_to(folder).as_posix() for path in out]
-        raise CheckpointError(
+        raise kind(
             f"{folder}: {len(out)} links lead out of it ({', '.join(map(shown, names[:3]))}"
             f"{', …' if len(out) > 3 else ''}), and none are followed (follow_links, --no-links). Put the "
             f"files themselves there"
         )
+
+
+def check_manifest(path: Path, kind: type[BitwrightError]) -> None:
+    """Raise an error of a kind for links that may not be followed out of a folder with a manifest, which
+    may not be one itself."""
+    check_no_links(path.parent, kind=kind)
+    check_own(path, path.parent, kind)
 
 
 def _caches(folder: Path, home: Path) -> Iterator[Path]:

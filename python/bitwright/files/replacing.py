@@ -1,5 +1,6 @@
 """Single files that appear whole or not at all, and errors that name what could not be written."""
 
+import glob
 import json
 import os
 import re
@@ -37,7 +38,7 @@ def replaced(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{start}{os.getpid()}")
     with output_errors(path):
         try:
-            for other in path.parent.glob(f"{start}*"):
+            for other in path.parent.glob(f"{glob.escape(start)}*"):
                 if other == partial or not _is_running(other.name.removeprefix(start)):
                     other.unlink(missing_ok=True)  # of a process that was killed
             yield partial
@@ -47,6 +48,11 @@ def replaced(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 partial.unlink()
             raise
+
+
+def followed(path: str | os.PathLike[str]) -> Path:
+    """Return the file that a place asked for stands for: what a link leads to, there or not."""
+    return Path(os.path.realpath(path))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -77,7 +83,7 @@ def check_new_file(path: Path, read: Callable[[Path], object], overwrite: bool =
     with output_errors(path):
         if path.is_dir():
             raise OutputError(f"{path}: cannot be written: it is a folder")
-        if os.path.lexists(path) and not overwrite:
+        if os.path.lexists(followed(path)) and not overwrite:
             try:
                 read(path)
             except BitwrightError as error:
@@ -86,7 +92,7 @@ def check_new_file(path: Path, read: Callable[[Path], object], overwrite: bool =
             raise OutputError(
                 f"{path}: cannot be replaced: it is a mount point. Mount the folder that it lies in"
             )
-        folder = next(each for each in path.absolute().parents if each.exists())
+        folder = next(each for each in followed(path).parents if each.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             raise OutputError(f"{path}: cannot be written: nothing can be made in {folder}")
 

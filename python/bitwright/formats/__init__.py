@@ -1,25 +1,20 @@
 """The ways to store quantized tensors in a checkpoint folder."""
 
+import importlib
+import pkgutil
+
 from bitwright.checkpoint import Checkpoint
 from bitwright.errors import UnsupportedModelError, shown
-from bitwright.formats.awq import AwqFormat
-from bitwright.formats.compressed_tensors import CompressedTensorsFormat
 from bitwright.formats.declared import declaration
 from bitwright.formats.format import Format, FormatName, GroupSize, Precision
-from bitwright.formats.gguf import GgufFormat
-from bitwright.formats.gptq import GptqFormat
-from bitwright.formats.marlin import MarlinFormat
-from bitwright.formats.mlx import MlxFormat
 from bitwright.formats.stored import check_packing, settle_quantization
 
 FORMATS: dict[FormatName, type[Format]] = {
-    "mlx": MlxFormat,
-    "marlin": MarlinFormat,  # before gptq, which refuses the marlin layout of AutoGPTQ
-    "gptq": GptqFormat,
-    "awq": AwqFormat,
-    "compressed-tensors": CompressedTensorsFormat,
-    "gguf": GgufFormat,
+    kind.name: kind
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name)
+    for kind in getattr(importlib.import_module(f"{__name__}.{module.name}"), "FORMATS", ())
 }
+"""The formats by name; each file of this folder lists its own under FORMATS."""
 
 __all__ = ["FORMATS", "Format", "FormatName", "GroupSize", "Precision", "detect_format"]
 

@@ -51,6 +51,7 @@ class AwqFormat(Format):
     one_precision = True
     parts = ("qweight", "qzeros", "scales")
     engines = "transformers with GPTQModel, vLLM"
+    needs = "gptqmodel"
     metadata = "pt"
 
     @classmethod
@@ -158,3 +159,6 @@ def _unpack_columns(words: NDArray[np.int32]) -> NDArray[np.uint8]:
     values = np.empty_like(nibbles)
     values[:, :, ORDER] = nibbles
     return np.ascontiguousarray(values.reshape(len(words), -1).T)
+
+
+FORMATS = (AwqFormat,)

@@ -12,6 +12,7 @@ from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.engine_names import EngineNames
 from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
+from bitwright.formats.loading_code import Code, transformers_code, vllm_command
 from bitwright.grids.tensor import BITS, QuantizedTensor, pack, unpack
 from bitwright.warned import warn
 
@@ -60,7 +61,20 @@ class CompressedTensorsFormat(Format):
         "weight_g_idx",
     )
     engines = "transformers with compressed-tensors, vLLM"
+    needs = "compressed-tensors"
     metadata = "pt"
+
+    @classmethod
+    def loading(cls, folder: str, mixed: bool, unfused: bool) -> list[Code]:
+        if mixed:  # with several precisions transformers takes them only as they are
+            return [transformers_code(folder, cls.needs) if unfused else vllm_command(folder)]
+        code = transformers_code(
+            folder,
+            cls.needs,
+            "CompressedTensorsConfig",
+            "quantization_config=CompressedTensorsConfig(dequantize=True)",
+        )
+        return [code] if unfused else [code, vllm_command(folder)]
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
@@ -229,3 +243,6 @@ def _grid(name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
         words = pack(zeros, tensor.bits).view(np.int32)
         arrays[f"{name}.weight_zero_point"] = np.ascontiguousarray(words.T)
     return arrays
+
+
+FORMATS = (CompressedTensorsFormat,)

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice, SafetensorsFiles, WeightFiles
 from bitwright.errors import CheckpointError
+from bitwright.formats.loading_code import Code, transformers_code, vllm_command
 from bitwright.grids.tensor import Grid, QuantizedTensor
 
-FormatName = Literal["mlx", "gptq", "awq", "compressed-tensors", "marlin", "gguf"]
+FormatName = str  # of one of FORMATS
 GroupSize = (
     int | Literal["auto"] | None
 )  # -1 and None are the whole row, "auto" what the format has
@@ -55,8 +56,11 @@ class Format:
     one_grid: ClassVar[bool] = False  # whether all layers must have grids of one kind
     reorders: ClassVar[bool] = False  # whether groups may be other than consecutive channels
     refuses_unknown: ClassVar[bool] = False  # whether engines refuse tensors that they do not use
+    own_container: ClassVar[bool] = False  # files of its own, for known families, and in float, too
     parts: ClassVar[tuple[str, ...]]  # endings of the names of tensors that hold a layer
     engines: ClassVar[str]  # what loads it
+    library: ClassVar[str] = "transformers"  # as model hubs call what loads it first
+    needs: ClassVar[str] = ""  # packages that transformers loads it with
     metadata: ClassVar[str]  # the "format" that loaders look for in the header of weight files
 
     @classmethod
@@ -121,6 +125,22 @@ class Format:
     ) -> dict[str, Any]:
         """Return what is added to config.json; `layers` maps every linear to None where in float."""
         raise NotImplementedError
+
+    @classmethod
+    def loading(cls, folder: str, mixed: bool, unfused: bool) -> list[Code]:
+        """Return how a folder is loaded, for people who have none of the tools yet.
+
+        Parameters
+        ----------
+        folder
+            As people write it.
+        mixed
+            Whether its layers have several precisions.
+        unfused
+            Whether these differ among layers that vLLM computes as one module, which it refuses.
+        """
+        code = [transformers_code(folder, cls.needs)]
+        return code if unfused else [*code, vllm_command(folder)]
 
     @classmethod
     def name_written(cls, name: str, nested: bool) -> str:

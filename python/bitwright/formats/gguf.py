@@ -1,5 +1,6 @@
 """GGUF: blocks of 32 weights with a scale, and superblocks of 256 with quantized scales (llama.cpp)."""
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES
 from bitwright.checkpoint.gguf_writer import GgufFiles
 from bitwright.errors import CheckpointError
 from bitwright.formats.format import Format, Precision
+from bitwright.formats.loading_code import PROMPT, Code, shell_word
 from bitwright.grids.tensor import K_GRIDS, SUPERBLOCK, Grid, QuantizedTensor, SuperBlocks
 
 BLOCK = 32
@@ -41,9 +43,16 @@ class GgufFormat(Format):
     embeddings = True
     stacks_experts = True
     refuses_unknown = True
+    own_container = True
     parts = ("weight",)
     engines = "llama.cpp"
+    library = "llama.cpp"
     metadata = "gguf"
+
+    @classmethod
+    def loading(cls, folder: str, mixed: bool, unfused: bool) -> list[Code]:
+        weights = shell_word(os.path.join(folder, "model.gguf"))
+        return [Code("sh", f'llama-cli -m {weights} -p "{PROMPT}"')]
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
@@ -212,3 +221,6 @@ def _pack_superblocks(kind: str, tensor: QuantizedTensor, grid: SuperBlocks) -> 
         tensor.bits,
     )
     return packed.view(BLOCKS[kind])
+
+
+FORMATS = (GgufFormat,)

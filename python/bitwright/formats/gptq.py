@@ -11,6 +11,7 @@ from bitwright.errors import CheckpointError, UnsupportedModelError
 from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.engine_names import EngineNames, transformers_name
 from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
+from bitwright.formats.loading_code import PROMPT, Code, python_string, vllm_command
 from bitwright.grids.tensor import QuantizedTensor, pack, unpack
 
 SETTINGS = Settings(
@@ -48,11 +49,23 @@ class GptqFormat(Format):
     reorders = True
     parts = ("qweight", "qzeros", "scales", "g_idx")
     engines = "transformers with GPTQModel, vLLM"
+    needs = "gptqmodel"
     metadata = "pt"
 
     def __init__(self, settings: Mapping[str, Any], subtracted: int) -> None:
         self.settings = settings
         self.subtracted = subtracted
+
+    @classmethod
+    def loading(cls, folder: str, mixed: bool, unfused: bool) -> list[Code]:
+        if not mixed:  # transformers reads one precision per folder
+            return super().loading(folder, mixed, unfused)
+        text = (
+            "from gptqmodel import GPTQModel  # pip install gptqmodel\n\n"
+            f"model = GPTQModel.load({python_string(folder)})\n"
+            f'print(model.tokenizer.decode(model.generate("{PROMPT}")[0]))'
+        )
+        return [Code("python", text), *([] if unfused else [vllm_command(folder)])]
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
@@ -61,6 +74,8 @@ class GptqFormat(Format):
             return None
         key, layout = found.layout("checkpoint_format", "format")
         version = layout or "gptq"
+        if version == "marlin" or found.settings.get("is_marlin_format") is True:
+            return None  # AutoGPTQ's name for the layout of another format
         if version not in ("gptq", "gptq_v2"):
             raise UnsupportedModelError(f"{found.named(key)}; supported are: gptq, gptq_v2")
         SETTINGS.check(found.settings, found.where)
@@ -190,3 +205,6 @@ def _moved(words: NDArray[np.uint32], bits: int, by: int) -> NDArray[np.uint32]:
         return pack(unpack(words, bits) + np.uint8(by % 8) & np.uint8(7), bits)
     ones = sum(1 << place for place in range(0, 32, bits))
     return words + np.uint32(by * ones % (1 << 32))
+
+
+FORMATS = (GptqFormat,)

@@ -13,6 +13,7 @@ from bitwright.errors import CheckpointError, UnsupportedModelError
 from bitwright.formats.declared import declaration
 from bitwright.formats.format import INT32, Format, Precision, read_shaped
 from bitwright.formats.gptq import SETTINGS as GPTQ
+from bitwright.formats.loading_code import Code, shell_word
 from bitwright.grids.tensor import QuantizedTensor
 
 BITS, ZERO = 4, 8
@@ -54,6 +55,11 @@ class MarlinFormat(Format):
 
     def __init__(self, group_size: int) -> None:
         self.group_size = group_size
+
+    @classmethod
+    def loading(cls, folder: str, mixed: bool, unfused: bool) -> list[Code]:
+        run = f"vllm serve {shell_word(folder)} --dtype float16"
+        return [Code("sh", f'pip install "vllm<=0.10.1.1"  # later ones dropped it\n{run}')]
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
@@ -193,3 +199,6 @@ def _swap_scales(scales: NDArray[Any]) -> NDArray[Any]:
     # Kernels, too, tell the two orders apart by the number of groups alone.
     parts = (-1, 8, 8, 1) if len(scales) > 1 else (-1, 4, 4, 2)
     return scales.reshape(parts).swapaxes(1, 2).reshape(scales.shape)
+
+
+FORMATS = (MarlinFormat,)

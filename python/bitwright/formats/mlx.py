@@ -12,6 +12,7 @@ from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.declared import Settings
 from bitwright.formats.engine_names import mlx_name
 from bitwright.formats.format import Format, Precision, read_shaped
+from bitwright.formats.loading_code import PROMPT, Code, shell_word
 from bitwright.grids.tensor import BITS, QuantizedTensor, pack, unpack
 from bitwright.warned import warn
 
@@ -41,10 +42,16 @@ class MlxFormat(Format):
     refuses_unknown = True
     parts = ("weight", "scales", "biases")
     engines = "mlx-lm"
+    library = "mlx"
     metadata = "mlx"
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
+
+    @classmethod
+    def loading(cls, folder: str, mixed: bool, unfused: bool) -> list[Code]:
+        run = f'mlx_lm.generate --model {shell_word(folder)} --prompt "{PROMPT}"'
+        return [Code("sh", f"pip install mlx-lm\n{run}")]
 
     @classmethod
     def detect(cls, checkpoint: Checkpoint) -> Self | None:
@@ -236,3 +243,6 @@ def _holds_layers(checkpoint: Checkpoint) -> bool:
         and checkpoint.dtype(f"{stem}.weight") == np.uint32
         for stem in stems
     )
+
+
+FORMATS = (MlxFormat,)

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from bitwright.checkpoint import Checkpoint, CheckpointSlice, open_checkpoint
 from bitwright.checkpoint.reader import written_dtype
 from bitwright.errors import CheckpointError, shown
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import note_model
 from bitwright.formats import Format, detect_format
 from bitwright.formats.stored import is_float
 from bitwright.grids.tensor import QuantizedTensor
@@ -90,6 +92,16 @@ class Model(Decoder):
             (self.embedding_name, self.head_name), self.config.hidden_size
         )
         self._channels |= {name: shape[1] for name, shape in self.linear_shapes().items()}
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return self.checkpoint.folder
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model knows."""
+        return self.config.vocab_size
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -474,4 +486,6 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     >>> bitwright.load_model(bitwright.demo_folder()).config.num_hidden_layers
     3
     """
-    return Model(open_checkpoint(path))
+    checkpoint = open_checkpoint(path)
+    note_model(checkpoint)
+    return Model(checkpoint)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -10,7 +11,10 @@ from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.choice import GridChoice, check_importance
 from bitwright.grids.tensor import Grid, QuantizedTensor
+from bitwright.methods.gptq import gptq_solver, solving_operations
+from bitwright.methods.method import Method, Solver
 from bitwright.methods.metrics import Metric, channel_errors, find_metric, total_error
+from bitwright.methods.rtn import rtn_solver
 
 Float32 = NDArray[np.float32]
 Loss = Callable[[Float32], float]
@@ -362,3 +366,69 @@ def _outputs(inputs: Float32, weight: Float32) -> Float32:
     outputs = np.empty((len(inputs), len(weight)), np.float32)
     _kernels.linear(inputs, weight, None, outputs, False)
     return outputs
+
+
+def clip_solver(
+    blocks: Sequence[NDArray[np.float32]],
+    n_grid: int,
+    metric: str | Metric = "mse",
+    activations: NDArray[np.float32] | None = None,
+) -> Solver:
+    """Round to nearest in clipped ranges, by blocks on the gram's diagonal; see `quantize_clipped`."""
+
+    def solve(
+        weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
+    ) -> QuantizedTensor:
+        parts, first = [], 0
+        for gram in blocks:
+            channels = slice(first, first + len(gram))
+            parts.append(
+                quantize_clipped(
+                    np.ascontiguousarray(weight[:, channels]),
+                    gram,
+                    bits,
+                    size,
+                    grid=grid,
+                    scale_dtype=dtype,
+                    activations=None
+                    if activations is None
+                    else np.ascontiguousarray(activations[:, channels]),
+                    metric=metric,
+                    n_grid=n_grid,
+                )
+            )
+            first = channels.stop
+        return parts[0] if len(parts) == 1 else QuantizedTensor.joined(parts, axis=1)
+
+    return solve
+
+
+def searching_operations(out: int, channels: int) -> float:
+    """Return how many floating-point operations a layer's searches take, for the forecast of the time."""
+    return 9 * min(out, 128) * channels**2 + 3000.0 * out * channels
+
+
+METHODS = (
+    Method(
+        "awq",
+        "AWQ",
+        rtn_solver,
+        scales_first=True,
+        clips=True,
+        corrects=True,
+        copies=1,
+        operations=searching_operations,
+    ),
+    Method(
+        "awq+gptq",
+        "AWQ and GPTQ",
+        gptq_solver,
+        needs_gram=True,
+        factors_gram=True,
+        scales_first=True,
+        corrects=True,
+        operations=lambda out, channels: (
+            searching_operations(out, channels) + solving_operations(out, channels)
+        ),
+    ),
+)

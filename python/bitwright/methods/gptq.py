@@ -10,9 +10,11 @@ from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.choice import GridChoice
 from bitwright.grids.tensor import Grid, QuantizedTensor, SuperBlocks
+from bitwright.methods.method import Method, MethodOptions, Solver, StageInputs
 from bitwright.methods.rtn import quantize_rtn
 
 MOST_DAMPING = 1.0
+SOLVING_SPEED = 0.86  # next to a large product of matrices (bench/RESULTS.md)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,3 +231,44 @@ def quantize_gptq(
         column_losses=losses,
         damping=gram.damping,
     )
+
+
+def gptq_solver(inputs: StageInputs, options: MethodOptions) -> Solver:
+    """GPTQ, with the gram factored once for all layers that share it."""
+    if inputs.gram is None:
+        raise ValueError("method: gptq needs calibration data")
+    factor = factor_gram(inputs.gram, damping=options.damping, act_order=options.act_order)
+
+    def solve(
+        weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
+    ) -> QuantizedTensor:
+        return quantize_gptq(
+            weight,
+            factor,
+            bits,
+            size,
+            grid=grid,
+            scale_dtype=dtype,
+            block_size=options.block_size,
+            grid_search=options.grid_search is not False,
+        )
+
+    return solve
+
+
+def solving_operations(out: int, channels: int) -> float:
+    """Return how many floating-point operations solving a layer takes, for the forecast of the time."""
+    return out * channels**2 / SOLVING_SPEED + 2000.0 * out * channels
+
+
+METHODS = (
+    Method(
+        "gptq",
+        "GPTQ",
+        gptq_solver,
+        needs_gram=True,
+        factors_gram=True,
+        corrects=True,
+        operations=solving_operations,
+    ),
+)

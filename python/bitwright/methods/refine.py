@@ -10,8 +10,9 @@ from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.choice import FLOAT_DTYPES
 from bitwright.grids.superblocks import expanded, fit_superblocks
-from bitwright.grids.tensor import QuantizedTensor, SuperBlocks
+from bitwright.grids.tensor import Grid, QuantizedTensor, SuperBlocks
 from bitwright.methods.gptq import GptqTensor
+from bitwright.methods.method import MethodOptions, Solver
 
 ROUNDS = 2
 
@@ -173,3 +174,19 @@ def _k_tensor(
         superblocks=blocks,
         **changed,
     )
+
+
+def refined(solve: Solver, gram: NDArray[np.float32] | None, options: MethodOptions) -> Solver:
+    """Follow a method with `refine`, where it is asked for and there is a gram."""
+    if not options.refine or gram is None:
+        return solve
+    known = gram
+
+    def solve_and_refine(
+        weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
+    ) -> QuantizedTensor:
+        tensor = solve(weight, bits, size, grid, dtype)
+        target = np.ascontiguousarray(weight, np.float32)
+        return refine(tensor, target, known, damping=options.damping, overwrite_gram=True)[0]
+
+    return solve_and_refine

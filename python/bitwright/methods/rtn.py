@@ -12,6 +12,7 @@ from bitwright.arrays import require_finite
 from bitwright.grids.choice import GridChoice, check_importance
 from bitwright.grids.superblocks import closed_form, expanded, fit_superblocks
 from bitwright.grids.tensor import SUPERBLOCK, Grid, QuantizedTensor
+from bitwright.methods.method import Method, MethodOptions, Solver, StageInputs
 
 Float32 = NDArray[np.float32]
 REFITS = 2  # of the scales of k grids to the codes that were found
@@ -124,3 +125,27 @@ def _better(
         biases=blocks.biases(),
         superblocks=blocks,
     )
+
+
+def rtn_solver(inputs: StageInputs, options: MethodOptions) -> Solver:
+    """Round to nearest; the statistics only weigh the grid search."""
+    importance = None if inputs.gram is None else inputs.gram.diagonal()
+
+    def solve(
+        weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
+    ) -> QuantizedTensor:
+        return quantize_rtn(
+            weight,
+            bits,
+            size,
+            grid=grid,
+            scale_dtype=dtype,
+            # The scales of k grids are fitted in any case.
+            grid_search=grid == "k" if options.grid_search is None else options.grid_search,
+            importance=importance,
+        )
+
+    return solve
+
+
+METHODS = (Method("rtn", "RTN", rtn_solver, needs_inputs=False),)

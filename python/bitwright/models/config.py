@@ -19,7 +19,7 @@ from bitwright.models.keys import (
     SPELLINGS,
     ConfigRules,
     Keys,
-    whole,
+    as_integer,
 )
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu")
@@ -193,57 +193,13 @@ class ModelConfig:
         >>> ModelConfig.from_dict({"model_type": "llama"}, Path("config.json"), rules).head_dim
         128
         """
-        outer = Keys(raw, source)
-        model_type = outer.choice("model_type", sorted(families))
-        rules = families[model_type]
-        values = raw
-        if rules.section is not None:
-            section = outer.section(rules.section)
-            # What the outer object says of the whole, such as its dtype, holds for the part as well.
-            values = {**raw, **(section.values if section else {})}
-        top = Keys(
-            values,
-            source,
-            f"{rules.section}." if rules.section else "",
-            _LLAMA_DEFAULTS | dict(rules.defaults),
-            rules,
-        )
-        check_keys(top, understood_keys(rules), model_type)
+        model_type, rules, top = _opened(raw, source, families)
         hidden_size = top.integer("hidden_size")
         layers = top.integer("num_hidden_layers", most=MOST_LAYERS)
         heads = top.integer("num_attention_heads")
         key_value_heads = top.integer("num_key_value_heads", heads)
-        if heads % key_value_heads:
-            raise CheckpointError(
-                f'{source}: "num_attention_heads" is {heads}, which is not a multiple of '
-                f'"num_key_value_heads", {key_value_heads}'
-            )
         latent = _latent(top) if rules.latent_attention else None
-        if latent is not None:
-            head_dim, rotary_dim = latent.plain_dim + latent.rotary_dim, latent.rotary_dim
-            if key_value_heads != heads:
-                raise UnsupportedModelError(
-                    f'{source}: "num_key_value_heads" is {key_value_heads}; with latent attention '
-                    f'it must be that of "num_attention_heads", {heads}'
-                )
-        else:
-            head_dim = top.integer("head_dim", 0)
-            if head_dim == 0 and hidden_size % heads:
-                raise CheckpointError(
-                    f'{source}: "hidden_size" is {hidden_size}, which is not a multiple of '
-                    f'"num_attention_heads", {heads}, and there is no "head_dim"'
-                )
-            head_dim = head_dim or hidden_size // heads
-            rotary_dim = int(head_dim * _partial_rotary_factor(top))
-        if heads * (head_dim + (latent.value_dim if latent else 0)) > _MOST_HEAD_CHANNELS:
-            raise top.wrong(
-                "num_attention_heads", f"together heads have at most {_MOST_HEAD_CHANNELS} channels"
-            )
-        if rotary_dim % 2 or rotary_dim == 0:
-            raise CheckpointError(
-                f'{source}: "head_dim" is {head_dim}, of which {rotary_dim} channels are rotated, but '
-                f"rotary position embeddings need an even number of channels"
-            )
+        head_dim, rotary_dim = _head_sizes(top, hidden_size, heads, key_value_heads, latent)
         rope, sliding_rope = _ropes(top, top.integer("max_position_embeddings"), rotary_dim)
         sliding_window = top.optional_integer("sliding_window")
         layer_types = _layer_types(top, rules, layers, sliding_window)
@@ -252,7 +208,6 @@ class ModelConfig:
         if latent is not None:
             attention_scale *= _latent_scale(rope)
         sparse = tuple(rules.is_sparse(top, layer) for layer in range(layers))
-        activation = top.choice("hidden_act", ACTIVATIONS)
         return cls(
             model_type=model_type,
             hidden_size=hidden_size,
@@ -272,7 +227,7 @@ class ModelConfig:
             query_bias=top.flag(rules.query_bias),
             output_bias=top.flag(rules.output_bias),
             mlp_bias=top.flag(rules.mlp_bias),
-            hidden_act=activation,
+            hidden_act=top.choice("hidden_act", ACTIVATIONS),
             layer_types=layer_types,
             rotates=tuple(rules.rotates(top, layer) for layer in range(layers)),
             is_sparse=sparse,
@@ -288,6 +243,63 @@ class ModelConfig:
             dtype=_dtype(top),
             raw=raw,
         )
+
+
+def _opened(
+    raw: Mapping[str, Any], source: Path, families: Mapping[str, ConfigRules]
+) -> tuple[str, ConfigRules, Keys]:
+    """Return the model type, the rules of its family, and the checked keys that describe the decoder."""
+    outer = Keys(raw, source)
+    model_type = outer.choice("model_type", sorted(families))
+    rules = families[model_type]
+    values = dict(raw)
+    if rules.section is not None:
+        section = outer.section(rules.section)
+        # What the outer object says of the whole, such as its dtype, holds for the part as well.
+        values = {**raw, **(section.values if section else {})}
+        # The head is the whole's, so only the whole says whether the embedding is it.
+        values["tie_word_embeddings"] = raw.get("tie_word_embeddings")
+    name = f"{rules.section}." if rules.section else ""
+    top = Keys(values, source, name, _LLAMA_DEFAULTS | dict(rules.defaults), rules)
+    check_keys(top, understood_keys(rules), model_type)
+    return model_type, rules, top
+
+
+def _head_sizes(
+    top: Keys, hidden_size: int, heads: int, key_value_heads: int, latent: LatentConfig | None
+) -> tuple[int, int]:
+    """Return how many channels a head has, and how many of them are rotated."""
+    if heads % key_value_heads:
+        raise CheckpointError(
+            f'{top.source}: "num_attention_heads" is {heads}, which is not a multiple of '
+            f'"num_key_value_heads", {key_value_heads}'
+        )
+    if latent is not None:
+        head_dim, rotary_dim = latent.plain_dim + latent.rotary_dim, latent.rotary_dim
+        if key_value_heads != heads:
+            raise UnsupportedModelError(
+                f'{top.source}: "num_key_value_heads" is {key_value_heads}; with latent attention '
+                f'it must be that of "num_attention_heads", {heads}'
+            )
+    else:
+        head_dim = top.integer("head_dim", 0)
+        if head_dim == 0 and hidden_size % heads:
+            raise CheckpointError(
+                f'{top.source}: "hidden_size" is {hidden_size}, which is not a multiple of '
+                f'"num_attention_heads", {heads}, and there is no "head_dim"'
+            )
+        head_dim = head_dim or hidden_size // heads
+        rotary_dim = int(head_dim * _partial_rotary_factor(top))
+    if heads * (head_dim + (latent.value_dim if latent else 0)) > _MOST_HEAD_CHANNELS:
+        raise top.wrong(
+            "num_attention_heads", f"together heads have at most {_MOST_HEAD_CHANNELS} channels"
+        )
+    if rotary_dim % 2 or rotary_dim == 0:
+        raise CheckpointError(
+            f'{top.source}: "head_dim" is {head_dim}, of which {rotary_dim} channels are rotated, but '
+            f"rotary position embeddings need an even number of channels"
+        )
+    return head_dim, rotary_dim
 
 
 def understood_keys(rules: ConfigRules) -> set[str]:
@@ -399,6 +411,8 @@ def _experts(top: Keys, rules: ConfigRules) -> ExpertsConfig:
                 "topk_group",
                 f"its {kept} of {groups} groups of {count} experts must hold {chosen} to choose",
             )
+        if group_score == "top2" and count < 2 * groups:
+            raise top.wrong("n_group", f"its groups of {count} experts go by the best two in each")
     shared = top.integer("shared_expert_intermediate_size", 0, zero=True)
     return ExpertsConfig(
         count=count,
@@ -546,5 +560,5 @@ def plainly_spelled(config: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, dict) and key in ("text_config", "rope_scaling", "rope_parameters"):
             spelled[key] = plainly_spelled(value)
         else:
-            spelled[key] = whole(value) if _COUNT.fullmatch(key) else value
+            spelled[key] = as_integer(value) if _COUNT.fullmatch(key) else value
     return spelled

@@ -154,7 +154,7 @@ class Keys:
         zero: bool = False,
         most: int = LARGEST_INTEGER,
     ) -> int:
-        value = whole(self.get(key))
+        value = as_integer(self.get(key))
         if value is None and default is not None:
             return default
         least = 0 if zero else 1
@@ -195,7 +195,7 @@ class Keys:
         value = self.get(key)
         if value is None:
             return ()
-        whole = [whole(each) for each in value] if isinstance(value, list) else [None]
+        whole = [as_integer(each) for each in value] if isinstance(value, list) else [None]
         if len(whole) > MOST_LAYERS or not all(type(each) in (int, bool) for each in whole):
             raise self.wrong(key, f"must be a list of integers, {MOST_LAYERS} at most")
         return tuple(int(each) for each in whole if each is not None)
@@ -237,6 +237,6 @@ class Keys:
         return CheckpointError(f"{self.source}: {self.quoted(key)} {state}, but {rule}")
 
 
-def whole(value: Any) -> Any:
+def as_integer(value: Any) -> Any:
     """Return 4096.0 as 4096, as some tools write it, and anything else as it is."""
     return int(value) if type(value) is float and value.is_integer() else value

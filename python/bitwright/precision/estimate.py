@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.build import set_num_threads
 from bitwright.checkpoint.fingerprint import model_fingerprint
-from bitwright.checkpoint.inputs import InputFiles
 from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.seals import content_checksum
 from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder
 from bitwright.distill.gradient_memory import final_bytes, sub_block_bytes
 from bitwright.distill.losses import LOSSES, DistillationLoss, TopTokens, next_tokens
@@ -28,7 +26,9 @@ from bitwright.errors import (
     check_choice,
 )
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import InputFiles, same_inputs
 from bitwright.files.replacing import check_new_file, write_json
+from bitwright.files.seals import content_checksum
 from bitwright.formats import Format, Precision
 from bitwright.grids.choice import GridChoice
 from bitwright.grids.tensor import Grid
@@ -59,6 +59,7 @@ class _Batch(TypedDict):
 
 
 @expands_home
+@same_inputs()
 def estimate_sensitivities(
     model: str | os.PathLike[str] | Model,
     data: TokenSource,
@@ -242,9 +243,17 @@ def _check_groups(model: Model, precisions: tuple[tuple[int, int | None], ...], 
             if not Format.fits(shape[1], precision)
         }
         if unfit:
+            smaller = [
+                f"in smaller groups, such as {precision_name((each[0], size))}, or "
+                for size in (64, 32)
+                if size < (each[1] or size)
+                and all(
+                    Format.fits(row, Precision(each[0], size, grid)) for _, row in shapes.values()
+                )
+            ]
             raise ValueError(
-                f"{model.checkpoint.folder}: {unfit_layers(unfit, shapes, Format)}. Estimate in smaller "
-                f"groups, such as {precision_name((each[0], 32))}, or in whole rows, {each[0]}:-1"
+                f"{model.checkpoint.folder}: {unfit_layers(unfit, shapes, Format)}. Estimate "
+                f"{smaller[0] if smaller else ''}in whole rows, {each[0]}:-1"
             )
 
 
@@ -323,7 +332,6 @@ class _Estimate:
         plan: EstimatePlan,
     ) -> None:
         self.original = original
-        self.inputs = InputFiles()
         self.tokens = samples.tokens
         self.bos = samples.bos
         self.low = low
@@ -344,6 +352,7 @@ class _Estimate:
     def go(self, work: WorkFolder | None, resume: bool, progress: bool) -> Sensitivities:
         """Look at all batches but those that the work folder holds already, and add them up."""
         ranks, count = current(), -(-len(self.tokens) // self.batch_size)
+        self.inputs = InputFiles() if work is None else work.inputs
         self.inputs.watch_model(self.original.checkpoint)
         known: dict[int, _Batch] = {}
         if work is not None:
@@ -371,7 +380,10 @@ class _Estimate:
             for number in left[share.start : share.stop]:
                 known[number] = self._batch(number)
                 self.inputs.check()
-                if work is not None:
+                if work is None:
+                    self.inputs.take_checksums()
+                else:
+                    work.keep_checksums()
                     batch = known[number]
                     sealed = {**batch, CHECKSUM: content_checksum(batch)}
                     write_json(work.path / BATCH.format(f"{number + 1:05d}"), sealed)

@@ -12,7 +12,7 @@ from pathlib import Path
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.errors import RecipeError, malformed_as, shown
 from bitwright.files.home import expands_home
-from bitwright.files.replacing import write_json
+from bitwright.files.replacing import followed, write_json
 from bitwright.formats import Format, Precision
 from bitwright.formats.engine_names import check_fused
 from bitwright.grids.tensor import BITS
@@ -60,7 +60,7 @@ class Recipe:
     @expands_home
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON; OutputError if that fails."""
-        write_json(Path(path), self.as_dict())
+        write_json(followed(path), self.as_dict())
 
     def as_dict(self) -> dict[str, object]:
         """Return what the JSON file holds."""

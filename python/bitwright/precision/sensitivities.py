@@ -14,7 +14,7 @@ from bitwright.errors import (
     shown,
 )
 from bitwright.files.home import expands_home
-from bitwright.files.replacing import write_json
+from bitwright.files.replacing import followed, write_json
 from bitwright.grids.tensor import BITS
 
 VERSION = 1
@@ -83,7 +83,7 @@ class Sensitivities:
                 for name in self.alignments
             },
         }
-        write_json(Path(path), content)
+        write_json(followed(path), content)
 
     @classmethod
     @expands_home

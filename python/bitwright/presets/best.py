@@ -11,22 +11,24 @@ from typing import Any, cast
 
 import numpy as np
 
-from bitwright.build import set_num_threads
 from bitwright.checkpoint import CheckpointWriter
 from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
 from bitwright.distill.training import check_training, dwq_quantize
 from bitwright.files.home import expands_home
-from bitwright.formats import FORMATS, Format, FormatName, GroupSize, Precision
+from bitwright.files.inputs import same_inputs
+from bitwright.formats import Format, FormatName, GroupSize, Precision
 from bitwright.grids.tensor import K_GRIDS, Grid, stored_bits
-from bitwright.loading.model import load_model
+from bitwright.loading.model import Model, load_model
+from bitwright.precision.choices import Candidate, choose_precisions, fineness
 from bitwright.precision.estimate import check_estimate, estimate_sensitivities
+from bitwright.precision.options import PrecisionOptions
 from bitwright.precision.recipe import Recipe
-from bitwright.presets.dynamic import Candidate, choose_precisions, fineness
-from bitwright.presets.quantize import check_quantization, quantize
+from bitwright.quantization.options import QuantizationOptions
+from bitwright.quantization.quantize import check_run, run_quantization
 from bitwright.ranks import current
 from bitwright.records.card import made_by, python_call
-from bitwright.records.reports import QuantizationReport
+from bitwright.records.reports import DwqReport, QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
 from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
@@ -37,6 +39,7 @@ LEARNING_RATE = 3e-4  # what is known to suit students that are good already
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def quantize_best(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -94,122 +97,149 @@ def quantize_best(
     ...     bitwright.quantize_best(demo, f"{folder}/q", bits=3, calibration=demo / "calibration.txt")
     """
     arguments = dict(locals())
-    started = time.perf_counter()
     require_model(model)
-    if threads is not None:
-        set_num_threads(threads)
-    if calibration is None:
-        raise ValueError("calibration: preset best needs text or token ids")
+    given = {**arguments, **arguments.pop("options"), "preset": "best"}
+    with made_by(python_call(quantize_best, arguments)):
+        return best_quantization(model, out, QuantizationOptions.of(given))
+
+
+def best_quantization(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], options: QuantizationOptions
+) -> QuantizationReport:
+    """Quantize as `quantize_best` does."""
+    started = time.perf_counter()
+    options.limits.set_threads()
     original = load_model(model)
-    kind = FORMATS[format]
-    asked = kind.precision(bits, group_size, grid, original.input_channels())
-    size = asked.group_size
-    # Layers that are left out because they have no whole groups cannot be compared in them either.
-    fits = all(kind.fits(channels, asked) for channels in original.input_channels())
-    writer = CheckpointWriter(out, overwrite, source=original.checkpoint.source)
+    options = replace(options, preset="default")
+    recipe = options.precision.recipe
+    if recipe is not None and not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    chooses = recipe is None and _can_choose(original, options.precision)
+    writer = CheckpointWriter(out, options.limits.overwrite, source=original.checkpoint.source)
     with (
-        made_by(python_call(quantize_best, arguments)),
         kept_until_written(WorkFolder(out, SENSITIVITIES)) as work,
-        one_budget(memory),
+        one_budget(options.limits.memory),
     ):
         current().on_first(writer.check_place)
-        making = {
-            "method": method,
-            "bits": bits,
-            "group_size": group_size,
-            "format": format,
-            "samples": samples,
-            "length": length,
-            "seed": seed,
-            "bos": bos,
-            "grid": grid,
-            **options,
-        }
-        if recipe is not None and not isinstance(recipe, Recipe):
-            recipe = Recipe.load(recipe)
-        limits = {"calibration": calibration, "memory": memory, "overwrite": overwrite}
-        chooses = recipe is None and not kind.one_precision and fits
-        chooses = chooses and not options.get("overrides")
-        estimated: dict[str, Any] = {
-            "length": length,
-            "seed": seed,
-            "bos": bos,
-            "memory": memory,
-        }
-        plans: list[Callable[[], object]] = [
-            lambda: check_quantization(model, out, recipe=recipe, **limits, **making),
-            lambda: check_training(original, calibration, length, seed, bos, memory),
-        ]
+        _require_room(original, model, out, options, chooses)
         if chooses:
-            plans.append(lambda: check_estimate(original, calibration, samples=None, **estimated))
-        require_all(plans)
-        if chooses:
-            shapes = list(original.linear_shapes().values())
-            candidates = _candidates(kind, asked, original.input_channels())
-            found = estimate_sensitivities(
-                original,
-                calibration,
-                *min(candidates, key=fineness),
-                *max(candidates, key=fineness),
-                **estimated,
-                out=work,
-                resume=resume,
-                progress=progress,
-            )
-            given = options.get("scale_dtype")
-            dtype = kind.scale_dtype(original.dtype) if given is None else np.dtype(given)
-            weights = [out_channels * channels for out_channels, channels in shapes]
-            taken = sum(
-                weight * stored_bits(bits, size or shape[1], asked.grid, dtype)
-                for weight, shape in zip(weights, shapes, strict=True)
-            )
-            recipe = choose_precisions(
-                original,
-                found,
-                taken / sum(weights),
-                candidates,
-                format=format,
-                grid=asked.grid,
-                scale_dtype=dtype,
-                allow_unfused=options.get("allow_unfused", False),
-            )
-
-        def make(folder: Path) -> QuantizationReport:
-            return quantize(
-                model,
-                folder,
-                calibration=calibration,
-                recipe=recipe,
-                memory=memory,
-                resume=resume,
-                threads=threads,
-                progress=progress,
-                **making,
-            )
-
-        layers = None if recipe is None else sorted(recipe.layers.items())
-        chosen = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]
-        trained = dwq_quantize(
-            model,
-            make,
-            out,
-            calibration,
-            made_with={**making, "precisions": chosen},
-            length=length,
-            tokens=TRAINED_TOKENS,
-            seed=seed,
-            bos=bos,
-            learning_rate=LEARNING_RATE,
-            memory=memory,
-            overwrite=overwrite,
-            resume=resume,
-            progress=progress,
-        )
+            recipe = _chosen(original, options, work)
+        options = replace(options, precision=replace(options.precision, recipe=recipe))
+        trained = _trained(model, out, options)
     return replace(
         cast(QuantizationReport, trained.student),
         out=Path(out),
         seconds=time.perf_counter() - started,
         peak_memory_bytes=trained.peak_memory_bytes,
+    )
+
+
+def _can_choose(original: Model, asked: PrecisionOptions) -> bool:
+    """Tell whether layers may differ: layers that are left out because they have no whole groups cannot be
+    compared in them either."""
+    kind, channels = asked.kind, original.input_channels()
+    precision = kind.precision(asked.bits, asked.group_size, asked.grid, channels)
+    fits = all(kind.fits(each, precision) for each in channels)
+    return fits and not kind.one_precision and not asked.overrides
+
+
+def _estimated(options: QuantizationOptions) -> dict[str, Any]:
+    """Return what sensitivities are estimated on."""
+    assert options.calibration is not None
+    known = vars(options.calibration)
+    return {name: known[name] for name in ("length", "seed", "bos")} | {
+        "memory": options.limits.memory
+    }
+
+
+def _require_room(
+    original: Model,
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: QuantizationOptions,
+    chooses: bool,
+) -> None:
+    """Raise, before anything is computed, what one of the stages would."""
+    assert options.calibration is not None
+    source, estimated = options.calibration.source, _estimated(options)
+    quiet = replace(options, limits=replace(options.limits, progress=False))
+    plans: list[Callable[[], object]] = [
+        lambda: check_run(model, out, quiet),
+        lambda: check_training(original, source, *estimated.values()),
+    ]
+    if chooses:
+        plans.append(lambda: check_estimate(original, source, samples=None, **estimated))
+    require_all(plans)
+
+
+def _chosen(original: Model, options: QuantizationOptions, work: WorkFolder) -> Recipe:
+    """Return precisions around the one asked for, so that all layers take no more than they would have."""
+    assert options.calibration is not None
+    asked, limits = options.precision, options.limits
+    kind = asked.kind
+    precision = kind.precision(asked.bits, asked.group_size, asked.grid, original.input_channels())
+    candidates = _candidates(kind, precision, original.input_channels())
+    found = estimate_sensitivities(
+        original,
+        options.calibration.source,
+        *min(candidates, key=fineness),
+        *max(candidates, key=fineness),
+        **_estimated(options),
+        out=work,
+        resume=limits.resume,
+        progress=limits.progress,
+    )
+    dtype = kind.scale_dtype(original.dtype)
+    if asked.scale_dtype is not None:
+        dtype = np.dtype(asked.scale_dtype)
+    shapes = list(original.linear_shapes().values())
+    weights = [out_channels * channels for out_channels, channels in shapes]
+    size = precision.group_size
+    taken = sum(
+        weight * stored_bits(asked.bits, size or shape[1], precision.grid, dtype)
+        for weight, shape in zip(weights, shapes, strict=True)
+    )
+    return choose_precisions(
+        original,
+        found,
+        taken / sum(weights),
+        candidates,
+        format=asked.format,
+        grid=precision.grid,
+        scale_dtype=dtype,
+        allow_unfused=asked.allow_unfused,
+    )
+
+
+def _trained(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], options: QuantizationOptions
+) -> DwqReport:
+    """Quantize, and train the scales of what comes of it."""
+    assert options.calibration is not None
+    calibration, limits, recipe = options.calibration, options.limits, options.precision.recipe
+
+    def make(folder: Path) -> QuantizationReport:
+        return run_quantization(
+            model, folder, replace(options, limits=replace(limits, overwrite=False))
+        )
+
+    layers = sorted(recipe.layers.items()) if isinstance(recipe, Recipe) else None
+    chosen = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]
+    return dwq_quantize(
+        model,
+        make,
+        out,
+        calibration.source,
+        made_with={**options.identity(), "precisions": chosen},
+        length=calibration.length,
+        tokens=TRAINED_TOKENS,
+        seed=calibration.seed or 0,
+        bos=calibration.bos,
+        learning_rate=LEARNING_RATE,
+        memory=limits.memory,
+        overwrite=limits.overwrite,
+        resume=limits.resume,
+        progress=limits.progress,
     )
 
 

@@ -2,32 +2,26 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
-import numpy as np
-from numpy.typing import DTypeLike, NDArray
-
-from bitwright import _kernels
 from bitwright.build import set_num_threads
-from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
 from bitwright.checkpoint.writer import check_apart, completed
-from bitwright.errors import SensitivityError, check_choice
+from bitwright.errors import check_choice
 from bitwright.evaluate import Evaluation, check_evaluation, check_text, evaluate
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.files.replacing import check_new_file
-from bitwright.formats import FORMATS, Format, FormatName, Precision
-from bitwright.formats.engine_names import fused_groups
-from bitwright.grids.tensor import Grid, stored_bits
+from bitwright.formats import FORMATS, FormatName
+from bitwright.grids.tensor import Grid
 from bitwright.loading.model import Model, load_model
-from bitwright.methods.rtn import quantize_rtn
-from bitwright.precision.allocation import allocate, check_target
+from bitwright.methods.registry import METHODS
+from bitwright.precision.choices import Candidate, check_model, choose_precisions, dynamic_choices
 from bitwright.precision.estimate import check_estimate, estimate_sensitivities
-from bitwright.precision.recipe import Recipe, check_candidates, plan_layers
+from bitwright.precision.recipe import Recipe, plan_layers
 from bitwright.precision.sensitivities import Sensitivities
 from bitwright.presets.quantize import check_quantization, quantize
 from bitwright.ranks import current
@@ -36,13 +30,6 @@ from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
 from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
-
-Candidate = tuple[int, int | None]
-USUAL_BITS = (3, 4, 5)  # of the candidates, where a format has them and the target lies among them
-WINDOW = 3  # default candidates
-DynamicMethod = Literal["gptq", "rtn", "awq", "awq+gptq"]
-ERROR_ROWS = 64  # of each weight, on which candidates are compared
-LEAST_SHARE = 1e-3  # of the median alignment, for layers whose own is not positive
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,250 +58,15 @@ class DynamicReport:
     warnings: tuple[str, ...] = ()
 
 
-@expands_home
-def choose_precisions(
-    model: str | os.PathLike[str] | Model,
-    sensitivities: Sensitivities,
-    target_bpw: float,
-    candidates: Sequence[Candidate] | None = None,
-    *,
-    format: FormatName = "mlx",
-    grid: Grid | None = None,
-    scale_dtype: DTypeLike | None = None,
-    allow_unfused: bool = False,
-) -> Recipe:
-    """Choose a precision for every layer so that they take no more than a target together.
-
-    What a layer adds to the divergence in low precision is half its alignment; in another precision it is
-    taken to shrink as the rounding error of its weights does. Layers that a format or its engines must
-    store alike get one precision: experts in one tensor (mlx), and what vLLM fuses (gptq,
-    compressed-tensors).
-
-    Parameters
-    ----------
-    model
-        The original.
-    sensitivities
-        Of this model.
-    target_bpw
-        Bits per weight over the layers in the blocks, scales and biases or zeros included.
-    candidates
-        ``(bits, group_size)`` to choose from; group size None or -1 is the whole row. By default three
-        precisions that the format stores and that have the target among them: 3, 4 and 5 bits where they
-        do, otherwise those nearest to it.
-    format, grid, scale_dtype
-        How it will be stored; they decide what scales take.
-    allow_unfused
-        Choose for each layer by itself what vLLM fuses; it then refuses the result.
-
-    Returns
-    -------
-    Recipe
-
-    Raises
-    ------
-    SensitivityError
-        If the sensitivities are those of another model.
-    ValueError
-        If the target is out of reach, which the message tells, or a candidate cannot be stored.
-
-    Examples
-    --------
-    >>> import bitwright
-    >>> demo = bitwright.demo_folder()
-    >>> found = bitwright.estimate_sensitivities(
-    ...     demo, demo / "calibration.txt", samples=4, length=64, progress=False
-    ... )
-    >>> recipe = bitwright.choose_precisions(demo, found, 4.5, [(3, 64), (5, 64)])
-    >>> recipe.layers["model.layers.0.self_attn.v_proj"]
-    (5, 64)
-    """
-    original = model if isinstance(model, Model) else load_model(model)
-    _check_model(sensitivities, original)
-    choices = dynamic_choices(original, target_bpw, candidates, format, grid, scale_dtype)
-    kind, shapes = FORMATS[format], original.linear_shapes()
-    low_grid: Grid = "affine" if choices.grid == "k" else choices.grid  # k has its own group sizes
-    sizes = _sizes(shapes, choices)
-    errors = np.empty_like(sizes)
-    for row, (name, shape) in enumerate(shapes.items()):
-        matrix = original.weight(name, shape)
-        some = np.ascontiguousarray(matrix[:: -(-len(matrix) // ERROR_ROWS)])
-        low_error = _rounding_error(some, sensitivities.low, low_grid)
-        for column, candidate in enumerate(choices.candidates):
-            error = _rounding_error(some, candidate, choices.grid)
-            errors[row, column] = error / low_error if low_error > 0 else 0.0
-    total = _weights(shapes).sum()
-    alignments = np.array([sensitivities.alignments[name] for name in shapes])
-    positive = alignments[alignments > 0]
-    least = LEAST_SHARE * float(np.median(positive)) if positive.size else 1.0
-    costs = 0.5 * np.maximum(alignments, least)[:, None] * errors
-    groups = _moving_together(original, kind, allow_unfused)
-    places = {name: row for row, name in enumerate(shapes)}
-    rows = [[places[name] for name in group] for group in groups]
-    picked = allocate(
-        [costs[group].sum(axis=0) for group in rows],
-        [sizes[group].sum(axis=0) for group in rows],
-        target_bpw * total,
-    )
-    columns = np.empty(len(shapes), np.intp)
-    for group, column in zip(rows, picked, strict=True):
-        columns[group] = column
-    reached = float(sizes[np.arange(len(shapes)), columns].sum() / total)
-    picks = zip(shapes, columns, strict=True)
-    layers = {name: choices.candidates[column] for name, column in picks}
-    return Recipe(layers, target_bpw, reached)
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Precisions to choose from for each layer: all on one grid, with scales of one dtype."""
-
-    candidates: tuple[Candidate, ...]
-    grid: Grid
-    scale_dtype: np.dtype[Any]
-
-    @property
-    def ends(self) -> tuple[Candidate, Candidate]:
-        """The coarsest and the finest."""
-        return min(self.candidates, key=fineness), max(self.candidates, key=fineness)
-
-
-def dynamic_choices(
-    model: Model,
-    target_bpw: float,
-    candidates: Sequence[Candidate] | None,
-    format: FormatName,
-    grid: Grid | None = None,
-    scale_dtype: DTypeLike | None = None,
-) -> Choices:
-    """Return the precisions to choose from, from shapes alone; see `choose_precisions`.
-
-    Raises
-    ------
-    ValueError
-        If the format cannot store one of them, or the target is out of their reach.
-    """
-    check_choice("format", format, FORMATS)
-    kind, shapes = FORMATS[format], model.linear_shapes()
-    given = [(bits, None if size == -1 else size) for bits, size in candidates or ()]
-    chosen = tuple(dict.fromkeys(given))
-    if candidates is not None and not chosen:
-        raise ValueError("candidates: none given")
-    if kind.one_precision and len(chosen) != 1:
-        several = ", ".join(each.name for each in FORMATS.values() if not each.one_precision)
-        raise ValueError(
-            f"format: {format} has one precision for all layers, so there is nothing to choose. Quantize "
-            f"to it with bitwright quantize (preset best trains its scales, too), or choose a format with "
-            f"several: {several}"
-        )
-    check_choice("grid", grid or kind.grids[0], kind.grids)
-    dtype = kind.scale_dtype(model.dtype)
-    if scale_dtype is not None:
-        dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
-    if not chosen:
-        return _default_choices(kind, shapes, target_bpw, grid, dtype)
-    first = grid or kind.default_grid(max(bits for bits, _ in chosen), model.input_channels())
-    possible = [
-        each
-        for each in ([first] if grid else [first, *kind.grids])
-        if all(_is_stored(kind, shapes, Precision(*one, each)) for one in chosen)
-    ]
-    if not possible:
-        # This says why.
-        check_candidates((Precision(*each, first) for each in chosen), shapes, kind)
-    choices = Choices(chosen, possible[0], dtype)
-    check_target(target_bpw, *_reach(shapes, choices))
-    return choices
-
-
-def _default_choices(
-    kind: type[Format],
-    shapes: Mapping[str, tuple[int, int]],
-    target_bpw: float,
-    grid: Grid | None,
-    dtype: np.dtype[Any],
-) -> Choices:
-    reaches = []
-    for each in [grid] if grid else kind.grids:
-        ladder: list[Candidate] = []
-        for bits in sorted(kind.bits):
-            usual = kind.default_group_size(bits, each)
-            sizes = [usual, *sorted((s for s in kind.group_sizes if s < usual), reverse=True)]
-            stored = (s for s in sizes if _is_stored(kind, shapes, Precision(bits, s, each)))
-            size = next(stored, None)
-            if size is not None:
-                ladder.append((bits, size))
-        usual_ones = [candidate for candidate in ladder if candidate[0] in USUAL_BITS]
-        windows = [ladder[i : i + WINDOW] for i in range(max(1, len(ladder) - WINDOW + 1))]
-        if len(usual_ones) == len(USUAL_BITS):
-            windows.insert(0, usual_ones)
-        found = []
-        for window in filter(None, windows):
-            choices = Choices(tuple(window), each, dtype)
-            least, most = _reach(shapes, choices)
-            reaches += [least, most]
-            with suppress(ValueError):
-                check_target(target_bpw, least, most)
-                if window is usual_ones:
-                    return choices
-                found.append((abs(target_bpw - (least + most) / 2), choices))
-        if found:
-            return min(found, key=lambda pair: pair[0])[1]
-    if not reaches:
-        raise ValueError(
-            f"candidates: the {kind.name} format has no precision that fits all layers; leave those that "
-            f"it does not fit in float, with bitwright quantize --exclude"
-        )
-    raise ValueError(
-        f"target_bpw: {target_bpw:g} bits per weight is out of reach; the {kind.name} format reaches from "
-        f"{min(reaches):.4g} to {max(reaches):.4g} over the quantized layers by default, scales included"
-    )
-
-
-def _is_stored(
-    kind: type[Format], shapes: Mapping[str, tuple[int, int]], precision: Precision
-) -> bool:
-    return all(kind.stores(shape, precision) for shape in set(shapes.values()))
-
-
-def _weights(shapes: Mapping[str, tuple[int, int]]) -> NDArray[np.float64]:
-    return np.array([float(np.prod(shape)) for shape in shapes.values()])
-
-
-def _sizes(shapes: Mapping[str, tuple[int, int]], choices: Choices) -> NDArray[np.float64]:
-    """Return the bits ``[layers, candidates]`` that they take."""
-    per_weight = [
-        [
-            stored_bits(bits, size or channels, choices.grid, choices.scale_dtype)
-            for bits, size in choices.candidates
-        ]
-        for _, channels in shapes.values()
-    ]
-    return np.array(per_weight) * _weights(shapes)[:, None]
-
-
-def _reach(shapes: Mapping[str, tuple[int, int]], choices: Choices) -> tuple[float, float]:
-    """Return the fewest and the most bits per weight that all layers together can have."""
-    sizes, total = _sizes(shapes, choices), _weights(shapes).sum()
-    return float(sizes.min(axis=1).sum() / total), float(sizes.max(axis=1).sum() / total)
-
-
-def _check_model(sensitivities: Sensitivities, model: Model) -> None:
-    known = sensitivities.model == model_fingerprint(model.checkpoint)
-    if not known or set(model.linear_shapes()) != set(sensitivities.alignments):
-        raise SensitivityError(
-            f"sensitivities: are not those of {model.checkpoint.folder}; estimate them again"
-        )
-
-
 @reports_warnings
 @expands_home
+@same_inputs()
 def dynamic_quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     target_bpw: float,
     candidates: Sequence[Candidate] | None = None,
-    method: DynamicMethod = "gptq",
+    method: str = "gptq",
     format: FormatName = "mlx",
     data: TokenSource | None = None,
     *,
@@ -391,7 +143,7 @@ def dynamic_quantize(
     if threads is not None:
         set_num_threads(threads)
     original = load_model(model)
-    check_choice("method", method, get_args(DynamicMethod))
+    check_choice("method", method, [each.name for each in METHODS.values() if each.bits is None])
     choices = dynamic_choices(
         original, target_bpw, candidates, format, grid, options.get("scale_dtype")
     )
@@ -410,7 +162,7 @@ def dynamic_quantize(
     _check_plan(original, format, high, choices.grid, options)
     known = ranks.on_first(lambda: _known(sensitivities))
     if known is not None:
-        _check_model(known, original)
+        check_model(known, original)
     elif data is None:
         raise ValueError("data: give text or token ids, or sensitivities that are known")
     text = data if calibration is None else calibration
@@ -419,7 +171,7 @@ def dynamic_quantize(
     making: dict[str, Any] = {
         "method": method,
         "format": format,
-        "calibration": None if method == "rtn" and not options.get("grid_search") else text,
+        "calibration": text if METHODS[method].needs_inputs or options.get("grid_search") else None,
         "samples": samples,
         "length": length,
         "seed": seed,
@@ -525,26 +277,3 @@ def _known(
         return sensitivities
     WorkFolder(sensitivities).forget_finished()
     return Sensitivities.load(sensitivities) if Path(sensitivities).exists() else None
-
-
-def fineness(candidate: Candidate) -> tuple[int, float]:
-    """Return what orders candidates from coarse to fine."""
-    bits, size = candidate
-    return bits, 1 / size if size else 0.0
-
-
-def _rounding_error(weight: np.ndarray[Any, Any], candidate: Candidate, grid: Grid) -> float:
-    change = quantize_rtn(weight, *candidate, grid=grid).dequantize() - weight
-    return _kernels.inner_product(change, change)
-
-
-def _moving_together(model: Model, kind: type[Format], allow_unfused: bool) -> list[list[str]]:
-    """Return all layers in groups of those that must have one precision."""
-    names = model.linear_shapes()
-    if kind.fuses_shared_inputs and not allow_unfused:
-        return [list(parts) for parts in fused_groups(names).values()]
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        place = model.experts.get(name) if kind.stacks_experts else None
-        groups.setdefault(name if place is None else place.stacked_name, []).append(name)
-    return list(groups.values())

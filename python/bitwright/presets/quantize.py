@@ -1,71 +1,37 @@
 """Quantizes a model by any method into any format."""
 
 import os
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
-import numpy as np
 from numpy.typing import DTypeLike
 
-from bitwright.blocks.scaling import AwqOptions, Clip, Objective
-from bitwright.build import set_num_threads
+from bitwright.blocks.scaling import Clip, Objective
 from bitwright.checkpoint.reader import require_model
-from bitwright.errors import check_choice
 from bitwright.files.home import expands_home
-from bitwright.formats import FORMATS, FormatName, GroupSize
+from bitwright.files.inputs import same_inputs
+from bitwright.formats import FormatName, GroupSize
 from bitwright.grids.tensor import Grid
-from bitwright.loading.model import load_model
 from bitwright.methods.awq import DEFAULT_GRID
+from bitwright.methods.method import ActivationMethod
 from bitwright.methods.metrics import Metric
-from bitwright.methods.registry import (
-    CORRECTED_DAMPING,
-    CORRECTED_METHODS,
-    DAMPING,
-    METHODS,
-    PRESETS,
-    SCALED_METHODS,
-    MethodOptions,
-    Preset,
-)
-from bitwright.methods.salient import (
-    ACTIVATION_METHODS,
-    ActivationMethod,
-)
-from bitwright.methods.salient import BITS as SALIENT_BITS
-from bitwright.models.config import float_config
-from bitwright.precision.recipe import Recipe, check_recipe, plan_layers
-from bitwright.quantization.pipeline import AllIsWell, Run, only_checking
+from bitwright.precision.recipe import Recipe
+from bitwright.presets.best import best_quantization
+from bitwright.quantization.options import Preset, QuantizationOptions
+from bitwright.quantization.quantize import check_run, run_quantization
 from bitwright.records.card import made_by, python_call
 from bitwright.records.reports import QuantizationReport
-from bitwright.statistics.activation_file import ActivationFile
-from bitwright.statistics.folder import Statistics
-from bitwright.text.samples import DEFAULT_SAMPLES, TokenSource, load_samples
+from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
-
-
-def check_quantization(
-    model: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any
-) -> None:
-    """Raise what `quantize` would before its first block; nothing is written.
-
-    For those who call it after work of their own, which would be lost."""
-    token = only_checking.set(True)
-    try:
-        quantize(model, out, **{**options, "progress": False})
-    except AllIsWell:
-        pass
-    finally:
-        only_checking.reset(token)
 
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    method: Literal["gptq", "rtn", "awq", "awq+gptq", "salient"] = "gptq",
+    method: str = "gptq",
     bits: int = 4,
     group_size: GroupSize = "auto",
     format: FormatName = "mlx",
@@ -235,180 +201,16 @@ def quantize(
     4.5
     """
     arguments = dict(locals())
-    start = time.perf_counter()
     require_model(model)
-    for name, value, known in (
-        ("method", method, tuple(METHODS)),
-        ("format", format, tuple(FORMATS)),
-        ("propagate", propagate or "quantized", ("quantized", "original")),
-        ("preset", preset, PRESETS),
-    ):
-        check_choice(name, value, known)
-    if statistics is not None:
-        _check_statistics_alone(arguments)
-    if preset == "best":
-        from bitwright.presets.best import quantize_best  # which calls this function again
-
-        with made_by(python_call(quantize, arguments)):
-            del arguments["preset"]
-            return quantize_best(**arguments)
-    if threads is not None:
-        set_num_threads(threads)
-    awq = AwqOptions(n_grid, coarse_to_fine, clip, metric, objective)
-    corrected = drift
-    if drift is None:
-        corrected = preset != "fast" and method in CORRECTED_METHODS
-        corrected &= propagate != "original" and statistics is None
-    elif drift and propagate == "original":
-        raise ValueError("drift: with propagate original there is none to correct")
-    if damping is None:
-        damping = CORRECTED_DAMPING if corrected else DAMPING
-    options = MethodOptions(
-        method,
-        damping,
-        act_order,
-        block_size,
-        grid_search,
-        salient_ratio,
-        activation_method,
-        preset != "fast" and method in CORRECTED_METHODS if refine is None else refine,
-        bool(corrected),
-    )
-    unknown = calibration is None and activations is None and statistics is None
-    _check_inputs(options, calibration, activations, unknown)
-    if refine and unknown:
-        raise ValueError("refine: needs calibration data")
-    if drift and calibration is None:
-        raise ValueError("drift: needs calibration data, which the model is run on")
-
-    original = load_model(model)
-    original.warn_of_unused()
-    declared = original.checkpoint.config != float_config(original.checkpoint.config)
-    if original.format and (declared or original.quantized_layers()) and not allow_requantize:
-        raise ValueError(
-            f"{original.checkpoint.folder}: is quantized already ({original.format.name}); start from the "
-            f"original, or say that it may be rounded again: allow_requantize (--allow-requantize). "
-            f"bitwright convert changes the format alone"
-        )
-    kind = FORMATS[format]
-    if grid is None and method == "salient" and "symmetric" in kind.grids:
-        grid = "symmetric"
-    if recipe is not None:
-        per_layer = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        check_recipe(per_layer, original)
-        bits, group_size = per_layer.most_common
-        overrides = per_layer.overrides() | dict(overrides or {})
-    default = kind.precision(bits, group_size, grid, original.input_channels())
-    plan = plan_layers(
-        original,
-        kind,
-        default,
-        include=include,
-        exclude=exclude,
-        overrides=overrides,
-        embedding_bits=embedding_bits,
-        head_bits=head_bits,
-        allow_unfused=allow_unfused,
-    )
-    if method == "salient":
-        for name, planned in plan.items():
-            rounded = name == original.names.embedding
-            if planned and planned.bits != SALIENT_BITS and not rounded:
-                raise ValueError(
-                    f"{name}: method salient stores {SALIENT_BITS} bits, no other number"
-                )
-    dtype = kind.scale_dtype(original.dtype)
-    if scale_dtype is not None:
-        dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
-    found = None
-    if statistics is not None:
-        found = Statistics(statistics)
-        found.check(original)
-    loaded = None
-    if calibration is not None:
-        loaded = load_samples(
-            calibration,
-            tokenizer=original.checkpoint.folder,
-            length=length,
-            samples=samples,
-            seed=seed,
-            vocab_size=original.config.vocab_size,
-            positions=original.positions,
-            bos=bos,
-            most=DEFAULT_SAMPLES,
-        )
-
-    facts = {"preset": preset, "grid": default.grid, "scales": dtype.name}
-    with (
-        nullcontext() if activations is None else ActivationFile(activations) as inputs,
-        made_by(python_call(quantize, arguments)),
-    ):
-        run = Run(
-            original,
-            kind,
-            plan,
-            options,
-            awq,
-            dtype,
-            None if loaded is None else loaded.tokens,
-            inputs,
-            propagate != "original" and found is None,
-            memory=memory,
-            resume=resume,
-            statistics=found,
-        )
-        identity = {
-            "bits": bits,
-            "group_size": group_size,
-            "grid": default.grid,
-            "bos": None if loaded is None else loaded.bos,
-        }
-        return run.write(out, default, overwrite, progress, start, facts, identity)
+    options = QuantizationOptions.of(arguments)
+    with made_by(python_call(quantize, arguments)):
+        if preset == "best":
+            return best_quantization(model, out, options)
+        return run_quantization(model, out, options)
 
 
-def _check_inputs(
-    options: MethodOptions,
-    calibration: TokenSource | None,
-    activations: str | os.PathLike[str] | None,
-    unknown: bool,
+def check_quantization(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], **given: Any
 ) -> None:
-    method = options.method
-    if method != "rtn" and unknown:
-        raise ValueError(f"calibration: {method} needs text or token ids; method rtn does without")
-    if activations is not None and calibration is not None:
-        raise ValueError("activations: take the place of calibration; pass one of the two")
-    if activations is not None and method in SCALED_METHODS:
-        raise ValueError(f"activations: {method} runs the model, so it needs calibration instead")
-    if method != "salient":
-        return
-    if not 0 <= options.salient_ratio <= 1:
-        raise ValueError(f"salient_ratio: expected 0 to 1, got {options.salient_ratio}")
-    check_choice("activation_method", options.activation_method, ACTIVATION_METHODS)
-    if activations is None and options.activation_method != "rms":
-        raise ValueError("activation_method: mean and max need activations; calibration gives rms")
-
-
-def _check_statistics_alone(given: Mapping[str, Any]) -> None:
-    """Raise ValueError if what statistics stand for, or what they cannot do, is asked for beside them."""
-    instead = [name for name in ("calibration", "activations") if given[name] is not None]
-    if instead:
-        raise ValueError(f"statistics: take the place of {instead[0]}; pass one of the two")
-    chosen = [name for name in ("samples", "length", "seed") if given[name]]
-    chosen += ["bos"] if not given["bos"] else []
-    if chosen:
-        raise ValueError(
-            f"{chosen[0]}: the tokens of statistics were chosen when they were collected"
-        )
-    reasons = {
-        "preset": (given["preset"] == "best", "best trains on tokens"),
-        "drift": (bool(given["drift"]), "there are only the original's layers in statistics"),
-        "propagate": (given["propagate"] == "quantized", "statistics are of the original's layers"),
-    }
-    if given["method"] in SCALED_METHODS:
-        reasons |= {
-            "metric": (given["metric"] != "mse", "statistics are enough for mse only"),
-            "objective": (given["objective"] != "layer", "statistics are enough for layer only"),
-        }
-    for name, (is_asked, reason) in reasons.items():
-        if is_asked:
-            raise ValueError(f"{name}: {reason}, so it needs calibration data instead")
+    """Raise what `quantize` would before its first block; nothing is written."""
+    check_run(model, out, QuantizationOptions.of({**given, "progress": False}))

@@ -2,12 +2,13 @@
 
 import ctypes
 import math
-import os
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from bitwright.process.control_groups import control_groups
 
@@ -17,11 +18,7 @@ THREAD_ADDRESSES = 80_000_000
 
 def machine_memory() -> float:
     """Return the bytes that are free, or can be made free, on the machine."""
-    known = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
-    with suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:
-        line = next(line for line in file if line.startswith("MemAvailable:"))
-        known.append(1024 * float(line.split()[1]))
-    return min(known)
+    return float(psutil.virtual_memory().available)
 
 
 def group_memory(root: Path = Path("/")) -> float:
@@ -77,9 +74,7 @@ def give_back() -> None:
 
 def resident_bytes() -> int:
     """Return the resident memory of this process now."""
-    with suppress(OSError), open("/proc/self/statm") as status:
-        return int(status.read().split()[1]) * resource.getpagesize()
-    return peak_memory_bytes()
+    return int(psutil.Process().memory_info().rss)
 
 
 def _left_to_groups(root: Path) -> Iterator[float]:

@@ -19,6 +19,7 @@ from bitwright.formats import Format
 from bitwright.grids.choice import FLOAT_DTYPES
 from bitwright.grids.tensor import QuantizedTensor
 from bitwright.loading.model import load_model
+from bitwright.methods.awq import ScaleSearch
 from bitwright.methods.gptq import GptqTensor
 from bitwright.models.layout import ExpertPlace
 from bitwright.process.memory import peak_memory_bytes
@@ -42,6 +43,14 @@ class QuantizedLayer:
     power: int = 0
     coarse: bool = False
     error_before: float | None = None  # of what the layer was quantized to before
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """The layers of a block in one form, and how far what they compute is from the original."""
+
+    layers: Sequence[QuantizedLayer]
+    loss: float
 
 
 class Output:
@@ -114,6 +123,16 @@ class Output:
                 layer.error_before,
             )
         )
+
+    def finish_better(
+        self, index: int, plain: Trial, scaled: Trial, searches: Mapping[str, ScaleSearch]
+    ) -> bool:
+        """Write and report the better form of block `index`; tell whether it is that with AWQ's scales."""
+        kept = scaled.loss < plain.loss
+        for layer in (scaled if kept else plain).layers:
+            self.finish(layer)
+        self.blocks.append(BlockReport(index, plain.loss, scaled.loss, kept, dict(searches)))
+        return kept
 
     def carry(
         self,

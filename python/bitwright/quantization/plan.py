@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
 from bitwright import _kernels
 from bitwright.blocks.drift import drift_rows
@@ -21,8 +22,8 @@ from bitwright.errors import OutputError
 from bitwright.formats import Precision
 from bitwright.grids.tensor import stored_bits
 from bitwright.loading.model import Model
+from bitwright.methods.method import MethodOptions
 from bitwright.methods.refine import ROUNDS
-from bitwright.methods.registry import SCALED_METHODS, MethodOptions
 from bitwright.models.block import Rotation
 from bitwright.models.layout import BlockLayout, Stage
 from bitwright.ranks import current
@@ -34,6 +35,7 @@ from bitwright.runs.forecast import (
     stage_shapes,
     weight_count,
 )
+from bitwright.runs.limits import RunLimits
 from bitwright.statistics.folder import expected_stages
 
 REFINED_ROWS = 1024  # whose work arrays exist at one time, see cpp/quant/refine.cpp
@@ -43,7 +45,7 @@ SUSTAINED_SPEED = 0.88  # of the fastest of them, by the products of a long run
 READ_BYTES_PER_SECOND = 2.5e8  # of weights, converted to float32 and checked
 WRITTEN_BYTES_PER_SECOND = 2e8
 # How fast each kind of work is next to a large product of matrices (bench/RESULTS.md).
-GRAM_SPEED, FACTOR_SPEED, SOLVING_SPEED, REFINING_SPEED = 0.66, 0.8, 0.86, 0.8
+GRAM_SPEED, FACTOR_SPEED, REFINING_SPEED = 0.66, 0.8, 0.8
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,12 @@ class Work:
     @property
     def scaled(self) -> bool:
         """Whether AWQ's scales are searched."""
-        return self.options.method in SCALED_METHODS and self.has_grams
+        return self.options.method.scales_first and self.has_grams
 
     @property
     def regathers(self) -> bool:
         """Whether AWQ's passes ask for statistics of their own."""
-        gathered = self.propagate and (self.options.method != "awq" or self.options.drift)
+        gathered = self.propagate and (self.options.method.needs_gram or self.options.drift)
         return self.known or gathered
 
     @property
@@ -211,6 +213,13 @@ def describe(plan: RunPlan) -> str:
     )
 
 
+def tell(plan: RunPlan, limits: RunLimits) -> RunPlan:
+    """Print a plan where progress is shown, and return it."""
+    if limits.progress and current().is_first:
+        Console(stderr=True).print(describe(plan), highlight=False, soft_wrap=True)
+    return plan
+
+
 def _states_per_token(work: Work) -> float:
     """Return how many floats per token hidden states, and what stages leave, are together at most."""
     if not work.tokens:
@@ -258,7 +267,7 @@ def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:
         largest = max(out * channels for out, channels in layout.linears.values())
         kept = sum(grams.values())
         if work.regathers:
-            widths = map(layout.channels, grams if work.options.clips else ())
+            widths = map(layout.channels, grams if work.options.method.clips else ())
             kept = sum(width * min(width, CLIPPED_CHANNELS) for width in widths)
         held = 2 * block + 4 * kept
         peaks.append(4 * sum(grams.values()) + 14 * largest)
@@ -316,13 +325,11 @@ def _solve_bytes(
     correcting = 0
     if drifts:  # what is corrected takes the place of the cross-gram where outputs are added
         correcting = gathered + 4 * (square + weights + (0 if adds else largest))
-    factor = square if "gptq" in work.options.method else 0
+    factor = square if work.options.method.factors_gram else 0
     square = square if own_gram else 0
     refining = 12 * REFINED_ROWS * channels if work.options.refine else 0
     # What solving works on and then the errors are computed from; clipping reads the weights as they are.
-    copies = 1 if work.options.method == "awq" and not work.options.refine else 2
-    if work.options.method == "salient":  # its weights are chosen by the sizes of their effects
-        copies = 4
+    copies = max(work.options.method.copies, 2 if work.options.refine else 1)
     solving = 4 * (square + factor + weights + copies * largest) + largest + refining
     reading = gathered + 4 * weights + (4 + 2) * largest
     return max(correcting, solving, reading)
@@ -391,25 +398,16 @@ def _products(work: Work) -> float:
                         wide = out if stage.adds_to_states else channels
                         operations += solved * 2.0 * both * channels * wide
                         operations += solved * channels**3 / 3 / FACTOR_SPEED
-                    if "gptq" in method:
+                    if method.factors_gram:
                         operations += solved * 2 / 3 * channels**3 / FACTOR_SPEED
                 if not work.plan.get(model.block_prefix(index) + name):
                     continue
-                operations += solved * _solving(method, out, channels)
+                operations += solved * (100.0 * out * channels + method.operations(out, channels))
                 if drifts:
                     operations += solved * 4.0 * out * channels**2
                 if work.options.refine and work.has_grams:
                     operations += solved * (2.0 + 4.0 * ROUNDS) * out * channels**2 / REFINING_SPEED
         operations += streams * _attention_products(model, tokens, work.length)
-    return operations
-
-
-def _solving(method: str, out: int, channels: int) -> float:
-    operations = 100.0 * out * channels
-    if "gptq" in method:
-        operations += out * channels**2 / SOLVING_SPEED + 2000.0 * out * channels
-    if "awq" in method:
-        operations += 9 * min(out, 128) * channels**2 + 3000.0 * out * channels
     return operations
 
 

@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,16 +23,13 @@ from bitwright.evaluate import Evaluation
 from bitwright.files.links import is_own_file
 from bitwright.files.replacing import replaced
 from bitwright.formats import Format
+from bitwright.formats.loading_code import python_string, shell_word
+from bitwright.methods.registry import METHODS
 from bitwright.records.reports import DwqReport, QuantizationReport, error_text, megabytes
 
 CARD_NAME = "README.md"
 CARD_LIMIT = 64 << 10  # bytes of the original's card that are looked at
-LIBRARIES = {"mlx": "mlx", "gguf": "llama.cpp"}  # by format; transformers for the others
-METHOD_WORDS = {
-    "refine": "refinement of its codes and scales",
-    "salient": "AWQ of salient weights",
-}
-PROMPT = "Once upon a time"
+REFINING = "refine"  # the method of reports of what was quantized before
 WIDTH = 88  # of a call on one line
 SHOWN = 200  # characters of an argument, and of a name from a file
 # What is carried over from the original's card, and what it may look like there.
@@ -46,10 +42,6 @@ CARRIED = {
 }
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _CACHED = "models--"  # begins the folders of the hub client's cache
-_KEY = re.compile(r"([A-Za-z_]\w*):(?:[ \t]+(.*))?", re.ASCII)
-_ITEM = re.compile(r"[ \t]*-[ \t]+(.*)")
-_PLAIN_YAML = re.compile(r"[A-Za-z][\w./+-]*", re.ASCII)
-_YAML_WORDS = frozenset(["y", "n", "yes", "no", "on", "off", "true", "false", "null"])
 _MARKUP = re.compile(r"[\\`*\[\]<>&|#~$!{}]|(?<![^\W_])_|_(?![^\W_])")
 _made_by: ContextVar[str | None] = ContextVar("made_by", default=None)
 
@@ -90,7 +82,7 @@ def command_line(arguments: Sequence[str]) -> str:
         option, equals, value = each.partition("=")
         is_option = equals and option.startswith("--")
         told.append(f"{option}={without_place(value)}" if is_option else without_place(each))
-    return " ".join(["bitwright", *map(_word, told)])
+    return " ".join(["bitwright", *map(shell_word, told)])
 
 
 def without_place(path: str) -> str:
@@ -212,7 +204,9 @@ def model_card(
         parts.append(_block("sh" if command.startswith("bitwright ") else "python", command))
     parts += _figures(reports)
     place = without_place(os.fspath(out))
-    parts += ["## Loading", *_loading(place, format, len(stored) > 1, unfused)]
+    loading = Format.loading if format is None else format.loading
+    codes = loading(place, len(stored) > 1, unfused)
+    parts += ["## Loading", *(_block(code.language, code.text) for code in codes)]
     original = source.path if isinstance(source, GgufCheckpoint) else source.folder
     known = base if base is not None and "/" in base else without_place(str(original))
     evaluate = ("evaluate", place, "--reference", known, "--text", "other.txt")
@@ -266,12 +260,18 @@ def _methods(reports: Sequence[Report]) -> list[str]:
     return ["dwq" if isinstance(each, DwqReport) else each.method for each in reports]
 
 
+def _method_words(name: str) -> str:
+    if name == REFINING:
+        return "refinement of its codes and scales"
+    return METHODS[name].description if name in METHODS else name.upper()
+
+
 def _sentence(base: str | None, format: type[Format] | None, methods: list[str], count: int) -> str:
     model = "a model" if base is None else f"`{base}`"
     kind = "in float" if format is None else f"in the {format.name} format"
     how = [f"{count:,} layers quantized"] if count else []
     if methods:
-        words = [METHOD_WORDS.get(each, each.upper().replace("+", " and ")) for each in methods]
+        words = [_method_words(each) for each in methods]
         how.append(f"by {', then '.join(words)}")
     more = f" ({', '.join(how)})" if how else ""
     return f"This is {model} {kind}{more}, made on a CPU with bitwright {version('bitwright')}."
@@ -365,52 +365,6 @@ def _figures(reports: Sequence[Report]) -> list[str]:
     return ["## Figures", *parts] if parts else []
 
 
-def _loading(
-    out: str, format: type[Format] | None, mixed: bool, unfused: bool = False
-) -> list[str]:
-    """Return how to load it, for people who have none of the tools yet."""
-    place = _word(out)
-    vllm = [] if unfused else [_block("sh", f"pip install vllm\nvllm serve {place}")]
-    name = "float" if format is None else format.name
-    if name == "mlx":
-        run = f'mlx_lm.generate --model {place} --prompt "{PROMPT}"'
-        return [_block("sh", f"pip install mlx-lm\n{run}")]
-    if name == "gguf":
-        weights = _word(os.path.join(out, "model.gguf"))
-        return [_block("sh", f'llama-cli -m {weights} -p "{PROMPT}"')]
-    if name == "marlin":
-        run = f"vllm serve {place} --dtype float16"
-        return [_block("sh", f'pip install "vllm<=0.10.1.1"  # later ones dropped it\n{run}')]
-    if name == "compressed-tensors" and mixed and vllm:
-        return vllm
-    if name == "gptq" and mixed:  # transformers reads one precision per folder
-        code = (
-            "from gptqmodel import GPTQModel  # pip install gptqmodel\n\n"
-            f"model = GPTQModel.load({_literal(out)})\n"
-            f'print(model.tokenizer.decode(model.generate("{PROMPT}")[0]))'
-        )
-        return [_block("python", code), *vllm]
-    imported, more, needs = "AutoModelForCausalLM, AutoTokenizer", "", "transformers"
-    if name in ("gptq", "awq"):
-        needs = "transformers gptqmodel"
-    elif name == "compressed-tensors":
-        needs = "transformers compressed-tensors"
-    if name == "compressed-tensors" and not mixed:  # with several precisions only as they are
-        imported = f"{imported}, CompressedTensorsConfig"
-        more = "    quantization_config=CompressedTensorsConfig(dequantize=True),\n"
-    loaded = f"AutoModelForCausalLM.from_pretrained({_literal(out)})"
-    if more:
-        loaded = f"AutoModelForCausalLM.from_pretrained(\n    {_literal(out)},\n{more})"
-    code = (
-        f"from transformers import {imported}  # pip install {needs}\n\n"
-        f"model = {loaded}\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({_literal(out)})\n"
-        f'inputs = tokenizer("{PROMPT}", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))"
-    )
-    return [_block("python", code), *vllm]
-
-
 def _metadata(
     base: str | None,
     card: Mapping[str, list[str]],
@@ -419,27 +373,27 @@ def _metadata(
     bits: list[int],
 ) -> str:
     """Return the YAML in front."""
+    from huggingface_hub import ModelCardData  # takes a fifth of a second
+
     name = "float" if format is None else format.name
     tags = [name, "bitwright", *(part for each in methods for part in each.split("+"))]
     tags += [f"{each}-bit" for each in bits]
-    entries: dict[str, list[str]] = {"library_name": [LIBRARIES.get(name, "transformers")]}
-    if base is not None:
-        entries["base_model"] = [base]
-        if format is not None:
-            entries["base_model_relation"] = ["quantized"]
-    for key, pattern in CARRIED.items():
-        values = card.get(key, [])
-        if values and all(re.fullmatch(pattern, each, re.ASCII) for each in values):
-            entries[key] = values
-    entries.setdefault("pipeline_tag", ["text-generation"])
-    lines = ["---"]
-    for key, values in entries.items():
-        if len(values) == 1:
-            lines.append(f"{key}: {_yaml(values[0])}")
-        else:
-            lines += [f"{key}:", *(f"- {_yaml(each)}" for each in values)]
-    unique = dict.fromkeys(tag for tag in tags if tag != "float")
-    return "\n".join([*lines, "tags:", *(f"- {_yaml(tag)}" for tag in unique), "---"])
+    entries: dict[str, Any] = {"pipeline_tag": "text-generation"}
+    entries |= {
+        key: values if len(values) > 1 else values[0]
+        for key, pattern in CARRIED.items()
+        if (values := card.get(key))
+        and all(re.fullmatch(pattern, each, re.ASCII) for each in values)
+    }
+    if base is not None and format is not None:
+        entries["base_model_relation"] = "quantized"
+    data = ModelCardData(
+        library_name="transformers" if format is None else format.library,
+        base_model=base,
+        tags=list(dict.fromkeys(tag for tag in tags if tag != "float")),
+        **entries,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _base_model(source: Checkpoint, card: Mapping[str, list[str]]) -> str | None:
@@ -465,8 +419,11 @@ def _base_model(source: Checkpoint, card: Mapping[str, list[str]]) -> str | None
 
 
 def _front_matter(folder: Path) -> dict[str, list[str]]:
-    """Return the simple entries of a card's YAML: scalars of one line, as lists of one, and lists of such.
-    Whatever is more than that is left out, and of a strange file everything."""
+    """Return the simple entries of a card's YAML: scalars, as lists of one, and lists of them. Whatever is
+    more than that is left out, and of a strange file everything."""
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
     path = folder / CARD_NAME
     try:
         if not is_own_file(path, folder):
@@ -475,76 +432,24 @@ def _front_matter(folder: Path) -> dict[str, list[str]]:
             text = file.read(CARD_LIMIT).decode("utf-8-sig", errors="replace")
     except OSError:
         return {}
-    lines = [line.rstrip() for line in re.split(r"\r\n?|\n", text)]
-    if lines[0] != "---" or "---" not in lines[1:]:
+    block = REGEX_YAML_BLOCK.match(re.sub(r"\r\n?", "\n", text))
+    try:
+        # Its loader of plain strings: no other type, and no object, can be asked for.
+        found = yaml.load(block[2], yaml.BaseLoader) if block else None
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
-    found: dict[str, list[str | None]] = {}
-    values: list[str | None] = []  # of the last key
-    listed = False  # whether they are a list of one item a line
-    for line in lines[1 : lines.index("---", 1)]:
-        key, item = _KEY.fullmatch(line), _ITEM.fullmatch(line)
-        if not line or line.lstrip().startswith("#"):
-            continue
-        if key:
-            content = _without_comment(key[2] or "")
-            listed = not content
-            flow = re.fullmatch(r"\[([^\[\]{}\"']*)\]", content)
-            each = [] if listed else flow[1].split(",") if flow else [content]
-            values = found[key[1]] = [_scalar(part) for part in each]
-        elif item and listed:
-            values.append(_scalar(_without_comment(item[1])))
-        else:
-            values.append(None)  # goes on in a way that is not read here
+    entries = found.items() if isinstance(found, dict) else ()
+    lists = {key: value if isinstance(value, list) else [value] for key, value in entries}
     return {
-        key: [each for each in values if each is not None]
-        for key, values in found.items()
-        if values and None not in values
+        key: values
+        for key, values in lists.items()
+        if isinstance(key, str) and values and all(isinstance(each, str) for each in values)
     }
-
-
-def _without_comment(content: str) -> str:
-    return re.split(r"(?:^|[ \t])#", content, maxsplit=1)[0].strip()
-
-
-def _scalar(content: str) -> str | None:
-    """Return a scalar of YAML, None unless it is plain or simply quoted."""
-    content = content.strip()
-    quoted = re.fullmatch(r"'([^']*)'|\"([^\"\\]*)\"", content)
-    if quoted:
-        return quoted[1] or quoted[2]
-    plain = content and content[0] not in "'\"[]{}&*!|>@%`,?:-#" and ": " not in content
-    return content if plain and not content.endswith(":") else None
-
-
-def _yaml(value: str) -> str:
-    """Write a string so that YAML reads that string."""
-    if _PLAIN_YAML.fullmatch(value) and value.lower() not in _YAML_WORDS:
-        return value
-    return printable(json.dumps(value, ensure_ascii=False))
 
 
 def _argument(value: object) -> str:
     """Write an argument of a call; of an absolute path its name."""
     return _literal(without_place(os.fspath(value)) if isinstance(value, str | Path) else value)
-
-
-def _word(text: str) -> str:
-    """Quote a word of a command for a shell; signs that nobody sees are told by their bytes.
-
-    Examples
-    --------
-    >>> print(_word("my q"), _word("a\\x1b'"))
-    'my q' $'a\\x1b\\x27'
-    """
-    if text.isprintable():
-        return shlex.quote(text)
-    told = (
-        each
-        if each.isprintable() and each not in "'\\"
-        else "".join(f"\\x{byte:02x}" for byte in os.fsencode(each))
-        for each in text
-    )
-    return f"$'{''.join(told)}'"
 
 
 def _literal(value: object) -> str:
@@ -556,7 +461,7 @@ def _literal(value: object) -> str:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str):
-        return printable(json.dumps(value, ensure_ascii=False))
+        return python_string(value)
     if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
         return json.dumps(np.dtype(value).name)
     if isinstance(value, Mapping):

@@ -8,7 +8,7 @@ from typing import Any
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.errors import MissingExtraError, OutputError
 from bitwright.files.home import expands_home
-from bitwright.files.replacing import check_new_file, replaced
+from bitwright.files.replacing import check_new_file, followed, replaced
 from bitwright.files.text_file import read_bytes
 from bitwright.records.reports import DwqReport
 
@@ -158,7 +158,9 @@ def new_figure(height: float = 4.0) -> tuple[Any, Any]:
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     from matplotlib import rc_context
 
-    place = Path(path)
-    kind = place.suffix[1:].lower()
-    with replaced(place) as partial, rc_context({"svg.hashsalt": MARK}):  # or names are random
+    kind = Path(path).suffix[1:].lower()
+    with (
+        replaced(followed(path)) as partial,
+        rc_context({"svg.hashsalt": MARK}),
+    ):  # or names are random
         figure.savefig(partial, format=kind, metadata=_METADATA.get(kind))

@@ -100,7 +100,8 @@ class Journal:
         for key, name in names.items():
             kept = states[key]
             if kept is not None:
-                kept.save(self._work.path / name)
+                path = self._work.path / name
+                self._work.seals.note(path, *kept.save(path))
         self._ranks.barrier()
 
         def sealed() -> dict[str, tuple[int, int]]:

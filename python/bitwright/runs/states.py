@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.files.replacing import output_errors, synchronize
+from bitwright.files.seals import buffers_checksum
 from bitwright.models.block import ChunkStates
 from bitwright.models.operations import Float32
 from bitwright.models.routing import Routes
@@ -146,14 +147,21 @@ class States:
             self._routes.pop(place, None)
             del self._stored[place][1:]
 
-    def save(self, path: Path) -> None:
-        """Write the hidden states into a file of those of all ranks, each at its place."""
+    def save(self, path: Path) -> tuple[int, int]:
+        """Write the hidden states into a file of those of all ranks, each at its place; return how many
+        bytes of its beginning are this rank's, and their checksum."""
+        size = checksum = 0
         with output_errors(path), open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             for number, rows in zip(self.plan.numbers, self.hidden(), strict=True):
-                file.seek(self.plan.place(number).start * rows.shape[1] * 4)
-                file.write(rows.reshape(-1).view(np.uint8).data)
+                place, data = self.plan.place(number), rows.reshape(-1).view(np.uint8).data
+                start = place.start * rows.shape[1] * 4
+                file.seek(start)
+                file.write(data)
+                if start == size:
+                    size, checksum = start + len(data), buffers_checksum([data], checksum)
             file.flush()
             synchronize(path)
+        return size, checksum
 
     def delete(self) -> None:
         """Forget everything; files are removed."""

@@ -1,5 +1,6 @@
 """Files of layer inputs: an .npz with one array ``[samples, length, in]`` per layer."""
 
+import json
 import math
 import os
 import zipfile
@@ -19,7 +20,7 @@ from numpy.lib.format import (
 from numpy.typing import NDArray
 
 from bitwright.arrays import require_finite
-from bitwright.checkpoint.fingerprint import file_fingerprint
+from bitwright.checkpoint.fingerprint import digest
 from bitwright.errors import CalibrationError, shown
 from bitwright.models.operations import Float32
 
@@ -80,8 +81,10 @@ class ActivationFile:
         self.close()
 
     def fingerprint(self) -> str:
-        """Return what the file is known by again."""
-        return file_fingerprint(self.path)
+        """Return what the file is known by again: its list of arrays, with a checksum of each, which
+        reading one compares with what is there."""
+        arrays = [[name, each.CRC, each.file_size] for name, each in self._entries.items()]
+        return digest(json.dumps(arrays).encode())
 
     def token_count(self) -> int:
         """Return how many tokens the file was made of: those of its longest array, as experts see few."""

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from bitwright.arrays import require_finite
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
+from bitwright.checkpoint.holes import hole_in_safetensors
 from bitwright.checkpoint.reader import is_plain_file_name, read_json_object
 from bitwright.checkpoint.work_folder import WorkFolder, again_message, content_of
 from bitwright.checkpoint.writer import SafetensorsFiles, StoredTensor
@@ -28,6 +29,7 @@ from bitwright.errors import (
     shown,
 )
 from bitwright.files.home import expands_home
+from bitwright.files.links import check_manifest
 from bitwright.files.replacing import output_errors, synchronize, taken, write_json
 from bitwright.loading.model import Model
 from bitwright.methods.moments import Moments
@@ -99,6 +101,7 @@ class Statistics:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         path = self.folder / MANIFEST
+        check_manifest(path, StatisticsError)
         if not path.is_file():
             raise StatisticsError(
                 f"{path}: is missing; give a folder that bitwright statistics collect has written"
@@ -393,9 +396,9 @@ def _file_problem(
                 header = file.get_slice(name)
                 if header.get_shape() != shape or header.get_dtype() != dtype:
                     return f"{shown(name)} has another shape or dtype than {MANIFEST} asks for"
+        return hole_in_safetensors(path)
     except (SafetensorError, OSError, ValueError) as error:
         return f"is damaged ({shown(str(error))})"
-    return None
 
 
 def _reading(path: Path) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from bitwright.errors import CalibrationError, shown
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import InputFiles
 from bitwright.files.links import check_own
 from bitwright.files.text_file import TEXT_LIMIT, read_bytes, read_text
 from bitwright.text.chat import Chats, is_chat
@@ -166,12 +167,13 @@ def _load(
         _check_integer(name, value, 1)
     _check_integer("seed", seed, 0)
     first: tuple[int, ...] | None = None
-    text = None
+    text, files = None, InputFiles()
     if isinstance(source, np.ndarray):
         origin, rows = "the token array", _checked_rows(source, "the token array", length)
     elif isinstance(source, str | os.PathLike):
         origin = os.fspath(source)
         path = existing_file(Path(source))
+        files.watch([path], recorded=True)
         if path.suffix == ".npy":
             rows = _checked_rows(_mapped(path), origin, length)
         else:
@@ -193,6 +195,8 @@ def _load(
     chosen = _chosen(len(rows), samples, seed, origin)
     tokens = rows[chosen]
     _check_ids(tokens, chosen, vocab_size, origin)
+    files.check()
+    files.take_checksums()  # of what another stage of the command may read again
     return Samples(np.ascontiguousarray(tokens, dtype=np.int32), first)
 
 

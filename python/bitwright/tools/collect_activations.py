@@ -3,7 +3,7 @@
 import os
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import closing, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -13,25 +13,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.arrays import require_finite
+from bitwright.blocks.hidden_states import opened_states
+from bitwright.blocks.loop import through_blocks
 from bitwright.checkpoint.fingerprint import file_stamp, model_fingerprint
 from bitwright.checkpoint.work_folder import STATE, WorkFolder
 from bitwright.errors import OutputExistsError
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.files.replacing import check_new_file, output_errors, synchronize, taken
 from bitwright.loading.model import Model, load_model
 from bitwright.models.block import Rotation
-from bitwright.models.operations import Float32
 from bitwright.runs.budget import Budget
 from bitwright.runs.forecast import inner_width, passing_bytes
 from bitwright.runs.journal import Journal, kept_when_interrupted
-from bitwright.runs.states import ChunkPlan, States, read_states
-from bitwright.text.samples import TokenSource, load_samples, tokens_fingerprint
+from bitwright.runs.states import ChunkPlan, States
+from bitwright.text.calibration import CalibrationOptions
+from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
 
 DEFAULT_SAMPLES = 8
 WHOLE = "activations.npz"  # in the work folder: what is moved into place
 
 
 @expands_home
+@same_inputs()
 def collect_activations(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str] | WorkFolder,
@@ -98,20 +102,8 @@ def collect_activations(
             work.forget_finished()
             raise
     check_new_file(work.out, lambda _: None)
-    loaded = load_samples(
-        calibration,
-        tokenizer=source.checkpoint.folder,
-        length=length,
-        samples=samples,
-        seed=seed,
-        vocab_size=source.config.vocab_size,
-        positions=source.positions,
-        bos=bos,
-        most=DEFAULT_SAMPLES,
-    )
-    budget = Budget.of(memory)
-    budget.require(
-        budget.base + _needed_bytes(source, *loaded.tokens.shape), source.checkpoint.folder
+    loaded = planned_samples(
+        source, CalibrationOptions(calibration, samples, length, seed, bos), memory
     )
     identity = {
         "version of bitwright": version("bitwright"),
@@ -133,15 +125,25 @@ def collect_activations(
                 if not (work.path / WHOLE).exists():  # nor is it where it was put
                     state = journal.begin(resume=False)
         _check_new(work.out, overwrite)
-        if state is not None:
-            with journal.going_on():
-                archive.restore(state["writer"])
-                journal.check_files(state)
         with closing(archive):
-            _collect(source, loaded.tokens, journal, state, archive)
+            collecting = _Collecting(source, loaded.tokens, archive)
+            count = source.config.num_hidden_layers
+            through_blocks(collecting, journal, state, count, "collecting", progress=False)
         _check_new(work.out, overwrite)  # hours may have passed
         archive.put_into_place()
     return archive.count
+
+
+def planned_samples(
+    source: Model, calibration: CalibrationOptions, memory: float | None
+) -> Samples:
+    """Return the samples that `collect_activations` runs a model on, if there is memory for it."""
+    loaded = calibration.load(source, DEFAULT_SAMPLES)
+    budget = Budget.of(memory)
+    budget.require(
+        budget.base + _needed_bytes(source, *loaded.tokens.shape), source.checkpoint.folder
+    )
+    return loaded
 
 
 def _check_new(path: Path, overwrite: bool) -> None:
@@ -163,50 +165,53 @@ def _needed_bytes(source: Model, samples: int, length: int) -> int:
     return max(peaks)
 
 
-def _collect(
-    source: Model,
-    tokens: NDArray[np.int32],
-    journal: Journal,
-    state: Mapping[str, Any] | None,
-    archive: "_GrowingArchive",
-) -> None:
-    """Run the blocks that are left, and write what their layers see."""
-    rope = source.rotation(tokens.shape[1])
-    plan = ChunkPlan.shared(tokens.size, rope.chunk_rows, 0)
-    count = source.config.num_hidden_layers
-    first = 0
-    hidden: Iterable[Float32] = ()
-    if state is None:
-        hidden = rope.chunks(source.embed(tokens))
-    else:
-        with journal.going_on():
-            first = int(state["blocks"])
-            if first == count:
-                return
-            size = 4 * tokens.size * source.config.hidden_size
-            place = journal.states_file(state["states"]["hidden"], size)
-        hidden = read_states(place, plan, source.config.hidden_size)
-    states = States(plan, hidden)
-    for index in range(first, count):
-        block = source.block(index)
+class _Collecting:
+    """One pass over a model of which the inputs of layers are written."""
+
+    output = None
+
+    def __init__(self, model: Model, tokens: NDArray[np.int32], writer: "_GrowingArchive") -> None:
+        self.writer = writer
+        self._model = model
+        self._tokens = tokens
+        self._rope = model.rotation(tokens.shape[1])
+        self._states: States | None = None
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the archive back to a state of the journal."""
+        self.writer.restore(state["writer"])
+
+    def begin(self, journal: Journal, state: Mapping[str, Any] | None) -> None:
+        """Look up the tokens, or read the states that an interrupted run has left."""
+        plan = ChunkPlan.shared(self._tokens.size, self._rope.chunk_rows, 0)
+        self._states = opened_states(self._model, self._tokens, plan, journal, state)
+
+    def run_block(self, index: int) -> str:
+        """Write what the layers of block `index` see."""
+        model, states, rope = self._model, self._states, self._rope
+        assert states is not None
+        block = model.block(index)
         chunks = list(states.chunks())
         for stage in block.stages:
             inputs = [block.stage_input(stage, chunk) for chunk in chunks]
             if stage.linears:
-                name = source.block_prefix(index) + stage.linears[0]
+                name = model.block_prefix(index) + stage.linears[0]
                 array = np.concatenate(inputs)
                 if len(array) == 0:  # an expert that no token was routed to
                     array = np.concatenate([block.as_if_routed(stage, chunk) for chunk in chunks])
                 if stage.expert is None:
-                    array = array.reshape(*tokens.shape, -1)
-                require_finite(array, f"{source.checkpoint.folder}: the inputs of {name}")
-                archive.add(name, array)
+                    array = array.reshape(*self._tokens.shape, -1)
+                require_finite(array, f"{model.checkpoint.folder}: the inputs of {name}")
+                self.writer.add(name, array)
             for seen, chunk in zip(inputs, chunks, strict=True):
                 block.advance(stage, seen, chunk, rope)
             block.release(stage)
         states.forget_inner()
-        kept = {"hidden": states} if index + 1 < count else {}
-        journal.commit(index + 1, None, archive, kept)
+        return ""
+
+    def kept(self, index: int) -> Mapping[str, States | None]:
+        """Return the states where another block reads them."""
+        return {"hidden": self._states} if index + 1 < self._model.config.num_hidden_layers else {}
 
 
 class _GrowingArchive:

@@ -2,34 +2,38 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from bitwright.blocks.gathering import advance, head_moments, require_finite_inputs
-from bitwright.build import set_num_threads
+from bitwright.blocks.hidden_states import opened_states
+from bitwright.blocks.loop import through_blocks
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.checkpoint.writer import check_apart
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.loading.model import Model, load_model
+from bitwright.methods.method import MethodOptions
 from bitwright.methods.moments import LayerStatistics, Moments
-from bitwright.methods.registry import MethodOptions
+from bitwright.methods.registry import METHODS
 from bitwright.models.block import Rotation
 from bitwright.models.layout import Stage
-from bitwright.models.operations import Float32
-from bitwright.quantization.plan import Work, describe, plan_run
+from bitwright.quantization.plan import RunPlan, Work, plan_run, tell
 from bitwright.ranks import current
 from bitwright.runs.journal import Journal, kept_when_interrupted
-from bitwright.runs.progress import progress_bar
-from bitwright.runs.states import ChunkPlan, States, read_states
+from bitwright.runs.limits import RunLimits
+from bitwright.runs.states import ChunkPlan, States
 from bitwright.statistics.folder import HEAD_FILE, Statistics, StatisticsWriter, check_place
-from bitwright.text.samples import DEFAULT_SAMPLES, TokenSource, load_samples, tokens_fingerprint
+from bitwright.text.calibration import CalibrationOptions
+from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
 
 
 @expands_home
+@same_inputs()
 def collect_statistics(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -94,86 +98,107 @@ def collect_statistics(
     1024
     """
     start = time.perf_counter()
-    if threads is not None:
-        set_num_threads(threads)
+    limits = RunLimits(memory, resume, overwrite, threads, progress)
+    limits.set_threads()
     source = load_model(model)
-    loaded = load_samples(
-        calibration,
-        tokenizer=source.checkpoint.folder,
-        length=length,
-        samples=samples,
-        seed=seed,
-        vocab_size=source.config.vocab_size,
-        positions=source.positions,
-        bos=bos,
-        most=DEFAULT_SAMPLES,
-    )
-    tokens = loaded.tokens
-    ranks, work = current(), WorkFolder(out)
+    loaded = CalibrationOptions(calibration, samples, length, seed, bos).load(source)
+    work = WorkFolder(out)
     work.inputs.watch_model(source.checkpoint)
-
-    def check() -> None:
-        check_apart(work.out, source.checkpoint.source, "checkpoint that is read")
-        check_place(work, overwrite)
-
-    ranks.on_first(check)
-    rows, width = tokens.shape
-    nothing = MethodOptions("rtn")
-    asked = Work(source, {}, nothing, False, rows * width, width, source.dtype, collects=True)
-    planned = plan_run(asked, memory, work.out, timed=progress)
-    if progress and ranks.is_first:
-        Console(stderr=True).print(describe(planned), highlight=False, soft_wrap=True)
-    fingerprint = model_fingerprint(source.checkpoint)
-    identity = {
-        "version of bitwright": version("bitwright"),
-        "model": fingerprint,
-        "calibration": tokens_fingerprint(tokens),
-        "bos": loaded.bos,
-        "fixed_order": ranks.fixed_order,
-    }
-    with work, kept_when_interrupted(work):
-        journal = Journal(work, identity, start)
-        state = journal.begin(resume)
-        writer = StatisticsWriter(work, overwrite) if ranks.is_first else None
-        with journal.going_on():
-            first = 0 if state is None else int(state["blocks"])
-            if writer is not None:
-                writer.restore(state and state["writer"])
-            if state is not None:
-                journal.check_files(state)
-        rope = source.rotation(width)
-        plan = ChunkPlan.shared(tokens.size, rope.chunk_rows, 0, planned.resident, journal.scratch)
-        hidden: Iterator[Float32]
-        if state is None:
-            table, flat = source.embedding_table(), tokens.reshape(-1)
-            hidden = (source.embed(flat[plan.place(i)], table) for i in plan.numbers)
-        else:
-            with journal.going_on():
-                size = 4 * tokens.size * source.config.hidden_size
-                place = journal.states_file(state["states"]["hidden"], size)
-            hidden = read_states(place, plan, source.config.hidden_size)
-        states = States(plan, hidden)
-        count = source.config.num_hidden_layers
-        with progress_bar("collecting", progress and ranks.is_first, "blocks") as bar:
-            task = bar.add_task("", total=count, completed=first, figures="")
-            for index in range(first, count):
-                for stage, moments in _stages(source, index, states, rope):
-                    if writer is not None:
-                        name = source.block_prefix(index) + stage.name
-                        writer.add(name, len(moments.gram), moments)
-                    del moments
-                if writer is not None:
-                    writer.end_file(f"block-{index:05d}.safetensors")
-                bar.update(task, advance=1)
-                journal.commit(index + 1, None, writer, {"hidden": states})
-        moments = head_moments(source, states, magnitudes=True)
-        if writer is not None:
-            writer.add(source.names.head, len(moments.gram), moments)
-            writer.end_file(HEAD_FILE)
-            digests = [digest(np.ascontiguousarray(sample).data) for sample in tokens]
-            writer.finish(fingerprint, tokens.size, digests, loaded.first)
-        ranks.barrier()
+    collecting = _Collecting(source, loaded, work, limits)
+    collecting.run(start)
     return Statistics(out)
+
+
+class _Collecting:
+    """One pass over a model whose statistics are written."""
+
+    output = None
+
+    def __init__(self, model: Model, samples: Samples, work: WorkFolder, limits: RunLimits) -> None:
+        self.writer: StatisticsWriter | None = None
+        self._model = model
+        self._samples = samples
+        self._work = work
+        self._limits = limits
+        self._ranks = current()
+        self._rope = model.rotation(samples.tokens.shape[1])
+        self._resident: int | None = None
+        self._states: States | None = None
+
+    def run(self, start: float) -> None:
+        """Collect and write all statistics."""
+        work, model, limits = self._work, self._model, self._limits
+        self._ranks.on_first(self._check)
+        self._resident = self._planned().resident
+        fingerprint = model_fingerprint(model.checkpoint)
+        tokens = self._samples.tokens
+        identity = {
+            "version of bitwright": version("bitwright"),
+            "model": fingerprint,
+            "calibration": tokens_fingerprint(tokens),
+            "bos": self._samples.bos,
+            "fixed_order": self._ranks.fixed_order,
+        }
+        with work, kept_when_interrupted(work):
+            journal = Journal(work, identity, start)
+            state = journal.begin(limits.resume)
+            if self._ranks.is_first:
+                self.writer = StatisticsWriter(work, limits.overwrite)
+                if state is None:
+                    self.writer.restore(None)
+            blocks = model.config.num_hidden_layers
+            through_blocks(self, journal, state, blocks, "collecting", limits.progress)
+            moments = head_moments(model, self._hidden, magnitudes=True)
+            if self.writer is not None:
+                self.writer.add(model.names.head, len(moments.gram), moments)
+                self.writer.end_file(HEAD_FILE)
+                digests = [digest(np.ascontiguousarray(sample).data) for sample in tokens]
+                self.writer.finish(fingerprint, tokens.size, digests, self._samples.first)
+            self._ranks.barrier()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the writer back to a state of the journal."""
+        if self.writer is not None:
+            self.writer.restore(state["writer"])
+
+    def begin(self, journal: Journal, state: Mapping[str, Any] | None) -> None:
+        """Look up the tokens, or read the states that an interrupted run has left."""
+        tokens = self._samples.tokens
+        plan = ChunkPlan.shared(
+            tokens.size, self._rope.chunk_rows, 0, self._resident, journal.scratch
+        )
+        self._states = opened_states(self._model, tokens, plan, journal, state)
+
+    def run_block(self, index: int) -> str:
+        """Collect the statistics of block `index`."""
+        for stage, moments in _stages(self._model, index, self._hidden, self._rope):
+            if self.writer is not None:
+                name = self._model.block_prefix(index) + stage.name
+                self.writer.add(name, len(moments.gram), moments)
+            del moments
+        if self.writer is not None:
+            self.writer.end_file(f"block-{index:05d}.safetensors")
+        return ""
+
+    def kept(self, index: int) -> Mapping[str, States | None]:
+        """Return the states, which the next block reads, or the head."""
+        return {"hidden": self._states}
+
+    @property
+    def _hidden(self) -> States:
+        assert self._states is not None
+        return self._states
+
+    def _check(self) -> None:
+        check_apart(self._work.out, self._model.checkpoint.source, "checkpoint that is read")
+        check_place(self._work, self._limits.overwrite)
+
+    def _planned(self) -> RunPlan:
+        model, limits = self._model, self._limits
+        rows, width = self._samples.tokens.shape
+        nothing = MethodOptions(METHODS["rtn"])
+        work = Work(model, {}, nothing, False, rows * width, width, model.dtype, collects=True)
+        return tell(plan_run(work, limits.memory, self._work.out, timed=limits.progress), limits)
 
 
 def _stages(

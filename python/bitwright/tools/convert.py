@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -15,6 +15,7 @@ from bitwright.arrays import require_finite
 from bitwright.checkpoint import CheckpointWriter, SafetensorsFiles, copy_side_files
 from bitwright.errors import check_choice
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.formats import FORMATS, Format, FormatName, Precision
 from bitwright.formats.engine_names import check_fused, fused_groups, unfused
 from bitwright.formats.stored import is_float
@@ -24,8 +25,8 @@ from bitwright.grids.tensor import QuantizedTensor, stored_bits
 from bitwright.loading.model import Model, load_model
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.config import float_config, plainly_spelled
+from bitwright.precision.target import as_written
 from bitwright.quantization.output import Output, QuantizedLayer
-from bitwright.quantization.pipeline import as_written
 from bitwright.quantization.small_weights import MOST_LOST, largest_of, require_kept
 from bitwright.records.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.records.reports import ConversionReport, ConvertedLayer
@@ -38,12 +39,13 @@ CODE_BYTES = 1.5  # of a weight that is quantized, with scales and biases of sma
 COMPARED_BYTES = 16  # of a weight as it is, in other codes, and of their difference
 CARRIED_BYTES = 5  # of a float that is stored otherwise, and checked
 WIDE = 4096  # channels of a row, to compare what precisions take
-Target = FormatName | Literal["float"]
+Target = FormatName  # or "float"
 Group = tuple[str, ...]  # layers that must have one precision
 
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -120,7 +122,7 @@ def convert(
     if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
     kind = None if format == "float" else FORMATS[format]
-    if not model.quantized_layers() and kind is not None and format != "gguf":
+    if not model.quantized_layers() and kind is not None and not kind.own_container:
         raise ValueError(
             f"{model.checkpoint.folder}: is not quantized, so there is nothing to store in the {format} "
             f"format; quantize it (bitwright quantize)"

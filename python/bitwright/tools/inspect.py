@@ -13,7 +13,8 @@ from bitwright.evaluate import bits_per_weight, parameter_count
 from bitwright.files.home import expands_home
 from bitwright.formats import Precision
 from bitwright.loading.model import load_model
-from bitwright.methods.registry import CORRECTED_METHODS, METHODS, MethodOptions
+from bitwright.methods.method import MethodOptions
+from bitwright.methods.registry import METHODS
 from bitwright.quantization.plan import Work, plan_run
 from bitwright.text.samples import DEFAULT_LENGTH
 from bitwright.warned import reports_warnings
@@ -133,14 +134,15 @@ def inspect_model(
         for shapes, quantized in ((layout.linears, True), (layout.floats, False)):
             for name, shape in shapes.items():
                 counts[re.sub(r"\.\d+\.", ".*.", name), shape, quantized] += 1
-    tokens = 0 if method == "rtn" else samples * length
+    chosen = METHODS[method]
+    tokens = samples * length if chosen.needs_inputs else 0
     config = opened.config
-    improved = preset == "default" and method in CORRECTED_METHODS
+    improved = preset == "default" and chosen.corrects
     layers = dict.fromkeys(opened.linear_shapes(), Precision(4, 64, "affine"))
     work = Work(
         opened,
         layers,
-        MethodOptions(method, refine=improved, drift=improved),
+        MethodOptions(chosen, refine=improved, drift=improved),
         True,
         tokens,
         length,

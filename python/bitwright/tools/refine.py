@@ -9,24 +9,30 @@ from pathlib import Path
 import numpy as np
 
 from bitwright.blocks.scaling import AwqOptions
-from bitwright.build import set_num_threads
 from bitwright.checkpoint.writer import check_apart
 from bitwright.distill.training import check_pair
 from bitwright.errors import UnsupportedModelError
 from bitwright.files.home import expands_home
+from bitwright.files.inputs import same_inputs
 from bitwright.formats import Precision
 from bitwright.loading.model import load_model
-from bitwright.methods.registry import CORRECTED_DAMPING, DAMPING, MethodOptions
-from bitwright.quantization.pipeline import Run
+from bitwright.methods.method import CORRECTED_DAMPING, DAMPING, MethodOptions
+from bitwright.methods.registry import METHODS
+from bitwright.precision.target import Target
+from bitwright.quantization.live import LiveStatistics
+from bitwright.quantization.run import Run
 from bitwright.records.card import made_by, python_call
 from bitwright.records.reports import QuantizationReport
-from bitwright.text.samples import DEFAULT_SAMPLES, TokenSource, load_samples
+from bitwright.runs.limits import RunLimits
+from bitwright.text.calibration import CalibrationOptions
+from bitwright.text.samples import TokenSource
 from bitwright.tools.convert import precision_of
 from bitwright.warned import reports_warnings
 
 
 @reports_warnings
 @expands_home
+@same_inputs()
 def refine_model(
     original: str | os.PathLike[str],
     quantized: str | os.PathLike[str],
@@ -89,8 +95,8 @@ def refine_model(
     """
     arguments = dict(locals())
     start = time.perf_counter()
-    if threads is not None:
-        set_num_threads(threads)
+    limits = RunLimits(memory, resume, overwrite, threads, progress)
+    limits.set_threads()
     model, student = load_model(original), load_model(quantized)
     check_apart(Path(os.path.realpath(out)), student.checkpoint.source, "model that is refined")
     check_pair(model, student)
@@ -118,33 +124,18 @@ def refine_model(
         plan = {name: each and replace(each, grid="zero_point") for name, each in plan.items()}
     if damping is None:
         damping = CORRECTED_DAMPING if drift else DAMPING
-    loaded = load_samples(
-        calibration,
-        tokenizer=model.checkpoint.folder,
-        length=length,
-        samples=samples,
-        seed=seed,
-        vocab_size=model.config.vocab_size,
-        positions=model.positions,
-        bos=bos,
-        most=DEFAULT_SAMPLES,
-    )
-    options = MethodOptions("rtn", damping, refine=True, drift=drift)
+    options = MethodOptions(METHODS["rtn"], damping, refine=True, drift=drift)
+    loaded = CalibrationOptions(calibration, samples, length, seed, bos).load(model)
     dtype = np.dtype(np.float32)  # each layer's scales keep their own
     run = Run(
         model,
-        kind,
-        plan,
+        Target(kind, plan, default, dtype),
         options,
         AwqOptions(),
-        dtype,
-        loaded.tokens,
-        None,
-        True,
+        LiveStatistics(model, loaded.tokens, True),
+        limits,
         student,
-        memory=memory,
-        resume=resume,
     )
     facts = {"refined from": Path(quantized).name, "grid": default.grid}
     with made_by(python_call(refine_model, arguments)):
-        return run.write(out, default, overwrite, progress, start, facts, {"bos": loaded.bos})
+        return run.write(out, start, facts, {"bos": loaded.bos})

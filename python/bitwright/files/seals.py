@@ -24,6 +24,10 @@ class Seals:
         self._folder = folder
         self._known: dict[str, tuple[int, int]] = {}
 
+    def note(self, path: Path, size: int, checksum: int) -> None:
+        """Take the checksum of the first so many bytes of a file from who has just written them."""
+        self._known[path.relative_to(self._folder).as_posix()] = size, checksum
+
     def of(self, files: Mapping[Path, int]) -> dict[str, tuple[int, int]]:
         """Return size and checksum of the first so many bytes of each file. Of a file that has grown since
         the last call, only what was added is read."""
@@ -33,15 +37,18 @@ class Seals:
             start, checksum = self._known.get(name, (0, 0))
             if start > size:
                 start, checksum = 0, 0
-            found[name] = size, _checksum(path, start, size, checksum)
+            found[name] = size, _checksum(path, start, size, checksum) if size > start else checksum
         self._known = found
         return found
 
-    def broken(self, seals: Mapping[str, Any]) -> Path | None:
-        """Return the first of the files that is not what `of` has seen, None if all are."""
+    def broken(self, seals: Mapping[str, Any], whole: bool = False) -> Path | None:
+        """Return the first of the files that is not what `of` has seen, None if all are. What they have
+        more than that counts only if they are `whole`."""
         for name, (size, checksum) in seals.items():
             path = self._folder / name
             if not path.is_file() or _checksum(path, 0, int(size)) != checksum:
+                return path
+            if whole and path.stat().st_size != int(size):
                 return path
         self._known = {name: (int(size), int(value)) for name, (size, value) in seals.items()}
         return None
@@ -58,9 +65,8 @@ def content_checksum(content: object) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
-def buffers_checksum(buffers: Iterable[Any]) -> int:
-    """Return a checksum of contiguous buffers, one after another."""
-    checksum = 0
+def buffers_checksum(buffers: Iterable[Any], checksum: int = 0) -> int:
+    """Return a checksum of contiguous buffers, one after another; or go on with one."""
     for buffer in buffers:
         checksum = zlib.crc32(buffer, checksum)
     return checksum
@@ -68,7 +74,19 @@ def buffers_checksum(buffers: Iterable[Any]) -> int:
 
 def _checksum(path: Path, start: int, end: int, checksum: int = 0) -> int:
     """Go on with a checksum from one place in a file to another; −1 where the file ends before."""
-    with output_errors(path, "read"), open(path, "rb", buffering=0) as file:
+    with output_errors(path, "read"):
+        return file_checksum(path, start, end, checksum)
+
+
+def file_checksum(path: Path, start: int, end: int, checksum: int = 0) -> int:
+    """Go on with a checksum from one place in any file to another; −1 where the file ends before.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    """
+    with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while start < end:
             read = file.read(min(READ_BYTES, end - start))

@@ -1,0 +1,89 @@
+"""What is asked for of the precision of a model's layers."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from bitwright.formats import FORMATS, Format, FormatName, GroupSize
+from bitwright.grids.tensor import Grid
+from bitwright.loading.model import Model
+from bitwright.methods.method import Method
+from bitwright.precision.recipe import Recipe, check_recipe, plan_layers
+from bitwright.precision.target import Target
+
+
+@dataclass(frozen=True)
+class PrecisionOptions:
+    """Bits, groups and format of a run; see `bitwright.quantize` for the meaning of each."""
+
+    bits: int = 4
+    group_size: GroupSize = "auto"
+    format: FormatName = "mlx"
+    grid: Grid | None = None
+    scale_dtype: DTypeLike | None = None
+    embedding_bits: int | None = None
+    head_bits: int | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    overrides: Mapping[str, Mapping[str, int]] | None = field(default=None)
+    recipe: str | os.PathLike[str] | Recipe | None = None
+    allow_unfused: bool = False
+
+    @property
+    def kind(self) -> type[Format]:
+        """The format."""
+        return FORMATS[self.format]
+
+    def for_model(self, model: Model, method: Method) -> "PrecisionOptions":
+        """Return the options with what a recipe says, and the grid that a method is made for.
+
+        Raises
+        ------
+        RecipeError
+            If the recipe cannot be read, or is of another model.
+        """
+        found = self
+        if found.grid is None and method.grid in found.kind.grids:
+            found = replace(found, grid=method.grid)
+        if found.recipe is None:
+            return found
+        recipe = found.recipe if isinstance(found.recipe, Recipe) else Recipe.load(found.recipe)
+        check_recipe(recipe, model)
+        bits, group_size = recipe.most_common
+        overrides = recipe.overrides() | dict(found.overrides or {})
+        return replace(found, bits=bits, group_size=group_size, overrides=overrides)
+
+    def target(self, model: Model, method: Method) -> Target:
+        """Return what the layers of a model are stored in; of options that are `for_model`.
+
+        Raises
+        ------
+        ValueError
+            If a pattern matches no layer, or the format or the method does not have what is asked for.
+        """
+        kind = self.kind
+        default = kind.precision(self.bits, self.group_size, self.grid, model.input_channels())
+        plan = plan_layers(
+            model,
+            kind,
+            default,
+            include=self.include,
+            exclude=self.exclude,
+            overrides=self.overrides,
+            embedding_bits=self.embedding_bits,
+            head_bits=self.head_bits,
+            allow_unfused=self.allow_unfused,
+        )
+        for name, planned in plan.items():
+            is_rounded = name == model.names.embedding
+            if planned and method.bits not in (None, planned.bits) and not is_rounded:
+                raise ValueError(
+                    f"{name}: method {method.name} stores {method.bits} bits, no other number"
+                )
+        dtype = kind.scale_dtype(model.dtype)
+        if self.scale_dtype is not None:
+            dtype = kind.check_scale_dtype(np.dtype(self.scale_dtype))
+        return Target(kind, plan, default, dtype)

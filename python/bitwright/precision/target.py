@@ -1,0 +1,75 @@
+"""What a model's layers are stored in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bitwright.formats import Format, Precision
+from bitwright.loading.model import Model
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The format and precision of every layer.
+
+    Parameters
+    ----------
+    format
+        How they are stored.
+    plan
+        The precision of every layer by full name, None for float.
+    default
+        The precision that config.json takes for granted.
+    scale_dtype
+        Of scales and biases.
+    """
+
+    format: type[Format]
+    plan: Mapping[str, Precision | None]
+    default: Precision
+    scale_dtype: np.dtype[Any]
+
+    def is_planned(self, name: str) -> bool:
+        """Tell whether a layer is quantized, by its full name."""
+        return self.plan.get(name) is not None
+
+    def config(self, model: Model) -> dict[str, Any]:
+        """Return config.json of the output.
+
+        Raises
+        ------
+        ValueError
+            If the experts of a layer that are stored as one tensor are planned differently.
+        """
+        config = model.config_for(self.format)
+        self._check_experts(model)
+        written = as_written(model, self.format, self.plan)
+        blocks = self.format.name_written(model.names.block.format(""), model.nested)
+        config.update(self.format.config(self.default, written, blocks))
+        return config
+
+    def _check_experts(self, model: Model) -> None:
+        if not self.format.stacks_experts:
+            return
+        seen: dict[str, Precision | None] = {}
+        for name, place in model.experts.items():
+            if seen.setdefault(place.stacked_name, self.plan[name]) != self.plan[name]:
+                raise ValueError(
+                    f"{name}: the {self.format.name} format stores all experts of a layer in one tensor, "
+                    f"so include, exclude and overrides must treat them alike"
+                )
+
+
+def as_written(
+    model: Model, format: type[Format], plan: Mapping[str, Precision | None]
+) -> dict[str, Precision | None]:
+    """Return the plan by the names that are written: of experts that are stacked, those of the stacks."""
+    places = model.experts if format.stacks_experts else {}
+    return {
+        format.name_written(
+            places[name].stacked_name if name in places else name, model.nested
+        ): precision
+        for name, precision in plan.items()
+    }

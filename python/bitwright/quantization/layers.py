@@ -1,0 +1,345 @@
+"""The layers of a model, quantized one by one as a plan and a method say."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bitwright import _kernels
+from bitwright.blocks.drift import Drift
+from bitwright.blocks.equalizing import Equalized, equalize, equalize_head
+from bitwright.blocks.scaling import AwqOptions, ScaledBlock, StageFacts
+from bitwright.errors import BitwrightError
+from bitwright.formats import Precision
+from bitwright.grids.choice import GridChoice
+from bitwright.grids.tensor import Grid, QuantizedTensor
+from bitwright.loading.model import Model
+from bitwright.methods.method import MethodOptions, Solver, StageInputs
+from bitwright.methods.refine import refined
+from bitwright.methods.rtn import rtn_solver
+from bitwright.models.block import DecoderBlock, Rotation
+from bitwright.models.layout import Stage
+from bitwright.models.operations import Float32
+from bitwright.precision.target import Target
+from bitwright.quantization.output import Output, QuantizedLayer, error_energies, summed
+from bitwright.quantization.small_weights import MOST_LOST, largest_of, require_kept
+from bitwright.ranks import current
+
+Piece = tuple[slice, Float32]  # rows of a layer, and their weights
+Finish = Callable[[QuantizedLayer], None]
+
+
+@dataclass(frozen=True, eq=False)
+class OwnSolver:
+    """How to quantize a layer, or what is taken for it, and the gram that its error is reported by."""
+
+    method: Solver | QuantizedTensor
+    gram: Float32 | None
+
+    def energies_before(self, rows: slice, weight: Float32, out: int) -> list[tuple[float, float]]:
+        """Return `error_energies` of the quantized rows that are taken over; none by a method."""
+        if not isinstance(self.method, QuantizedTensor):
+            return []
+        stored = self.method.rows(rows.start, rows.stop).dequantize()
+        return [error_energies(weight, stored, self.gram, rows.start, out)]
+
+    def of(self, rows: slice) -> Solver:
+        """Return how to quantize some of the layer's rows."""
+        if not isinstance(self.method, QuantizedTensor):
+            return self.method
+        known = self.method.rows(rows.start, rows.stop)
+
+        def solve(_: Any, bits: int, size: int | None, grid: Grid, dtype: Any) -> QuantizedTensor:
+            # Symmetric by chance, among layers that are not.
+            return replace(known, grid=grid) if grid == "zero_point" else known
+
+        return solve
+
+
+class Layers:
+    """Quantizes the layers of a model and hands them on.
+
+    Parameters
+    ----------
+    model
+        In float.
+    target
+        What they are stored in.
+    options, awq
+        How they are quantized.
+    output
+        Where they go.
+    quantized
+        A quantized form of the model whose layers are taken as they are, in place of a method's.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        target: Target,
+        options: MethodOptions,
+        awq: AwqOptions,
+        output: Output,
+        quantized: Model | None = None,
+    ) -> None:
+        self.model = model
+        self.target = target
+        self.options = options
+        self.awq = awq if options.method.scales_first else None
+        self.output = output
+        self.ranks = current()
+        self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
+        self._quantized = quantized
+        # Of the layers in this block: the powers of two by which they were multiplied, and those whose
+        # weights are small for the dtype of scales all the same.
+        self._powers: dict[str, int] = {}
+        self._coarse: set[str] = set()
+
+    def is_planned(self, name: str) -> bool:
+        """Tell whether a layer is quantized, by its full name."""
+        return self.target.is_planned(name)
+
+    def plans_any(self, prefix: str, names: Iterable[str]) -> bool:
+        """Tell whether any of a block's layers is quantized."""
+        return any(self.is_planned(prefix + name) for name in names)
+
+    def method_solver(self, inputs: StageInputs) -> OwnSolver:
+        """Return how the method quantizes layers with some inputs."""
+        return OwnSolver(self.options.solver(inputs), inputs.gram)
+
+    def known_solver(self, name: str, gram: Float32 | None) -> OwnSolver | None:
+        """Return what takes a layer of the model that is quantized already."""
+        if self._quantized is None:
+            return None
+        if name == self.model.names.embedding:
+            name = self._quantized.embedding_name
+        tensor = self._quantized.quantized(name)
+        return None if tensor is None else OwnSolver(tensor, gram)
+
+    def own_solver(self, name: str, gram: Float32 | None) -> OwnSolver:
+        """Return how to quantize one layer: as it is known, or by the method."""
+        return self.known_solver(name, gram) or self.method_solver(StageInputs(gram))
+
+    def rounding(self) -> OwnSolver:
+        """Return how to quantize a layer of whose inputs nothing is known."""
+        return OwnSolver(rtn_solver(StageInputs(), self.options), None)
+
+    def grid_choices(self, block: DecoderBlock, prefix: str) -> dict[str, GridChoice]:
+        """Return the grid of each linear as AWQ's search rounds to it: with a search for ranges where one
+        will follow."""
+        choices = {}
+        for stage in block.stages:
+            for name in stage.linears:
+                precision = self.target.plan[prefix + name]
+                if precision is not None:
+                    choices[name] = self._grid_choice(precision, block.layout.linears[name])
+        return choices
+
+    def scaled_block(
+        self, block: DecoderBlock, prefix: str, facts: Mapping[Stage, StageFacts], rope: Rotation
+    ) -> ScaledBlock:
+        """Return a block whose scales AWQ searches, given what its stages read and the rotary tables."""
+        assert self.awq is not None
+        return ScaledBlock(
+            block,
+            facts,
+            self.grid_choices(block, prefix),
+            lambda name: self.model.stored_dtype(prefix + name),
+            rope,
+            self.awq,
+        )
+
+    def take_scales(self, prefix: str, scaled: ScaledBlock) -> None:
+        """Note the float tensors that AWQ's scales were folded into."""
+        self.changed.update(
+            (prefix + name, scaled.block.weights.read(name)) for name in scaled.changed
+        )
+
+    def equalized(self, block: DecoderBlock, prefix: str) -> Equalized:
+        """Return a block whose weights scales can be stored for, which computes the same."""
+        if self._quantized is not None:  # its codes are those of the weights as they are
+            return Equalized(block)
+        found = equalize(
+            block,
+            self.grid_choices(block, prefix),
+            lambda name: self.model.stored_dtype(prefix + name),
+        )
+        self.changed.update((prefix + name, found.block.weights[name]) for name in found.changed)
+        found.block.weights.clear()
+        self.output.divided += [prefix + name for name in found.divided]
+        self._powers = {prefix + name: power for name, power in found.powers.items()}
+        self._coarse = {prefix + name for name in found.coarse}
+        return found
+
+    def equalized_head(self, name: str) -> int:
+        """Return by which power of two the head is multiplied, and its norm divided."""
+        precision = self.target.plan[name]
+        if self._quantized is not None or precision is None:
+            return 0
+        shape = (self.model.config.vocab_size, self.model.config.hidden_size)
+        power, changed, coarse = equalize_head(self.model, self._grid_choice(precision, shape))
+        self.changed.update(changed)
+        self.output.divided += [self.model.names.final_norm] if power else []
+        self._powers = {name: power}
+        self._coarse = {name} if coarse else set()
+        return power
+
+    def quantize_stage(
+        self,
+        block: DecoderBlock,
+        prefix: str,
+        stage: Stage,
+        gram: Float32 | None,
+        finish: Finish,
+        own_solver: Callable[[str], OwnSolver | None],
+        *,
+        replace: bool = False,
+        few_tokens: bool = False,
+        drift: Drift | None = None,
+    ) -> None:
+        """Quantize what is planned of a stage; `replace` the block's weights by what is stored."""
+        planned = {name: self.target.plan[prefix + name] for name in stage.linears}
+        pieces: dict[str, list[Piece]] = {}
+        for name, precision in planned.items():
+            if precision is not None:
+                place = f"{name}.weight"
+                weight = block.weights[place]
+                if replace:
+                    del block.weights[place]
+                pieces[name] = self._pieces(weight)
+                del weight
+                if drift is not None and gram is not None:
+                    pieces[name] = [
+                        (rows, drift.corrected(part, gram, rows)) for rows, part in pieces[name]
+                    ]
+        if drift is not None:
+            drift.forget()
+        shared = None
+        for name, precision in planned.items():
+            if precision is None:
+                continue
+            own = own_solver(name) or self.known_solver(prefix + name, gram) or shared
+            if own is None:
+                own = shared = self.method_solver(StageInputs(gram))
+            stored = self._quantize(
+                prefix + name, pieces.pop(name), own, precision, finish, few_tokens
+            )
+            if replace:
+                block.weights[f"{name}.weight"] = stored
+
+    def quantize_matrix(self, name: str, weight: Float32, own: OwnSolver) -> Float32:
+        """Quantize embedding or head; return the weights that a reader will see."""
+        precision = self.target.plan[name]
+        assert precision is not None
+        return self._quantize(name, self._pieces(weight), own, precision, self.output.finish)
+
+    def output_error(self, layer: QuantizedLayer, weight: Float32, gram: Float32) -> float:
+        """Return tr(Δ G Δᵀ), each rank adding up its share of the rows."""
+        errors = []
+        for rows in self.ranks.rows(len(weight)):
+            change = layer.tensor.rows(rows.start, rows.stop).dequantize()
+            change -= weight[rows]
+            errors.append(float(_kernels.row_quadratic_forms(change, gram).sum()))
+        return self.ranks.total(errors)
+
+    def _grid_choice(self, precision: Precision, shape: tuple[int, int]) -> GridChoice:
+        if self.options.method.clips:
+            # Also for the linears that are not clipped: scales chosen so are better (docs/experiments.md).
+            ranges = self.awq is not None and self.awq.clip != "none"
+        else:
+            ranges = self.options.grid_search is not False
+        return GridChoice.check(
+            np.broadcast_to(np.float32(0), shape),
+            precision.bits,
+            precision.group_size,
+            precision.grid,
+            self.target.scale_dtype,
+            ranges,
+        )
+
+    def _pieces(self, weight: Float32) -> list[Piece]:
+        """Return this rank's pieces of a layer: all rows where the method looks at them together."""
+        whole = self.options.method.whole_layers
+        pieces = [slice(0, len(weight))] if whole else self.ranks.rows(len(weight))
+        return [(rows, weight[rows]) for rows in pieces]
+
+    def _quantize(
+        self,
+        name: str,
+        pieces: list[Piece],
+        own: OwnSolver,
+        precision: Precision,
+        finish: Finish,
+        few_tokens: bool = False,
+    ) -> Float32:
+        """Quantize this rank's rows of a layer and hand on all of it; return the weights that a reader will
+        see."""
+        shared = self.ranks.size > 1 and not self.options.method.whole_layers
+        last = max((rows.stop for rows, _ in pieces), default=0)
+        out = max(self.ranks.gather(last)) if shared else last
+        parts, energies, stored = [], [], None
+        before: list[tuple[float, float]] = []
+
+        def solve(rows: slice, weight: Float32) -> QuantizedTensor:
+            return refined(own.of(rows), own.gram, self.options)(
+                weight,
+                precision.bits,
+                precision.group_size,
+                precision.grid,
+                self.target.scale_dtype,
+            )
+
+        for rows, weight in pieces:
+            try:
+                part = solve(rows, weight)
+            except BitwrightError:
+                raise
+            except ValueError as error:
+                folder = self.model.checkpoint.folder
+                raise ValueError(f"{folder}: layer {name}: {error}") from error
+            parts.append(part)
+            stored = part.dequantize()
+            energies.append(error_energies(weight, stored, own.gram, rows.start, out))
+            before += own.energies_before(rows, weight, out)
+        if shared:
+            before = [each for others in self.ranks.gather(before) for each in others]
+            parts = [part for each in self.ranks.gather(parts) for part in each]
+            energies = [pair for each in self.ranks.gather(energies) for pair in each]
+        if not parts:
+            raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: has no rows")
+        tensor = parts[0]
+        if len(parts) > 1 or stored is None:
+            tensor = QuantizedTensor.joined(parts)
+            stored = tensor.dequantize()
+        relative = summed(energies)
+        if relative > MOST_LOST and not isinstance(own.method, QuantizedTensor):
+            self._require_kept(name, pieces, solve, own.gram, tensor, relative, out)
+        power, coarse = self._powers.get(name, 0), name in self._coarse
+        error_before = summed(before) if before else None
+        finish(QuantizedLayer(name, tensor, relative, few_tokens, power, coarse, error_before))
+        return stored
+
+    def _require_kept(
+        self,
+        name: str,
+        pieces: list[Piece],
+        solve: Callable[[slice, Float32], QuantizedTensor],
+        gram: Float32 | None,
+        tensor: QuantizedTensor,
+        lost: float,
+        out: int,
+    ) -> None:
+        """Raise ValueError if a layer loses most of its energy because scales cannot be so small."""
+
+        def lost_if_raised(power: int) -> float:
+            energies = []
+            for rows, weight in pieces:
+                raised = np.ldexp(weight, power)
+                found = solve(rows, raised).dequantize()
+                energies.append(error_energies(raised, found, gram, rows.start, out))
+            return summed([pair for each in self.ranks.gather(energies) for pair in each])
+
+        largest = max(self.ranks.gather(largest_of(weight for _, weight in pieces)))
+        place = f"{self.model.checkpoint.folder}: layer {name}"
+        require_kept(place, self.target.format, tensor, lost, largest, lost_if_raised)

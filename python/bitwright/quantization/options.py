@@ -1,0 +1,178 @@
+"""All that is asked for of a run, built and checked once."""
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from bitwright.blocks.scaling import AwqOptions
+from bitwright.errors import check_choice
+from bitwright.formats import FORMATS
+from bitwright.methods.method import CORRECTED_DAMPING, DAMPING, MethodOptions
+from bitwright.methods.registry import METHODS
+from bitwright.precision.options import PrecisionOptions
+from bitwright.runs.limits import RunLimits
+from bitwright.text.calibration import CalibrationOptions
+
+Preset = Literal["fast", "default", "best"]
+PRESETS: tuple[Preset, ...] = ("fast", "default", "best")
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class QuantizationOptions:
+    """A run of `bitwright.quantize`, but for the model and its place.
+
+    Parameters
+    ----------
+    precision, method, awq, limits
+        What is stored, how it is found, and what that may take.
+    calibration, activations, statistics
+        Where the inputs of layers are known from; at most one of them.
+    propagates
+        Whether layers see what the quantized ones before them compute.
+    preset
+        Its name, for the model card.
+    allow_requantize
+        Whether the model may be quantized already.
+    """
+
+    precision: PrecisionOptions
+    method: MethodOptions
+    awq: AwqOptions
+    limits: RunLimits
+    calibration: CalibrationOptions | None = None
+    activations: str | os.PathLike[str] | None = None
+    statistics: str | os.PathLike[str] | None = None
+    propagates: bool = True
+    preset: str = "default"
+    allow_requantize: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "QuantizationOptions":
+        """Return the options that keyword arguments of `bitwright.quantize` ask for.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If one is unknown or contradicts another.
+        """
+        method_name, preset = given.get("method", "gptq"), given.get("preset", "default")
+        propagate = given.get("propagate")
+        for name, value, known in (
+            ("method", method_name, tuple(METHODS)),
+            ("format", given.get("format", "mlx"), tuple(FORMATS)),
+            ("propagate", propagate or "quantized", ("quantized", "original")),
+            ("preset", preset, PRESETS),
+        ):
+            check_choice(name, value, known)
+        method = METHODS[method_name]
+        statistics, refine, drift = (given.get(name) for name in ("statistics", "refine", "drift"))
+        if statistics is not None:
+            _check_statistics_alone(given)
+        corrects = preset != "fast" and method.corrects
+        follows = propagate != "original"
+        if drift and not follows:
+            raise ValueError("drift: with propagate original there is none to correct")
+        corrected = corrects and follows and statistics is None if drift is None else bool(drift)
+        damping = given.get("damping")
+        if damping is None:
+            damping = CORRECTED_DAMPING if corrected else DAMPING
+        chosen = {
+            "method": method,
+            "damping": damping,
+            "refine": corrects if refine is None else refine,
+            "drift": corrected,
+        }
+        calibration = given.get("calibration")
+        options = cls(
+            taken(PrecisionOptions, given),
+            taken(MethodOptions, {**given, **chosen}),
+            taken(AwqOptions, given),
+            taken(RunLimits, given),
+            None
+            if calibration is None
+            else taken(CalibrationOptions, {**given, "source": calibration}),
+            given.get("activations"),
+            statistics,
+            follows,
+            preset,
+            given.get("allow_requantize", False),
+        )
+        options._check_inputs(bool(refine), bool(drift))
+        return options
+
+    def identity(self) -> dict[str, object]:
+        """Return what decides the result, but for the recipe."""
+        samples = {} if self.calibration is None else dict(vars(self.calibration))
+        samples.pop("source", None)
+        precision = dict(vars(self.precision))
+        del precision["recipe"]
+        return {
+            **precision,
+            **self.method.identity(),
+            **vars(self.awq),
+            **samples,
+            "propagates": self.propagates,
+        }
+
+    def _check_inputs(self, refine: bool, drift: bool) -> None:
+        """Raise ValueError unless there are the inputs that a method asks for."""
+        if self.preset == "best" and self.calibration is None:
+            raise ValueError("calibration: preset best needs text or token ids")
+        method, is_given = self.method.method, self.calibration is not None
+        unknown = not is_given and self.activations is None and self.statistics is None
+        if method.needs_inputs and unknown:
+            raise ValueError(
+                f"calibration: {method.name} needs text or token ids; method rtn does without"
+            )
+        if self.activations is not None and is_given:
+            raise ValueError("activations: take the place of calibration; pass one of the two")
+        if self.activations is not None and method.scales_first:
+            raise ValueError(
+                f"activations: {method.name} runs the model, so it needs calibration instead"
+            )
+        is_rms = self.method.activation_method == "rms"
+        if method.uses_magnitudes and self.activations is None and not is_rms:
+            raise ValueError(
+                "activation_method: mean and max need activations; calibration gives rms"
+            )
+        if refine and unknown:
+            raise ValueError("refine: needs calibration data")
+        if drift and not is_given:
+            raise ValueError("drift: needs calibration data, which the model is run on")
+
+
+def taken(kind: type[Options], given: Mapping[str, Any]) -> Options:
+    """Return options of a kind, made of those of many keyword arguments that are its own."""
+    known = inspect.signature(kind).parameters
+    return kind(**{name: value for name, value in given.items() if name in known})
+
+
+def _check_statistics_alone(given: Mapping[str, Any]) -> None:
+    """Raise ValueError if what statistics stand for, or what they cannot do, is asked for beside them."""
+    instead = [name for name in ("calibration", "activations") if given.get(name) is not None]
+    if instead:
+        raise ValueError(f"statistics: take the place of {instead[0]}; pass one of the two")
+    chosen = [name for name in ("samples", "length", "seed") if given.get(name)]
+    chosen += [] if given.get("bos", True) else ["bos"]
+    if chosen:
+        raise ValueError(
+            f"{chosen[0]}: the tokens of statistics were chosen when they were collected"
+        )
+    reasons = {
+        "preset": (given.get("preset") == "best", "best trains on tokens"),
+        "drift": (bool(given.get("drift")), "there are only the original's layers in statistics"),
+        "propagate": (
+            given.get("propagate") == "quantized",
+            "statistics are of the original's layers",
+        ),
+    }
+    if METHODS[given.get("method", "gptq")].scales_first:
+        for name, only in (("metric", "mse"), ("objective", "layer")):
+            asked = given.get(name, only) != only
+            reasons[name] = (asked, f"statistics are enough for {only} only")
+    for name, (is_asked, reason) in reasons.items():
+        if is_asked:
+            raise ValueError(f"{name}: {reason}, so it needs calibration data instead")

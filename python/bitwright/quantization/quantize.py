@@ -1,0 +1,89 @@
+"""From a float model and options to a run."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from bitwright.loading.model import Model, load_model
+from bitwright.models.config import float_config
+from bitwright.quantization.known import ActivationStatistics, FolderStatistics
+from bitwright.quantization.live import LiveStatistics
+from bitwright.quantization.options import QuantizationOptions
+from bitwright.quantization.run import AllIsWell, Run, only_checking
+from bitwright.quantization.source import NoStatistics, StatisticsSource
+from bitwright.records.reports import QuantizationReport
+from bitwright.statistics.activation_file import ActivationFile
+from bitwright.statistics.folder import Statistics
+
+
+def run_quantization(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], options: QuantizationOptions
+) -> QuantizationReport:
+    """Quantize a checkpoint folder into another one; see `bitwright.quantize`."""
+    start = time.perf_counter()
+    options.limits.set_threads()
+    original = _float_model(model, options.allow_requantize)
+    precision = options.precision.for_model(original, options.method.method)
+    target = precision.target(original, options.method.method)
+    with _source(original, options) as (source, bos):
+        run = Run(original, target, options.method, options.awq, source, options.limits)
+        facts = {
+            "preset": options.preset,
+            "grid": target.default.grid,
+            "scales": target.scale_dtype.name,
+        }
+        identity = {
+            "bits": precision.bits,
+            "group_size": precision.group_size,
+            "grid": target.default.grid,
+            "bos": bos,
+        }
+        return run.write(out, start, facts, identity)
+
+
+def check_run(
+    model: str | os.PathLike[str], out: str | os.PathLike[str], options: QuantizationOptions
+) -> None:
+    """Raise what `run_quantization` would before its first block; nothing is written.
+
+    For those who call it after work of their own, which would be lost."""
+    token = only_checking.set(True)
+    try:
+        run_quantization(model, out, options)
+    except AllIsWell:
+        pass
+    finally:
+        only_checking.reset(token)
+
+
+def _float_model(place: str | os.PathLike[str], allow_requantize: bool) -> Model:
+    model = load_model(place)
+    model.warn_of_unused()
+    declared = model.checkpoint.config != float_config(model.checkpoint.config)
+    if model.format and (declared or model.quantized_layers()) and not allow_requantize:
+        raise ValueError(
+            f"{model.checkpoint.folder}: is quantized already ({model.format.name}); start from the "
+            f"original, or say that it may be rounded again: allow_requantize (--allow-requantize). "
+            f"bitwright convert changes the format alone"
+        )
+    return model
+
+
+@contextmanager
+def _source(
+    model: Model, options: QuantizationOptions
+) -> Iterator[tuple[StatisticsSource, object]]:
+    """Open what the layers' inputs are known from; yield it, and whether samples begin as texts do."""
+    if options.activations is not None:
+        with ActivationFile(options.activations) as file:
+            yield ActivationStatistics(file), None
+    elif options.statistics is not None:
+        folder = Statistics(options.statistics)
+        folder.check(model)
+        yield FolderStatistics(folder), None
+    elif options.calibration is not None:
+        loaded = options.calibration.load(model)
+        yield LiveStatistics(model, loaded.tokens, options.propagates), loaded.bos
+    else:
+        yield NoStatistics(), None

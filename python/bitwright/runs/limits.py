@@ -1,0 +1,35 @@
+"""What a run may take, and how it treats what is there."""
+
+from dataclasses import dataclass
+
+from bitwright.build import set_num_threads
+
+
+@dataclass(frozen=True)
+class RunLimits:
+    """Limits of a run; they change no bytes.
+
+    Parameters
+    ----------
+    memory
+        Gigabytes (10⁹ bytes) that the process may take; by default three quarters of what is free.
+    resume
+        Whether to go on where an interrupted run of the same identity has stopped.
+    overwrite
+        Whether to replace an existing output.
+    threads
+        Number of threads from now on, in the whole process; None leaves it.
+    progress
+        Whether to show a progress bar.
+    """
+
+    memory: float | None = None
+    resume: bool = True
+    overwrite: bool = False
+    threads: int | None = None
+    progress: bool = True
+
+    def set_threads(self) -> None:
+        """Set the number of threads, if one is given."""
+        if self.threads is not None:
+            set_num_threads(self.threads)
