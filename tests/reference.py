@@ -144,7 +144,10 @@ def range_grids(low: Array, high: Array, top: Any, scale_dtype: str) -> Iterator
     """Yield the affine grids of a range, with zero on the grid and with the lower end on it."""
     dtype, least = DTYPES[scale_dtype], np.float32(SMALLEST[scale_dtype])
     with np.errstate(invalid="ignore", over="ignore"):  # of groups that these are not taken for
-        scale = np.maximum((high - low) / top, least).astype(dtype).astype(np.float32)
+        width = (high - low) / top
+        normal = np.float32(2.0**-14 if scale_dtype == "float16" else 2.0**-126)
+        scale = np.where(width == 0, normal, np.maximum(width, least)).astype(dtype)
+        scale = scale.astype(np.float32)
         for bias in (np.rint(low / scale) * scale, low):
             yield Fit(scale, np.zeros_like(low), bias.astype(dtype).astype(np.float32))
 
@@ -540,20 +543,15 @@ def _unpack_six_bits_3(packed: Array) -> Array:
     return low
 
 
-def range_grids(low: Array, high: Array, choice: GridChoice) -> Iterator[Fit]:
-    """Yield the grids that a search tries for the ranges [low, high] float32, scales in float32."""
-    top = np.float32(2**choice.bits - 1)
-    zero = np.zeros_like(low)
-    if choice.grid != "affine":
-        fit = span(low, high, choice.bits, choice.grid, "float32")
-        yield fit
-        if choice.grid == "symmetric":
-            yield Fit(-fit.scale, fit.zero, fit.bias)
+def clipped_grids(low: Array, high: Array, choice: GridChoice) -> Iterator[Fit]:
+    """Yield the grids that a search tries for the ranges [low, high], scales in float32."""
+    if choice.grid == "affine":
+        yield from range_grids(low, high, np.float32(2**choice.bits - 1), "float32")
         return
-    width = (high - low) / top
-    scale = np.where(width == 0, np.float32(2.0**-126), width)
-    yield Fit(scale, zero, np.rint(low / scale) * scale)
-    yield Fit(scale, zero, low)
+    fit = span(low, high, choice.bits, choice.grid, "float32")
+    yield fit
+    if choice.grid == "symmetric":
+        yield Fit(-fit.scale, fit.zero, fit.bias)
 
 
 def clip_group(
@@ -571,7 +569,7 @@ def clip_group(
     shares = [np.float32(share) for share in shares]
 
     def try_range(bottom: Array, top: Array) -> None:
-        for fit in range_grids(bottom, top, choice):
+        for fit in clipped_grids(bottom, top, choice):
             column = Fit(*(each[:, None] for each in (fit.scale, fit.zero, fit.bias)))
             codes = column.encode(rows, choice.bits).astype(np.uint8)
             offsets = column.bias if choice.grid == "affine" else column.zero

@@ -9,7 +9,7 @@
 namespace bitwright {
 namespace {
 
-constexpr Index rows_at_once = 16;
+constexpr Index packed_rows = 16;
 constexpr int most_values = 32;  // scales and mins of a superblock
 
 // Bits [shift, shift + bits) of `count` values, from byte `offset` of a struct on: the lowest bits
@@ -123,7 +123,7 @@ int scale_bias(const KGrid& grid) { return grid.bits == 3 ? 32 : 0; }  // what m
 // body(row, block, bytes of the block)
 template <typename Bytes, typename Body>
 void each_block(const Layout& layout, Bytes& blocks, const Body& body) {
-    parallel_for(blocks.rows(), rows_at_once, [&](Index first, Index last) {
+    parallel_for(blocks.rows(), packed_rows, [&](Index first, Index last) {
         for (Index row = first; row < last; ++row)
             for (Index block = 0; block < blocks.cols() / layout.bytes; ++block)
                 body(row, block, blocks.data() + row * blocks.cols() + block * layout.bytes);
@@ -194,8 +194,8 @@ void pack_superblocks(ConstMatrixView<std::uint8_t> codes, const SuperblocksView
             pack_six_bits(values.data(), bytes + six_bits_at);
         else
             Layout::pack(layout.scales, values.data(), bytes);
-        Layout::pack(layout.codes,
-                     codes.data() + row * codes.cols() + block * superweights_per_block, bytes);
+        Layout::pack(layout.codes, codes.data() + row * codes.cols() + block * superblock_size,
+                     bytes);
     });
 }
 
@@ -219,8 +219,8 @@ void unpack_superblocks(ConstMatrixView<std::uint8_t> blocks, const KGrid& grid,
             for (Index i = 0; i < groups; ++i)
                 grids.min_codes(row, block * groups + i) = values[static_cast<size_t>(groups + i)];
         }
-        std::uint8_t* target = codes.data() + row * codes.cols() + block * superweights_per_block;
-        std::fill_n(target, superweights_per_block, std::uint8_t{0});
+        std::uint8_t* target = codes.data() + row * codes.cols() + block * superblock_size;
+        std::fill_n(target, superblock_size, std::uint8_t{0});
         Layout::unpack(layout.codes, bytes, target);
     });
 }

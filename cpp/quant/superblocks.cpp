@@ -20,7 +20,7 @@ constexpr float smallest_half = 0x1p-24f;  // above zero
 // The scales of scales that are tried: shares of what just reaches the largest value.
 constexpr int shrinks = 13;
 constexpr double first_shrink = 0.8, last_shrink = 1.1;
-constexpr Index rows_at_once = 4;
+constexpr Index fitted_rows = 4;
 
 // Of one superblock.
 template <int groups>
@@ -171,7 +171,7 @@ bool fit_all(const ConstMatrixView<float>& scales, const ConstMatrixView<float>&
              const ConstVectorView<float>& importance, const KGrid& grid, SuperblocksView& result) {
     const Eigen::ArrayXf costs = group_costs<size>(importance);
     std::atomic<bool> held{true};
-    parallel_for(scales.rows(), rows_at_once, [&](Index begin, Index end) {
+    parallel_for(scales.rows(), fitted_rows, [&](Index begin, Index end) {
         for (Index row = begin; row < end; ++row)
             for (Index block = 0; block < result.d.cols(); ++block)
                 if (!fit_superblock<size, affine>(scales, biases, costs, grid, row, block, result))
@@ -189,7 +189,7 @@ void closed_form_of(const ConstMatrixView<float>& weight,
     const float unit = std::max(importance.maxCoeff(), 1e-30f);
     const Eigen::ArrayXf costs = (importance.array() / unit).max(1e-12f);
     const float zero = static_cast<float>(1 << (grid.bits - 1));
-    parallel_for(weight.rows(), rows_at_once, [&](Index begin, Index end) {
+    parallel_for(weight.rows(), fitted_rows, [&](Index begin, Index end) {
         for (Index row = begin; row < end; ++row)
             for (Index group = 0; group < scales.cols(); ++group) {
                 const auto here = [&](const auto& matrix) {
