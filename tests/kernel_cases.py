@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
+from bitwright.grids.tensor import K_GRIDS
 
 RNG = np.random.default_rng(0)
 ROWS, WIDTH, OUT = 37, 128, 70  # rows end inside a tile; widths of 67 end inside a register
@@ -49,22 +50,25 @@ def quantizing_cases() -> list[tuple[str, tuple[Any, ...]]]:
     importance = np.abs(normal(WIDTH))
     order = np.arange(WIDTH, dtype=np.int32)
     upper = _kernels.inverse_factor(gram, order, 0.01)
+    shares = np.linspace(1, 0.5, 6, dtype=np.float32)
     cases: list[tuple[str, tuple[Any, ...]]] = []
     for grid in ("affine", "zero_point", "symmetric"):
-        rule = (4, 32, grid, "float16")
-        found = _kernels.quantize_rtn(weight, importance, *rule, True)
+        rule, searching = (
+            _kernels.Grid(4, 32, grid, "float16", search) for search in (False, True)
+        )
+        found = _kernels.quantize_rtn(weight, importance, searching)
         cases += [
-            ("quantize_rtn", (weight, importance, *rule, True)),
-            ("quantize_rtn", (weight.astype(np.float16), importance, *rule, False)),
-            ("quantize_gptq", (weight, upper, order, importance, *rule, True, 32, True)),
-            ("quantize_gptq", (weight, upper, order, importance, *rule, False, 64, False)),
-            ("quantize_clipped", (weight, gram, *rule, 5, 0.5)),
-            ("refine", (weight, gram, *found, *rule, 2)),
-            ("encode", (weight, found[1], found[2], *rule[:3])),
-            ("range_grids", (weight.min(1), weight.max(1), 4, grid, "float16")),
+            ("quantize_rtn", (weight, importance, searching)),
+            ("quantize_rtn", (weight.astype(np.float16), importance, rule)),
+            ("quantize_gptq", (weight, upper, order, importance, searching, 32, True)),
+            ("quantize_gptq", (weight, upper, order, importance, rule, 64, False)),
+            ("quantize_clipped", (weight, gram, rule, 5, 0.5)),
+            ("quantize_clipped_by", (weight[:, :32].copy(), rule, shares, squared_codes)),
+            ("refine", (weight, gram, *found, rule, 2)),
+            ("encode", (weight, found[1], found[2], rule)),
             (
                 "scaled_rounding_change",
-                (weight, importance + 1, importance, *rule, True, empty(ROWS, WIDTH)),
+                (weight, importance + 1, importance, searching, empty(ROWS, WIDTH)),
             ),
         ]
     codes = RNG.integers(0, 16, (ROWS, WIDTH)).astype(np.uint8)
@@ -72,11 +76,49 @@ def quantizing_cases() -> list[tuple[str, tuple[Any, ...]]]:
     groups = RNG.permutation(np.arange(WIDTH) % 4).astype(np.int32)
     return [
         *cases,
+        *superblock_cases(),
+        *block_cases(),
         ("dequantize", (codes, scales, None, offsets, None, empty(ROWS, WIDTH))),
         ("dequantize", (codes, scales, offsets, None, groups, empty(ROWS, WIDTH))),
         ("pack", (codes, 4)),
         ("unpack", (_kernels.pack(codes, 4), 4)),
     ]
+
+
+def squared_codes(codes: NDArray[Any], *_: NDArray[Any]) -> NDArray[np.float64]:
+    """A measure of error that prefers small codes."""
+    return np.square(codes.astype(np.float64)).mean(axis=1)
+
+
+def superblock_cases() -> list[tuple[str, tuple[Any, ...]]]:
+    cases: list[tuple[str, tuple[Any, ...]]] = []
+    weight, importance = normal(ROWS, 512), np.abs(normal(512))
+    for bits, kind in K_GRIDS.items():
+        scales, offsets = normal(ROWS, 512 // kind.group_size), -np.abs(normal(ROWS, 512))
+        offsets = offsets[:, : scales.shape[1]].copy()
+        codes = RNG.integers(0, 2**bits, (ROWS, 512)).astype(np.uint8)
+        found = _kernels.fit_superblocks(np.abs(scales), offsets, importance, bits)
+        assert found is not None
+        cases += [
+            ("fit_superblocks", (np.abs(scales), offsets, importance, bits)),
+            ("closed_form", (weight, codes, importance, bits)),
+            ("pack_superblocks", (codes, *found, bits)),
+            ("unpack_superblocks", (_kernels.pack_superblocks(codes, *found, bits), bits)),
+        ]
+    return cases
+
+
+def block_cases() -> list[tuple[str, tuple[Any, ...]]]:
+    cases: list[tuple[str, tuple[Any, ...]]] = []
+    for bits, affine in ((4, False), (4, True), (5, False), (5, True), (8, False)):
+        codes = RNG.integers(0, 2**bits, (ROWS, WIDTH)).astype(np.uint8)
+        d, m = normal(ROWS, WIDTH // 32, dtype=np.float16), normal(ROWS, 4, dtype=np.float16)
+        packed = _kernels.pack_blocks(codes, d, m if affine else None, bits)
+        cases += [
+            ("pack_blocks", (codes, d, m if affine else None, bits)),
+            ("unpack_blocks", (packed, bits, affine)),
+        ]
+    return cases
 
 
 def forward_cases(dtype: Any) -> list[tuple[str, tuple[Any, ...]]]:
@@ -221,12 +263,14 @@ def tiled_cases() -> list[tuple[str, tuple[Any, ...]]]:
     weight, gram, ones = normal(150, 640), gram_of(640), np.ones(640, np.float32)
     order = RNG.permutation(640).astype(np.int32)
     upper = _kernels.inverse_factor(gram, order, 0.01)
-    rule = (3, 64, "affine", "bfloat16")
+    rule, searching = (
+        _kernels.Grid(3, 64, "affine", "bfloat16", search) for search in (False, True)
+    )
     return [
         *cases,
-        ("quantize_gptq", (weight, upper, order, ones, *rule, True, 128, True)),
-        ("refine", (weight, gram, *_kernels.quantize_rtn(weight, ones, *rule, True), *rule, 2)),
-        ("quantize_clipped", (weight, gram, *rule, 5, 0.5)),
+        ("quantize_gptq", (weight, upper, order, ones, searching, 128, True)),
+        ("refine", (weight, gram, *_kernels.quantize_rtn(weight, ones, searching), rule, 2)),
+        ("quantize_clipped", (weight, gram, rule, 5, 0.5)),
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Array
@@ -15,6 +16,7 @@ from test_pipeline import DEMO, copy_of_demo, divergence, run
 
 import bitwright
 from bitwright import _kernels
+from bitwright.grids.tensor import Grid
 from bitwright.methods.awq import scaled_rounding
 from bitwright.methods.metrics import METRICS, channel_errors, total_error
 from bitwright.models.fold import FOLD_KINDS, FoldKind
@@ -237,6 +239,73 @@ def clipped_by_hand(weight: Array, gram: Array, bits: int, size: int) -> Array:
     for share in shares[::2]:
         try_range(bottom, share * high)
     return best
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    bits=st.sampled_from([2, 3, 4, 8]),
+    size=st.sampled_from([8, 32, 60]),
+    grid=st.sampled_from(["affine", "zero_point", "symmetric"]),
+    out=st.integers(1, 40),
+    shift=st.sampled_from([0.0, 2.0, -2.0]),
+    steps=st.integers(1, 12),
+    seed=st.integers(0, 10**6),
+)
+def test_clipping_by_any_measure_is_the_search_in_numpy(
+    bits: int, size: int, grid: Grid, out: int, shift: float, steps: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    rows = (rng.standard_normal((out, size)) ** 3 + shift).astype(np.float32)
+    rows[0] = 0
+    costs = rng.exponential(size=size)
+    choice = bitwright.GridChoice.check(rows, bits, size, grid, np.float32)
+
+    def errors(codes: Array, scales: Array, offsets: Array) -> Array:
+        change = reference.dequantize(codes, scales, offsets, grid).astype(np.float64) - rows
+        sums: Array = (costs * np.abs(change)).sum(axis=1)
+        return sums
+
+    shares = np.linspace(1, 0.5, steps, dtype=np.float32)
+    found = _kernels.quantize_clipped_by(rows, choice.kernel_grid, shares, errors)
+    wanted = reference.clip_group(rows, choice, shares, errors)
+    for mine, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_what_a_measure_raises_arrives() -> None:
+    rows = np.ones((3, 8), np.float32)
+    grid = bitwright.GridChoice.check(rows, 4, 8).kernel_grid
+    shares = np.ones(1, np.float32)
+
+    def fails(*_: Array) -> Array:
+        raise OverflowError("too much")
+
+    with pytest.raises(OverflowError, match="too much"):
+        _kernels.quantize_clipped_by(rows, grid, shares, fails)
+    with pytest.raises(TypeError, match="errors: expected dtype float64"):
+        _kernels.quantize_clipped_by(rows, grid, shares, lambda *_: np.ones(3, np.float32))
+    with pytest.raises(ValueError, match="errors: axis 0 must be 3"):
+        _kernels.quantize_clipped_by(rows, grid, shares, lambda *_: np.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1, 32, "affine"), "bits: expected 2 to 8, got 1"),
+        ((4, 0, "affine"), "group_size: expected at least 1, got 0"),
+        ((4, 32, "k"), "kind: expected affine, zero_point or symmetric, got k"),
+        ((4, 32, "affine", "float64"), "scale_dtype: .*, got float64"),
+    ],
+)
+def test_what_grids_of_kernels_are_not(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _kernels.Grid(*arguments)
+
+
+def test_kernels_check_that_groups_fill_the_rows() -> None:
+    weight = np.ones((2, 64), np.float32)
+    with pytest.raises(ValueError, match="group_size: 48 does not divide the 64 input channels"):
+        _kernels.quantize_rtn(weight, np.ones(64, np.float32), _kernels.Grid(4, 48, "affine"))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -13,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from test_gguf_file import write
 from test_student import SquaredLogits
 
 import bitwright
-from bitwright import QuantizedTensor
+from bitwright import QuantizedTensor, _kernels
 from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES, weights_per_block
 from bitwright.distill.student import PACE, Student, TrainedSuperBlocks
@@ -136,6 +137,51 @@ def assert_identical(found: QuantizedTensor | None, wanted: QuantizedTensor) -> 
 
 PARTS = ("scales", "biases")
 shapes = {"out": st.integers(1, 4), "blocks": st.integers(1, 3), "seed": st.integers(0, 1 << 30)}
+
+
+@by_type
+@settings(deadline=None, max_examples=20)
+@given(out=st.integers(1, 20), blocks=st.integers(1, 3), seed=st.integers(0, 10**6))
+def test_blocks_have_the_bytes_of_numpy(
+    grid: Grid, bits: int, out: int, blocks: int, seed: int
+) -> None:
+    tensor = random_tensor(grid, bits, out, blocks, seed)
+    packed = GgufFormat.pack("layer", tensor)["layer.weight"]
+    if tensor.superblocks is not None:
+        wanted = reference.pack_superblocks(tensor.codes, tensor.superblocks, bits)
+        codes, superblocks = reference.unpack_superblocks(packed, bits)
+        for field in fields(SuperBlocks):
+            mine, theirs = (getattr(each, field.name) for each in (tensor.superblocks, superblocks))
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                assert mine.tobytes() == theirs.tobytes()
+    else:
+        wanted = reference.pack_blocks(tensor.codes, tensor.scales, tensor.biases, bits)
+        codes = reference.unpack_blocks(packed, bits)
+    assert (packed.dtype, packed.shape) == (wanted.dtype, wanted.shape)
+    assert packed.tobytes() == wanted.tobytes()
+    np.testing.assert_array_equal(codes, tensor.codes)
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_kernels_of_blocks_check_their_arguments(bits: int) -> None:
+    tensor = random_tensor("k", bits, 3, 2, 0)
+    blocks = tensor.superblocks
+    assert blocks is not None
+    parts = (blocks.d, blocks.scale_codes, blocks.dmin, blocks.min_codes)
+    with pytest.raises(ValueError, match="d: axis 1 must be 1"):
+        _kernels.pack_superblocks(tensor.codes[:, :256].copy(), *parts, bits)
+    wrong: Any = blocks.scale_codes.view(np.uint8)
+    with pytest.raises(TypeError, match="scale_codes: expected dtype int8, got uint8"):
+        _kernels.pack_superblocks(tensor.codes, blocks.d, wrong, *parts[2:], bits)
+    with pytest.raises(ValueError, match="100 are no whole number of blocks of"):
+        _kernels.unpack_superblocks(np.zeros((1, 100), np.uint8), bits)
+    with pytest.raises(ValueError, match="bits: expected 2 to 6, got 8"):
+        _kernels.unpack_superblocks(np.zeros((1, 100), np.uint8), 8)
+    with pytest.raises(ValueError, match="bits: expected 4, 5 or 8, got 3"):
+        _kernels.unpack_blocks(np.zeros((1, 18), np.uint8), 3, False)
+    with pytest.raises(ValueError, match="10 are no whole number of blocks of 32"):
+        _kernels.pack_blocks(np.zeros((1, 10), np.uint8), blocks.d, None, 4)
 
 
 @by_type

@@ -14,7 +14,7 @@ from test_refine import layer, objective
 
 import bitwright
 from bitwright import QuantizedTensor
-from bitwright.grids.superblocks import fit_superblocks
+from bitwright.grids.superblocks import closed_form, fit_superblocks
 from bitwright.grids.tensor import K_GRIDS, SUPERBLOCK, SuperBlocks
 
 pytestmark = pytest.mark.usefixtures("all_processors")
@@ -259,6 +259,79 @@ def test_importance_of_any_size(bits: int, cost: float) -> None:
     )
     for field in fields(SuperBlocks):
         np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+
+
+# the same bits as in NumPy
+
+
+def drawn_groups(bits: int, seed: int, spread: float, size: float) -> tuple[Array, Array, Array]:
+    """Scales and offsets of groups of all sizes, some of them empty, and what channels cost."""
+    rng = np.random.default_rng(seed)
+    channels = 256 * int(rng.integers(1, 4))
+    shape = (int(rng.integers(1, 8)), channels // K_GRIDS[bits].group_size)
+    scales = size * np.exp(spread * rng.standard_normal(shape)) * rng.choice([0, 1, 1, 1], shape)
+    offsets = size * 2**bits * rng.standard_normal(shape) * rng.choice([0, 1, 1], shape)
+    importance = rng.exponential(size=channels) ** 3 * rng.choice([0, 1, 1], channels)
+    if K_GRIDS[bits].grid == "symmetric":
+        scales *= rng.choice([-1, 1], shape)
+        offsets[:] = 2 ** (bits - 1)
+    importance *= rng.choice([1e-30, 1, 1e30])
+    scales, offsets, importance = (
+        each.astype(np.float32) for each in (scales, offsets, importance)
+    )
+    return scales, offsets, importance
+
+
+sizes = st.sampled_from([1e-12, 2e-7, 1e-6, 1e-4, 0.05, 1.0, 900.0, 2e4, 1e30])
+
+
+@by_bits
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), spread=st.floats(0, 4), size=sizes)
+def test_superblocks_have_the_bits_of_numpy(
+    bits: int, seed: int, spread: float, size: float
+) -> None:
+    scales, offsets, importance = drawn_groups(bits, seed, spread, size)
+    with np.errstate(all="ignore"):
+        try:
+            wanted = reference.fit_superblocks(scales, offsets, importance, bits)
+        except ValueError as error:
+            with pytest.raises(ValueError, match=f"^{error}$"):
+                fit_superblocks(scales, offsets, importance, bits)
+            return
+    found = fit_superblocks(scales, offsets, importance, bits)
+    for field in fields(SuperBlocks):
+        mine, theirs = getattr(found, field.name), getattr(wanted, field.name)
+        if theirs is None:
+            assert mine is None
+        else:
+            assert (mine.dtype, mine.tobytes()) == (theirs.dtype, theirs.tobytes()), field.name
+
+
+@by_bits
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.sampled_from([1e-38, 1e-6, 0.05, 1.0, 1e15]),
+    cost=st.sampled_from([0.0, 1e-38, 1.0, 1e38]),
+    few=st.booleans(),
+)
+def test_closed_forms_have_the_bits_of_numpy(
+    bits: int, seed: int, size: float, cost: float, few: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    weight = (size * rng.standard_normal((5, 512))).astype(np.float32)
+    codes = rng.integers(0, 2 if few else 2**bits, (5, 512)).astype(np.uint8)
+    codes[0, :64] = 1  # which says nothing
+    importance = (cost * np.minimum(rng.exponential(size=512), 3)).astype(np.float32)
+    importance[rng.random(512) < 0.2] = 0
+    with np.errstate(all="ignore"):
+        wanted = reference.closed_form(weight, codes, importance, bits)
+    for mine, theirs in zip(closed_form(weight, codes, importance, bits), wanted, strict=True):
+        assert mine.dtype == theirs.dtype == np.float32
+        np.testing.assert_array_equal(np.isnan(mine), np.isnan(theirs))
+        known = ~np.isnan(mine)
+        assert mine[known].tobytes() == theirs[known].tobytes()
 
 
 # GPTQ and refinement

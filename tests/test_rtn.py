@@ -265,7 +265,9 @@ def test_codes_are_chosen_on_the_grid_that_is_stored(
     weight = (gaussian((4, 64)) * magnitude).astype(np.float32)
     importance = np.ones(64, np.float32)
     for search in (False, True):
-        _, *numbers = _kernels.quantize_rtn(weight, importance, 4, 64, grid, scale_dtype, search)
+        _, *numbers = _kernels.quantize_rtn(
+            weight, importance, _kernels.Grid(4, 64, grid, scale_dtype, search)
+        )
         for array in numbers:
             stored = array.astype(DTYPES[scale_dtype]).astype(np.float32)
             np.testing.assert_array_equal(stored, array)

@@ -27,6 +27,8 @@ inline constexpr const char* dtype_name<Eigen::bfloat16> = "bfloat16";
 template <>
 inline constexpr const char* dtype_name<std::uint8_t> = "uint8";
 template <>
+inline constexpr const char* dtype_name<std::int8_t> = "int8";
+template <>
 inline constexpr const char* dtype_name<std::int32_t> = "int32";
 template <>
 inline constexpr const char* dtype_name<std::uint32_t> = "uint32";
@@ -137,9 +139,23 @@ auto with_floats(const py::object& object, const Body& body) {
     return body(float{});
 }
 
+// Whether all values are from 0 to count − 1.
+template <typename Map>
+bool are_indices(const Map& values, Index count) {
+    return values.size() == 0 || (values.minCoeff() >= 0 && values.maxCoeff() < count);
+}
+
 template <typename Scalar>
 py::array_t<Scalar> new_matrix(Index rows, Index columns) {
     return py::array_t<Scalar>({rows, columns});
+}
+
+inline py::array new_halves(Index rows, Index columns) {
+    return {py::dtype("float16"), {rows, columns}};
+}
+
+inline MatrixView<Eigen::half> half_view(py::array& array) {
+    return {static_cast<Eigen::half*>(array.mutable_data()), array.shape(0), array.shape(1)};
 }
 
 template <typename Scalar>

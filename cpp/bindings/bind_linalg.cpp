@@ -58,7 +58,7 @@ void bind_linalg(py::module_& module) {
             const auto g = matrix<float>(gram, "gram");
             require_extent(py::reinterpret_borrow<py::array>(gram), "gram", 1, g.rows());
             const auto columns = vector<std::int32_t>(order, "order", g.rows());
-            if (g.rows() > 0 && (columns.minCoeff() < 0 || columns.maxCoeff() >= g.rows()))
+            if (!are_indices(columns, g.rows()))
                 throw py::value_error("order: expected a permutation of the gram's columns");
             auto result = new_matrix<float>(g.rows(), g.cols());
             auto upper = view(result);

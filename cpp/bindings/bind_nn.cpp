@@ -88,7 +88,7 @@ void bind_linear(py::module_& module) {
                 auto scales = writable_matrix<Scalar>(scale_gradients, "scale_gradients", g.cols());
                 auto biases = writable_matrix<Scalar>(bias_gradients, "bias_gradients", g.cols(),
                                                       scales.cols());
-                if (of.size() > 0 && (of.minCoeff() < 0 || of.maxCoeff() >= scales.cols()))
+                if (!are_indices(of, scales.cols()))
                     throw py::value_error("groups: expected indices from 0 to " +
                                           std::to_string(scales.cols() - 1));
                 const py::gil_scoped_release release;
@@ -377,8 +377,7 @@ void bind_distillation(py::module_& module) {
                     i, matrix<Scalar>(log_probabilities, "log_probabilities", l.rows(), i.cols()),
                     vector<Scalar>(rest, "rest", l.rows())};
                 const auto n = vector<std::int32_t>(next, "next", l.rows());
-                if (i.cols() < 1 || i.cols() > l.cols() ||
-                    (i.size() > 0 && (i.minCoeff() < 0 || i.maxCoeff() >= l.cols())) ||
+                if (i.cols() < 1 || i.cols() > l.cols() || !are_indices(i, l.cols()) ||
                     (n.size() > 0 && n.maxCoeff() >= l.cols()))
                     throw py::value_error("ids and next: expected token ids from 0 to " +
                                           std::to_string(l.cols() - 1));
@@ -406,7 +405,7 @@ void bind_losses(py::module_& module) {
         [](const py::object& logits, const py::object& targets) {
             const auto l = matrix<float>(logits, "logits");
             const auto t = vector<std::int32_t>(targets, "targets", l.rows());
-            if (t.size() > 0 && (t.minCoeff() < 0 || t.maxCoeff() >= l.cols()))
+            if (!are_indices(t, l.cols()))
                 throw py::value_error("targets: expected token ids from 0 to " +
                                       std::to_string(l.cols() - 1));
             py::array_t<double> losses(l.rows());

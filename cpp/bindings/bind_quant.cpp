@@ -2,233 +2,401 @@
 #include "bindings/bind.hpp"
 #include "quant/awq.hpp"
 #include "quant/dequantize.hpp"
+#include "quant/gguf_blocks.hpp"
 #include "quant/packing.hpp"
 #include "quant/quantize.hpp"
 #include "quant/refine.hpp"
-#include "quant/slab.hpp"
+#include "quant/superblocks.hpp"
 
 namespace bitwright {
 namespace {
 
-GridRule rule_from(int bits, const std::string& grid, const std::string& scale_dtype, bool search) {
-    if (bits < 2 || bits > 8)
-        throw py::value_error("bits: expected 2 to 8, got " + std::to_string(bits));
-    GridRule rule{Grid::affine, ScaleType::float32, bits, search};
-    if (grid == "zero_point")
-        rule.grid = Grid::zero_point;
-    else if (grid == "symmetric")
-        rule.grid = Grid::symmetric;
-    else if (grid != "affine")
-        throw py::value_error("grid: expected affine, zero_point or symmetric, got " + grid);
-    if (scale_dtype == "float16")
-        rule.scale_type = ScaleType::float16;
-    else if (scale_dtype == "bfloat16")
-        rule.scale_type = ScaleType::bfloat16;
-    else if (scale_dtype != "float32")
-        throw py::value_error("scale_dtype: expected float32, float16 or bfloat16, got " +
-                              scale_dtype);
-    return rule;
+GridKind kind_named(const std::string& name) {
+    if (name == "affine") return GridKind::affine;
+    if (name == "zero_point") return GridKind::zero_point;
+    if (name == "symmetric") return GridKind::symmetric;
+    throw py::value_error("kind: expected affine, zero_point or symmetric, got " + name);
 }
 
-void check_group_size(Index group_size, Index in) {
-    if (group_size < 1 || in % group_size != 0)
-        throw py::value_error("group_size: " + std::to_string(group_size) +
+ScaleType scale_type_named(const std::string& name) {
+    if (name == "float32") return ScaleType::float32;
+    if (name == "float16") return ScaleType::float16;
+    if (name == "bfloat16") return ScaleType::bfloat16;
+    throw py::value_error("scale_dtype: expected float32, float16 or bfloat16, got " + name);
+}
+
+void bind_grid(py::module_& module) {
+    py::class_<Grid>(module, "Grid",
+                     "What a method quantizes to: how each group of weights is coded.")
+        .def(py::init([](int bits, Index group_size, const std::string& kind,
+                         const std::string& scale_dtype, bool search) {
+                 if (bits < 2 || bits > 8)
+                     throw py::value_error("bits: expected 2 to 8, got " + std::to_string(bits));
+                 if (group_size < 1)
+                     throw py::value_error("group_size: expected at least 1, got " +
+                                           std::to_string(group_size));
+                 return Grid{kind_named(kind), scale_type_named(scale_dtype), bits, group_size,
+                             search};
+             }),
+             py::arg("bits"), py::arg("group_size"), py::arg("kind"),
+             py::arg("scale_dtype") = "float32", py::arg("search") = false);
+}
+
+// The number of groups in a row.
+Index groups_of(const Grid& grid, Index in) {
+    if (in % grid.group_size != 0)
+        throw py::value_error("group_size: " + std::to_string(grid.group_size) +
                               " does not divide the " + std::to_string(in) +
                               " input channels of weight");
+    return in / grid.group_size;
 }
 
 struct Result {
     py::array_t<std::uint8_t> codes;
     py::array_t<float> scales, offsets;
-    Index group_size;
 
-    Result(Index out, Index in, Index size)
-        : codes(new_matrix<std::uint8_t>(out, in)), group_size(size) {
-        check_group_size(size, in);
-        scales = new_matrix<float>(out, in / size);
-        offsets = new_matrix<float>(out, in / size);
-    }
+    Result(Index out, Index in, const Grid& grid)
+        : codes(new_matrix<std::uint8_t>(out, in)),
+          scales(new_matrix<float>(out, groups_of(grid, in))),
+          offsets(new_matrix<float>(out, groups_of(grid, in))) {}
 
-    QuantizedView quantized() { return {view(codes), view(scales), view(offsets), group_size}; }
+    QuantizedView quantized() { return {view(codes), view(scales), view(offsets)}; }
+    py::tuple arrays() const { return py::make_tuple(codes, scales, offsets); }
 };
 
 void bind_methods(py::module_& module) {
     module.def(
         "quantize_rtn",
-        [](const py::object& weight, const py::object& importance, int bits, Index group_size,
-           const std::string& grid, const std::string& scale_dtype, bool search) {
-            const GridRule rule = rule_from(bits, grid, scale_dtype, search);
+        [](const py::object& weight, const py::object& importance, const Grid& grid) {
             py::tuple outcome;
             with_weight(weight, "weight", [&](auto w) {
                 const auto h = vector<float>(importance, "importance", w.cols());
-                Result result(w.rows(), w.cols(), group_size);
-                auto quantized = result.quantized();
+                Result result(w.rows(), w.cols(), grid);
+                const auto quantized = result.quantized();
                 {
                     const py::gil_scoped_release release;
-                    quantize_rtn(w, h, rule, quantized);
+                    quantize_rtn(w, h, grid, quantized);
                 }
-                outcome = py::make_tuple(result.codes, result.scales, result.offsets);
+                outcome = result.arrays();
             });
             return outcome;
         },
-        py::arg("weight"), py::arg("importance"), py::arg("bits"), py::arg("group_size"),
-        py::arg("grid"), py::arg("scale_dtype"), py::arg("search"));
+        py::arg("weight"), py::arg("importance"), py::arg("grid"));
+
+    module.def(
+        "encode",
+        [](const py::object& weight, const py::object& scales, const py::object& offsets,
+           const Grid& grid) {
+            const auto w = matrix<float>(weight, "weight");
+            const Index out = w.rows(), groups = groups_of(grid, w.cols());
+            const auto s = matrix<float>(scales, "scales", out, groups);
+            const auto o = matrix<float>(offsets, "offsets", out, groups);
+            auto codes = new_matrix<std::uint8_t>(out, w.cols());
+            auto target = view(codes);
+            {
+                const py::gil_scoped_release release;
+                encode(w, s, o, grid, target);
+            }
+            return codes;
+        },
+        py::arg("weight"), py::arg("scales"), py::arg("offsets"), py::arg("grid"));
 
     module.def(
         "quantize_gptq",
         [](const py::object& weight, const py::object& upper, const py::object& order,
-           const py::object& importance, int bits, Index group_size, const std::string& grid,
-           const std::string& scale_dtype, bool search, Index block_size, bool static_groups,
+           const py::object& importance, const Grid& grid, Index block_size, bool static_groups,
            const py::object& scales, const py::object& offsets) {
-            const GridRule rule = rule_from(bits, grid, scale_dtype, search);
             if (block_size < 1) throw py::value_error("block_size: expected at least 1");
             py::tuple outcome;
             with_weight(weight, "weight", [&](auto w) {
                 const Index in = w.cols();
                 const auto u = matrix<float>(upper, "upper", in, in);
                 const auto columns = vector<std::int32_t>(order, "order", in);
-                if (in > 0 && (columns.minCoeff() < 0 || columns.maxCoeff() >= in))
+                if (!are_indices(columns, in))
                     throw py::value_error("order: expected a permutation of weight's columns");
                 const auto h = vector<float>(importance, "importance", in);
-                Result result(w.rows(), in, group_size);
+                Result result(w.rows(), in, grid);
                 auto quantized = result.quantized();
                 auto grids = static_groups ? GridsFrom::original : GridsFrom::progress;
                 if (!scales.is_none()) {
                     grids = GridsFrom::result;
-                    const Index groups = in / group_size;
+                    const Index groups = quantized.scales.cols();
                     quantized.scales = matrix<float>(scales, "scales", w.rows(), groups);
                     quantized.offsets = matrix<float>(offsets, "offsets", w.rows(), groups);
                 }
                 py::array_t<double> losses(in);
-                VectorView<double> loss(losses.mutable_data(), in);
+                const VectorView<double> loss(losses.mutable_data(), in);
                 {
                     const py::gil_scoped_release release;
-                    quantize_gptq(w, u, columns, h, rule, block_size, grids, quantized, loss);
+                    quantize_gptq(w, u, columns, h, grid, block_size, grids, quantized, loss);
                 }
                 outcome = py::make_tuple(result.codes, result.scales, result.offsets, losses);
             });
             return outcome;
         },
         py::arg("weight"), py::arg("upper"), py::arg("order"), py::arg("importance"),
-        py::arg("bits"), py::arg("group_size"), py::arg("grid"), py::arg("scale_dtype"),
-        py::arg("search"), py::arg("block_size"), py::arg("static_groups"),
+        py::arg("grid"), py::arg("block_size"), py::arg("static_groups"),
         py::arg("scales") = py::none(), py::arg("offsets") = py::none());
-}
 
-void bind_refine(py::module_& module) {
     module.def(
         "refine",
         [](const py::object& weight, const py::object& gram, const py::object& codes,
-           const py::object& scales, const py::object& offsets, int bits, Index group_size,
-           const std::string& grid, const std::string& scale_dtype, Index rounds, bool codes_only) {
-            const GridRule rule = rule_from(bits, grid, scale_dtype, false);
+           const py::object& scales, const py::object& offsets, const Grid& grid, Index rounds,
+           bool codes_only) {
             const auto w = matrix<float>(weight, "weight");
-            const Index out = w.rows(), in = w.cols();
+            const Index out = w.rows(), in = w.cols(), groups = groups_of(grid, in);
             const auto g = matrix<float>(gram, "gram", in, in);
-            check_group_size(group_size, in);
-            const QuantizedView result{
-                writable_matrix<std::uint8_t>(codes, "codes", out, in),
-                writable_matrix<float>(scales, "scales", out, in / group_size),
-                writable_matrix<float>(offsets, "offsets", out, in / group_size), group_size};
+            const QuantizedView result{writable_matrix<std::uint8_t>(codes, "codes", out, in),
+                                       writable_matrix<float>(scales, "scales", out, groups),
+                                       writable_matrix<float>(offsets, "offsets", out, groups)};
             if (rounds < 0) throw py::value_error("rounds: expected 0 or more");
             py::array_t<double> objectives(rounds + 1);
-            VectorView<double> values(objectives.mutable_data(), rounds + 1);
+            const VectorView<double> values(objectives.mutable_data(), rounds + 1);
             {
                 const py::gil_scoped_release release;
-                refine(w, g, rule, rounds, codes_only, result, values);
+                refine(w, g, grid, rounds, codes_only, result, values);
             }
             return objectives;
         },
         py::arg("weight"), py::arg("gram"), py::arg("codes"), py::arg("scales"), py::arg("offsets"),
-        py::arg("bits"), py::arg("group_size"), py::arg("grid"), py::arg("scale_dtype"),
-        py::arg("rounds"), py::arg("codes_only") = false);
+        py::arg("grid"), py::arg("rounds"), py::arg("codes_only") = false);
+}
+
+// A metric of Python's, called with the interpreter's lock in hand.
+RowErrors python_errors(const py::function& errors, Result& candidate) {
+    return [&errors, &candidate](VectorView<double> found) {
+        const py::gil_scoped_acquire acquire;
+        const py::object measured = errors(candidate.codes, candidate.scales, candidate.offsets);
+        found = vector<double>(measured, "errors", found.size());
+    };
 }
 
 void bind_awq(py::module_& module) {
     module.def(
         "scaled_rounding_change",
         [](const py::object& weight, const py::object& scale, const py::object& importance,
-           int bits, Index group_size, const std::string& grid, const std::string& scale_dtype,
-           bool search, const py::object& out) {
-            const GridRule rule = rule_from(bits, grid, scale_dtype, search);
+           const Grid& grid, const py::object& out) {
             const auto w = matrix<float>(weight, "weight");
-            check_group_size(group_size, w.cols());
+            groups_of(grid, w.cols());
             const auto s = vector<float>(scale, "scale", w.cols());
             const auto h = vector<float>(importance, "importance", w.cols());
-            auto change = writable_matrix<float>(out, "out", w.rows(), w.cols());
+            const auto change = writable_matrix<float>(out, "out", w.rows(), w.cols());
             const py::gil_scoped_release release;
-            scaled_rounding_change(w, s, h, rule, group_size, change);
+            scaled_rounding_change(w, s, h, grid, change);
         },
-        py::arg("weight"), py::arg("scale"), py::arg("importance"), py::arg("bits"),
-        py::arg("group_size"), py::arg("grid"), py::arg("scale_dtype"), py::arg("search"),
+        py::arg("weight"), py::arg("scale"), py::arg("importance"), py::arg("grid"),
         py::arg("out"));
 
     module.def(
         "quantize_clipped",
-        [](const py::object& weight, const py::object& gram, int bits, Index group_size,
-           const std::string& grid, const std::string& scale_dtype, int steps, float least) {
-            const GridRule rule = rule_from(bits, grid, scale_dtype, false);
+        [](const py::object& weight, const py::object& gram, const Grid& grid, int steps,
+           float least) {
             const auto w = matrix<float>(weight, "weight");
             const auto g = matrix<float>(gram, "gram", w.cols(), w.cols());
-            Result result(w.rows(), w.cols(), group_size);
-            auto quantized = result.quantized();
+            Result result(w.rows(), w.cols(), grid);
+            const auto quantized = result.quantized();
             {
                 const py::gil_scoped_release release;
-                quantize_clipped(w, g, rule, steps, least, quantized);
+                quantize_clipped(w, g, grid, steps, least, quantized);
             }
-            return py::make_tuple(result.codes, result.scales, result.offsets);
+            return result.arrays();
         },
-        py::arg("weight"), py::arg("gram"), py::arg("bits"), py::arg("group_size"), py::arg("grid"),
-        py::arg("scale_dtype"), py::arg("steps"), py::arg("least"));
+        py::arg("weight"), py::arg("gram"), py::arg("grid"), py::arg("steps"), py::arg("least"));
 
     module.def(
-        "range_grids",
-        [](const py::object& low, const py::object& high, int bits, const std::string& grid,
-           const std::string& scale_dtype) {
-            const GridRule rule = rule_from(bits, grid, scale_dtype, false);
-            const auto bottom = vector<float>(low, "low");
-            const auto top = vector<float>(high, "high", bottom.size());
-            py::list grids;
-            for (Index row = 0; row < bottom.size(); row += lane_count) {
-                const Index count = std::min<Index>(lane_count, bottom.size() - row);
-                Lanes lows = Lanes::Zero(), highs = Lanes::Zero();
-                lows.head(count) = bottom.segment(row, count);
-                highs.head(count) = top.segment(row, count);
-                py::ssize_t number = 0;
-                range_grids(rule, lows, highs, [&](const GridLanes& candidate) {
-                    if (row == 0)
-                        grids.append(py::make_tuple(new_matrix<float>(bottom.size(), 1),
-                                                    new_matrix<float>(bottom.size(), 1)));
-                    const auto pair = grids[static_cast<size_t>(number++)].cast<py::tuple>();
-                    auto scales = pair[0].cast<py::array_t<float>>();
-                    auto offsets = pair[1].cast<py::array_t<float>>();
-                    auto scale = view(scales), offset = view(offsets);
-                    store_grid(rule.grid, candidate, row, 0, scale, offset);
-                });
+        "quantize_clipped_by",
+        [](const py::object& weight, const Grid& grid, const py::object& shares,
+           const py::function& errors) {
+            const auto w = matrix<float>(weight, "weight", -1, grid.group_size);
+            if (w.cols() < 1) throw py::value_error("weight: expected at least one column");
+            const auto s = vector<float>(shares, "shares");
+            Result result(w.rows(), w.cols(), grid), candidate(w.rows(), w.cols(), grid);
+            const auto quantized = result.quantized(), tried = candidate.quantized();
+            const auto measure = python_errors(errors, candidate);
+            {
+                const py::gil_scoped_release release;
+                quantize_clipped_by(w, grid, s, measure, tried, quantized);
             }
-            return grids;
+            return result.arrays();
         },
-        py::arg("low"), py::arg("high"), py::arg("bits"), py::arg("grid"), py::arg("scale_dtype"));
+        py::arg("weight"), py::arg("grid"), py::arg("shares"), py::arg("errors"));
+}
+
+// For views of which a kernel may write to one and reads the other.
+template <typename Scalar>
+MatrixView<Scalar> mutable_matrix(const py::object& object, const char* name, Index rows,
+                                  Index columns) {
+    const auto view = matrix<Scalar>(object, name, rows, columns);
+    return {const_cast<Scalar*>(view.data()), rows, columns};
+}
+
+// Superblocks that Python gave or is given; symmetric grids have no mins.
+struct Superblocks {
+    py::object d, scale_codes, dmin = py::none(), min_codes = py::none();
+
+    static Superblocks empty(Index out, Index blocks, const KGrid& grid) {
+        Superblocks made{new_halves(out, blocks),
+                         new_matrix<std::int8_t>(out, blocks * grid.groups())};
+        if (!grid.affine) return made;
+        made.dmin = new_halves(out, blocks);
+        made.min_codes = new_matrix<std::uint8_t>(out, blocks * grid.groups());
+        return made;
+    }
+
+    SuperblocksView checked(Index out, Index blocks, const KGrid& grid) const {
+        const Index groups = blocks * grid.groups();
+        SuperblocksView view{mutable_matrix<Eigen::half>(d, "d", out, blocks),
+                             mutable_matrix<std::int8_t>(scale_codes, "scale_codes", out, groups),
+                             {nullptr, 0, 0},
+                             {nullptr, 0, 0}};
+        if (!grid.affine) return view;
+        return {view.d, view.scale_codes, mutable_matrix<Eigen::half>(dmin, "dmin", out, blocks),
+                mutable_matrix<std::uint8_t>(min_codes, "min_codes", out, groups)};
+    }
+
+    py::tuple arrays() const { return py::make_tuple(d, scale_codes, dmin, min_codes); }
+};
+
+KGrid k_grid(int bits) {
+    if (bits < 2 || bits > 6)
+        throw py::value_error("bits: expected 2 to 6, got " + std::to_string(bits));
+    return KGrid::of(bits);
+}
+
+// The number of blocks in a row of weights or bytes.
+Index blocks_in(Index row, Index size) {
+    if (row % size != 0)
+        throw py::value_error("blocks: " + std::to_string(row) +
+                              " are no whole number of blocks of " + std::to_string(size));
+    return row / size;
+}
+
+void bind_superblocks(py::module_& module) {
+    module.def(
+        "fit_superblocks",
+        [](const py::object& scales, const py::object& offsets, const py::object& importance,
+           int bits) -> py::object {
+            const KGrid grid = k_grid(bits);
+            const auto h = vector<float>(importance, "importance");
+            const Index blocks = blocks_in(h.size(), superblock_size),
+                        groups = blocks * grid.groups();
+            const auto s = matrix<float>(scales, "scales", -1, groups);
+            const auto o = matrix<float>(offsets, "offsets", s.rows(), groups);
+            const auto result = Superblocks::empty(s.rows(), blocks, grid);
+            const auto target = result.checked(s.rows(), blocks, grid);
+            bool held = false;
+            {
+                const py::gil_scoped_release release;
+                held = fit_superblocks(s, o, h, grid, target);
+            }
+            return held ? py::object(result.arrays()) : py::none();
+        },
+        py::arg("scales"), py::arg("offsets"), py::arg("importance"), py::arg("bits"));
 
     module.def(
-        "encode",
-        [](const py::object& weight, const py::object& scales, const py::object& offsets, int bits,
-           Index group_size, const std::string& grid) {
-            const GridRule rule = rule_from(bits, grid, "float32", false);
+        "closed_form",
+        [](const py::object& weight, const py::object& codes, const py::object& importance,
+           int bits) {
+            const KGrid grid = k_grid(bits);
             const auto w = matrix<float>(weight, "weight");
-            Result result(w.rows(), w.cols(), group_size);
-            auto quantized = result.quantized();
-            quantized.scales = matrix<float>(scales, "scales", w.rows(), quantized.scales.cols());
-            quantized.offsets =
-                matrix<float>(offsets, "offsets", w.rows(), quantized.scales.cols());
+            const auto c = matrix<std::uint8_t>(codes, "codes", w.rows(), w.cols());
+            const auto h = vector<float>(importance, "importance", w.cols());
+            const Index groups = blocks_in(w.cols(), superblock_size) * grid.groups();
+            auto scales = new_matrix<float>(w.rows(), groups);
+            auto offsets = new_matrix<float>(w.rows(), groups);
+            const auto s = view(scales), o = view(offsets);
             {
                 const py::gil_scoped_release release;
-                encode(w, rule, quantized);
+                closed_form(w, c, h, grid, s, o);
             }
-            return result.codes;
+            return py::make_tuple(scales, offsets);
         },
-        py::arg("weight"), py::arg("scales"), py::arg("offsets"), py::arg("bits"),
-        py::arg("group_size"), py::arg("grid"));
+        py::arg("weight"), py::arg("codes"), py::arg("importance"), py::arg("bits"));
+
+    module.def(
+        "pack_superblocks",
+        [](const py::object& codes, const py::object& d, const py::object& scale_codes,
+           const py::object& dmin, const py::object& min_codes, int bits) {
+            const KGrid grid = k_grid(bits);
+            const auto c = matrix<std::uint8_t>(codes, "codes");
+            const Index blocks = blocks_in(c.cols(), superblock_size);
+            const auto grids =
+                Superblocks{d, scale_codes, dmin, min_codes}.checked(c.rows(), blocks, grid);
+            auto packed = new_matrix<std::uint8_t>(c.rows(), blocks * superblock_bytes(bits));
+            const auto target = view(packed);
+            {
+                const py::gil_scoped_release release;
+                pack_superblocks(c, grids, grid, target);
+            }
+            return packed;
+        },
+        py::arg("codes"), py::arg("d"), py::arg("scale_codes"), py::arg("dmin"),
+        py::arg("min_codes"), py::arg("bits"));
+
+    module.def(
+        "unpack_superblocks",
+        [](const py::object& blocks, int bits) {
+            const KGrid grid = k_grid(bits);
+            const auto packed = matrix<std::uint8_t>(blocks, "blocks");
+            const Index count = blocks_in(packed.cols(), superblock_bytes(bits));
+            auto codes = new_matrix<std::uint8_t>(packed.rows(), count * superblock_size);
+            const auto c = view(codes);
+            const auto result = Superblocks::empty(packed.rows(), count, grid);
+            const auto grids = result.checked(packed.rows(), count, grid);
+            {
+                const py::gil_scoped_release release;
+                unpack_superblocks(packed, grid, c, grids);
+            }
+            return py::make_tuple(codes, result.d, result.scale_codes, result.dmin,
+                                  result.min_codes);
+        },
+        py::arg("blocks"), py::arg("bits"));
+}
+
+void check_block_bits(int bits) {
+    if (bits != 4 && bits != 5 && bits != 8)
+        throw py::value_error("bits: expected 4, 5 or 8, got " + std::to_string(bits));
+}
+
+void bind_blocks(py::module_& module) {
+    module.def(
+        "pack_blocks",
+        [](const py::object& codes, const py::object& d, const py::object& m, int bits) {
+            check_block_bits(bits);
+            const auto c = matrix<std::uint8_t>(codes, "codes");
+            const Index blocks = blocks_in(c.cols(), weights_per_block);
+            const auto scales = matrix<Eigen::half>(d, "d", c.rows(), blocks);
+            const auto biases = m.is_none() ? ConstMatrixView<Eigen::half>(nullptr, 0, 0)
+                                            : matrix<Eigen::half>(m, "m", c.rows(), blocks);
+            auto packed =
+                new_matrix<std::uint8_t>(c.rows(), blocks * block_bytes(bits, !m.is_none()));
+            const auto target = view(packed);
+            {
+                const py::gil_scoped_release release;
+                pack_blocks(c, scales, biases, bits, target);
+            }
+            return packed;
+        },
+        py::arg("codes"), py::arg("d"), py::arg("m"), py::arg("bits"));
+
+    module.def(
+        "unpack_blocks",
+        [](const py::object& blocks, int bits, bool affine) {
+            check_block_bits(bits);
+            const auto packed = matrix<std::uint8_t>(blocks, "blocks");
+            const Index rows = packed.rows(),
+                        count = blocks_in(packed.cols(), block_bytes(bits, affine));
+            auto codes = new_matrix<std::uint8_t>(rows, count * weights_per_block);
+            py::array d = new_halves(rows, count), m = new_halves(affine ? rows : 0, count);
+            const auto c = view(codes);
+            const auto scales = half_view(d), biases = half_view(m);
+            {
+                const py::gil_scoped_release release;
+                unpack_blocks(packed, bits, c, scales, biases);
+            }
+            return py::make_tuple(codes, d, affine ? py::object(m) : py::none());
+        },
+        py::arg("blocks"), py::arg("bits"), py::arg("affine"));
 }
 
 void bind_codes(py::module_& module) {
@@ -245,8 +413,7 @@ void bind_codes(py::module_& module) {
             const float* z = offsets(zeros, "zeros");
             const float* b = offsets(biases, "biases");
             const auto* g = optional_vector<std::int32_t>(groups, "groups", c.cols());
-            if (g && (ConstVectorView<std::int32_t>(g, c.cols()).minCoeff() < 0 ||
-                      ConstVectorView<std::int32_t>(g, c.cols()).maxCoeff() >= s.cols()))
+            if (g && !are_indices(ConstVectorView<std::int32_t>(g, c.cols()), s.cols()))
                 throw py::value_error("groups: expected values from 0 to " +
                                       std::to_string(s.cols() - 1));
             if (s.cols() == 0 || (!g && c.cols() % s.cols() != 0))
@@ -307,9 +474,11 @@ void bind_codes(py::module_& module) {
 }  // namespace
 
 void bind_quant(py::module_& module) {
+    bind_grid(module);
     bind_methods(module);
-    bind_refine(module);
     bind_awq(module);
+    bind_superblocks(module);
+    bind_blocks(module);
     bind_codes(module);
 }
 

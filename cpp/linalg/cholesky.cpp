@@ -11,8 +11,8 @@ void strtri_(const char* triangle, const char* diagonal, const int* size, float*
 namespace bitwright {
 namespace {
 
-constexpr Index BLOCK = 256;  // rows and columns that LAPACK takes at once, on one thread
-constexpr Index PANEL = 128;  // right-hand sides of a triangular system on one thread
+constexpr Index block_size = 256;  // rows and columns that LAPACK takes at once, on one thread
+constexpr Index panel_rows = 128;  // right-hand sides of a triangular system on one thread
 
 enum class Side { left, right };
 
@@ -21,7 +21,7 @@ template <Side side, bool transposed = false, typename Lower, typename Sides>
 void solve_triangle(const Lower& lower, Sides&& sides) {
     const auto triangle = lower.template triangularView<Eigen::Lower>();
     const Index count = side == Side::left ? sides.cols() : sides.rows();
-    parallel_for(count, PANEL, [&](Index first, Index last) {
+    parallel_for(count, panel_rows, [&](Index first, Index last) {
         if constexpr (side == Side::left) {
             auto part = sides.middleCols(first, last - first);
             triangle.solveInPlace(part);
@@ -37,7 +37,7 @@ void solve_triangle(const Lower& lower, Sides&& sides) {
 
 // The lower triangle of rows and columns [first, first + size).
 void invert_lower(MatrixView<float> matrix, Index first, Index size) {
-    if (size <= BLOCK) {
+    if (size <= block_size) {
         const int n = static_cast<int>(size), stride = static_cast<int>(matrix.cols());
         int info = 0;
         // LAPACK's upper triangle is the lower one of a row-major matrix.
@@ -45,7 +45,8 @@ void invert_lower(MatrixView<float> matrix, Index first, Index size) {
         return;
     }
     // The inverse of [[A, 0], [B, C]] is [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]].
-    const Index above = ((size + BLOCK - 1) / BLOCK + 1) / 2 * BLOCK, below = size - above;
+    const Index above = ((size + block_size - 1) / block_size + 1) / 2 * block_size,
+                below = size - above;
     auto corner = matrix.block(first + above, first, below, above);
     corner = -corner;
     solve_triangle<Side::left>(matrix.block(first + above, first + above, below, below), corner);
@@ -59,8 +60,8 @@ void invert_lower(MatrixView<float> matrix, Index first, Index size) {
 bool cholesky_factor(MatrixView<float> matrix) {
     const Index size = matrix.rows();
     const int stride = static_cast<int>(size);
-    for (Index first = 0; first < size; first += BLOCK) {
-        const Index width = std::min(BLOCK, size - first), rest = size - first - width;
+    for (Index first = 0; first < size; first += block_size) {
+        const Index width = std::min(block_size, size - first), rest = size - first - width;
         const int n = static_cast<int>(width);
         int info = 0;
         // LAPACK's upper triangle is the lower one of a row-major matrix.

@@ -8,7 +8,7 @@
 namespace bitwright {
 namespace {
 
-constexpr Index TILE = 64;  // queries at once
+constexpr Index tile_queries = 64;  // queries at once
 
 // One sample and head of states [batch · length, heads · channels], as [length, channels].
 template <typename Scalar>
@@ -30,8 +30,8 @@ struct Tile {
     Index start, rows, seen_from, seen;
 
     Tile(Index index, const AttentionRule& rule)
-        : start(index * TILE),
-          rows(std::min(TILE, rule.length - start)),
+        : start(index * tile_queries),
+          rows(std::min(tile_queries, rule.length - start)),
           seen_from(std::max<Index>(0, start - window_of(rule) + 1)),
           seen(start + rows - seen_from) {}
 
@@ -39,7 +39,7 @@ struct Tile {
         return rule.window > 0 ? std::min(rule.window, rule.length) : rule.length;
     }
     static Index most_seen(const AttentionRule& rule) {
-        return std::min(rule.length, window_of(rule) + TILE);
+        return std::min(rule.length, window_of(rule) + tile_queries);
     }
 };
 
@@ -77,9 +77,9 @@ void attention(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
                MatrixView<Scalar> output) {
     const Index length = rule.length, heads = rule.heads;
     const Index width = query.cols() / heads, value_width = value.cols() / rule.key_heads;
-    const Index batch = query.rows() / length, tiles = (length + TILE - 1) / TILE;
+    const Index batch = query.rows() / length, tiles = (length + tile_queries - 1) / tile_queries;
     parallel_for(batch * heads * tiles, 1, [&](Index first, Index last) {
-        Matrix<Scalar> scores(TILE, Tile::most_seen(rule));
+        Matrix<Scalar> scores(tile_queries, Tile::most_seen(rule));
         for (Index item = first; item < last; ++item) {
             const Tile tile(tiles - 1 - item % tiles, rule);  // the long rows first
             const Index head = item / tiles % heads, sample = item / tiles / heads;
@@ -103,7 +103,7 @@ void attention_backward(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> k
                         MatrixView<Scalar> key_gradient, MatrixView<Scalar> value_gradient) {
     const Index length = rule.length, heads = rule.heads, shared = heads / rule.key_heads;
     const Index width = query.cols() / heads, value_width = value.cols() / rule.key_heads;
-    const Index batch = query.rows() / length, tiles = (length + TILE - 1) / TILE;
+    const Index batch = query.rows() / length, tiles = (length + tile_queries - 1) / tile_queries;
     const auto scale = static_cast<Scalar>(rule.scale);
     // Every query head has its own gradients of the keys and values that it shares with others.
     Matrix<Scalar> keys_apart(shared > 1 ? query.rows() : 0, query.cols());
@@ -111,7 +111,7 @@ void attention_backward(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> k
     MatrixView<Scalar> key_parts(keys_apart.data(), query.rows(), query.cols());
     MatrixView<Scalar> value_parts(values_apart.data(), query.rows(), heads * value_width);
     parallel_for(batch * heads, 1, [&](Index first, Index last) {
-        Matrix<Scalar> scores(TILE, Tile::most_seen(rule)), changes(scores), slopes;
+        Matrix<Scalar> scores(tile_queries, Tile::most_seen(rule)), changes(scores), slopes;
         if (rule.softcap > 0) slopes.resize(scores.rows(), scores.cols());
         for (Index item = first; item < last; ++item) {
             const Index head = item % heads, sample = item / heads, key_head = head / shared;

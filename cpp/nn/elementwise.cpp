@@ -8,8 +8,8 @@
 namespace bitwright {
 namespace {
 
-constexpr double ROOT_TWO_OVER_PI = 0.7978845608028654, CUBIC = 0.044715;
-constexpr double ROOT_HALF = 0.7071067811865476, ROOT_HALF_OVER_PI = 0.3989422804014327;
+constexpr double root_two_over_pi = 0.7978845608028654, cubic = 0.044715;
+constexpr double root_half = 0.7071067811865476, root_half_over_pi = 0.3989422804014327;
 
 // result = activation(values).
 template <typename Scalar>
@@ -20,12 +20,12 @@ void activate_row(const AlignedRow<Scalar>& values, AlignedRow<Scalar>& result,
             result = values / (1 + (-values).exp());
             break;
         case Activation::gelu_tanh:  // Hendrycks and Gimpel 2016, its approximation
-            result = Scalar(ROOT_TWO_OVER_PI) * (values + Scalar(CUBIC) * values.cube());
+            result = Scalar(root_two_over_pi) * (values + Scalar(cubic) * values.cube());
             result = Scalar(0.5) * values * (1 + result.tanh());
             break;
         case Activation::gelu:
             result = values.unaryExpr(
-                [](Scalar x) { return Scalar(0.5) * x * (1 + std::erf(x * Scalar(ROOT_HALF))); });
+                [](Scalar x) { return Scalar(0.5) * x * (1 + std::erf(x * Scalar(root_half))); });
             break;
         case Activation::relu:
             result = values.max(Scalar(0));
@@ -43,16 +43,16 @@ void slope_row(const AlignedRow<Scalar>& values, AlignedRow<Scalar>& result,
             result = result * (1 + values * (1 - result));
             break;
         case Activation::gelu_tanh: {
-            result = (Scalar(ROOT_TWO_OVER_PI) * (values + Scalar(CUBIC) * values.cube())).tanh();
-            result = Scalar(0.5) * (1 + result) + Scalar(0.5 * ROOT_TWO_OVER_PI) * values *
+            result = (Scalar(root_two_over_pi) * (values + Scalar(cubic) * values.cube())).tanh();
+            result = Scalar(0.5) * (1 + result) + Scalar(0.5 * root_two_over_pi) * values *
                                                       (1 - result.square()) *
-                                                      (1 + Scalar(3 * CUBIC) * values.square());
+                                                      (1 + Scalar(3 * cubic) * values.square());
             break;
         }
         case Activation::gelu:
             result = values.unaryExpr([](Scalar x) {
-                return Scalar(0.5) * (1 + std::erf(x * Scalar(ROOT_HALF))) +
-                       Scalar(ROOT_HALF_OVER_PI) * x * std::exp(Scalar(-0.5) * x * x);
+                return Scalar(0.5) * (1 + std::erf(x * Scalar(root_half))) +
+                       Scalar(root_half_over_pi) * x * std::exp(Scalar(-0.5) * x * x);
             });
             break;
         case Activation::relu:
@@ -83,7 +83,8 @@ void norm_backward(bool centred, ConstMatrixView<Scalar> input, ConstVectorView<
                    MatrixView<Scalar> input_gradient, Scalar* weight_gradient) {
     const auto channels = static_cast<Scalar>(input.cols());
     const auto body = [&](Index row, auto weight_part) {
-        const auto above = gradient.row(row).array(), gain = weight.transpose().array();
+        const auto above = gradient.row(row).array();
+        const auto gain = weight.transpose().array();
         const Scalar middle = centred ? mean(input.row(row)) : Scalar(0);
         const auto values = input.row(row).array() - middle;
         const Scalar factor =

@@ -8,7 +8,7 @@
 namespace bitwright {
 namespace {
 
-constexpr Index TILE_BYTES = 4 << 20;  // of the dense gradient that exists at a time
+constexpr Index tile_bytes = 4 << 20;  // of the dense gradient that exists at a time
 
 }  // namespace
 
@@ -43,7 +43,7 @@ void linear_backward_groups(ConstMatrixView<Scalar> gradient, ConstMatrixView<Sc
                             ConstVectorView<std::int32_t> group_of,
                             MatrixView<Scalar> scale_gradients, MatrixView<Scalar> bias_gradients) {
     const Index out = codes.rows(), channels = codes.cols();
-    const Index tile = std::clamp<Index>(TILE_BYTES / (channels * Index{sizeof(Scalar)}), 64,
+    const Index tile = std::clamp<Index>(tile_bytes / (channels * Index{sizeof(Scalar)}), 64,
                                          std::max<Index>(out, 64));
     Matrix<Scalar> dense(std::min(tile, out), channels);
     for (Index first = 0; first < out; first += tile) {

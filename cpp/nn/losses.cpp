@@ -20,9 +20,9 @@ double log_sum_exp(const Row& row) {
            std::log(sum((row.array() - top).exp().template cast<double>()));
 }
 
-constexpr double LEAST_REST = 1e-8;  // probability of all other tokens, for its logarithm
+constexpr double least_rest = 1e-8;  // probability of all other tokens, for its logarithm
 template <typename Scalar>
-constexpr Scalar LEAST_LOG = Scalar(-1e4);  // of a token's probability: 0 · −∞ is not a number
+constexpr Scalar least_log = Scalar(-1e4);  // of a token's probability: 0 · −∞ is not a number
 
 }  // namespace
 
@@ -127,7 +127,7 @@ void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& 
             const double normalizer = log_sum_exp(q);
             for (Index place = 0; place < count; ++place)
                 log_q[place] = static_cast<Scalar>(q[ids[place]] - normalizer);
-            log_q = log_q.max(LEAST_LOG<Scalar>);
+            log_q = log_q.max(least_log<Scalar>);
             if (loss == Loss::logits_mse) {
                 log_p = teacher.log_probabilities.row(row).array();
                 log_q -= log_p;
@@ -155,17 +155,17 @@ void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& 
             const double rest = count < vocabulary ? static_cast<double>(teacher.rest[row]) : 0.0;
             log_p = teacher.log_probabilities.row(row).array();
             log_p += static_cast<Scalar>(std::log1p(-rest) - log_sum_exp(log_p));
-            log_p = log_p.max(LEAST_LOG<Scalar>);
+            log_p = log_p.max(least_log<Scalar>);
             const Row p = log_p.exp();
             // The rest as one outcome; every token of it shares in its gradient by its own q.
             double other = 0.0;
             if (count < vocabulary) {
                 result = q;
                 for (Index place = 0; place < count; ++place) result[ids[place]] = 0;
-                other = std::max(static_cast<double>(sum(result)), LEAST_REST);
+                other = std::max(static_cast<double>(sum(result)), least_rest);
             }
-            const double log_rest = std::log(std::max(rest, LEAST_REST));
-            const double log_other = std::log(std::max(other, LEAST_REST));
+            const double log_rest = std::log(std::max(rest, least_rest));
+            const double log_other = std::log(std::max(other, least_rest));
             const bool open = count < vocabulary;
             double total = 0.0;
             if (loss == Loss::kl) {
@@ -191,7 +191,7 @@ void distillation_loss(ConstMatrixView<Scalar> logits, const TopTokens<Scalar>& 
                     const Row middle =
                         (Scalar(0.5) * (p + listed)).max(std::numeric_limits<Scalar>::min()).log();
                     ratio = Scalar(0.5) * (log_q - middle);
-                    const double log_mean = std::log(std::max(0.5 * (rest + other), LEAST_REST));
+                    const double log_mean = std::log(std::max(0.5 * (rest + other), least_rest));
                     if (open) other_ratio = 0.5 * (log_other - log_mean);
                     total = static_cast<double>(sum(Scalar(0.5) * p * (log_p - middle)));
                     if (open) total += 0.5 * rest * (log_rest - log_mean);

@@ -1,5 +1,6 @@
 #include "quant/awq.hpp"
 
+#include <limits>
 #include <vector>
 
 #include "quant/slab.hpp"
@@ -42,25 +43,54 @@ Lanes block_form(const ConstMatrixView<float>& gram, Index start, Index count, c
     return 2.0f * form;
 }
 
+// The range of the best grid so far, of each row in an Eigen array.
+template <typename Rows>
+struct BestRange {
+    Rows low, high;
+
+    template <typename Better>
+    void keep(const Better& better, const Rows& bottom, const Rows& top) {
+        low = better.select(bottom, low);
+        high = better.select(top, high);
+    }
+};
+
+// The search for the range [low, high] to clip to, for many rows at once: first both ends are drawn
+// in to each of the shares of max|w|, then each end by itself to every second share, the other one
+// staying at its best. try_range(bottom, top) updates `best`. The paper's code draws in both ends
+// together only.
+template <typename Rows, typename Shares, typename Try, typename Between>
+void search_ranges(const Rows& low, const Rows& high, const Shares& shares,
+                   const BestRange<Rows>& best, const Try& try_range, const Between& between) {
+    const Rows widest = high.max(-low);
+    for (Index i = 0; i < shares.size(); ++i)
+        try_range(low.max(-shares[i] * widest), high.min(shares[i] * widest));
+    between();
+    const Rows top = best.high;
+    for (Index i = 0; i < shares.size(); i += 2) try_range(shares[i] * low, top);
+    const Rows bottom = best.low;
+    for (Index i = 0; i < shares.size(); i += 2) try_range(bottom, shares[i] * high);
+}
+
 }  // namespace
 
 void scaled_rounding_change(ConstMatrixView<float> weight, ConstVectorView<float> scale,
-                            ConstVectorView<float> importance, const GridRule& rule,
-                            Index group_size, MatrixView<float> change) {
-    const Index slabs = (weight.rows() + lane_count - 1) / lane_count;
+                            ConstVectorView<float> importance, const Grid& grid,
+                            MatrixView<float> change) {
+    const Index slabs = (weight.rows() + lane_count - 1) / lane_count, size = grid.group_size;
     // An error of the scaled weight is divided by the scale again.
     const Eigen::VectorXf scaled_importance = importance.array() / scale.array().square();
     parallel_for(slabs, 1, [&](Index first, Index last) {
-        std::vector<float> slab(static_cast<size_t>(group_size * lane_count));
+        std::vector<float> slab(static_cast<size_t>(size * lane_count));
         for (Index row = first * lane_count; row < last * lane_count; row += lane_count) {
-            for (Index start = 0; start < weight.cols(); start += group_size) {
-                load_slab(weight, row, start, group_size, slab.data());
-                for (Index i = 0; i < group_size; ++i) lanes(slab, i) *= scale[start + i];
-                const GridLanes grid =
-                    fit_grid(rule, slab.data(), scaled_importance.data() + start, group_size);
-                for (Index i = 0; i < group_size; ++i) {
+            for (Index start = 0; start < weight.cols(); start += size) {
+                load_slab(weight, row, start, size, slab.data());
+                for (Index i = 0; i < size; ++i) lanes(slab, i) *= scale[start + i];
+                const GridLanes fitted =
+                    fit_grid(grid, slab.data(), scaled_importance.data() + start, size);
+                for (Index i = 0; i < size; ++i) {
                     const Lanes scaled = lanes(slab, i);
-                    const Lanes rounded = grid.decode(grid.encode(scaled, rule.top()));
+                    const Lanes rounded = fitted.decode(fitted.encode(scaled, grid.top()));
                     store_column(Lanes((rounded - scaled) / scale[start + i]), row, start + i,
                                  change);
                 }
@@ -69,13 +99,13 @@ void scaled_rounding_change(ConstMatrixView<float> weight, ConstVectorView<float
     });
 }
 
-void quantize_clipped(ConstMatrixView<float> weight, ConstMatrixView<float> gram,
-                      const GridRule& rule, int steps, float least, QuantizedView result) {
-    const Index size = result.group_size;
-    const auto share = [&](int step) {
-        return 1.0f - (1.0f - least) * static_cast<float>(step) / static_cast<float>(steps);
-    };
-    round_groups(weight, rule, result, [&](const float* slab, Index, Index group) {
+void quantize_clipped(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Grid& grid,
+                      int steps, float least, QuantizedView result) {
+    const Index size = grid.group_size;
+    Eigen::VectorXf shares(steps);
+    for (int step = 0; step < steps; ++step)
+        shares[step] = 1.0f - (1.0f - least) * static_cast<float>(step) / static_cast<float>(steps);
+    fit_groups(weight, grid, result, [&](const float* slab, Index, Index group) {
         std::vector<float> error(static_cast<size_t>(size * lane_count));
         const auto value = [&](Index i) { return Eigen::Map<const Lanes>(slab + i * lane_count); };
         Lanes low = value(0), high = low;
@@ -83,29 +113,75 @@ void quantize_clipped(ConstMatrixView<float> weight, ConstMatrixView<float> gram
             low = low.min(value(i));
             high = high.max(value(i));
         }
-        BestGrid best{span_grid(rule, low, high)};
-        Lanes best_low = low, best_high = high;
+        BestGrid best{span_grid(grid, low, high)};
+        BestRange<Lanes> range{low, high};
         const auto try_range = [&](const Lanes& bottom, const Lanes& top) {
-            range_grids(rule, bottom, top, [&](const GridLanes& candidate) {
-                const GridError error_of{candidate, rule.top()};
+            range_grids(grid, bottom, top, [&](const GridLanes& candidate) {
+                const GridError error_of{candidate, grid.top()};
                 for (Index i = 0; i < size; ++i) lanes(error, i) = error_of(value(i));
-                const auto better =
-                    best.offer(candidate, block_form(gram, group * size, size, error.data()));
-                best_low = better.select(bottom, best_low);
-                best_high = better.select(top, best_high);
+                range.keep(
+                    best.offer(candidate, block_form(gram, group * size, size, error.data())),
+                    bottom, top);
             });
         };
-        const Lanes widest = high.max(-low);
-        for (int step = 0; step < steps; ++step)
-            try_range(low.max(-share(step) * widest), high.min(share(step) * widest));
-        const Lanes stretch = other_rounding(rule, low, high);
-        if ((stretch != 1.0f).any()) try_range(low * stretch, high * stretch);
-        const Lanes top = best_high;
-        for (int step = 0; step < steps; step += 2) try_range(share(step) * low, top);
-        const Lanes bottom = best_low;
-        for (int step = 0; step < steps; step += 2) try_range(bottom, share(step) * high);
+        // Small scales are rounded by several percent: the other way, too.
+        const auto round_otherwise = [&] {
+            const Lanes stretch = other_rounding(grid, low, high);
+            if ((stretch != 1.0f).any()) try_range(low * stretch, high * stretch);
+        };
+        search_ranges(low, high, shares, range, try_range, round_otherwise);
         return best.grid;
     });
+}
+
+void quantize_clipped_by(ConstMatrixView<float> weight, const Grid& grid,
+                         ConstVectorView<float> shares, const RowErrors& errors,
+                         QuantizedView candidate, QuantizedView result) {
+    constexpr int most_grids = 2;  // that range_grids tries
+    const Index rows = weight.rows();
+    const ConstMatrixView<float> scales(candidate.scales.data(), rows, 1),
+        offsets(candidate.offsets.data(), rows, 1);
+    const Eigen::ArrayXf low = weight.rowwise().minCoeff(), high = weight.rowwise().maxCoeff();
+    BestRange<Eigen::ArrayXf> range{low, high};
+    Eigen::ArrayXd least = Eigen::ArrayXd::Constant(rows, std::numeric_limits<double>::infinity());
+    Vector<double> found(rows);
+    result.codes.setZero();
+    result.scales.setOnes();
+    result.offsets.setOnes();
+
+    // candidate = the grids of that number over the ranges, unless there are fewer
+    const auto spans = [&](const Eigen::ArrayXf& bottom, const Eigen::ArrayXf& top, int number) {
+        bool exists = false;
+        for (Index row = 0; row < rows; row += lane_count) {
+            const Index live = std::min<Index>(lane_count, rows - row);
+            Lanes lows = Lanes::Zero(), highs = Lanes::Zero();
+            lows.head(live) = bottom.segment(row, live);
+            highs.head(live) = top.segment(row, live);
+            int count = 0;
+            range_grids(grid, lows, highs, [&](const GridLanes& spanning) {
+                if (count++ != number) return;
+                exists = true;
+                store_grid(grid.kind, spanning, row, 0, candidate.scales, candidate.offsets);
+            });
+        }
+        return exists;
+    };
+    const auto try_range = [&](const Eigen::ArrayXf& bottom, const Eigen::ArrayXf& top) {
+        for (int number = 0; number < most_grids && spans(bottom, top, number); ++number) {
+            encode(weight, scales, offsets, grid, candidate.codes);
+            errors({found.data(), rows});
+            const auto better = (found.array() < least).eval();
+            range.keep(better, bottom, top);
+            for (Index row = 0; row < rows; ++row) {
+                if (!better[row]) continue;
+                least[row] = found[row];
+                result.codes.row(row) = candidate.codes.row(row);
+                result.scales.row(row) = candidate.scales.row(row);
+                result.offsets.row(row) = candidate.offsets.row(row);
+            }
+        }
+    };
+    search_ranges(low, high, shares, range, try_range, [] {});
 }
 
 }  // namespace bitwright

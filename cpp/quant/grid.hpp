@@ -9,7 +9,7 @@
 
 namespace bitwright {
 
-enum class Grid {
+enum class GridKind {
     affine,      // w = s·c + b        b a float (MLX, GGUF Q4_1)
     zero_point,  // w = s·(c − z)      z an integer in 0 .. 2^bits − 1 (GPTQ, AWQ)
     symmetric,   // w = s·(c − z)      z = 2^(bits − 1)
@@ -68,11 +68,13 @@ struct GridLanes {
     Lanes decode(const Lanes& code) const { return scale * (code - zero) + bias; }
 };
 
-struct GridRule {
-    Grid grid;
+// What a method quantizes to.
+struct Grid {
+    GridKind kind;
     ScaleType scale_type;
     int bits;
-    bool search;  // weighted-MSE search of the range, otherwise plain min-max
+    Index group_size;  // consecutive input channels that share a scale
+    bool search;       // weighted-MSE search of the range, otherwise plain min-max
 
     float top() const { return static_cast<float>((1 << bits) - 1); }
 };
@@ -80,23 +82,23 @@ struct GridRule {
 constexpr float mlx_floor = 1e-7f;  // MLX's own rounding has no smaller scale
 
 // The scale that just spans [low, high], before it is rounded; 0 where there is no range.
-inline Lanes spanning_scale(const GridRule& rule, const Lanes& low, const Lanes& high) {
-    if (rule.grid == Grid::affine) return (high - low) / rule.top();
+inline Lanes spanning_scale(const Grid& grid, const Lanes& low, const Lanes& high) {
+    if (grid.kind == GridKind::affine) return (high - low) / grid.top();
     const Lanes below = low.min(0.0f), above = high.max(0.0f);
-    if (rule.grid == Grid::symmetric) return 2.0f * above.max(-below) / rule.top();
-    return (above - below) / rule.top();
+    if (grid.kind == GridKind::symmetric) return 2.0f * above.max(-below) / grid.top();
+    return (above - below) / grid.top();
 }
 
 // The grid that spans [low, high] in every lane. Scales and biases are already rounded to the dtype
 // that stores them: codes are chosen on the grid that a reader will see. `floor` is the smallest
 // scale of an affine grid.
-inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& high,
+inline GridLanes span_grid(const Grid& grid, const Lanes& low, const Lanes& high,
                            float floor = mlx_floor) {
-    const float top = rule.top();
-    const float tiny = smallest_scale(rule.scale_type);
+    const float top = grid.top();
+    const float tiny = smallest_scale(grid.scale_type);
     GridLanes lanes{Lanes::Ones(), Lanes::Zero(), Lanes::Zero()};
-    const Lanes spanning = spanning_scale(rule, low, high);
-    if (rule.grid == Grid::affine) {
+    const Lanes spanning = spanning_scale(grid, low, high);
+    if (grid.kind == GridKind::affine) {
         // As MLX does: the end of the range with the larger magnitude is on the grid exactly, and
         // so is zero; where that end is negative the scale is positive, otherwise negative.
         const auto negative_end = (low.abs() > high.abs()).eval();
@@ -105,17 +107,17 @@ inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& 
         const Lanes edge = negative_end.select(low, high);
         const Lanes steps = (edge / lanes.scale).rint();
         const auto shifted = (steps != 0.0f).eval();
-        lanes.scale = round_to(rule.scale_type, shifted.select(edge / steps, lanes.scale));
-        lanes.bias = round_to(rule.scale_type, shifted.select(edge, Lanes::Zero()));
+        lanes.scale = round_to(grid.scale_type, shifted.select(edge / steps, lanes.scale));
+        lanes.bias = round_to(grid.scale_type, shifted.select(edge, Lanes::Zero()));
         const Lanes least = negative_end.select(Lanes::Constant(tiny), Lanes::Constant(-tiny));
         lanes.scale = (lanes.scale == 0.0f).select(least, lanes.scale);
         return lanes;
     }
     const Lanes below = low.min(0.0f);
     const auto empty = (high.max(0.0f) - below == 0.0f).eval();
-    lanes.scale = round_to(rule.scale_type, empty.select(Lanes::Ones(), spanning)).max(tiny);
-    if (rule.grid == Grid::symmetric)
-        lanes.zero.setConstant(static_cast<float>(1 << (rule.bits - 1)));
+    lanes.scale = round_to(grid.scale_type, empty.select(Lanes::Ones(), spanning)).max(tiny);
+    if (grid.kind == GridKind::symmetric)
+        lanes.zero.setConstant(static_cast<float>(1 << (grid.bits - 1)));
     else
         lanes.zero = (-below / lanes.scale).rint().min(top);
     return lanes;
@@ -123,14 +125,14 @@ inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& 
 
 // Where a scale is so few steps of the smallest one that rounding it moves it by several percent,
 // the factor on the range that takes it to the step on its other side; 1 elsewhere.
-[[gnu::noinline]] inline Lanes other_rounding(const GridRule& rule, const Lanes& low,
+[[gnu::noinline]] inline Lanes other_rounding(const Grid& grid, const Lanes& low,
                                               const Lanes& high) {
     constexpr float few = 64.0f;
-    const float tiny = smallest_scale(rule.scale_type);
-    const Lanes exact = spanning_scale(rule, low, high);
+    const float tiny = smallest_scale(grid.scale_type);
+    const Lanes exact = spanning_scale(grid, low, high);
     const auto coarse = (exact > 0.0f && exact < few * tiny).eval();
     if (!coarse.any()) return Lanes::Ones();
-    const Lanes nearest = round_to(rule.scale_type, exact);
+    const Lanes nearest = round_to(grid.scale_type, exact);
     const Lanes other = (nearest <= exact).select(nearest + tiny, (nearest - tiny).max(tiny));
     return coarse.select(other / coarse.select(exact, 1.0f), 1.0f);
 }
@@ -140,25 +142,25 @@ inline GridLanes span_grid(const GridRule& rule, const Lanes& low, const Lanes& 
 // need in which tiny weights meet huge inputs. What span_grid makes of a range is neither; it gives
 // up part of the range for both, which costs more than either (figures in docs/design.md).
 template <typename Try>
-void range_grids(const GridRule& rule, const Lanes& low, const Lanes& high, Try&& try_grid) {
-    if (rule.grid != Grid::affine) {
-        GridLanes spanning = span_grid(rule, low, high);
+void range_grids(const Grid& grid, const Lanes& low, const Lanes& high, Try&& try_grid) {
+    if (grid.kind != GridKind::affine) {
+        GridLanes spanning = span_grid(grid, low, high);
         try_grid(spanning);
-        if (rule.grid == Grid::zero_point) return;
+        if (grid.kind == GridKind::zero_point) return;
         // There is one code more below the zero than above it: for the side with the larger
         // weights.
         spanning.scale = -spanning.scale;
         try_grid(spanning);
         return;
     }
-    const Lanes width = spanning_scale(rule, low, high);
+    const Lanes width = spanning_scale(grid, low, high);
     const Lanes wanted =
         (width == 0.0f)
-            .select(smallest_normal(rule.scale_type), width.max(smallest_scale(rule.scale_type)));
-    GridLanes lanes{round_to(rule.scale_type, wanted), Lanes::Zero(), Lanes::Zero()};
-    lanes.bias = round_to(rule.scale_type, (low / lanes.scale).rint() * lanes.scale);
+            .select(smallest_normal(grid.scale_type), width.max(smallest_scale(grid.scale_type)));
+    GridLanes lanes{round_to(grid.scale_type, wanted), Lanes::Zero(), Lanes::Zero()};
+    lanes.bias = round_to(grid.scale_type, (low / lanes.scale).rint() * lanes.scale);
     try_grid(lanes);
-    lanes.bias = round_to(rule.scale_type, low);
+    lanes.bias = round_to(grid.scale_type, low);
     try_grid(lanes);
 }
 
@@ -203,25 +205,26 @@ struct GridError {
 // of a group; below its floor it need not, and then a smaller scale takes its place. Of the other
 // two, the better of the roundings up and down is taken where a scale has few steps.
 template <typename WeightAt>
-[[gnu::noinline]] GridLanes plain_grid(const GridRule& rule, const Lanes& low, const Lanes& high,
+[[gnu::noinline]] GridLanes plain_grid(const Grid& grid, const Lanes& low, const Lanes& high,
                                        const WeightAt& weight, const float* importance,
                                        Index count) {
-    const GridLanes spanning = span_grid(rule, low, high);
-    const bool affine = rule.grid == Grid::affine;
-    const Lanes stretch = other_rounding(rule, low, high);
+    const GridLanes spanning = span_grid(grid, low, high);
+    const bool affine = grid.kind == GridKind::affine;
+    const Lanes stretch = other_rounding(grid, low, high);
     const Lanes largest = (high > -low).select(high, -low);
     const bool sure = affine
-                          ? (largest == 0.0f || spanning_scale(rule, low, high) >= mlx_floor).all()
+                          ? (largest == 0.0f || spanning_scale(grid, low, high) >= mlx_floor).all()
                           : (stretch == 1.0f).all();
     if (sure) return spanning;
 
     const Lanes unit = (largest > 0.0f).select(largest, 1.0f);  // of which squares are in range
-    const auto lost = [&](const GridLanes& grid) {
+    const auto lost = [&](const GridLanes& candidate) {
         Lanes sum = Lanes::Zero();
         for (Index i = 0; i < count; ++i)
             if (importance[i] != 0.0f)
                 sum +=
-                    ((grid.decode(grid.encode(weight(i), rule.top())) - weight(i)) / unit).square();
+                    ((candidate.decode(candidate.encode(weight(i), grid.top())) - weight(i)) / unit)
+                        .square();
         return sum;
     };
     Lanes energy = Lanes::Zero();
@@ -229,16 +232,16 @@ template <typename WeightAt>
         if (importance[i] != 0.0f) energy += (weight(i) / unit).square();
     BestGrid found{spanning, lost(spanning)};
     if (affine) found.error = (found.error > 0.5f * energy).select(found.error, -INFINITY);
-    const GridLanes smaller = span_grid(rule, low, high, 0.0f);
+    const GridLanes smaller = span_grid(grid, low, high, 0.0f);
     found.offer(smaller, lost(smaller));
-    const GridLanes other = span_grid(rule, low * stretch, high * stretch, 0.0f);
+    const GridLanes other = span_grid(grid, low * stretch, high * stretch, 0.0f);
     found.offer(other, lost(other));
     // What takes the end of the range to the grid may have taken both to the same of two multiples.
     const auto same = (stretch != 1.0f && smaller.scale == other.scale).eval();
     if (!affine || !same.any()) return found.grid;
     for (const Lanes& factor : {Lanes(Lanes::Ones()), stretch})
-        range_grids(rule, low * factor, high * factor, [&](const GridLanes& grid) {
-            found.offer(grid, same.select(lost(grid), INFINITY));
+        range_grids(grid, low * factor, high * factor, [&](const GridLanes& candidate) {
+            found.offer(candidate, same.select(lost(candidate), INFINITY));
         });
     return found.grid;
 }
@@ -250,7 +253,7 @@ template <typename WeightAt>
 // is the diagonal part of the layer's output error. Rounding errors average out over groups and
 // layers, but clipping always takes from the weights, and adds up to a weaker output: so it counts
 // for more than its square (figures in docs/design.md).
-inline GridLanes fit_grid(const GridRule& rule, const float* weights, const float* importance,
+inline GridLanes fit_grid(const Grid& grid, const float* weights, const float* importance,
                           Index count) {
     constexpr int steps = 20;
     constexpr float last_shrink = 0.43f, penalty = 16.0f;
@@ -264,13 +267,13 @@ inline GridLanes fit_grid(const GridRule& rule, const float* weights, const floa
     }
     low = (low > high).select(0.0f, low);
     high = (high == -INFINITY).select(0.0f, high);
-    if (!rule.search) return plain_grid(rule, low, high, weight, importance, count);
+    if (!grid.search) return plain_grid(grid, low, high, weight, importance, count);
 
-    BestGrid found{span_grid(rule, low, high)};
+    BestGrid found{span_grid(grid, low, high)};
     Lanes energy = Lanes::Zero();
     for (Index i = 0; i < count; ++i) energy += importance[i] * weight(i).square();
     const auto try_grid = [&](const GridLanes& candidate) {
-        const GridError error_of{candidate, rule.top()};
+        const GridError error_of{candidate, grid.top()};
         const Lanes half_step = 0.5f * candidate.scale.abs();
         Lanes error = Lanes::Zero(), clipped = Lanes::Zero();
         for (Index i = 0; i < count; ++i) {
@@ -281,17 +284,17 @@ inline GridLanes fit_grid(const GridRule& rule, const float* weights, const floa
         error += penalty * (energy > 0.0f).select(clipped * (clipped / energy), 0.0f);
         found.offer(candidate, error);
     };
-    const Lanes stretch = other_rounding(rule, low, high);
+    const Lanes stretch = other_rounding(grid, low, high);
     for (int step = (stretch != 1.0f).any() ? -1 : 0; step < steps; ++step) {
         const float shrink = 1.0f - (1.0f - last_shrink) * static_cast<float>(step) / (steps - 1);
         const Lanes factor = step < 0 ? stretch : Lanes::Constant(shrink);
-        range_grids(rule, low * factor, high * factor, try_grid);
+        range_grids(grid, low * factor, high * factor, try_grid);
     }
 
     const Lanes largest = (high > -low).select(high, -low);
     const auto faint = (largest > 0.0f && largest < 1e-20f).eval();  // float32 has no such squares
     if (faint.any())
-        found.offer(plain_grid(rule, low, high, weight, importance, count),
+        found.offer(plain_grid(grid, low, high, weight, importance, count),
                     faint.select(Lanes::Constant(-INFINITY), Lanes::Constant(INFINITY)));
     return found.grid;
 }

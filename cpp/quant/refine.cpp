@@ -6,15 +6,16 @@
 
 #include "linalg/product.hpp"
 #include "linalg/sum.hpp"
+#include "quant/lazy_updates.hpp"
 #include "quant/slab.hpp"
 
 namespace bitwright {
 namespace {
 
-constexpr Index BLOCK = 128;              // columns between two lazy updates
-constexpr Index TILE = 1024;              // rows at a time, which are independent of all others
-constexpr Index SYSTEM_BYTES = 16 << 20;  // of the normal equations that a thread has at a time
-constexpr float RIDGE = 1e-5f;            // of their diagonal
+constexpr Index block_columns = 128;      // columns between two lazy updates
+constexpr Index tile_rows = 1024;         // rows at a time, which are independent of all others
+constexpr Index system_bytes = 16 << 20;  // of the normal equations that a thread has at a time
+constexpr float ridge = 1e-5f;            // of their diagonal
 
 // The gram's sums over the rows of each group, and over both rows and columns.
 struct GroupSums {
@@ -36,7 +37,7 @@ struct GroupSums {
 struct Refinement {
     ConstMatrixView<float> weight, gram;
     const GroupSums& sums;
-    const GridRule& rule;
+    const Grid& grid;
     QuantizedView result;
     Eigen::MatrixXf residual;  // (W − Ŵ) G, [rows padded to 16, in]
     Eigen::MatrixXf change;    // of Ŵ in one round; W − Ŵ at the start
@@ -44,11 +45,11 @@ struct Refinement {
     Vector<double> gains;      // by which each row's objective has fallen, [rows]
 
     Refinement(ConstMatrixView<float> weights, ConstMatrixView<float> moments,
-               const GroupSums& group_sums, const GridRule& grid_rule, QuantizedView quantized)
+               const GroupSums& group_sums, const Grid& of_groups, QuantizedView quantized)
         : weight(weights),
           gram(moments),
           sums(group_sums),
-          rule(grid_rule),
+          grid(of_groups),
           result(quantized),
           residual((weights.rows() + lane_count - 1) / lane_count * lane_count, weights.cols()),
           change(residual.rows(), residual.cols()),
@@ -58,7 +59,7 @@ struct Refinement {
     Index out() const { return weight.rows(); }
     Index in() const { return weight.cols(); }
     Index groups() const { return result.scales.cols(); }
-    bool affine() const { return rule.grid == Grid::affine; }
+    bool affine() const { return grid.kind == GridKind::affine; }
 
     // residual = (W − Ŵ) G
     void start() {
@@ -87,16 +88,16 @@ struct Refinement {
                 change.col(j).segment<lane_count>(row).array() -= value;
             });
         });
-        by_halves(
-            0, in(), BLOCK, [&](Index low, Index high) { push(change, low, high, low, high); },
-            no_push,
+        lazy_updates(
+            0, in(), block_columns,
+            [&](Index low, Index high) { push(change, low, high, low, high); }, no_update,
             [&](Index low, Index middle, Index high) { push(change, middle, high, low, middle); });
     }
 
     // One sweep over the codes, column by column, each of which knows of all steps before it.
     void sweep(bool last) {
-        by_halves(
-            0, in(), BLOCK,
+        lazy_updates(
+            0, in(), block_columns,
             [&](Index low, Index high) {
                 sweep_columns(low, high);
                 if (!last) push(steps, low, high, low, high);
@@ -130,9 +131,9 @@ struct Refinement {
     void for_each_weight(Index row, const float* codes, const MatrixView<float>& scales,
                          const MatrixView<float>& offsets, const Body& body) const {
         for (Index group = 0; group < groups(); ++group) {
-            const GridLanes grid = load_grid(rule.grid, row, group, scales, offsets);
-            for (Index j = group * result.group_size; j < (group + 1) * result.group_size; ++j)
-                body(j, grid.decode(Eigen::Map<const Lanes>(codes + j * lane_count)));
+            const GridLanes fitted = load_grid(grid.kind, row, group, scales, offsets);
+            for (Index j = group * grid.group_size; j < (group + 1) * grid.group_size; ++j)
+                body(j, fitted.decode(Eigen::Map<const Lanes>(codes + j * lane_count)));
         }
     }
 
@@ -166,23 +167,23 @@ struct Refinement {
                   codes);
         for (Index j = 0; j < count; ++j)
             lanes(here, j) = residual.col(low + j).segment<lane_count>(row).array();
-        GridLanes grid{};
+        GridLanes fitted{};
         Lanes gained = Lanes::Zero();
         Index loaded = -1;
         for (Index j = 0; j < count; ++j) {
-            const Index group = (low + j) / result.group_size;
+            const Index group = (low + j) / grid.group_size;
             if (group != loaded) {
-                grid = load_grid(rule.grid, row, group, result.scales, result.offsets);
+                fitted = load_grid(grid.kind, row, group, result.scales, result.offsets);
                 loaded = group;
             }
             const float* row_of_gram = gram.data() + (low + j) * in() + low;
             auto moved = steps.col(low + j).segment<lane_count>(row);
             moved.setZero();
             if (!(row_of_gram[j] > 0.0f)) continue;
-            const Lanes now = grid.decode(lanes(codes, j));
+            const Lanes now = fitted.decode(lanes(codes, j));
             // The objective is a parabola in this weight, its minimum at now + residual / G[j, j].
-            const Lanes code = grid.encode(now + lanes(here, j) / row_of_gram[j], rule.top());
-            const Lanes step = grid.decode(code) - now;
+            const Lanes code = fitted.encode(now + lanes(here, j) / row_of_gram[j], grid.top());
+            const Lanes step = fitted.decode(code) - now;
             // A tie, or a step that rounding turned round, gains nothing.
             const Lanes gain = step * (2.0f * lanes(here, j) - step * row_of_gram[j]);
             const auto better = (gain > 0.0f).eval();
@@ -205,9 +206,9 @@ struct Refinement {
 
     // Scales and biases in closed form. With c̄ the middle code (or the zero), ŵ = s (c − c̄) + m.
     void fit_grids() {
-        const Index size = result.group_size, count = groups();
+        const Index size = grid.group_size, count = groups();
         const Index unknowns = affine() ? 2 * count : count;
-        const Index tile = std::clamp<Index>(SYSTEM_BYTES / (4 * unknowns * unknowns), 4, 64);
+        const Index tile = std::clamp<Index>(system_bytes / (4 * unknowns * unknowns), 4, 64);
         parallel_for((out() + tile - 1) / tile, 1, [&](Index begin, Index end) {
             Matrix<float> codes(tile, in()), product(tile, in());
             std::vector<Matrix<float>> systems(static_cast<size_t>(tile),
@@ -240,18 +241,18 @@ struct Refinement {
     }
 
     float centre_of(Index row, Index group) const {
-        return affine() ? 0.5f * rule.top() : result.offsets(row, group);
+        return affine() ? 0.5f * grid.top() : result.offsets(row, group);
     }
 
     void centre(Index row, float* codes) const {
         for (Index j = 0; j < in(); ++j)
             codes[j] =
-                static_cast<float>(result.codes(row, j)) - centre_of(row, j / result.group_size);
+                static_cast<float>(result.codes(row, j)) - centre_of(row, j / grid.group_size);
     }
 
     // The system's lower triangle holds the normal equations of one row.
     void fit_row(Index row, const float* codes, const Matrix<float>& system) {
-        const Index size = result.group_size, count = groups(), unknowns = system.rows();
+        const Index size = grid.group_size, count = groups(), unknowns = system.rows();
         Vector<float> slopes(unknowns);
         for (Index group = 0; group < count; ++group) {
             float by_code = 0.0f, by_weight = 0.0f;
@@ -263,14 +264,14 @@ struct Refinement {
             if (affine()) slopes[count + group] = by_weight;
         }
         Matrix<float> damped = system;
-        damped.diagonal() *= 1.0f + RIDGE;
+        damped.diagonal() *= 1.0f + ridge;
         damped.diagonal().array() += 1e-12f * system.diagonal().maxCoeff() + 1e-30f;
         const Eigen::LLT<Eigen::Ref<Matrix<float>>, Eigen::Lower> factored(damped);
         if (factored.info() != Eigen::Success) return;
         Vector<float> step = factored.solve(slopes);
         if (!step.allFinite()) return;
 
-        const float tiny = smallest_scale(rule.scale_type);
+        const float tiny = smallest_scale(grid.scale_type);
         Vector<float> scales(count), offsets(count);
         for (Index group = 0; group < count; ++group) {
             const float scale = result.scales(row, group), offset = result.offsets(row, group);
@@ -297,26 +298,25 @@ struct Refinement {
     }
 
     float rounded(float value) const {
-        return round_to(rule.scale_type, Lanes::Constant(value))[0];
+        return round_to(grid.scale_type, Lanes::Constant(value))[0];
     }
 };
 
 }  // namespace
 
-void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const GridRule& rule,
+void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Grid& grid,
             Index rounds, bool codes_only, QuantizedView result, VectorView<double> objectives) {
     objectives.setZero();
-    const GroupSums sums(gram, result.group_size);
+    const GroupSums sums(gram, grid.group_size);
     const Index in = weight.cols(), groups = result.scales.cols();
-    for (Index first = 0; first < weight.rows(); first += TILE) {
-        const Index rows = std::min(TILE, weight.rows() - first);
+    for (Index first = 0; first < weight.rows(); first += tile_rows) {
+        const Index rows = std::min(tile_rows, weight.rows() - first);
         const QuantizedView part{
             {result.codes.data() + first * in, rows, in},
             {result.scales.data() + first * groups, rows, groups},
             {result.offsets.data() + first * groups, rows, groups},
-            result.group_size,
         };
-        Refinement state({weight.data() + first * in, rows, in}, gram, sums, rule, part);
+        Refinement state({weight.data() + first * in, rows, in}, gram, sums, grid, part);
         state.start();
         const double before = state.objective();
         objectives[0] += before;

@@ -12,7 +12,7 @@ namespace bitwright {
 // each weight the code that is best given all others. Integer zeros stay, and with `codes_only` all
 // grids. weight is [out, in], gram [in, in] and symmetric; objectives [rounds + 1] receives the
 // objective before and after every round.
-void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const GridRule& rule,
+void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Grid& grid,
             Index rounds, bool codes_only, QuantizedView result, VectorView<double> objectives);
 
 }  // namespace bitwright

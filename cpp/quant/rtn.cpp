@@ -5,24 +5,25 @@ namespace bitwright {
 
 template <typename Weight>
 void quantize_rtn(ConstMatrixView<Weight> weight, ConstVectorView<float> importance,
-                  const GridRule& rule, QuantizedView result) {
-    const Index size = result.group_size;
-    round_groups(weight, rule, result, [&](const float* slab, Index, Index group) {
-        return fit_grid(rule, slab, importance.data() + group * size, size);
+                  const Grid& grid, QuantizedView result) {
+    const Index size = grid.group_size;
+    fit_groups(weight, grid, result, [&](const float* slab, Index, Index group) {
+        return fit_grid(grid, slab, importance.data() + group * size, size);
     });
 }
 
-void encode(ConstMatrixView<float> weight, const GridRule& rule, QuantizedView result) {
-    round_groups(weight, rule, result, [&](const float*, Index row, Index group) {
-        return load_grid(rule.grid, row, group, result.scales, result.offsets);
+void encode(ConstMatrixView<float> weight, ConstMatrixView<float> scales,
+            ConstMatrixView<float> offsets, const Grid& grid, MatrixView<std::uint8_t> codes) {
+    round_groups(weight, grid, codes, [&](const float*, Index row, Index group) {
+        return load_grid(grid.kind, row, group, scales, offsets);
     });
 }
 
-template void quantize_rtn(ConstMatrixView<float>, ConstVectorView<float>, const GridRule&,
+template void quantize_rtn(ConstMatrixView<float>, ConstVectorView<float>, const Grid&,
                            QuantizedView);
-template void quantize_rtn(ConstMatrixView<Eigen::half>, ConstVectorView<float>, const GridRule&,
+template void quantize_rtn(ConstMatrixView<Eigen::half>, ConstVectorView<float>, const Grid&,
                            QuantizedView);
-template void quantize_rtn(ConstMatrixView<Eigen::bfloat16>, ConstVectorView<float>,
-                           const GridRule&, QuantizedView);
+template void quantize_rtn(ConstMatrixView<Eigen::bfloat16>, ConstVectorView<float>, const Grid&,
+                           QuantizedView);
 
 }  // namespace bitwright

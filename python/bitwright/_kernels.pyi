@@ -1,5 +1,6 @@
 """Types of the C++ module; shapes are in the headers below `cpp/`."""
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -8,9 +9,23 @@ from numpy.typing import NDArray
 _Float32: TypeAlias = NDArray[np.float32]
 _Float: TypeAlias = NDArray[Any]  # float32 or float64, the same in all arguments
 _Int32: TypeAlias = NDArray[np.int32]
+_Int8: TypeAlias = NDArray[np.int8]
+_Half: TypeAlias = NDArray[np.float16]
 _Codes: TypeAlias = NDArray[np.uint8]
+_Quantized: TypeAlias = tuple[_Codes, _Float32, _Float32]  # codes, scales, offsets
+_Superblocks: TypeAlias = tuple[_Half, _Int8, _Half | None, _Codes | None]
 
 instruction_set: str
+
+class Grid:
+    def __init__(
+        self,
+        bits: int,
+        group_size: int,
+        kind: str,
+        scale_dtype: str = "float32",
+        search: bool = False,
+    ) -> None: ...
 
 def blas() -> str: ...
 def num_threads() -> int: ...
@@ -22,51 +37,25 @@ def cholesky_factor(matrix: _Float32) -> bool: ...
 def cholesky_solve(factor: _Float32, rows: _Float32) -> None: ...
 def row_quadratic_forms(change: _Float32, gram: _Float32) -> NDArray[np.float64]: ...
 def scaled_rounding_change(
-    weight: _Float32,
-    scale: _Float32,
-    importance: _Float32,
-    bits: int,
-    group_size: int,
-    grid: str,
-    scale_dtype: str,
-    search: bool,
-    out: _Float32,
+    weight: _Float32, scale: _Float32, importance: _Float32, grid: Grid, out: _Float32
 ) -> None: ...
 def quantize_clipped(
+    weight: _Float32, gram: _Float32, grid: Grid, steps: int, least: float
+) -> _Quantized: ...
+def quantize_clipped_by(
     weight: _Float32,
-    gram: _Float32,
-    bits: int,
-    group_size: int,
-    grid: str,
-    scale_dtype: str,
-    steps: int,
-    least: float,
-) -> tuple[_Codes, _Float32, _Float32]: ...
-def range_grids(
-    low: _Float32, high: _Float32, bits: int, grid: str, scale_dtype: str
-) -> list[tuple[_Float32, _Float32]]: ...
-def encode(
-    weight: _Float32, scales: _Float32, offsets: _Float32, bits: int, group_size: int, grid: str
-) -> _Codes: ...
-def quantize_rtn(
-    weight: NDArray[Any],
-    importance: _Float32,
-    bits: int,
-    group_size: int,
-    grid: str,
-    scale_dtype: str,
-    search: bool,
-) -> tuple[_Codes, _Float32, _Float32]: ...
+    grid: Grid,
+    shares: _Float32,
+    errors: Callable[[_Codes, _Float32, _Float32], NDArray[np.float64]],
+) -> _Quantized: ...
+def quantize_rtn(weight: NDArray[Any], importance: _Float32, grid: Grid) -> _Quantized: ...
+def encode(weight: _Float32, scales: _Float32, offsets: _Float32, grid: Grid) -> _Codes: ...
 def quantize_gptq(
     weight: NDArray[Any],
     upper: _Float32,
     order: _Int32,
     importance: _Float32,
-    bits: int,
-    group_size: int,
-    grid: str,
-    scale_dtype: str,
-    search: bool,
+    grid: Grid,
     block_size: int,
     static_groups: bool,
     scales: _Float32 | None = None,
@@ -78,13 +67,31 @@ def refine(
     codes: _Codes,
     scales: _Float32,
     offsets: _Float32,
-    bits: int,
-    group_size: int,
-    grid: str,
-    scale_dtype: str,
+    grid: Grid,
     rounds: int,
     codes_only: bool = False,
 ) -> NDArray[np.float64]: ...
+def fit_superblocks(
+    scales: _Float32, offsets: _Float32, importance: _Float32, bits: int
+) -> _Superblocks | None: ...
+def closed_form(
+    weight: _Float32, codes: _Codes, importance: _Float32, bits: int
+) -> tuple[_Float32, _Float32]: ...
+def pack_superblocks(
+    codes: _Codes,
+    d: _Half,
+    scale_codes: _Int8,
+    dmin: _Half | None,
+    min_codes: _Codes | None,
+    bits: int,
+) -> _Codes: ...
+def unpack_superblocks(
+    blocks: _Codes, bits: int
+) -> tuple[_Codes, _Half, _Int8, _Half | None, _Codes | None]: ...
+def pack_blocks(codes: _Codes, d: _Half, m: _Half | None, bits: int) -> _Codes: ...
+def unpack_blocks(
+    blocks: _Codes, bits: int, affine: bool
+) -> tuple[_Codes, _Half, _Half | None]: ...
 def dequantize(
     codes: _Codes,
     scales: _Float32,

@@ -7,6 +7,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright import _kernels
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES
@@ -28,7 +29,6 @@ TYPES: dict[tuple[Grid, int], str] = {
 }
 GRIDS_OF_TYPES = {name: key for key, name in TYPES.items()}
 Blocks = NDArray[Any]
-Codes = NDArray[Any]  # uint8 or int8
 
 
 class GgufFormat(Format):
@@ -165,16 +165,17 @@ class GgufFormat(Format):
                     f"{checkpoint.file(tensor)}: tensor {tensor} has scales that are NaN or infinite. "
                     f"The file is damaged: fetch or make it again"
                 )
+        scales: NDArray[Any]
         grid, bits = GRIDS_OF_TYPES[TYPE_NAMES[blocks.dtype]]
+        packed = np.ascontiguousarray(blocks).view(np.uint8)
         fields: dict[str, Any] = {"superblocks": None, "biases": None}
         if grid == "k":
-            codes, superblocks = _unpack_superblocks(blocks, bits)
+            codes, d, scale_codes, dmin, min_codes = _kernels.unpack_superblocks(packed, bits)
+            superblocks = SuperBlocks(d, scale_codes, dmin, min_codes)
             scales, grid = superblocks.scales(), K_GRIDS[bits].grid
             fields = {"superblocks": superblocks, "biases": superblocks.biases()}
         else:
-            codes, scales = _unpack_blocks(blocks, bits), np.ascontiguousarray(blocks["d"])
-            if grid == "affine":
-                fields["biases"] = np.ascontiguousarray(blocks["m"])
+            codes, scales, fields["biases"] = _kernels.unpack_blocks(packed, bits, grid == "affine")
         zeros = np.full(scales.shape, 1 << (bits - 1), np.uint8) if grid == "symmetric" else None
         return QuantizedTensor(
             codes=codes,
@@ -189,11 +190,9 @@ class GgufFormat(Format):
 
 def _pack_blocks(kind: str, name: str, tensor: QuantizedTensor) -> Blocks:
     """Return ``[out, in / 32]`` blocks; larger groups are stored as several of 32 with one scale."""
-    blocks = np.zeros((tensor.shape[0], tensor.shape[1] // BLOCK), BLOCKS[kind])
     repeats = 0 if tensor.group_size % BLOCK else tensor.group_size // BLOCK
-    for field, values in (("d", tensor.scales), ("m", tensor.biases)):
-        if values is None:
-            continue
+
+    def halves(values: NDArray[Any]) -> NDArray[np.float16]:
         with np.errstate(over="ignore"):
             stored = values.astype(HALF)
         if not repeats or (stored.astype(np.float32) != values.astype(np.float32)).any():
@@ -201,134 +200,27 @@ def _pack_blocks(kind: str, name: str, tensor: QuantizedTensor) -> Blocks:
                 f"{name}: the gguf format stores scales and biases of multiples of {BLOCK} weights in "
                 f"float16; these are of {tensor.group_size}, and not all such numbers"
             )
-        blocks[field] = np.repeat(stored, repeats, axis=1)
-    codes = tensor.codes.reshape(*blocks.shape, BLOCK)
-    if tensor.bits == 8:
-        blocks["qs"] = (codes ^ 0x80).view(np.int8)
-        return blocks
-    blocks["qs"] = _merged(codes & 15, 4, 16)
-    if tensor.bits == 5:
-        blocks["qh"] = np.packbits(codes >> 4, axis=-1, bitorder="little")
-    return blocks
+        return np.repeat(stored, repeats, axis=1)
 
-
-def _unpack_blocks(blocks: Blocks, bits: int) -> Codes:
-    if bits == 8:
-        codes = blocks["qs"].view(np.uint8) ^ 0x80
-    else:
-        codes = _split(blocks["qs"], 4, 16)
-        if bits == 5:
-            codes |= np.unpackbits(blocks["qh"], axis=-1, bitorder="little") << 4
-    return np.ascontiguousarray(codes.reshape(len(blocks), -1))
+    packed = _kernels.pack_blocks(
+        np.ascontiguousarray(tensor.codes),
+        halves(tensor.scales),
+        None if tensor.biases is None else halves(tensor.biases),
+        tensor.bits,
+    )
+    return packed.view(BLOCKS[kind])
 
 
 def _pack_superblocks(kind: str, tensor: QuantizedTensor, grid: SuperBlocks) -> Blocks:
-    blocks = np.zeros((tensor.shape[0], tensor.shape[1] // SUPERBLOCK), BLOCKS[kind])
-    codes = tensor.codes.reshape(*blocks.shape, SUPERBLOCK)
-    scales = grid.scale_codes.reshape(*blocks.shape, -1)
-    blocks["d"] = grid.d
-    if grid.dmin is not None and grid.min_codes is not None:
-        blocks["dmin"], mins = grid.dmin, grid.min_codes.reshape(*blocks.shape, -1)
-    bits = tensor.bits
-    if bits == 2:
-        blocks["scales"] = scales.view(np.uint8) | mins << 4
-        blocks["qs"] = _merged(codes, 2, 32)
-    elif bits == 3:
-        blocks["scales"] = _pack_six_bits_3(scales + np.int8(32))
-        blocks["qs"] = _merged(codes & 3, 2, 32)
-        blocks["hmask"] = _merged(codes >> 2, 1, 32)
-    elif bits == 6:
-        blocks["scales"] = scales
-        blocks["ql"] = _merged(codes & 15, 4, 64)
-        blocks["qh"] = _merged(codes >> 4, 2, 32)
-    else:
-        blocks["scales"] = _pack_six_bits(scales.view(np.uint8), mins)
-        blocks["qs"] = _merged(codes & 15, 4, 32)
-        if bits == 5:
-            blocks["qh"] = _merged(codes >> 4, 1, 32)
-    return blocks
-
-
-def _unpack_superblocks(blocks: Blocks, bits: int) -> tuple[Codes, SuperBlocks]:
-    mins = None
-    if bits == 2:
-        scales, mins = blocks["scales"] & 15, blocks["scales"] >> 4
-        codes = _split(blocks["qs"], 2, 32)
-    elif bits == 3:
-        scales = _unpack_six_bits_3(blocks["scales"]).view(np.int8) - np.int8(32)
-        codes = _split(blocks["qs"], 2, 32) | _split(blocks["hmask"], 1, 32) << 2
-    elif bits == 6:
-        scales = blocks["scales"]
-        codes = _split(blocks["ql"], 4, 64) | _split(blocks["qh"], 2, 32) << 4
-    else:
-        scales, mins = _unpack_six_bits(blocks["scales"])
-        codes = _split(blocks["qs"], 4, 32)
-        if bits == 5:
-            codes |= _split(blocks["qh"], 1, 32) << 4
-
-    def rows(values: NDArray[Any]) -> NDArray[Any]:
-        return np.ascontiguousarray(values.reshape(len(blocks), -1))
-
-    return rows(codes), SuperBlocks(
-        np.ascontiguousarray(blocks["d"]),
-        rows(scales).astype(np.int8),
-        None if mins is None else np.ascontiguousarray(blocks["dmin"]),
-        None if mins is None else rows(mins),
+    packed = _kernels.pack_superblocks(
+        np.ascontiguousarray(tensor.codes),
+        grid.d,
+        grid.scale_codes,
+        grid.dmin,
+        grid.min_codes,
+        tensor.bits,
     )
-
-
-def _merged(parts: Codes, bits: int, width: int) -> Codes:
-    """Merge values of few bits ``[…, n]`` into bytes: the lowest bits of `width` bytes hold the first
-    `width` values, the next bits the next, until they are full."""
-    count = 8 // bits
-    runs = parts.reshape(*parts.shape[:-1], -1, count, width)
-    merged = runs[..., 0, :].copy()
-    for place in range(1, count):
-        merged |= runs[..., place, :] << (bits * place)
-    return merged.reshape(*parts.shape[:-1], -1)
-
-
-def _split(merged: Codes, bits: int, width: int) -> Codes:
-    """Undo `_merged`."""
-    runs = merged.reshape(*merged.shape[:-1], -1, 1, width)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    parts = runs >> shifts & np.uint8((1 << bits) - 1)
-    return parts.reshape(*merged.shape[:-1], -1)
-
-
-def _pack_six_bits(scales: Codes, mins: Codes) -> Codes:
-    """Pack eight scales and eight mins of Q4_K and Q5_K: the first four of both are whole, the other four
-    lie in a third row of nibbles and in the upper bits of the first two rows."""
-    first, last = (slice(0, 4), slice(4, 8))
-    return np.concatenate(
-        [
-            scales[..., first] | scales[..., last] >> 4 << 6,
-            mins[..., first] | mins[..., last] >> 4 << 6,
-            scales[..., last] & 15 | (mins[..., last] & 15) << 4,
-        ],
-        axis=-1,
-    )
-
-
-def _unpack_six_bits(packed: Codes) -> tuple[Codes, Codes]:
-    scales, mins, rest = (packed[..., start : start + 4] for start in (0, 4, 8))
-    return (
-        np.concatenate([scales & 63, rest & 15 | scales >> 6 << 4], axis=-1),
-        np.concatenate([mins & 63, rest >> 4 | mins >> 6 << 4], axis=-1),
-    )
-
-
-def _pack_six_bits_3(scales: Codes) -> Codes:
-    """Pack sixteen scales of Q3_K: their lower nibbles, then their upper two bits."""
-    values = scales.view(np.uint8)
-    return np.concatenate([_merged(values & 15, 4, 8), _merged(values >> 4, 2, 4)], axis=-1)
-
-
-def _unpack_six_bits_3(packed: Codes) -> Codes:
-    low: Codes = _split(packed[..., :8], 4, 8)
-    high: Codes = _split(packed[..., 8:], 2, 4)
-    low |= high << 4
-    return low
+    return packed.view(BLOCKS[kind])
 
 
 FORMATS = (GgufFormat,)

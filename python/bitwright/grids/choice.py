@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from bitwright import _kernels
 from bitwright.grids.tensor import BITS, GRIDS, K_GRIDS, SUPERBLOCK, Grid
 
 FLOAT_DTYPES: tuple[np.dtype[Any], ...] = (
@@ -95,6 +96,13 @@ class GridChoice:
     def base(self) -> Grid:
         """The grid of each group by itself."""
         return K_GRIDS[self.bits].grid if self.grid == "k" else self.grid
+
+    @property
+    def kernel_grid(self) -> _kernels.Grid:
+        """The grid of each group by itself, as kernels take it."""
+        return _kernels.Grid(
+            self.bits, self.group_size, self.base, self.scale_dtype.name, self.search
+        )
 
     def fields(
         self,

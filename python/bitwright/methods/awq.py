@@ -151,11 +151,7 @@ def scaled_rounding(
         weight,
         scale,
         check_importance(importance, weight.shape[1]),
-        choice.bits,
-        choice.group_size,
-        choice.grid,
-        choice.scale_dtype.name,
-        choice.search,
+        _kernel_grid(choice),
         change,
     )
     return change
@@ -316,17 +312,10 @@ def quantize_clipped(
     steps = max(1, int(MOST_CLIP * n_grid))
     if metric == "mse" and gram is not None:
         found = _kernels.quantize_clipped(
-            weight,
-            gram,
-            choice.bits,
-            choice.group_size,
-            choice.grid,
-            choice.scale_dtype.name,
-            steps,
-            1 - steps / n_grid,
+            weight, gram, _kernel_grid(choice), steps, 1 - steps / n_grid
         )
     elif activations is not None:
-        shares = [1 - step / n_grid for step in range(steps)]
+        shares = np.array([1 - step / n_grid for step in range(steps)], np.float32)
         found = _clip_on_tokens(weight, activations, choice, find_metric(metric), shares)
     else:
         raise ValueError("activations: metrics other than mse need them; mse takes gram as well")
@@ -334,13 +323,9 @@ def quantize_clipped(
 
 
 def _clip_on_tokens(
-    weight: Float32,
-    activations: Float32,
-    choice: GridChoice,
-    metric: Metric,
-    shares: Sequence[float],
+    weight: Float32, activations: Float32, choice: GridChoice, metric: Metric, shares: Float32
 ) -> tuple[NDArray[np.uint8], Float32, Float32]:
-    """Search as the kernel does, group by group, but compute the outputs and judge them by the metric."""
+    """Search as for the gram, group by group, by what the metric makes of the outputs."""
     size = choice.group_size
     codes = np.zeros(weight.shape, np.uint8)
     scales, offsets = np.ones((2, len(weight), weight.shape[1] // size), np.float32)
@@ -349,11 +334,31 @@ def _clip_on_tokens(
         inputs = np.ascontiguousarray(activations[:, columns])
         for first in range(0, len(weight), CLIP_ROWS):
             here = slice(first, first + CLIP_ROWS)
-            found = _clip_group(
-                np.ascontiguousarray(weight[here, columns]), inputs, choice, metric, shares
-            )
-            codes[here, columns], scales[here, group], offsets[here, group] = found
+            rows = np.ascontiguousarray(weight[here, columns])
+            errors = _output_errors(rows, inputs, choice, metric)
+            found = _kernels.quantize_clipped_by(rows, _kernel_grid(choice), shares, errors)
+            codes[here, columns], scales[here, [group]], offsets[here, [group]] = found
     return codes, scales, offsets
+
+
+def _output_errors(
+    rows: Float32, inputs: Float32, choice: GridChoice, metric: Metric
+) -> Callable[[NDArray[np.uint8], Float32, Float32], NDArray[np.float64]]:
+    """Return what the metric makes of codes, scales and offsets for rows of one group."""
+    reference = _outputs(inputs, rows)
+
+    def errors(codes: NDArray[np.uint8], scales: Float32, offsets: Float32) -> NDArray[np.float64]:
+        tensor = QuantizedTensor(**choice.fields(codes, scales, offsets))
+        found = channel_errors(metric, reference, _outputs(inputs, tensor.dequantize()))
+        return np.ascontiguousarray(found, np.float64)
+
+    return errors
+
+
+def _kernel_grid(choice: GridChoice) -> _kernels.Grid:
+    if choice.grid == "k":
+        raise ValueError("grid: expected affine, zero_point or symmetric, got k")
+    return choice.kernel_grid
 
 
 def _outputs(inputs: Float32, weight: Float32) -> Float32:
@@ -361,50 +366,6 @@ def _outputs(inputs: Float32, weight: Float32) -> Float32:
     outputs = np.empty((len(inputs), len(weight)), np.float32)
     _kernels.linear(inputs, weight, None, outputs, False)
     return outputs
-
-
-def _clip_group(
-    rows: Float32, inputs: Float32, choice: GridChoice, metric: Metric, shares: Sequence[float]
-) -> tuple[NDArray[np.uint8], Float32, Float32]:
-    """Return codes, scales and offsets of the rows of one group."""
-    reference = _outputs(inputs, rows)
-    low, high = rows.min(axis=1), rows.max(axis=1)
-    best_low, best_high = low.copy(), high.copy()
-    best_errors = np.full(len(rows), np.inf)
-    best_codes = np.zeros(rows.shape, np.uint8)
-    best_scales, best_offsets = np.ones((2, len(rows)), np.float32)
-
-    def try_range(bottom: Float32, top: Float32) -> None:
-        bottom, top = (np.ascontiguousarray(end, np.float32) for end in (bottom, top))
-        for scales, offsets in _kernels.range_grids(
-            bottom, top, choice.bits, choice.grid, choice.scale_dtype.name
-        ):
-            codes = _kernels.encode(
-                rows, scales, offsets, choice.bits, choice.group_size, choice.grid
-            )
-            tensor = QuantizedTensor(**choice.fields(codes, scales, offsets))
-            errors = channel_errors(metric, reference, _outputs(inputs, tensor.dequantize()))
-            better = errors < best_errors
-            for best, new in (
-                (best_errors, errors),
-                (best_codes, codes),
-                (best_scales, scales[:, 0]),
-                (best_offsets, offsets[:, 0]),
-                (best_low, bottom),
-                (best_high, top),
-            ):
-                best[better] = new[better]
-
-    widest = np.maximum(high, -low)
-    for share in shares:
-        try_range(np.maximum(low, -share * widest), np.minimum(high, share * widest))
-    top = best_high.copy()
-    for share in shares[::2]:
-        try_range(share * low, top)
-    bottom = best_low.copy()
-    for share in shares[::2]:
-        try_range(bottom, share * high)
-    return best_codes, best_scales, best_offsets
 
 
 def clip_solver(

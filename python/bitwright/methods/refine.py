@@ -95,6 +95,12 @@ def refine(
         damped[diagonal] = kept
 
 
+def _kernel_grid(tensor: QuantizedTensor) -> _kernels.Grid:
+    return _kernels.Grid(
+        tensor.bits, tensor.group_size, tensor.grid, tensor.scales.dtype.name, search=False
+    )
+
+
 def _refine_damped(
     tensor: QuantizedTensor, weight: NDArray[np.float32], damped: NDArray[np.float32], rounds: int
 ) -> tuple[QuantizedTensor, NDArray[np.float64]]:
@@ -107,10 +113,7 @@ def _refine_damped(
         codes,
         scales,
         offsets,
-        tensor.bits,
-        tensor.group_size,
-        tensor.grid,
-        tensor.scales.dtype.name,
+        _kernel_grid(tensor),
         rounds,
     )
     changed: dict[str, Any] = {"codes": codes, "scales": scales.astype(tensor.scales.dtype)}
@@ -130,7 +133,7 @@ def _refine_superblocks(
 ) -> tuple[QuantizedTensor, NDArray[np.float64]]:
     """Refine a "k" grid: its scales take their closed form and are fitted with superblocks again, the codes
     follow, and each row keeps what has the least error."""
-    bits, size = tensor.bits, tensor.group_size
+    bits, grid = tensor.bits, _kernel_grid(tensor)
     codes = tensor.codes.copy()
     importance = np.ascontiguousarray(gram.diagonal())
 
@@ -140,9 +143,7 @@ def _refine_superblocks(
         offsets: NDArray[np.float32],
         only: bool,
     ) -> None:
-        _kernels.refine(
-            weight, gram, codes, scales, offsets, bits, size, tensor.grid, "float32", 1, only
-        )
+        _kernels.refine(weight, gram, codes, scales, offsets, grid, 1, only)
 
     def errors(codes: NDArray[np.uint8], blocks: SuperBlocks) -> NDArray[np.float64]:
         change = _k_tensor(tensor, codes, blocks).dequantize()

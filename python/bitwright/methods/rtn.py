@@ -68,15 +68,7 @@ def quantize_rtn(
     choice = GridChoice.check(weight, bits, group_size, grid, scale_dtype, grid_search)
     require_finite(weight, "weight")
     weights = check_importance(importance, weight.shape[1])
-    codes, scales, offsets = _kernels.quantize_rtn(
-        weight,
-        weights,
-        choice.bits,
-        choice.group_size,
-        choice.base,
-        choice.scale_dtype.name,
-        choice.search,
-    )
+    codes, scales, offsets = _kernels.quantize_rtn(weight, weights, choice.kernel_grid)
     if grid != "k":
         return QuantizedTensor(**choice.fields(codes, scales, offsets))
     # Groups of zeros have a scale of their own choice, which must not count in that of the superblock.
@@ -104,7 +96,7 @@ def _on_superblocks(
     bits = choice.bits
     blocks = fit_superblocks(scales, offsets, importance, bits)
     grids = expanded(blocks, bits)
-    codes = _kernels.encode(weight, *grids, bits, choice.group_size, choice.base)
+    codes = _kernels.encode(weight, *grids, choice.kernel_grid)
     return QuantizedTensor(**choice.fields(codes, *grids), superblocks=blocks)
 
 
