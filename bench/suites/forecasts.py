@@ -35,12 +35,12 @@ COMMANDS = {
         "bitwright.evaluate(q, ids, reference=model, memory=memory)",
     ),
     "sensitivities": (
-        "sensitivity.plan_estimate",
+        "precision.estimate.plan_estimate",
         "found.memory_bytes",
         "bitwright.estimate_sensitivities(model, ids, memory=memory, progress=False)",
     ),
     "dwq": (
-        "dwq.plan_training",
+        "distill.training.plan_training",
         "found",
         "bitwright.dwq_quantize(model, q, out, ids, tokens=4 * ids.size, validation_samples=2, "
         "memory=memory, progress=False)",

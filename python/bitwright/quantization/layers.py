@@ -364,14 +364,14 @@ class Layers:
         if len(parts) > 1:
             tensor, stored = QuantizedTensor.joined(parts), None
         del parts
-        if isinstance(pieces, MatrixPieces):
-            give_back()  # the heap has kept the room of pieces
         relative = summed(energies)
         if relative > MOST_LOST and not isinstance(own.method, QuantizedTensor):
             self._require_kept(name, pieces, solve, own.gram, tensor, relative, out)
         power, coarse = self._powers.get(name, 0), name in self._coarse
         error_before = summed(before) if before else None
         finish(QuantizedLayer(name, tensor, relative, few_tokens, power, coarse, error_before))
+        if isinstance(pieces, MatrixPieces):
+            give_back()  # the heap has kept the room of pieces, and of what was written
         return tensor, stored
 
     def _energies(
