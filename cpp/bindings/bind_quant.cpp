@@ -26,7 +26,8 @@ ScaleType scale_type_named(const std::string& name) {
 }
 
 void bind_grid(py::module_& module) {
-    py::class_<Grid>(module, "Grid",
+    // Of Python's own metaclass: pybind11's is for static properties, and this has none.
+    py::class_<Grid>(module, "Grid", py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)),
                      "What a method quantizes to: how each group of weights is coded.")
         .def(py::init([](int bits, Index group_size, const std::string& kind,
                          const std::string& scale_dtype, bool search) {
