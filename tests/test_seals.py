@@ -292,7 +292,7 @@ def test_models_that_change_while_they_are_converted_are_named(
 ) -> None:
     model = tmp_path / "model"
     bitwright.quantize(DEMO, model, "rtn", 4, 32, progress=False)
-    converting = sys.modules["bitwright.convert"]  # the package has a function of that name
+    converting = sys.modules["bitwright.tools.convert"]  # the package has a function of that name
     original = converting.copy_side_files
 
     def copy(*arguments: Any) -> Any:
