@@ -1,11 +1,16 @@
 """Warnings: one line each, once, on standard error and in every report that is being made."""
 
+import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import bitwright
 from bitwright.warned import collected, reports_warnings, warn
@@ -86,3 +91,21 @@ bitwright.cli.main.main()
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stderr == "bitwright: warning: a\nbitwright: warning: b\n"
+
+
+@pytest.mark.parametrize("name", ["evaluate", "convert", "inspect_model"])
+def test_warnings_are_told_of_the_line_that_calls(tmp_path: Path, name: str) -> None:
+    """Whatever decorates a public function."""
+    model = tmp_path / "model"
+    shutil.copytree(bitwright.demo_folder(), model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["mtp.layers.0.weight"] = np.zeros((2, 2), np.float32)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    calls: dict[str, Callable[[], object]] = {
+        "evaluate": lambda: bitwright.evaluate(model, np.arange(16, dtype=np.int32).reshape(2, 8)),
+        "convert": lambda: bitwright.convert(model, tmp_path / "out", "gguf", progress=False),
+        "inspect_model": lambda: bitwright.inspect_model(model),
+    }
+    with pytest.warns(bitwright.BitwrightWarning) as caught:
+        calls[name]()
+    assert {each.filename for each in caught} == {__file__}
