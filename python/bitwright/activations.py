@@ -322,8 +322,8 @@ def _needed_bytes(source: Model, samples: int, length: int) -> int:
     """Return what collecting takes: a stage's inputs of all samples, twice, and the states beside them."""
     tokens, hidden = samples * length, source.config.hidden_size
     chunk = min(tokens, Rotation(length, {}).chunk_rows)
-    table = source.config.vocab_size * hidden * source.dtype.itemsize
-    peaks = [table + 4 * tokens * hidden]
+    name = source.embedding_name
+    peaks = [source.codes_bytes(name) + source.piece_bytes(name) + 2 * 4 * tokens * hidden]
     for layout in source.layouts:
         left = inner_width(layout)
         most = max((layout.channels(stage) for stage in layout.stages if stage.linears), default=0)

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +36,7 @@ from bitwright.gathering import advance, head_moments, require_finite_inputs
 from bitwright.home import expands_home
 from bitwright.journal import Journal, kept_when_interrupted
 from bitwright.known_inputs import FEW_TOKENS, KnownInputs
+from bitwright.memory import give_back
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.grid import GridChoice
 from bitwright.methods.metrics import Metric
@@ -60,9 +61,18 @@ from bitwright.methods.solver import (
 )
 from bitwright.models.block import DecoderBlock, Rotation
 from bitwright.models.layout import Stage
+from bitwright.models.matrix_rows import MatrixRows, solved_rows
 from bitwright.models.model import Model, load_model
 from bitwright.models.operations import Float32
-from bitwright.output import Output, QuantizedLayer, block_error, error_energies, summed
+from bitwright.output import (
+    Output,
+    QuantizedLayer,
+    block_error,
+    energies_of_sample,
+    error_energies,
+    sampled_rows,
+    summed,
+)
 from bitwright.planner import RunPlan, Work, describe, plan_run
 from bitwright.progress import progress_bar
 from bitwright.recipe import Recipe, check_recipe, plan_layers
@@ -499,18 +509,35 @@ Piece = tuple[slice, Float32]  # rows of a layer, and their weights
 
 
 @dataclass(frozen=True, eq=False)
+class MatrixPieces:
+    """Pieces of an embedding or a head, times two to a power; each is read when it is its turn."""
+
+    matrix: MatrixRows
+    rows: Sequence[slice]
+    power: int = 0
+
+    def __iter__(self) -> Iterator[Piece]:
+        for rows in self.rows:
+            yield rows, self.floats(rows)
+
+    def floats(self, rows: slice) -> Float32:
+        """Return some rows."""
+        weight = self.matrix.floats(rows)
+        return np.ldexp(weight, self.power) if self.power else weight
+
+
+@dataclass(frozen=True, eq=False)
 class OwnSolver:
     """How to quantize a layer, or what is taken for it, and the gram that its error is reported by."""
 
     method: Solver | QuantizedTensor
     gram: Float32 | None
 
-    def energies_before(self, rows: slice, weight: Float32, out: int) -> list[tuple[float, float]]:
-        """Return `error_energies` of the quantized rows that are taken over; none by a method."""
+    def before(self, rows: slice) -> Float32 | None:
+        """Return the weights of quantized rows that are taken over; None of a method."""
         if not isinstance(self.method, QuantizedTensor):
-            return []
-        stored = self.method.rows(rows.start, rows.stop).dequantize()
-        return [error_energies(weight, stored, self.gram, rows.start, out)]
+            return None
+        return self.method.rows(rows.start, rows.stop).dequantize()
 
     def of(self, rows: slice) -> Solver:
         """Return how to quantize some of the layer's rows."""
@@ -783,9 +810,15 @@ class Run:
         self._carry(name for name in model.checkpoint.names() if not name.startswith(prefixes))
         for name, shape in model.quantized_layers().items():
             target = model.names.embedding if name == model.embedding_name else name
-            if self.plan.get(target) is None:
-                weight = model.weight(name, shape).astype(model.dtype)
-                self.output.add(f"{target}.weight", weight)
+            if self.plan.get(target) is not None:
+                continue
+            weight = np.empty(shape, model.dtype)
+            if name in (model.embedding_name, model.head_name):
+                for rows, piece in model.rows(name).pieces(np.dtype(np.float32)):
+                    weight[rows] = piece
+            else:
+                weight[...] = model.weight(name, shape)
+            self.output.add(f"{target}.weight", weight)
 
     def _begin(
         self, journal: Journal, state: Mapping[str, Any] | None, rope: Rotation | None
@@ -820,7 +853,7 @@ class Run:
             found[name] = States(each, rows)
         self.states, self.original = found.get("hidden"), found.get("original")
 
-    def _embedding(self) -> NDArray[Any] | None:
+    def _embedding(self) -> NDArray[Any] | MatrixRows | None:
         """Quantize the embedding if it is planned; return the matrix to look tokens up in, None if nobody
         will."""
         name = self.model.names.embedding
@@ -830,8 +863,9 @@ class Run:
         own = self._known_solver(name, None)
         if own is None:
             own = OwnSolver(METHODS["rtn"](None, self.options), None)
-        pieces = self._pieces(self.model.embedding())
-        return self._quantize(name, pieces, own, precision, self.output.finish)
+        pieces = self._matrix_pieces(self.model.embedding_name, whole=False)
+        tensor, _ = self._quantize(name, pieces, own, precision, self.output.finish)
+        return MatrixRows(tensor.dequantize, tensor.shape, f"layer {name}")
 
     def _calibrate_block(
         self, block: DecoderBlock, index: int, states: States, rope: Rotation
@@ -1178,11 +1212,11 @@ class Run:
             own = own_solver(name) or self._known_solver(prefix + name, gram) or shared
             if own is None:
                 own = shared = self._method_solver(gram)
-            stored = self._quantize(
+            tensor, stored = self._quantize(
                 prefix + name, pieces.pop(name), own, precision, finish, fallback
             )
             if replace:
-                block.weights[f"{name}.weight"] = stored
+                block.weights[f"{name}.weight"] = tensor.dequantize() if stored is None else stored
 
     def _method_solver(self, gram: Float32 | None) -> OwnSolver:
         return OwnSolver(METHODS[self.options.method](gram, self.options), gram)
@@ -1192,6 +1226,24 @@ class Run:
         whole = self.options.method == "salient"
         pieces = [slice(0, len(weight))] if whole else self.ranks.rows(len(weight))
         return [(rows, weight[rows]) for rows in pieces]
+
+    def _matrix_pieces(self, name: str, power: int = 0, *, whole: bool) -> MatrixPieces:
+        """Return this rank's pieces of the embedding or the head, which are never all in float32 at a time
+        unless they are `whole`."""
+        matrix = self.model.rows(name)
+        count, width = matrix.shape
+        if whole:
+            return MatrixPieces(matrix, [slice(0, count)], power)
+        step = solved_rows(width)
+        return MatrixPieces(
+            matrix,
+            [
+                slice(first, min(first + step, mine.stop))
+                for mine in self.ranks.rows(count)
+                for first in range(mine.start, mine.stop, step)
+            ],
+            power,
+        )
 
     def _known_solver(self, name: str, gram: Float32 | None) -> OwnSolver | None:
         """Return what takes a layer of the model that is quantized already."""
@@ -1283,25 +1335,28 @@ class Run:
             if gram is not None and power:
                 divide_channels(gram, scale)
             own = self._known_solver(name, gram) or self._method_solver(gram)
-        pieces = self._pieces(np.ldexp(self.model.head(), power))
+        # The weights that salient protects are chosen among those of all rows.
+        whole = self.options.method == "salient"
+        pieces = self._matrix_pieces(self.model.head_name, power, whole=whole)
         self._quantize(name, pieces, own, precision, self.output.finish)
 
     def _quantize(
         self,
         name: str,
-        pieces: list[Piece],
+        pieces: list[Piece] | MatrixPieces,
         own: OwnSolver,
         precision: Precision,
         finish: Callable[[QuantizedLayer], None],
         fallback: bool = False,
-    ) -> Float32:
-        """Quantize this rank's rows of a layer and hand on all of it; return the weights that a reader will
-        see."""
+    ) -> tuple[QuantizedTensor, Float32 | None]:
+        """Quantize this rank's rows of a layer and hand on all of it; return that, and the weights that a
+        reader will see where there was one piece."""
         shared = self.ranks.size > 1 and self.options.method != "salient"
-        last = max((rows.stop for rows, _ in pieces), default=0)
+        own_rows = pieces.rows if isinstance(pieces, MatrixPieces) else [rows for rows, _ in pieces]
+        last = max((rows.stop for rows in own_rows), default=0)
         out = max(self.ranks.gather(last)) if shared else last
-        parts, energies, stored = [], [], None
-        before: list[tuple[float, float]] = []
+        parts, stored = [], None
+        samples: list[tuple[Float32, Float32, Float32 | None]] = []
 
         def solve(rows: slice, weight: Float32) -> QuantizedTensor:
             return refined(own.of(rows), own.gram, self.options)(
@@ -1318,8 +1373,12 @@ class Run:
                 raise ValueError(f"{folder}: layer {name}: {error}") from error
             parts.append(part)
             stored = part.dequantize()
-            energies.append(error_energies(weight, stored, own.gram, rows.start, out))
-            before += own.energies_before(rows, weight, out)
+            chosen = sampled_rows(rows.start, out)
+            known = own.before(rows)
+            taken = None if known is None else known[chosen].copy()
+            samples.append((weight[chosen].copy(), stored[chosen].copy(), taken))
+            del weight, known  # before there is the next piece
+        energies, before = self._energies(samples, own.gram)
         if shared:
             before = [each for others in self.ranks.gather(before) for each in others]
             parts = [part for each in self.ranks.gather(parts) for part in each]
@@ -1327,9 +1386,11 @@ class Run:
         if not parts:
             raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: has no rows")
         tensor = parts[0]
-        if len(parts) > 1 or stored is None:
-            tensor = QuantizedTensor.joined(parts)
-            stored = tensor.dequantize()
+        if len(parts) > 1:
+            tensor, stored = QuantizedTensor.joined(parts), None
+        del parts
+        if isinstance(pieces, MatrixPieces):
+            give_back()  # the heap has kept the room of pieces
         relative = summed(energies)
         if relative > MOST_LOST and not isinstance(own.method, QuantizedTensor):
             self._require_kept(name, pieces, solve, own.gram, tensor, relative, out)
@@ -1343,12 +1404,27 @@ class Run:
             summed(before) if before else None,
         )
         finish(layer)
-        return stored
+        return tensor, stored
+
+    def _energies(
+        self, samples: list[tuple[Float32, Float32, Float32 | None]], gram: Float32 | None
+    ) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+        """Return `error_energies` of what is stored, and of what was before, from the chosen rows of this
+        rank's pieces: of each by itself where sums must have the same terms on any number of ranks."""
+        groups = [[each] for each in samples] if self.ranks.fixed_order else [samples]
+        found, before = [], []
+        for group in filter(None, groups):
+            weight = np.concatenate([each[0] for each in group])
+            found.append(energies_of_sample(weight, np.concatenate([s[1] for s in group]), gram))
+            known = [each[2] for each in group if each[2] is not None]
+            if known:
+                before.append(energies_of_sample(weight, np.concatenate(known), gram))
+        return found, before
 
     def _require_kept(
         self,
         name: str,
-        pieces: list[Piece],
+        pieces: list[Piece] | MatrixPieces,
         solve: Callable[[slice, Float32], QuantizedTensor],
         gram: Float32 | None,
         tensor: QuantizedTensor,

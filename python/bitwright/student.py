@@ -166,8 +166,8 @@ def _trained(tensor: QuantizedTensor, zeros: Zeros) -> TrainedTensor:
 def trained_bytes(model: Model, student: Model | None, zeros: Zeros) -> tuple[int, int]:
     """Return what a student of a model is in training, and what a step's gradients take.
 
-    That is its codes and, of each group, scales and biases or zeros as they are stored and in float32, sums,
-    and the parameters with their best and the two means of Adam.
+    The first is its codes and, of each group, scales and biases or zeros as they are stored and in float32,
+    sums, and the parameters with their best and the two means of Adam.
 
     Parameters
     ----------

@@ -1,5 +1,6 @@
 """A quantized tensor on another grid, with the same codes."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -95,14 +96,22 @@ def regrid(
 def lost(weight: Float32, stored: Float32) -> float:
     """Return ``‖stored - weight‖² / ‖weight‖²`` over all rows: 0 only where they are the same, infinity
     where that is no number."""
-    if np.array_equal(weight, stored):
-        return 0.0
+    return lost_in_pieces([(weight, stored)])
+
+
+def lost_in_pieces(pieces: Iterable[tuple[Float32, NDArray[Any]]]) -> float:
+    """Do as `lost` does with the rows of all pieces, each but the last of whole blocks of `ROWS`."""
     change = energy = 0.0
-    for start in range(0, len(weight), ROWS):
-        rows = weight[start : start + ROWS].astype(np.float64)
-        energy += float(np.square(rows).sum())
-        rows -= stored[start : start + ROWS]
-        change += float(np.square(rows).sum())
+    same = True
+    for weight, stored in pieces:
+        same = same and np.array_equal(weight, stored)
+        for start in range(0, len(weight), ROWS):
+            rows = weight[start : start + ROWS].astype(np.float64)
+            energy += float(np.square(rows).sum())
+            rows -= stored[start : start + ROWS]
+            change += float(np.square(rows).sum())
+    if same:
+        return 0.0
     share = change / energy if energy > 0 else np.inf
     return share if np.isfinite(share) else np.inf
 

@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
-from bitwright.models.operations import Float
+from bitwright.models.operations import Float, Float32
 from bitwright.statistics import require_finite
 
 PIECE_BYTES = 16 << 20  # of rows in float32 that exist at one time
+SOLVED_ROWS = 256  # whole tiles of products: pieces of so many rows have the bits of the whole
 
 
 class MatrixRows:
@@ -44,6 +45,12 @@ class MatrixRows:
                 self._finite.add(rows.start)
             yield rows, piece.astype(dtype, copy=False) if dtype == np.float64 else piece
             del piece  # before there is the next
+
+    def floats(self, rows: slice) -> Float32:
+        """Return some rows in float32; NonFiniteError if a value is NaN or infinite."""
+        piece = self._read(rows.start, rows.stop).astype(np.float32, copy=False)
+        require_finite(piece, f"{self.name}, rows from {rows.start} on")
+        return piece
 
     def gather(self, ids: NDArray[np.int32]) -> NDArray[Any]:
         """Return the rows ``[tokens, hidden_size]`` of token ids ``[tokens]``, as they are read."""
@@ -87,3 +94,8 @@ class MatrixRows:
 def piece_rows(width: int) -> int:
     """Return how many rows of so many float32 values are read at a time."""
     return max(1, PIECE_BYTES // (4 * width))
+
+
+def solved_rows(width: int) -> int:
+    """Return how many rows of so many values are quantized at a time."""
+    return max(1, piece_rows(width) // SOLVED_ROWS) * SOLVED_ROWS

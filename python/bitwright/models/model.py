@@ -392,8 +392,9 @@ class Model:
         """Read the embedding matrix ``[vocabulary, hidden_size]``."""
         return self.weight(self.embedding_name, (self.config.vocab_size, self.config.hidden_size))
 
-    def embedding_table(self) -> NDArray[Any]:
-        """Read the embedding matrix as it is stored, if that is in float, for `embed`."""
+    def embedding_table(self) -> NDArray[Any] | MatrixRows:
+        """Read the embedding matrix as it is stored, in 16 or 32 bits, or get ready to read its rows, for
+        `embed`."""
         name = f"{self.embedding_name}.weight"
         shape = (self.config.vocab_size, self.config.hidden_size)
         if (
@@ -401,7 +402,7 @@ class Model:
             or self.checkpoint.shape(name) != shape
             or self.checkpoint.dtype(name) not in MODEL_DTYPES.values()
         ):
-            return self.embedding()
+            return self.rows(self.embedding_name)
         return self.checkpoint.read(name)
 
     def embed(
@@ -418,10 +419,6 @@ class Model:
             with np.errstate(over="ignore"):  # whoever uses the states looks at them
                 rows *= np.float32(self.config.embedding_scale)
         return rows
-
-    def head(self) -> Float32:
-        """Read the output matrix ``[vocabulary, hidden_size]``, to quantize it."""
-        return self.weight(self.head_name, (self.config.vocab_size, self.config.hidden_size))
 
     @property
     def logit_cap(self) -> tuple[float, float]:
