@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 TESTS = Path(__file__).parents[1] / "tests"
-VOCABULARIES = (4_096, 152_064)
+VOCABULARIES = (4_096, 32_000, 152_064)
 SHAPE = {
     "hidden_size": 256,
     "intermediate_size": 768,

@@ -4,6 +4,7 @@ that is not: peaks of whole processes next to plans."""
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,6 +102,65 @@ def test_sensitivities_take_what_is_planned(name: str, tmp_path: Path) -> None:
     _, peak, memory, _, *pieces = estimate(model, samples, length, "least")
     assert peak < 1.05 * 1e9 * memory
     assert pieces == whole  # to the last bit
+
+
+PROCESS = """
+import json, sys
+import numpy as np
+import bitwright
+from bitwright.budget import Budget
+from bitwright.memory import peak_memory_bytes
+folder, command = sys.argv[1:]
+bitwright.set_num_threads(1)
+model, q, out, plans, require = f"{folder}/model", f"{folder}/q", f"{folder}/out", [], Budget.require
+def required(budget, least, *others):
+    plans.append(least)
+    require(budget, least, *others)
+Budget.require = required
+ids = np.random.default_rng(0).integers(0, 100_000, (8, 128))
+head = {"embedding_bits": 4, "head_bits": 4, "progress": False}
+{
+    "rtn": lambda: bitwright.quantize(model, out, "rtn", 4, **head),
+    "gptq": lambda: bitwright.quantize(model, out, "gptq", 4, calibration=ids, **head),
+    "refine": lambda: bitwright.refine_model(model, q, out, ids, progress=False),
+    "convert": lambda: bitwright.convert(q, out, "float", progress=False),
+    "evaluate": lambda: bitwright.evaluate(q, ids, reference=model),
+    "dwq": lambda: bitwright.dwq_quantize(
+        model, q, out, ids, tokens=512, validation_samples=2, progress=False
+    ),
+    "statistics": lambda: bitwright.collect_statistics(model, out, ids, progress=False),
+}[command]()
+print(json.dumps([max(plans), peak_memory_bytes()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of a large vocabulary, and what it is quantized to."""
+    folder = tmp_path_factory.mktemp("large")
+    changes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 1}
+    model = make_sized(folder / "model", "llama-linear", vocab_size=100_000, **changes)
+    matrices = {"embedding_bits": 4, "head_bits": 4}
+    bitwright.quantize(model, folder / "q", "rtn", 4, 64, progress=False, **matrices)
+    return folder
+
+
+@pytest.mark.memory
+@pytest.mark.parametrize(
+    "name", ["rtn", "gptq", "refine", "convert", "evaluate", "dwq", "statistics"]
+)
+def test_commands_take_what_is_planned_on_a_large_vocabulary(name: str, large: Path) -> None:
+    """No head is ever whole in float32, but where such a head is what is written."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROCESS, str(large), name],
+        capture_output=True,
+        text=True,
+    )
+    shutil.rmtree(large / "out", ignore_errors=True)
+    assert done.returncode == 0, done.stderr
+    plan, peak = json.loads(done.stdout)
+    assert peak < 1.05 * plan
+    assert 0.9 < plan / peak < 1.15
 
 
 def test_batches_are_cut_where_chunks_end() -> None:

@@ -55,13 +55,9 @@ def errors(report: bitwright.QuantizationReport) -> list[float]:
     ("method", "format", "bits", "options"),
     [
         ("rtn", "mlx", 4, {}),
-        ("rtn", "mlx", 3, {"grid_search": True}),
         ("rtn", "gguf", 4, {}),
-        ("rtn", "gguf", 8, {}),
         ("gptq", "mlx", 4, {}),
-        ("gptq", "mlx", 2, {"preset": "fast"}),
         ("gptq", "gguf", 4, {}),
-        ("gptq", "gguf", 6, {"grid": "k"}),
         ("awq", "mlx", 4, {}),
         ("awq", "gguf", 4, {"grid": "affine"}),
         ("awq+gptq", "mlx", 3, {}),

@@ -542,12 +542,14 @@ class _Conversion:
                 require_finite(piece, where)
                 if self.dtype is None and not np.array_equal(piece.astype(dtype), piece):
                     dtype = np.dtype(np.float32)
+                del piece  # before there is the next
             stored = np.empty(tensor.shape, dtype)
 
             def written() -> Iterator[tuple[NDArray[np.float32], NDArray[Any]]]:
                 for rows, piece in pieces():
                     stored[rows] = piece
                     yield piece, stored[rows].astype(np.float32)
+                    del piece
 
             error = lost_in_pieces(written())
         if self.dtype is not None:

@@ -1389,8 +1389,6 @@ class Run:
         if len(parts) > 1:
             tensor, stored = QuantizedTensor.joined(parts), None
         del parts
-        if isinstance(pieces, MatrixPieces):
-            give_back()  # the heap has kept the room of pieces
         relative = summed(energies)
         if relative > MOST_LOST and not isinstance(own.method, QuantizedTensor):
             self._require_kept(name, pieces, solve, own.gram, tensor, relative, out)
@@ -1404,6 +1402,8 @@ class Run:
             summed(before) if before else None,
         )
         finish(layer)
+        if isinstance(pieces, MatrixPieces):
+            give_back()  # the heap has kept the room of pieces, and of what was written
         return tensor, stored
 
     def _energies(

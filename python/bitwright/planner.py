@@ -260,7 +260,8 @@ def _fixed_bytes(work: Work) -> int:
     if work.plan.get(names.embedding):
         peaks.append(codes + max(codes, ROUNDED_BYTES * rows * config.hidden_size))
         if work.drift_tokens:  # which look tokens up in the original
-            peaks.append(codes + sizes[names.embedding])
+            dequantized = 2 * 4 * rows * config.hidden_size  # and the room of the piece before
+            peaks.append(codes + dequantized + sizes[names.embedding])
     if work.plan.get(names.head):
         if work.options.method == "salient":  # chooses among the weights of all rows
             rows = config.vocab_size

@@ -110,6 +110,7 @@ def lost_in_pieces(pieces: Iterable[tuple[Float32, NDArray[Any]]]) -> float:
             energy += float(np.square(rows).sum())
             rows -= stored[start : start + ROWS]
             change += float(np.square(rows).sum())
+        del weight, stored  # before there is the next piece
     if same:
         return 0.0
     share = change / energy if energy > 0 else np.inf
