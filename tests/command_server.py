@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 
-import bitwright.cli.commands
+import bitwright.cli.main
 import bitwright.distill.targets
 import bitwright.presets.best
 
@@ -24,7 +24,7 @@ def run(arguments: list[str], log: str) -> int:
     sys.argv = ["bitwright", *arguments]
     status = 0
     try:
-        bitwright.cli.commands.main()
+        bitwright.cli.main.main()
     except SystemExit as error:
         status = int(error.code or 0)
     except BaseException:

@@ -415,8 +415,8 @@ def commands(inputs: Path) -> Iterator[Command]:
         needs=("torch", "transformers.models.qwen2.modeling_qwen2"),
     )
     salient = [
-        *("salient", "--model-path", model, "--output-path", "out", "--group-size", "32"),
-        *("--activations-path", "a.npz", *one),
+        *("salient", model, "--out", "out", "--group-size", "32"),
+        *("--activations", "a.npz", *one),
     ]
     yield Command("salient", [*salient, "--calibration", ids])
     yield Command("salient dry", [*salient, "--calibration", ids, "--dry-run"])
@@ -426,7 +426,7 @@ def commands(inputs: Path) -> Iterator[Command]:
         [*salient, "--calibration", ids, "--overwrite"],
         [[*salient, "--calibration", other_ids]],
     )
-    data = ["--data", ids, "--batch-size", "2", *one]
+    data = ["--calibration", ids, "--batch-size", "2", *one]
     low = ["--low", "3:32", "--high", "4:32"]
     sensitivities = ["sensitivities", model, "--out", "s.json", *data, *low]
     yield Command("sensitivities", sensitivities)
@@ -434,29 +434,29 @@ def commands(inputs: Path) -> Iterator[Command]:
         "sensitivities plot", [*sensitivities, "--plot", "s.svg"], needs=("matplotlib.figure",)
     )
     dynamic = [
-        *("dynamic", model, *out, "--data", ids, *one, "--target-bpw", "4.4"),
+        *("dynamic", model, *out, "--calibration", ids, *one, "--target-bpw", "4.4"),
         *("--candidates", "3:32,4:32"),
     ]
-    extra = ["--sensitivities", "s.json", "--recipe", "r.json", "--evaluate", ids]
+    extra = ["--sensitivities", "s.json", "--recipe", "r.json", "--evaluation", ids]
     yield Command("dynamic", dynamic)
     yield Command("dynamic files", [*dynamic, *extra])
     yield Command("dynamic again", [*dynamic, *extra, "--overwrite"], [dynamic])
-    dwq = ["dwq", "--teacher", model, *out, *data, "--checkpoint-every", "1", "--validate-every"]
+    dwq = ["dwq", *out, *data, "--checkpoint-every", "1", "--validate-every"]
     dwq += ["2", "--tokens", "128", "--validation-samples", "2"]
-    given = ["--student", str(rtn)]
-    made = ["--group-size", "32", "--bits", "3"]
+    given = [str(rtn), "--reference", model]
+    made = [model, "--group-size", "32", "--bits", "3"]
     yield Command("dwq", [*dwq, *given])
     yield Command("dwq targets", [*dwq, *given, "--targets", "targets"], last="")
     yield Command("dwq made", [*dwq, *made])
     yield Command("dwq dynamic", [*dwq, *made, "--target-bpw", "4.4", "--candidates", "3:32,4:32"])
     yield Command("dwq plot", [*dwq, *given, "--plot", "p.svg"], needs=("matplotlib.figure",))
     yield Command("dwq again", [*dwq, *given, "--overwrite"], [[*dwq, *made]])
-    yield Command("refine", ["refine", str(rtn), "--original", model, *out, *read])
+    yield Command("refine", ["refine", str(rtn), "--reference", model, *out, *read])
     for source, to in (("rtn", "gptq"), ("demo", "gguf"), ("rtn", "float"), ("gguf", "mlx")):
         yield Command(f"convert {source} to {to}", [
-            "convert", str(inputs / source), *out, "--to", to, "--allow-requantize"
+            "convert", str(inputs / source), *out, "--format", to, "--allow-requantize"
         ])  # fmt: skip
-    convert_back = ["convert", str(rtn), *out, "--to", "float"]
+    convert_back = ["convert", str(rtn), *out, "--format", "float"]
     yield Command("convert again", [*convert_back, "--overwrite"], [gptq])
     collect = ["statistics", "collect", model, *out, *read]
     yield Command("statistics collect", collect)
@@ -466,7 +466,9 @@ def commands(inputs: Path) -> Iterator[Command]:
     yield Command("statistics resumed", collect, begun=True)
     parts = [str(inputs / "statistics"), str(inputs / "more")]
     yield Command("statistics merge", ["statistics", "merge", *parts, *out])
-    yield Command("evaluate", ["evaluate", str(rtn), "--reference", model, "--text", ids, *one])
+    yield Command(
+        "evaluate", ["evaluate", str(rtn), "--reference", model, "--evaluation", ids, *one]
+    )
     yield Command("evaluations on the card", add_evaluations, [gptq])
     yield Command("inspect", ["inspect", str(rtn), *one])
     yield Command("demo", ["demo", *one])

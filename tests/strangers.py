@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import bitwright
-from bitwright.cli.commands import main
+from bitwright.cli.main import main
 
 TEXT = str(bitwright.demo_folder() / "evaluation.txt")
 SECONDS = 20  # that a command may take here; most take a fraction of one
@@ -35,20 +35,20 @@ FEW = ("--samples", "4", "--length", "16")
 DYNAMIC = ("--target-bpw", "4.5", "--candidates", "4:64,5:64", "--method", "rtn")
 COMMANDS = {
     "inspect": ("inspect", "MODEL"),
-    "evaluate": ("evaluate", "MODEL", "--text", "TEXT", *FEW, "--json"),
+    "evaluate": ("evaluate", "MODEL", "--evaluation", "TEXT", *FEW, "--json"),
     "rounded": ("quantize", "MODEL", "--out", "OUT/q", "--method", "rtn"),
     "gptq": ("quantize", "MODEL", "--out", "OUT/q", "--calibration", "TEXT", "--preset", "fast", *FEW),
     "gguf": ("quantize", "MODEL", "--out", "OUT/q", "--method", "rtn", *GGUF),
     "statistics": ("statistics", "collect", "MODEL", "--out", "OUT/s", "--calibration", "TEXT", *FEW),
-    "sensitivities": ("sensitivities", "MODEL", "--out", "OUT/s.json", "--data", "TEXT", *FEW),
-    "dynamic": ("dynamic", "MODEL", "--out", "OUT/q", "--data", "TEXT", *FEW, *DYNAMIC,
+    "sensitivities": ("sensitivities", "MODEL", "--out", "OUT/s.json", "--calibration", "TEXT", *FEW),
+    "dynamic": ("dynamic", "MODEL", "--out", "OUT/q", "--calibration", "TEXT", *FEW, *DYNAMIC,
                 "--sensitivities", "OUT/s.json", "--recipe", "OUT/r.json"),
-    "salient": ("salient", "--model-path", "MODEL", "--output-path", "OUT/q", "--activations-path",
+    "salient": ("salient", "MODEL", "--out", "OUT/q", "--activations",
                 "OUT/a.npz", "--calibration", "TEXT", *FEW),
-    "convert": ("convert", "PACKED", "--out", "OUT/q", "--to", "float"),
-    "to gguf": ("convert", "PACKED", "--out", "OUT/q", "--to", "gguf", "--allow-requantize"),
-    "refine": ("refine", "PACKED", "--original", "MODEL", "--out", "OUT/q", "--calibration", "TEXT", *FEW),
-    "dwq": ("dwq", "--teacher", "MODEL", "--student", "PACKED", "--out", "OUT/q", "--data", "TEXT",
+    "convert": ("convert", "PACKED", "--out", "OUT/q", "--format", "float"),
+    "to gguf": ("convert", "PACKED", "--out", "OUT/q", "--format", "gguf", "--allow-requantize"),
+    "refine": ("refine", "PACKED", "--reference", "MODEL", "--out", "OUT/q", "--calibration", "TEXT", *FEW),
+    "dwq": ("dwq", "PACKED", "--reference", "MODEL", "--out", "OUT/q", "--calibration", "TEXT",
             "--length", "16", "--tokens", "64", "--targets", "OUT/t"),
 }  # fmt: skip
 

@@ -94,7 +94,7 @@ def test_numbers_that_are_told_apart(more: float, less: float, told: tuple[str, 
 )
 def test_the_budget_that_is_offered_works(arguments: tuple[str, ...], tmp_path: Path) -> None:
     """The same command, in a process of its own as before, does its work with what was named."""
-    places = ("--text", str(DEMO / "evaluation.txt"))
+    places = ("--evaluation", str(DEMO / "evaluation.txt"))
     if arguments[0] != "evaluate":
         places = ("--calibration", str(DEMO / "calibration.txt"), "--out", str(tmp_path / "out"))
     words = ("collect",) if "collect" in arguments else ()

@@ -16,7 +16,7 @@ from shared_data import TESTS
 from sized_models import make_sized
 
 import bitwright
-from bitwright.cli.commands import cli
+from bitwright.cli.main import cli
 from bitwright.loading.model import load_model
 from bitwright.precision.estimate import plan_estimate
 from bitwright.runs import budget as budget_module

@@ -406,7 +406,7 @@ def test_loading(format: str | None, mixed: bool, library: str, expected: str) -
     assert expected in loading
     assert front(text)["library_name"] == library
     assert (format is None) == ("base_model_relation" not in front(text))
-    assert "bitwright evaluate 'a b' --reference demo_data --text other.txt" in text
+    assert "bitwright evaluate 'a b' --reference demo_data --evaluation other.txt" in text
     for block in loading.split("```python\n")[1:]:
         compile(block.split("```")[0], "card", "exec")
 
@@ -441,8 +441,11 @@ ABSOLUTE = "/home/me/secret place/models"
     ("typed", "expected"),
     [
         (["quantize", f"{ABSOLUTE}/m", "--out", "/tmp/q/", "--bits", "3"], "m --out q --bits 3"),
-        (["evaluate", "a/b", f"--text={ABSOLUTE}/my text.txt"], "a/b '--text=my text.txt'"),
-        (["dwq", "--teacher", "~/models/m", "--data", "../d.npy"], "--teacher m --data ../d.npy"),
+        (
+            ["evaluate", "a/b", f"--evaluation={ABSOLUTE}/my text.txt"],
+            "a/b '--evaluation=my text.txt'",
+        ),
+        (["dwq", "~/models/m", "--calibration", "../d.npy"], "m --calibration ../d.npy"),
         (["quantize", "/", "--override", "*/x=bits:3"], "/ --override '*/x=bits:3'"),
     ],
 )

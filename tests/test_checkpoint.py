@@ -22,8 +22,8 @@ from safetensors.numpy import load_file, save_file
 
 from bitwright.checkpoint import Checkpoint, CheckpointWriter
 from bitwright.checkpoint import writer as writer_module
-from bitwright.checkpoint.reader import DTYPES, INDEX_NAME, read_json_object
-from bitwright.checkpoint.shard import FLOATS_OF_8_BITS
+from bitwright.checkpoint.reader import INDEX_NAME, read_json_object
+from bitwright.checkpoint.shard import DTYPES, FLOATS_OF_8_BITS
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.errors import (
     BitwrightError,

@@ -13,7 +13,7 @@ import pytest
 from shared_data import TESTS
 
 import bitwright
-from bitwright.cli.commands import main
+from bitwright.cli.main import main
 from bitwright.formats import FORMATS
 from bitwright.loading.model import Model
 from bitwright.models.network import Network
@@ -29,14 +29,15 @@ QUANTIZE = ("quantize", "DEMO", "--out", "OUT")
 CALIBRATED = (*QUANTIZE, "--calibration", TEXT)
 TRANSFORMERS = (*QUANTIZE, "--backend", "transformers")
 BEST = (*QUANTIZE, "--preset", "best")
-DYNAMIC = ("dynamic", "DEMO", "--out", "OUT", "--data", TEXT, "--target-bpw", "4.5")
-SENSITIVITIES = ("sensitivities", "DEMO", "--out", "DIR/s.json", "--data", TEXT)
-DWQ = ("dwq", "--teacher", "DEMO", "--out", "OUT")
-DATA = ("--data", TEXT, "--length", "64")
-STUDENT = (*DWQ, "--student", "DIR/student")
-SALIENT = ("salient", "--model-path", "DEMO", "--output-path", "OUT", "--group-size", "32")
-NEW = ("--activations-path", "DIR/a.npz", "--calibration", TEXT)
-REFINE = ("refine", "DIR/student", "--original", "DEMO", "--out", "OUT")
+DYNAMIC = ("dynamic", "DEMO", "--out", "OUT", "--calibration", TEXT, "--target-bpw", "4.5")
+SENSITIVITIES = ("sensitivities", "DEMO", "--out", "DIR/s.json", "--calibration", TEXT)
+DWQ = ("dwq", "DEMO", "--out", "OUT")
+DATA = ("--calibration", TEXT, "--length", "64")
+TAUGHT = ("--reference", "DEMO", "--out", "OUT")
+STUDENT = ("dwq", "DIR/student", *TAUGHT)
+SALIENT = ("salient", "DEMO", "--out", "OUT", "--group-size", "32")
+NEW = ("--activations", "DIR/a.npz", "--calibration", TEXT)
+REFINE = ("refine", "DIR/student", "--reference", "DEMO", "--out", "OUT")
 COLLECT = ("statistics", "collect", "DEMO", "--out", "OUT")
 
 
@@ -175,9 +176,9 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*DYNAMIC, "--samples", "99999"), "99999 samples"),
     ((*DYNAMIC, "--sensitivity-samples", "99999"), "99999 samples"),
     ((*DYNAMIC, "--calibration", "DIR/absent.txt"), "absent.txt"),
-    ((*DYNAMIC, "--evaluate", "DIR/absent.txt"), "absent.txt"),
-    ((*DYNAMIC, "--evaluate", "DIR/few.txt"), "too few"),
-    ((*DYNAMIC, "--evaluate", "DIR/one.npy"), "no next token"),
+    ((*DYNAMIC, "--evaluation", "DIR/absent.txt"), "absent.txt"),
+    ((*DYNAMIC, "--evaluation", "DIR/few.txt"), "too few"),
+    ((*DYNAMIC, "--evaluation", "DIR/one.npy"), "no next token"),
     ((*DYNAMIC, "--sensitivities", "DIR/mine.json"), "does not hold sensitivities"),
     ((*DYNAMIC, "--sensitivities", "DIR/others.json"), "are not those of"),
     ((*DYNAMIC, "--sensitivities", "DIR/taken"), "does not hold sensitivities"),
@@ -198,47 +199,47 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*SENSITIVITIES, "--plot", "DIR/s.json"), "the same file"),
     ((*SENSITIVITIES, "--out", "DIR/mine.json"), "mine.json: exists already"),
     ((*SENSITIVITIES, "--out", "DIR/taken"), "it is a folder"),
-    ((*SENSITIVITIES, "--data", "DIR/absent.txt"), "absent.txt"),
-    (("sensitivities", "DIR/student", "--out", "DIR/s.json", "--data", TEXT), "quantized already"),
+    ((*SENSITIVITIES, "--calibration", "DIR/absent.txt"), "absent.txt"),
+    (("sensitivities", "DIR/student", "--out", "DIR/s.json", "--calibration", TEXT), "quantized already"),
     (DWQ, "data: give text"),
-    ((*STUDENT, "--data", "DIR/absent.txt"), "absent.txt"),
-    ((*STUDENT, "--data", "DIR/few.txt", "--length", "64"), "are for validation"),
+    ((*STUDENT, "--calibration", "DIR/absent.txt"), "absent.txt"),
+    ((*STUDENT, "--calibration", "DIR/few.txt", "--length", "64"), "are for validation"),
     ((*STUDENT, *DATA, "--k", "99999"), "k: expected"),
     ((*STUDENT, *DATA, "--validation", "DIR/absent.txt"), "absent.txt"),
     ((*STUDENT, *DATA, "--plot", "DIR/mine.svg"), "mine.svg: exists already"),
     ((*STUDENT, *DATA, "--plot", "DIR/d.xyz"), "choose an ending"),
     ((*STUDENT, *DATA, "--targets", "DIR/taken"), "holds no targets"),
     ((*DWQ, *DATA, "--targets", "DIR/taken"), "holds no targets"),
-    ((*DWQ, *DATA, "--student", "DEMO"), "quantized"),
-    ((*DWQ, *DATA, "--student", "DIR/other"), "is not made from"),
+    (("dwq", "DEMO", *TAUGHT, *DATA), "quantized"),
+    (("dwq", "DIR/other", *TAUGHT, *DATA), "is not made from"),
     ((*DWQ, *DATA, "--format", "gptq", "--bits", "5"), "2, 3, 4 or 8 bits"),
     ((*DWQ, *DATA, "--format", "awq", "--target-bpw", "4.5"), "one precision for all layers"),
     ((*DWQ, *DATA, "--target-bpw", "20"), "out of reach"),
     ((*DWQ, *DATA, "--samples", "99999"), "99999 samples"),
-    ((*DWQ, *DATA, "--calibration", "DIR/absent.txt"), "absent.txt: there is no such file"),
-    (("dwq", "--teacher", "DEMO", "--out", "DIR/taken", *DATA), "exists already"),
+    ((*DWQ, *DATA, "--student-calibration", "DIR/absent.txt"), "absent.txt: there is no such file"),
+    (("dwq", "DEMO", "--out", "DIR/taken", *DATA), "exists already"),
     (
-        ("dwq", "--teacher", "DEMO", "--student", "DIR/student", "--out", "DIR/student", *DATA,
+        ("dwq", "DIR/student", "--reference", "DEMO", "--out", "DIR/student", *DATA,
          "--overwrite"),
         "overlaps",
     ),
     ((*SALIENT, *NEW, "--group-size", "48"), "groups of 32, 64 or 128, not 48"),
     ((*SALIENT, *NEW, "--samples", "99999"), "99999 samples"),
     ((*SALIENT, *NEW, "--format", "gguf", "--group-size", "64"), "groups of 32"),
-    ((*SALIENT, *NEW, "--output-path", "DIR/taken"), "exists already"),
-    ((*SALIENT, "--activations-path", "DIR/mine.json", "--calibration", TEXT), "exists already"),
-    ((*SALIENT, "--activations-path", "DIR/a.npz", "--calibration", "DIR/no.txt"), "no.txt"),
-    ((*SALIENT, "--activations-path", "DIR/absent.npz"), "absent.npz"),
-    ((*SALIENT, "--activations-path", "DIR/few.npz"), "has no activations"),
+    ((*SALIENT, *NEW, "--out", "DIR/taken"), "exists already"),
+    ((*SALIENT, "--activations", "DIR/mine.json", "--calibration", TEXT), "exists already"),
+    ((*SALIENT, "--activations", "DIR/a.npz", "--calibration", "DIR/no.txt"), "no.txt"),
+    ((*SALIENT, "--activations", "DIR/absent.npz"), "absent.npz"),
+    ((*SALIENT, "--activations", "DIR/few.npz"), "has no activations"),
     ((*REFINE, "--calibration", "DIR/absent.txt"), "absent.txt"),
     ((*REFINE, "--calibration", TEXT, "--damping", "nan"), "damping"),
-    (("refine", "DEMO", "--original", "DEMO", "--out", "OUT", "--calibration", TEXT), "quantized"),
+    (("refine", "DEMO", "--reference", "DEMO", "--out", "OUT", "--calibration", TEXT), "quantized"),
     (
-        ("refine", "DIR/other", "--original", "DEMO", "--out", "OUT", "--calibration", TEXT),
+        ("refine", "DIR/other", "--reference", "DEMO", "--out", "OUT", "--calibration", TEXT),
         "is not made from",
     ),
     (
-        ("refine", "DIR/student", "--original", "DEMO", "--out", "DIR/student",
+        ("refine", "DIR/student", "--reference", "DEMO", "--out", "DIR/student",
          "--calibration", TEXT, "--overwrite"),
         "overlaps",
     ),
@@ -246,12 +247,12 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*COLLECT, "--calibration", TEXT, "--samples", "99999"), "99999 samples"),
     (("statistics", "collect", "DEMO", "--out", "DIR/taken", "--calibration", TEXT), "exists alr"),
     (("statistics", "merge", "DIR/absent", "--out", "OUT"), "absent"),
-    (("convert", "DEMO", "--out", "OUT", "--to", "mlx"), "is not quantized"),
-    (("convert", "DIR/student", "--out", "DIR/taken", "--to", "gguf"), "exists already"),
-    (("convert", "DIR/student", "--out", "DIR/student/x", "--to", "gguf"), "overlaps"),
-    (("evaluate", "DEMO", "--text", "DIR/absent.txt"), "absent.txt"),
-    (("evaluate", "DEMO", "--text", "DIR/one.npy"), "no next token"),
-    (("evaluate", "DEMO", "--text", TEXT, "--reference", "DIR/other"), "vocabulary"),
+    (("convert", "DEMO", "--out", "OUT", "--format", "mlx"), "is not quantized"),
+    (("convert", "DIR/student", "--out", "DIR/taken", "--format", "gguf"), "exists already"),
+    (("convert", "DIR/student", "--out", "DIR/student/x", "--format", "gguf"), "overlaps"),
+    (("evaluate", "DEMO", "--evaluation", "DIR/absent.txt"), "absent.txt"),
+    (("evaluate", "DEMO", "--evaluation", "DIR/one.npy"), "no next token"),
+    (("evaluate", "DEMO", "--evaluation", TEXT, "--reference", "DIR/other"), "vocabulary"),
 ]  # fmt: skip
 
 
@@ -302,14 +303,15 @@ def test_plots_without_matplotlib(
 MODEL_COMMANDS = [
     ("quantize", "MODEL"),
     ("quantize", "MODEL", "--out", "OUT", "--method", "awq", "--calibration", "absent.txt"),
-    ("salient", "--model-path", "MODEL"),
+    ("salient", "MODEL"),
     ("sensitivities", "MODEL"),
     ("dynamic", "MODEL", "--target-bpw", "4.5"),
-    ("dwq", "--teacher", "MODEL"),
-    ("dwq", "--student", "MODEL", "--data", "absent.txt"),
+    ("dwq", "MODEL"),
+    ("dwq", "--reference", "MODEL"),
+    ("dwq", "MODEL", "--calibration", "absent.txt"),
     ("convert", "MODEL"),
     ("refine", "MODEL"),
-    ("refine", "--original", "MODEL"),
+    ("refine", "--reference", "MODEL"),
     ("statistics", "collect", "MODEL"),
     ("evaluate", "MODEL"),
     ("evaluate", "--reference", "MODEL"),
@@ -428,7 +430,7 @@ def test_dynamic_with_its_defaults(
     target: str,
 ) -> None:
     arguments = ("dynamic", str(DEMO), "--out", str(tmp_path / "out"), "--format", format)
-    few = ("--length", "64", "--samples", "4", "--sensitivity-samples", "4", "--data", TEXT)
+    few = ("--length", "64", "--samples", "4", "--sensitivity-samples", "4", "--calibration", TEXT)
     recipe = tmp_path / "recipe.json"
     wanted = ("--target-bpw", target, "--recipe", str(recipe))
     code, lines = run(monkeypatch, capsys, *arguments, *few, *wanted)

@@ -38,7 +38,7 @@ def test_quantize_and_evaluate(tmp_path: Path) -> None:
     for word in ("bits per weight", "peak memory", "worst layers", "relative error"):
         assert word in done.stdout
     judged = bitwright_command(
-        *("evaluate", out, "--reference", str(DEMO), "--text", str(DEMO / "evaluation.txt")),
+        *("evaluate", out, "--reference", str(DEMO), "--evaluation", str(DEMO / "evaluation.txt")),
         *("--length", "128", "--samples", "8", "--json"),
     )
     assert judged.returncode == 0, judged.stderr
@@ -58,7 +58,9 @@ def test_quantize_and_evaluate(tmp_path: Path) -> None:
     }
     assert figures["tokens"] == 8 * 128
     assert (figures["windows"], figures["first_tokens"]) == ("whole", [])
-    table = bitwright_command("evaluate", out, "--text", TEXT, "--length", "64", "--samples", "4")
+    table = bitwright_command(
+        "evaluate", out, "--evaluation", TEXT, "--length", "64", "--samples", "4"
+    )
     assert "tokens/s" in table.stdout
 
 
@@ -99,7 +101,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sensitivities_recipe_and_dwq(tmp_path: Path) -> None:
     """The four commands of dynamic precision and DWQ, each on what the one before has written."""
     evaluation = str(DEMO / "evaluation.txt")
-    data = ("--data", TEXT, "--samples", "8", "--length", "64")
+    data = ("--calibration", TEXT, "--samples", "8", "--length", "64")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         done = bitwright_command(
@@ -136,7 +138,7 @@ def test_sensitivities_recipe_and_dwq(tmp_path: Path) -> None:
             "3:64,4:64,5:64",
         ),
         *("--method", "gptq", "--format", "mlx", *data, "--sensitivities", "@s.json"),
-        *("--recipe", "@recipe.json", "--evaluate", evaluation),
+        *("--recipe", "@recipe.json", "--evaluation", evaluation),
     )
     assert "kl" in done.stdout.lower()
     recipe = json.loads((tmp_path / "recipe.json").read_text())
@@ -151,17 +153,7 @@ def test_sensitivities_recipe_and_dwq(tmp_path: Path) -> None:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "mixed" / name).read_bytes()
 
     done = run(
-        *(
-            "dwq",
-            "--teacher",
-            str(DEMO),
-            "--student",
-            "@mixed",
-            "--out",
-            "@trained",
-            "--data",
-            TEXT,
-        ),
+        *("dwq", "@mixed", "--reference", str(DEMO), "--out", "@trained", "--calibration", TEXT),
         *("--length", "32", "--tokens", "1024", "--learning-rate", "5e-4", "--seed", "1"),
         *("--plot", "@dwq.svg"),
     )
@@ -170,7 +162,7 @@ def test_sensitivities_recipe_and_dwq(tmp_path: Path) -> None:
         assert "<svg" in (tmp_path / plot).read_text()
 
     run(
-        *("dwq", "--teacher", str(DEMO), "--out", "@cascade", "--target-bpw", "4.5", *data),
+        *("dwq", str(DEMO), "--out", "@cascade", "--target-bpw", "4.5", *data),
         *("--method", "gptq", "--tokens", "512"),
     )
     sizes = [
@@ -199,9 +191,9 @@ def test_info_and_version() -> None:
             ("quantize", str(DEMO), "--out", "OUT", "--backend", "transformers", "--metric", "mae"),
             "--metric is not an option",
         ),
-        (("evaluate", str(DEMO), "--text", TEXT, "--reference", "nowhere"), "nowhere"),
-        (("evaluate", str(DEMO), "--text", TEXT, "--samples", "99999"), "99999"),
-        (("sensitivities", str(DEMO), "--out", "/absent/s.json", "--data", TEXT), "/absent"),
+        (("evaluate", str(DEMO), "--evaluation", TEXT, "--reference", "nowhere"), "nowhere"),
+        (("evaluate", str(DEMO), "--evaluation", TEXT, "--samples", "99999"), "99999"),
+        (("sensitivities", str(DEMO), "--out", "/absent/s.json", "--calibration", TEXT), "/absent"),
     ],
 )
 def test_errors_are_one_message_without_a_traceback(

@@ -495,7 +495,7 @@ class Interrupts:
 def interrupt(student: Any, out: Path, at: int, **options: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         Interrupts(patch, at, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt, match=f"the same call goes on .*{out.name}.work"):
+        with pytest.raises(KeyboardInterrupt, match=f"the same call resumes .*{out.name}.work"):
             train(student, out, **options)
     assert not out.exists()
 
@@ -565,7 +565,7 @@ def test_interrupted_by_a_loss_function(student: Path, tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return kl(teacher, known)
 
-    with pytest.raises(KeyboardInterrupt, match="goes on"):
+    with pytest.raises(KeyboardInterrupt, match="resumes"):
         train(student, tmp_path / "out", loss=loss)
     train(student, tmp_path / "out", loss=loss)
     assert calls == 5 + 4
@@ -579,7 +579,7 @@ def test_interrupted_while_the_result_is_written(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dwq_module.CheckpointWriter, "write_json", lambda *_: signal.raise_signal(2))
-        with pytest.raises(KeyboardInterrupt, match="the same call goes on"):
+        with pytest.raises(KeyboardInterrupt, match="the same call resumes"):
             train(student, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {".out.work"}
     train(student, tmp_path / "out")
@@ -769,8 +769,17 @@ def test_starting_over_after_damage(
 
 def command(student: Path, out: Path, data: Path) -> list[str]:
     return [
-        *(sys.executable, "-m", "bitwright", "dwq", "--teacher", str(DEMO)),
-        *("--student", str(student), "--out", str(out), "--data", str(data), "--length", "32"),
+        *(sys.executable, "-m", "bitwright", "dwq", str(student)),
+        *(
+            "--reference",
+            str(DEMO),
+            "--out",
+            str(out),
+            "--calibration",
+            str(data),
+            "--length",
+            "32",
+        ),
         *("--batch-size", "2", "--checkpoint-every", "1", "--validate-every", "10"),
         *("--tokens", "1280", "--learning-rate", "5e-4", "--threads", "1"),
     ]
@@ -827,7 +836,7 @@ def test_interrupted_command_says_how_to_go_on(student: Path, tmp_path: Path, te
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate(timeout=60)
     assert process.returncode == 130, messages
-    assert "interrupted; the same call goes on from what is done, in" in messages
+    assert "interrupted; the same call resumes from what is done, in" in messages
     assert "Traceback" not in messages
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", ".out.work"}
     changed = [*command(student, tmp_path / "out", text), "--seed", "1"]

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from shared_data import ARCH, TESTS, TINY
 
 import bitwright
-from bitwright.cli.commands import cli
+from bitwright.cli.main import cli
 from bitwright.formats import FORMATS, Precision
 from bitwright.formats.engine_names import EngineNames, check_fused, fused_groups, mlx_name
 
@@ -488,7 +488,7 @@ def test_a_part_in_float_is_not_converted(tmp_path: Path, left: str, target: Any
     bitwright.convert(
         tmp_path / "q", tmp_path / "mlx", "mlx", allow_requantize=True, progress=False
     )
-    arguments = ["convert", str(tmp_path / "q"), "--to", target, "--out", str(tmp_path / "cli")]
+    arguments = ["convert", str(tmp_path / "q"), "--format", target, "--out", str(tmp_path / "cli")]
     assert CliRunner().invoke(cli, arguments).exit_code != 0
     assert CliRunner().invoke(cli, [*arguments, "--allow-unfused"]).exit_code == 0
 

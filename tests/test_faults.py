@@ -89,7 +89,7 @@ def test_interruptions(tmp_path: Path, number: int, undisturbed: dict[str, bytes
     _, said = process.communicate(timeout=60)
     if not out.exists():  # or else it was too late
         assert process.returncode in (130, 143)
-        assert f"the same call goes on from what is done, in {tmp_path}/.out.work" in said
+        assert f"the same call resumes from what is done, in {tmp_path}/.out.work" in said
         assert run(command(out)).returncode == 0
     assert content(out) == undisturbed
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -139,7 +139,7 @@ def test_a_disk_that_fills_up_half_way(
         monkeypatch.setattr("bitwright.checkpoint.writer.open", full, raising=False)
 
     back = after_block(monkeypatch, 2, fill)
-    with pytest.raises(bitwright.OutputError, match="No space left.* the same call goes on"):
+    with pytest.raises(bitwright.OutputError, match="No space left.* the same call resumes"):
         quantize(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     back()
@@ -197,7 +197,7 @@ def test_weight_files_that_disappear(
     back = after_block(monkeypatch, 1, harm)
     out = tmp_path / "out"
     if truncated:
-        with pytest.raises(bitwright.CheckpointError, match=f"{file.name}.* the same call goes on"):
+        with pytest.raises(bitwright.CheckpointError, match=f"{file.name}.* the same call resumes"):
             quantize(out, model)
         assert not out.exists()
     else:

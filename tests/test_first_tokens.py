@@ -19,7 +19,7 @@ from shared_data import SHARED, needs_shared
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import bitwright
-from bitwright.cli.commands import cli
+from bitwright.cli.main import cli
 from bitwright.errors import CalibrationError, ResumeError, StatisticsError, TargetsError
 from bitwright.models.config import RopeConfig
 from bitwright.precision.estimate import _Estimate
@@ -282,7 +282,7 @@ def test_every_command_that_reads_text_has_the_option(command: list[str]) -> Non
 
 def test_the_option_reaches_what_is_computed(tmp_path: Path, model: Path) -> None:
     for option, first in (("--bos", [0]), ("--no-bos", [])):
-        asked = ("--text", str(model / "text.txt"), "--length", "32", "--json", option)
+        asked = ("--evaluation", str(model / "text.txt"), "--length", "32", "--json", option)
         done = CliRunner().invoke(cli, ["evaluate", str(model), *asked])
         assert json.loads(done.stdout)["first_tokens"] == first
         out = tmp_path / option
@@ -426,7 +426,7 @@ def test_story_is_calibrated_as_it_is_used(tmp_path: Path) -> None:
 @needs_shared
 @pytest.mark.parametrize(("length", "warned"), [(512, 0), (513, 1), (2048, 1)])
 def test_story_is_longer_than_it_has_learned(length: int, warned: int) -> None:
-    asked = ("--text", str(SHARED / "text" / "story_eval.txt"), "--length", str(length))
+    asked = ("--evaluation", str(SHARED / "text" / "story_eval.txt"), "--length", str(length))
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         done = CliRunner().invoke(

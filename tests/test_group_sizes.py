@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from shared_data import TESTS
 
 import bitwright
-from bitwright.cli.commands import cli
+from bitwright.cli.main import cli
 from bitwright.precision.recipe import as_globs
 
 HIDDEN = 128

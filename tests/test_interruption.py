@@ -32,7 +32,7 @@ sys.addaudithook(hook)
 SCRIPT = """
 import re
 import sys
-from bitwright.cli import main
+from bitwright.cli.main import main
 if __name__ == "__main__":
     sys.argv[0] = re.sub(r"(-script\\.pyw|\\.exe)?$", "", sys.argv[0])
     sys.exit(main())
@@ -40,7 +40,7 @@ if __name__ == "__main__":
 # Is busy until it is interrupted, and then with its clean-up for so many seconds.
 SLOW = """
 import sys, time
-import bitwright.cli, bitwright.quantization.run
+import bitwright.cli.main, bitwright.quantization.run
 from bitwright.checkpoint import work_folder
 seconds, remove = float(sys.argv.pop(1)), work_folder.remove_tree
 def slowly(folder):
@@ -54,17 +54,17 @@ def busy(*arguments):
     print("busy", flush=True)
     time.sleep(60)
 bitwright.blocks.hidden_states.States = busy
-bitwright.cli.commands.main()
+bitwright.cli.main.main()
 """
 # Is done, but does not end.
 LATE = """
 import atexit, sys, time
-import bitwright.cli
+import bitwright.cli.main
 def late():
     print("done", flush=True)
     time.sleep(60)
 atexit.register(late)
-bitwright.cli.commands.main()
+bitwright.cli.main.main()
 """
 
 
@@ -218,7 +218,7 @@ def test_in_the_background_of_a_shell() -> None:
 
 
 @pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec")
-@pytest.mark.parametrize("module", ["numpy", "bitwright.cli.commands", "mpi4py"])
+@pytest.mark.parametrize("module", ["numpy", "bitwright.cli.main", "mpi4py"])
 def test_ranks_that_start(module: str, tmp_path: Path) -> None:
     """One of them says it."""
     pytest.importorskip("mpi4py")

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from shared_data import SHARED, TINY, needs_shared
 
 import bitwright
-from bitwright.cli.commands import cli
+from bitwright.cli.main import cli
 from bitwright.formats import FORMATS
 from bitwright.grids.regrid import ROUNDING, is_rounding, lost, regrid
 from bitwright.grids.tensor import GRIDS, Grid, QuantizedTensor
@@ -494,7 +494,7 @@ def test_the_report_the_output_and_the_card_say_how_much_it_is(tmp_path: Path) -
         assert what.startswith(f"21 of 21 layers lose {mean:.2g} of the energy of their weights")
         assert f"{worst.error:.2g} at most ({worst.name})" in what
         assert f"| {change} | {what} |" in (out / "README.md").read_text()
-        arguments = ["convert", str(folder), "--out", str(out), "--to", target, "--overwrite"]
+        arguments = ["convert", str(folder), "--out", str(out), "--format", target, "--overwrite"]
         done = CliRunner().invoke(cli, arguments)
         assert done.exit_code == 0, done.output
         assert f"{change}: {what}\n" in done.output

@@ -99,9 +99,9 @@ def test_killed_commands_go_on(
 ) -> None:
     out, targets = tmp_path / "out", tmp_path / "targets"
     beside = [tmp_path / name for name in ("a.npz", "s.json", "r.json")]
-    data = ["--data", str(text), "--length", "32", "--threads", "1"]
-    distil = ["dwq", "--teacher", str(DEMO), "--out", str(out), *data, "--batch-size", "2"]
-    given = ["--student", str(student)]
+    data = ["--calibration", str(text), "--length", "32", "--threads", "1"]
+    distil = ["dwq", "--out", str(out), *data, "--batch-size", "2"]
+    given = [str(student), "--reference", str(DEMO)]
     often = ["--checkpoint-every", "1", "--validate-every", "4"]
     calibrated = ["--calibration", str(text), "--length", "64", "--samples", "24"]
     calibrated += ["--threads", "1", "--out", str(out)]
@@ -116,7 +116,7 @@ def test_killed_commands_go_on(
         },
         "gguf": ["quantize", str(DEMO), "--format", "gguf", "--group-size", "32", *calibrated],
         "experts": experts,
-        "refine": ["refine", str(student), "--original", str(DEMO), *calibrated],
+        "refine": ["refine", str(student), "--reference", str(DEMO), *calibrated],
         "statistics": ["statistics", "collect", str(DEMO), *calibrated],
         "sensitivities": [
             *("sensitivities", str(DEMO), "--out", str(out), *data),
@@ -124,27 +124,36 @@ def test_killed_commands_go_on(
         ],
         "targets": [*distil, *given, "--targets", str(targets), "--tokens", "64"],
         "dwq": [*distil, *given, *often, "--tokens", "640"],
-        "dwq made": [*distil, *often, "--tokens", "320", "--bits", "3", "--target-bpw", "4.5"],
+        "dwq made": [
+            *distil,
+            str(DEMO),
+            *often,
+            "--tokens",
+            "320",
+            "--bits",
+            "3",
+            "--target-bpw",
+            "4.5",
+        ],
         "dynamic": [
             *("dynamic", str(DEMO), "--out", str(out), *data, "--target-bpw", "4.5"),
-            *("--samples", "8", "--sensitivity-samples", "16", "--evaluate", str(text)),
+            *("--samples", "8", "--sensitivity-samples", "16", "--evaluation", str(text)),
         ],
         "activations": [
             *(
                 "salient",
-                "--model-path",
                 str(DEMO),
-                "--output-path",
+                "--out",
                 str(out),
                 "--group-size",
                 "32",
             ),
-            *("--activations-path", str(beside[0]), "--calibration", str(text)),
+            *("--activations", str(beside[0]), "--calibration", str(text)),
             *("--length", "64", "--samples", "24", "--threads", "1"),
         ],
         "dynamic files": [
             *("dynamic", str(DEMO), "--out", str(out), *data, "--target-bpw", "4.5"),
-            *("--samples", "8", "--sensitivity-samples", "16", "--evaluate", str(text)),
+            *("--samples", "8", "--sensitivity-samples", "16", "--evaluation", str(text)),
             *("--sensitivities", str(beside[1]), "--recipe", str(beside[2])),
         ],
         "best": [

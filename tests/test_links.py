@@ -317,7 +317,7 @@ def test_gguf_files_that_are_links(tmp_path: Path, run: Run) -> None:
     assert run("inspect", model)[:2] == (0, [])
     assert run("inspect", folder)[:2] == (0, [])
     link(folder / "generation_config.json", outside / "generation_config.json")
-    convert = ("convert", model, "--to", "float", "--out")
+    convert = ("convert", model, "--format", "float", "--out")
     code, lines, _ = run(*convert, tmp_path / "out")
     assert (code, len(lines)) == (0, 1)
     assert "1 files or folders are not copied" in lines[0]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import bitwright
-from bitwright.cli.commands import main
+from bitwright.cli.main import main
 from bitwright.errors import BitwrightError, printable
 from bitwright.records.card import command_line
 
@@ -36,8 +36,8 @@ Command = Callable[..., tuple[int, str]]
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs the command in this process; returns its exit code and all that it has said."""
-    monkeypatch.setattr("bitwright.cli.commands.while_running", lambda: None)
-    monkeypatch.setattr("bitwright.cli.commands.while_ending", lambda status: None)
+    monkeypatch.setattr("bitwright.cli.main.while_running", lambda: None)
+    monkeypatch.setattr("bitwright.cli.main.while_ending", lambda status: None)
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["bitwright", *map(str, arguments)])
@@ -78,17 +78,17 @@ def test_commands_that_do_their_work(model: Path, command: Command) -> None:
         ("inspect", model),
         ("quantize", model, "--out", out["a"], *calibrated, "--preset", "fast"),
         ("quantize", model, "--out", out["b"], "--method", "awq", *calibrated),
-        ("evaluate", out["a"], "--reference", model, "--text", text, *SMALL),
-        ("evaluate", out["a"], "--text", text, *SMALL, "--json"),
-        ("convert", out["a"], "--out", out["c"], "--to", "float"),
-        ("refine", out["a"], "--original", model, "--out", out["d"], *calibrated),
-        ("sensitivities", model, "--out", place / f"s{EVIL}.json", "--data", text, *SMALL),
-        ("dynamic", model, "--out", out["e"], "--target-bpw", "4.5", "--data", text, *SMALL,
+        ("evaluate", out["a"], "--reference", model, "--evaluation", text, *SMALL),
+        ("evaluate", out["a"], "--evaluation", text, *SMALL, "--json"),
+        ("convert", out["a"], "--out", out["c"], "--format", "float"),
+        ("refine", out["a"], "--reference", model, "--out", out["d"], *calibrated),
+        ("sensitivities", model, "--out", place / f"s{EVIL}.json", "--calibration", text, *SMALL),
+        ("dynamic", model, "--out", out["e"], "--target-bpw", "4.5", "--calibration", text, *SMALL,
          "--sensitivities", place / f"s{EVIL}.json", "--recipe", place / f"r{EVIL}.json"),
-        ("dwq", "--teacher", model, "--student", out["a"], "--out", out["f"], "--data", text,
+        ("dwq", out["a"], "--reference", model, "--out", out["f"], "--calibration", text,
          "--length", "32", "--tokens", "256"),
-        ("salient", "--model-path", model, "--output-path", out["g"], *calibrated,
-         "--activations-path", place / f"a{EVIL}.npz", "--group-size", "32"),
+        ("salient", model, "--out", out["g"], *calibrated,
+         "--activations", place / f"a{EVIL}.npz", "--group-size", "32"),
         ("statistics", "collect", model, "--out", parts[0], *calibrated),
         ("statistics", "merge", parts[0], "--out", parts[1]),
         ("quantize", model, "--out", out["h"], "--statistics", parts[1], "--format", "gptq"),
@@ -166,8 +166,8 @@ def test_damaged_models(damage: Callable[[Path], object], tmp_path: Path, comman
     for arguments in (
         ("inspect", folder),
         ("quantize", folder, "--out", tmp_path / "out", "--calibration", texts[0], *SMALL),
-        ("evaluate", folder, "--text", texts[0], *SMALL),
-        ("convert", folder, "--out", tmp_path / "other", "--to", "gguf"),
+        ("evaluate", folder, "--evaluation", texts[0], *SMALL),
+        ("convert", folder, "--out", tmp_path / "other", "--format", "gguf"),
     ):
         code, said = command(*arguments)
         check(said)
@@ -190,21 +190,21 @@ def test_damaged_models(damage: Callable[[Path], object], tmp_path: Path, comman
         ("quantize", "DEMO", "--out", "DIR/out", "--statistics", "DIR/taken"),
         ("quantize", "DEMO", "--out", "DIR/out", f"--{EVIL}"),
         ("quantize", "DIR/none", "--out", "DIR/out"),
-        ("dynamic", "DEMO", "--out", "DIR/out", "--target-bpw", "4", "--data", "DIR/absent.txt"),
-        ("dynamic", "DEMO", "--out", "DIR/out", "--target-bpw", "4", "--data", "DIR/text.txt",
+        ("dynamic", "DEMO", "--out", "DIR/out", "--target-bpw", "4", "--calibration", "DIR/absent.txt"),
+        ("dynamic", "DEMO", "--out", "DIR/out", "--target-bpw", "4", "--calibration", "DIR/text.txt",
          "--sensitivities", "DIR/wrong.json"),
-        ("sensitivities", "DEMO", "--out", "DIR/none/s.json", "--data", "DIR/text.txt"),
-        ("sensitivities", "DEMO", "--out", "DIR/wrong.json", "--data", "DIR/text.txt"),
-        ("dwq", "--teacher", "DEMO", "--student", "DIR/none", "--out", "DIR/out"),
-        ("dwq", "--teacher", "DEMO", "--out", "DIR/out", "--data", "DIR/text.txt", "--targets",
+        ("sensitivities", "DEMO", "--out", "DIR/none/s.json", "--calibration", "DIR/text.txt"),
+        ("sensitivities", "DEMO", "--out", "DIR/wrong.json", "--calibration", "DIR/text.txt"),
+        ("dwq", "DIR/none", "--reference", "DEMO", "--out", "DIR/out"),
+        ("dwq", "DEMO", "--out", "DIR/out", "--calibration", "DIR/text.txt", "--targets",
          "DIR/taken", "--length", "32"),
-        ("salient", "--model-path", "DEMO", "--output-path", "DIR/out", "--activations-path",
+        ("salient", "DEMO", "--out", "DIR/out", "--activations",
          "DIR/wrong.npz"),
-        ("convert", "DIR/wrong.gguf", "--out", "DIR/out", "--to", "mlx"),
-        ("refine", "DEMO", "--original", "DIR/none", "--out", "DIR/out", "--calibration", "a.txt"),
+        ("convert", "DIR/wrong.gguf", "--out", "DIR/out", "--format", "mlx"),
+        ("refine", "DEMO", "--reference", "DIR/none", "--out", "DIR/out", "--calibration", "a.txt"),
         ("statistics", "merge", "DIR/taken", "--out", "DIR/out"),
         ("statistics", "collect", "DEMO", "--out", "DIR/taken", "--calibration", "DIR/text.txt"),
-        ("evaluate", "DEMO", "--text", "DIR/text.pdf"),
+        ("evaluate", "DEMO", "--evaluation", "DIR/text.pdf"),
         (EVIL,),
     ],
 )  # fmt: skip

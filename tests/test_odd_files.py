@@ -47,18 +47,17 @@ def endless(path: Path) -> None:
 ODD = [pipe, device, endless]
 # Each file, the command that reads it, and whether the command does without it.
 QUANTIZE = ("quantize", "@model", "--out", "OUT", "--method", "rtn")
-CHATS = ("evaluate", "@model", "--text", "@chats.jsonl", *FEW)
+CHATS = ("evaluate", "@model", "--evaluation", "@chats.jsonl", *FEW)
 TARGETS = (
     "dwq",
-    "--teacher",
-    "@model",
-    "--student",
     "@packed",
+    "--reference",
+    "@model",
     "--out",
     "OUT",
     "--targets",
     "@targets",
-    "--data",
+    "--calibration",
     "@ids.npy",
     "--tokens",
     "64",
@@ -67,17 +66,26 @@ STATISTICS = (*QUANTIZE[:-1], "gptq", "--statistics", "@statistics", "--preset",
 CALIBRATED = ("quantize", "@model", "--out", "OUT", *FEW, "--calibration")
 SALIENT = (
     "salient",
-    "--model-path",
     "@model",
-    "--output-path",
+    "--out",
     "OUT",
-    "--activations-path",
+    "--activations",
     "@a.npz",
 )
-DYNAMIC = ("dynamic", "@model", "--out", "OUT", "--data", TEXT, *FEW, "--target-bpw", "4.5")
-DWQ = ("dwq", "--teacher", "@model", "--out", "OUT", "--data", TEXT, "--length", "16")
-IDS = (*DWQ[:5], "--student", "@packed", "--data", "@ids.npy", "--tokens", "64")
-GGUF_MADE = ("convert", "@gguf/model.gguf", "--out", "OUT", "--to", "float")
+DYNAMIC = ("dynamic", "@model", "--out", "OUT", "--calibration", TEXT, *FEW, "--target-bpw", "4.5")
+DWQ = ("dwq", "@model", "--out", "OUT", "--calibration", TEXT, "--length", "16")
+IDS = (
+    "dwq",
+    "@packed",
+    "--reference",
+    "@model",
+    *DWQ[2:4],
+    "--calibration",
+    "@ids.npy",
+    "--tokens",
+    "64",
+)
+GGUF_MADE = ("convert", "@gguf/model.gguf", "--out", "OUT", "--format", "float")
 CASES: list[tuple[str, tuple[str, ...], bool]] = [
     ("model/config.json", ("inspect", "@model"), False),
     ("model/config.json", QUANTIZE, False),
@@ -89,7 +97,7 @@ CASES: list[tuple[str, tuple[str, ...], bool]] = [
     ("gguf/model.gguf", ("inspect", "@gguf"), False),
     ("gguf/config.json", GGUF_MADE, True),
     ("old/quantize_config.json", ("inspect", "@old"), False),
-    ("model/tokenizer.json", ("evaluate", "@model", "--text", TEXT, *FEW), False),
+    ("model/tokenizer.json", ("evaluate", "@model", "--evaluation", TEXT, *FEW), False),
     ("model/tokenizer.json", (*QUANTIZE, *GGUF), False),
     ("model/tokenizer.json", QUANTIZE, True),
     ("model/tokenizer.json", IDS, True),
@@ -102,22 +110,22 @@ CASES: list[tuple[str, tuple[str, ...], bool]] = [
     ("text.txt", (*CALIBRATED, "@text.txt"), False),
     ("chats.jsonl", (*CALIBRATED, "@chats.jsonl"), False),
     ("ids.npy", (*CALIBRATED, "@ids.npy"), False),
-    ("text.txt", ("evaluate", "@model", "--text", "@text.txt", *FEW), False),
-    ("text.txt", ("sensitivities", "@model", "--out", "OUT", "--data", "@text.txt", *FEW), False),
+    ("text.txt", ("evaluate", "@model", "--evaluation", "@text.txt", *FEW), False),
+    ("text.txt", ("sensitivities", "@model", "--out", "OUT", "--calibration", "@text.txt", *FEW), False),
     ("text.txt", ("statistics", "collect", "@model", "--out", "OUT", "--calibration", "@text.txt"), False),
-    ("text.txt", ("refine", "@packed", "--original", "@model", "--out", "OUT", "--calibration",
+    ("text.txt", ("refine", "@packed", "--reference", "@model", "--out", "OUT", "--calibration",
                   "@text.txt"), False),
-    ("text.txt", (*DWQ, "--calibration", "@text.txt"), False),
-    ("ids.npy", (*DWQ, "--calibration", "@ids.npy"), False),
+    ("text.txt", (*DWQ, "--student-calibration", "@text.txt"), False),
+    ("ids.npy", (*DWQ, "--student-calibration", "@ids.npy"), False),
     ("text.txt", (*TARGETS, "--validation", "@text.txt"), False),
     ("text.txt", (*SALIENT[:-1], "@b.npz", "--calibration", "@text.txt"), False),
-    ("text.txt", (*DYNAMIC, "--evaluate", "@text.txt"), False),
+    ("text.txt", (*DYNAMIC, "--evaluation", "@text.txt"), False),
     ("recipe.json", (*QUANTIZE, "--recipe", "@recipe.json"), False),
     ("recipe.json", (*DYNAMIC, "--recipe", "@recipe.json"), False),
     ("s.json", (*DYNAMIC, "--sensitivities", "@s.json"), False),
-    ("s.json", ("sensitivities", "@model", "--out", "@s.json", "--data", TEXT, *FEW), False),
-    ("plot.svg", ("sensitivities", "@model", "--out", "OUT", "--data", TEXT, *FEW, "--plot", "@plot.svg"),
-     False),
+    ("s.json", ("sensitivities", "@model", "--out", "@s.json", "--calibration", TEXT, *FEW), False),
+    ("plot.svg", ("sensitivities", "@model", "--out", "OUT", "--calibration", TEXT, *FEW, "--plot",
+                  "@plot.svg"), False),
     ("plot.svg", (*TARGETS, "--plot", "@plot.svg"), False),
     ("statistics/MANIFEST", STATISTICS, False),
     ("statistics/FILE", STATISTICS, False),

@@ -17,7 +17,7 @@ from shared_data import TESTS
 import bitwright
 from bitwright.checkpoint import CheckpointWriter, work_folder
 from bitwright.checkpoint.work_folder import LAST, WorkFolder, content_of
-from bitwright.cli.commands import cli
+from bitwright.cli.main import cli
 from bitwright.files.home import expanded
 from bitwright.files.replacing import taken
 from bitwright.runs.journal import Journal
@@ -189,7 +189,7 @@ def test_interrupted_runs_go_on_inside(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Journal, "commit", committed)
-    with pytest.raises(KeyboardInterrupt, match=f"goes on from what is done, in {fixed}/.out.work"):
+    with pytest.raises(KeyboardInterrupt, match=f"resumes from what is done, in {fixed}/.out.work"):
         bitwright.quantize(DEMO, fixed, **SETTINGS)
     assert names(fixed) == {".out.work"}
     with pytest.raises(bitwright.ResumeError, match="other options"):
@@ -487,18 +487,18 @@ def test_home_in_commands(home: Path) -> None:
     few = ["--length", "64", "--samples", "4"]
     for arguments in (
         ["quantize", "~/model", "--out=~/q", "--calibration=~/text.txt", "--preset=fast", *few],
-        ["sensitivities", "~/model", "--out=~/s.json", "--data=~/text.txt", *few],
-        ["dynamic", "~/model", "--out=~/d", "--target-bpw=4.5", "--data=~/text.txt", *few,
-         "--method=rtn", "--sensitivities=~/s.json", "--recipe=~/r.json", "--evaluate=~/text.txt"],
+        ["sensitivities", "~/model", "--out=~/s.json", "--calibration=~/text.txt", *few],
+        ["dynamic", "~/model", "--out=~/d", "--target-bpw=4.5", "--calibration=~/text.txt", *few,
+         "--method=rtn", "--sensitivities=~/s.json", "--recipe=~/r.json", "--evaluation=~/text.txt"],
         ["statistics", "collect", "~/model", "--out=~/stats", "--calibration=~/text.txt", *few],
         ["statistics", "merge", "~/stats", "--out=~/merged"],
-        ["dwq", "--teacher=~/model", "--out=~/dwq", "--data=~/text.txt", "--tokens=256",
-         "--length=64", "--calibration=~/text.txt", "--method=rtn"],
-        ["convert", "~/q", "--out=~/float", "--to=float"],
-        ["refine", "~/q", "--original=~/model", "--out=~/better", "--calibration=~/text.txt", *few],
-        ["salient", "--model-path=~/model", "--output-path=~/w", "--activations-path=~/a.npz",
+        ["dwq", "~/model", "--out=~/dwq", "--calibration=~/text.txt", "--tokens=256",
+         "--length=64", "--student-calibration=~/text.txt", "--method=rtn"],
+        ["convert", "~/q", "--out=~/float", "--format=float"],
+        ["refine", "~/q", "--reference=~/model", "--out=~/better", "--calibration=~/text.txt", *few],
+        ["salient", "~/model", "--out=~/w", "--activations=~/a.npz",
          "--calibration=~/text.txt", "--group-size=32", *few],
-        ["evaluate", "~/q", "--reference=~/model", "--text=~/text.txt", *few],
+        ["evaluate", "~/q", "--reference=~/model", "--evaluation=~/text.txt", *few],
         ["inspect", "~/model"],
     ):  # fmt: skip
         cli.main(arguments, standalone_mode=False)
@@ -522,7 +522,7 @@ def test_every_public_path_expands() -> None:
 
     def expands(function: Any) -> bool:
         while function is not None:
-            if function.__code__.co_filename.endswith("bitwright/home.py"):
+            if function.__code__.co_filename.endswith("bitwright/files/home.py"):
                 return True
             function = getattr(function, "__wrapped__", None)
         return False
@@ -548,7 +548,7 @@ def test_every_public_path_expands() -> None:
 def test_own_files_are_replaced_and_others_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = ["--data", str(TEXT), "--length", "64", "--samples", "4"]
+    few = ["--calibration", str(TEXT), "--length", "64", "--samples", "4"]
     mine, plot, recipe = (tmp_path / name for name in ("mine.json", "plot.svg", "recipe.json"))
     sensitivities = ["sensitivities", str(DEMO), "--out", str(mine), "--plot", str(plot), *few]
     dynamic = ["dynamic", str(DEMO), "--target-bpw", "4.5", "--recipe", str(recipe), *few]

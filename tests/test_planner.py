@@ -181,7 +181,7 @@ def make_wide(folder: Path, blocks: int) -> Path:
     """Make a model whose weights and statistics outweigh the interpreter."""
     import ml_dtypes
 
-    sys.path.insert(0, str(TESTS.parent / "bench"))
+    sys.path.insert(0, str(TESTS.parent / "bench" / "models"))
     try:
         import make_llama
     finally:

@@ -261,7 +261,7 @@ def test_code_of_a_model_is_never_run(tmp_path: Path) -> None:
     text = ("--samples", "4", "--length", "32")
     for arguments in (
         ("quantize", str(model), "--out", "q", "--calibration", str(TEXT), *text),
-        ("convert", "q", "--out", "f", "--to", "float"),
+        ("convert", "q", "--out", "f", "--format", "float"),
     ):
         subprocess.run([*command, *arguments], cwd=tmp_path, check=True, capture_output=True)
     assert not ran.exists()

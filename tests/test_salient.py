@@ -433,8 +433,8 @@ def test_the_command(tmp_path: Path) -> None:
     def salient(*arguments: str, status: int = 0) -> str:
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "bitwright", "salient", "--model-path", str(DEMO)),
-                *("--activations-path", str(tmp_path / "a.npz"), *arguments),
+                *(sys.executable, "-m", "bitwright", "salient", str(DEMO)),
+                *("--activations", str(tmp_path / "a.npz"), *arguments),
             ],
             capture_output=True,
             text=True,
@@ -446,13 +446,13 @@ def test_the_command(tmp_path: Path) -> None:
 
     calibration = ("--calibration", str(TEXT), "--samples", "4", "--length", "64")
     assert "--calibration" in salient("--dry-run", status=2)
-    assert "--output-path" in salient(*calibration, status=2)
-    salient("--dry-run", *calibration, "--output-path", str(tmp_path / "out"))
+    assert "--out" in salient(*calibration, status=2)
+    salient("--dry-run", *calibration, "--out", str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
     assert zipfile.is_zipfile(tmp_path / "a.npz")
     assert "exists" in salient("--dry-run", *calibration, status=1)
     shown = salient(
-        *("--output-path", str(tmp_path / "out"), "--group-size", "32", "--salient-ratio", "0.02"),
+        *("--out", str(tmp_path / "out"), "--group-size", "32", "--salient-ratio", "0.02"),
         *("--exclude", "*.down_proj"),
     )
     assert "bits per weight" in shown

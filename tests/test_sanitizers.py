@@ -9,7 +9,7 @@ import sanitize
 
 KIND = os.environ.get("BITWRIGHT_SANITIZER", "")
 
-# At least one call of every kernel; all tests take half an hour (docs/design.md).
+# At least one call of every kernel; all tests take half an hour (docs/experiments.md).
 KERNEL_TESTS = ["sanitizers", "packing"]
 
 FAULTS = {

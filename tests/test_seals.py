@@ -20,7 +20,7 @@ import bitwright.distill.training
 import bitwright.precision.estimate
 import bitwright.presets.best
 from bitwright.checkpoint.work_folder import LOCK
-from bitwright.cli.commands import cli
+from bitwright.cli.main import cli
 from bitwright.errors import BitwrightError, CheckpointError, ResumeError
 from bitwright.files import inputs
 from bitwright.files.seals import Seals, files_of
@@ -79,8 +79,8 @@ def command(name: str, *arguments: object) -> None:
 def salient(model: Path, out: Path) -> None:
     command(
         "salient",
-        *("--model-path", model, "--output-path", out, "--calibration", TEXT),
-        *("--activations-path", out.parent / SEEN, "--group-size", 32),
+        *(model, "--out", out, "--calibration", TEXT),
+        *("--activations", out.parent / SEEN, "--group-size", 32),
         *("--samples", 8, "--length", 32),
     )
 
@@ -292,7 +292,7 @@ def test_models_that_change_while_they_are_converted_are_named(
 ) -> None:
     model = tmp_path / "model"
     bitwright.quantize(DEMO, model, "rtn", 4, 32, progress=False)
-    converting = sys.modules["bitwright.convert"]  # the package has a function of that name
+    converting = sys.modules["bitwright.tools.convert"]  # the package has a function of that name
     original = converting.copy_side_files
 
     def copy(*arguments: Any) -> Any:

@@ -53,7 +53,7 @@ def test_a_full_error_output_ends_nothing(tmp_path: Path) -> None:
     with open(FULL, "w") as full:
         done = run(*QUANTIZE, str(tmp_path / "out"), stdout=subprocess.PIPE, stderr=full)
         assert (done.returncode, "worst layers" in done.stdout) == (0, True)
-        evaluate = ("evaluate", DEMO, "--text", f"{DEMO}/evaluation.txt", "--samples", "2")
+        evaluate = ("evaluate", DEMO, "--evaluation", f"{DEMO}/evaluation.txt", "--samples", "2")
         done = run(*evaluate, "--length", "32", "--json", stdout=subprocess.PIPE, stderr=full)
         assert done.returncode == 0
         assert json.loads(done.stdout)["tokens"] == 64

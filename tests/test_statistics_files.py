@@ -17,7 +17,7 @@ from shared_data import TESTS
 
 import bitwright
 from bitwright.checkpoint.work_folder import WorkFolder
-from bitwright.cli.commands import cli
+from bitwright.cli.main import cli
 from bitwright.files.replacing import output_errors
 from bitwright.methods.moments import Moments
 from bitwright.models.block import ChunkStates
@@ -281,7 +281,7 @@ def test_interrupted_commits_and_starting_over(
 
     with monkeypatch.context() as patch:
         patch.setattr(WorkFolder, "commit", interrupted)
-        with pytest.raises(KeyboardInterrupt, match="goes on from what is done"):
+        with pytest.raises(KeyboardInterrupt, match="resumes from what is done"):
             collect(out)
     with WorkFolder(out) as work:
         work.keep = True
@@ -433,7 +433,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Path) 
         with pytest.raises(bitwright.OutputError, match="No space left"):
             bitwright.merge_statistics([made], out)
         assert not list(tmp_path.iterdir())
-        with pytest.raises(bitwright.OutputError, match="No space left.*goes on from what is done"):
+        with pytest.raises(bitwright.OutputError, match="No space left.*resumes from what is done"):
             collect(out)
     assert not out.exists()
     collect(out)

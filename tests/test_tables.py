@@ -251,7 +251,7 @@ def test_evaluate_in_a_pipe(columns: str) -> None:
 
     text = str(DEMO / "evaluation.txt")
     shown = output(
-        *("evaluate", str(DEMO), "--text", text, "--reference", str(DEMO), "--samples", "2")
+        *("evaluate", str(DEMO), "--evaluation", text, "--reference", str(DEMO), "--samples", "2")
     )
     result: Any = bitwright.evaluate(DEMO, text, samples=2)
     for each in ("perplexity", "reference", "KL (nats/token)", "bits/weight", "0.00000"):

@@ -137,7 +137,7 @@ def test_evaluations_and_recipes_come_before_the_folder(
         return evaluate(*arguments, **options)
 
     monkeypatch.setattr(dynamic, "evaluate", watched)
-    with pytest.raises(KeyboardInterrupt, match="goes on from what is done"):
+    with pytest.raises(KeyboardInterrupt, match="resumes from what is done"):
         dynamic_call(tmp_path, evaluate_on=ids)
     report = dynamic_call(tmp_path, evaluate_on=ids)
     assert all("q" not in seen and "r.json" not in seen for seen in steps)

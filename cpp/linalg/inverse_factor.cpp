@@ -7,8 +7,8 @@
 
 namespace bitwright {
 
-// Frantar et al. 2023 take the Cholesky factor of an inverse: Cholesky, inverse, Cholesky. With J
-// the matrix that reverses the order of the columns and J(G + D)J = LLᵀ,
+// GPTQ (arXiv:2210.17323) takes the Cholesky factor of an inverse: Cholesky, inverse, Cholesky.
+// With J the matrix that reverses the order of the columns and J(G + D)J = LLᵀ,
 //     (G + D)⁻¹ = J L⁻ᵀ L⁻¹ J = (J L⁻¹ J)ᵀ (J L⁻¹ J),
 // so U = J L⁻¹ J: one Cholesky factorization and one triangular inverse. Reversing both orders of a
 // contiguous matrix is reversing its storage.

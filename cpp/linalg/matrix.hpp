@@ -1,4 +1,4 @@
-// The matrix types of every kernel: Eigen maps over somebody else's memory, NumPy's as a rule.
+// The matrix types of every kernel: Eigen maps over memory owned elsewhere, usually by NumPy.
 #pragma once
 
 #include <Eigen/Core>

@@ -6,7 +6,7 @@
 
 namespace bitwright {
 
-// What sets one kind of attention apart from another. `window` is how many tokens a query sees, its
+// The variants of attention. `window` is how many tokens a query sees, its
 // own included (0: all before it); `softcap` bounds the scaled scores, cap · tanh(score / cap) (0:
 // it does not).
 struct AttentionRule {
@@ -24,7 +24,7 @@ void attention(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
                ConstMatrixView<Scalar> value, const AttentionRule& rule, MatrixView<Scalar> output);
 
 // The gradients of query, key and value, each in its shape, from that of the output. Scores are
-// computed again, so memory is linear in the length here, too.
+// recomputed (as in FlashAttention, arXiv:2205.14135), so memory is linear in the length here, too.
 template <typename Scalar>
 void attention_backward(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
                         ConstMatrixView<Scalar> value, const AttentionRule& rule,

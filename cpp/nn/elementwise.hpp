@@ -6,7 +6,7 @@
 namespace bitwright {
 
 // output [tokens, hidden] = weight · x / sqrt(mean(x²) + epsilon), row by row (Zhang and Sennrich
-// 2019).
+// 2019, arXiv:1910.07467).
 template <typename Scalar>
 void rms_norm(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight, double epsilon,
               MatrixView<Scalar> output);
@@ -19,7 +19,7 @@ void rms_norm_backward(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> we
                        MatrixView<Scalar> input_gradient, Scalar* weight_gradient);
 
 // output [tokens, hidden] = weight · (x − mean(x)) / sqrt(variance(x) + epsilon) + bias, row by row
-// (Ba et al. 2016).
+// (Ba et al. 2016, arXiv:1607.06450).
 template <typename Scalar>
 void layer_norm(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> weight,
                 ConstVectorView<Scalar> bias, double epsilon, MatrixView<Scalar> output);
@@ -30,11 +30,11 @@ void layer_norm_backward(ConstMatrixView<Scalar> input, ConstVectorView<Scalar> 
                          double epsilon, ConstMatrixView<Scalar> gradient,
                          MatrixView<Scalar> input_gradient, Scalar* weight_gradient);
 
-// Rotates `states` [batch · length, heads · width] in place (Su et al. 2021): of each head, the
-// channels [first, first + 2 · pairs) are turned pair by pair by the angle of the position. A pair
-// is channel i of the first half and of the second or, `interleaved`, two neighbours. cosines and
-// sines are [length, pairs]. With `backward` the turn is transposed: gradients of the result become
-// gradients of the states.
+// Rotates `states` [batch · length, heads · width] in place (RoPE, arXiv:2104.09864): of each head,
+// the channels [first, first + 2 · pairs) are turned pair by pair by the angle of the position. A
+// pair is channel i of the first half and of the second or, `interleaved`, two neighbours. cosines
+// and sines are [length, pairs]. With `backward` the turn is transposed: gradients of the result
+// become gradients of the states.
 template <typename Scalar>
 void rotate(MatrixView<Scalar> states, ConstMatrixView<Scalar> cosines,
             ConstMatrixView<Scalar> sines, Index heads, Index first, bool interleaved,
@@ -51,7 +51,7 @@ template <typename Scalar>
 void activate_backward(ConstMatrixView<Scalar> states, Activation activation,
                        MatrixView<Scalar> gradient);
 
-// gate [tokens, channels] = activation(gate) · up, in place (gated linear units, Shazeer 2020).
+// gate [tokens, channels] = activation(gate) · up, in place (gated linear units, arXiv:2002.05202).
 template <typename Scalar>
 void activate_multiply(MatrixView<Scalar> gate, ConstMatrixView<Scalar> up, Activation activation);
 

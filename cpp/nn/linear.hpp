@@ -12,7 +12,7 @@ template <typename Scalar, typename Weight>
 void linear(ConstMatrixView<Scalar> input, ConstMatrixView<Weight> weight, const Scalar* bias,
             bool accumulate, MatrixView<Scalar> output);
 
-// What reaches the input [tokens, in] of the gradient [tokens, out] of the output: gradient ·
+// The gradient of the input [tokens, in], given that of the output [tokens, out]: gradient ·
 // weight, written or, with `accumulate`, added.
 template <typename Scalar, typename Weight>
 void linear_backward_input(ConstMatrixView<Scalar> gradient, ConstMatrixView<Weight> weight,

@@ -1,4 +1,4 @@
-// What a model's logits say about the next token, one value per row.
+// Losses of a model's logits for the next token, one value per row.
 #pragma once
 
 #include "linalg/matrix.hpp"
@@ -30,7 +30,8 @@ template <typename Scalar>
 void top_tokens(ConstMatrixView<Scalar> logits, double temperature, MatrixView<std::int32_t> ids,
                 MatrixView<Scalar> log_probabilities, VectorView<Scalar> rest);
 
-// What a distribution p over the vocabulary is known by: k tokens and the probability of the rest.
+// A distribution p over the vocabulary, stored as its k most likely tokens and the rest's
+// probability.
 template <typename Scalar>
 struct TopTokens {
     ConstMatrixView<std::int32_t> ids;          // [tokens, k], different in every row
@@ -40,7 +41,7 @@ struct TopTokens {
 
 enum class Loss { kl, reverse_kl, js, cross_entropy, logits_mse };
 
-// losses [tokens] of q = softmax(logits / temperature) [tokens, vocabulary] next to p, and, unless
+// losses [tokens] of q = softmax(logits / temperature) [tokens, vocabulary] against p, and, unless
 // it is null, gradient [tokens, vocabulary], `factor` times their gradients with respect to the
 // logits:
 //   kl             KL(p ‖ q), all tokens that p does not list being one outcome

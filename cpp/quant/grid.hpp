@@ -140,7 +140,7 @@ inline GridLanes span_grid(const Grid& grid, const Lanes& low, const Lanes& high
 // The grids that a search over ranges tries for [low, high]. An affine grid may have its ends
 // there, or be moved by up to half a step so that zero is one of its points: that is what groups
 // need in which tiny weights meet huge inputs. What span_grid makes of a range is neither; it gives
-// up part of the range for both, which costs more than either (figures in docs/design.md).
+// up part of the range for both, which costs more than either (figures in docs/experiments.md).
 template <typename Try>
 void range_grids(const Grid& grid, const Lanes& low, const Lanes& high, Try&& try_grid) {
     if (grid.kind != GridKind::affine) {
@@ -252,7 +252,7 @@ template <typename WeightAt>
 // where eᵢ is by how much |wᵢ − ŵᵢ| exceeds half a step: what clipping took off wᵢ. The first sum
 // is the diagonal part of the layer's output error. Rounding errors average out over groups and
 // layers, but clipping always takes from the weights, and adds up to a weaker output: so it counts
-// for more than its square (figures in docs/design.md).
+// for more than its square (figures in docs/experiments.md).
 inline GridLanes fit_grid(const Grid& grid, const float* weights, const float* importance,
                           Index count) {
     constexpr int steps = 20;

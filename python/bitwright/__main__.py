@@ -1,5 +1,5 @@
 """``python -m bitwright``."""
 
-from bitwright.cli.commands import main
+from bitwright.cli.main import main
 
 main()

@@ -1,4 +1,4 @@
-"""What the kernels were built for, and what they run on."""
+"""The build of the kernels in use: instruction set, BLAS, threads."""
 
 from dataclasses import dataclass
 

@@ -52,7 +52,7 @@ class RecipeError(BitwrightError, ValueError):
 
 
 class ResumeError(BitwrightError, ValueError):
-    """What an interrupted run has left cannot be gone on from."""
+    """An interrupted run cannot be resumed from what it has left."""
 
 
 class RankError(BitwrightError, ValueError):

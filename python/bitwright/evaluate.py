@@ -1,4 +1,4 @@
-"""How good a model is, alone and next to the original."""
+"""Evaluation: perplexity, and KL divergence and top-1 agreement with the original."""
 
 import math
 import os
@@ -244,7 +244,7 @@ def check_evaluation(
 
 
 def _skipped(tokens: NDArray[np.int32], windows: Windows) -> int:
-    """Return how many tokens at the start of a sample are not judged."""
+    """Return how many tokens at the start of a sample are not scored."""
     return tokens.shape[1] // 2 if windows == "llama.cpp" else 0
 
 
@@ -277,15 +277,17 @@ def plan_evaluation(
     is expected; MemoryBudgetError if the budget is too small for the fewest."""
     budget = Budget.of(memory)
     chunk_rows = Rotation(length, {}).chunk_rows
-    heads = max(each.rows_bytes(each.head_name) for each in models)
+    codes = [each.codes_bytes(each.head_name) for each in models]
+    pieces = max(each.piece_bytes(each.head_name) for each in models)
     blocks = max(passing_bytes(layout, chunk_rows) for each in models for layout in each.layouts)
-    embeddings = max(each.rows_bytes(each.embedding_name) for each in models)
+    embeddings = max(_looking_up(each) for each in models)
     row = 4 * models[0].config.vocab_size
     positions = min(logit_rows(row, LOGIT_BYTES), samples * length)
     piece = max(piece_rows(each.config.hidden_size) for each in models)
     logits = len(models) * row * positions
     logits += 4 * positions * piece * (piece < models[0].config.vocab_size)
-    fixed = budget.base + max(blocks, embeddings, heads + logits)
+    heads = sum(codes) + max(max(codes), pieces + logits)
+    fixed = budget.base + max(blocks, embeddings, heads)
     per_row = sum(each.config.hidden_size for each in models)
     per_row += max(each.config.hidden_size + _inner(each) for each in models)  # normed at last
     per_chunk = 4 * min(chunk_rows, samples * length) * per_row
@@ -295,13 +297,19 @@ def plan_evaluation(
     return chunks * per_chunk_samples, fixed + chunks * per_chunk
 
 
+def _looking_up(model: Model) -> int:
+    """Return what looking tokens up in the embedding takes."""
+    codes = model.codes_bytes(model.embedding_name)
+    return codes + max(codes, model.piece_bytes(model.embedding_name))
+
+
 def _inner(model: Model) -> int:
     """Return the width of what stages leave for later ones in all chunks: of experts alone."""
     return max((inner_width(layout) for layout in model.layouts if layout.experts), default=0)
 
 
 def _final_states(model: Model, tokens: NDArray[np.int32], step: Callable[[], None]) -> Float32:
-    """Return the states ``[samples * length, hidden_size]`` that the head sees."""
+    """Return the input of the head ``[samples * length, hidden_size]``."""
     states = np.empty((0, 0, 0), np.float32)
     for after_block in model.hidden_states(tokens):
         states = after_block
@@ -356,4 +364,4 @@ class _Comparison:
                 divergences = _kernels.kl_divergence(logits[1], logits[0])
                 self.divergence += float(divergences[judged].sum())
                 self.agreed += int((logits[0].argmax(1) == logits[1].argmax(1))[judged].sum())
-            del logits, each  # before there are the next
+            del logits, each  # before the next ones are computed

@@ -1,4 +1,4 @@
-"""One run on several processes, over MPI: what every rank does of it, and what they tell each other.
+"""One run on several processes, over MPI: how work is shared among ranks, and their messages.
 
 All of bitwright asks `current` for the ranks; outside of MPI there is one, which talks to nobody."""
 
@@ -16,7 +16,7 @@ from bitwright.errors import MissingExtraError
 
 T = TypeVar("T")
 MESSAGE_ELEMENTS = 1 << 26  # of one message: counts are 32-bit numbers in many MPI libraries
-LEAVES = 8  # that what is added up in a fixed order is cut into: so many ranks can share it
+LEAVES = 8  # of the tree of a sum in a fixed order: the most ranks that can share it
 ROWS = 16  # of a layer that are solved together, see cpp/quant/gptq.cpp
 FIXED_ROWS = 256  # of a layer that are computed by themselves where the order is fixed
 # By which the launchers of MPICH, Open MPI and Slurm tell how many ranks there are.

@@ -2,6 +2,7 @@
 
 Each is one line on standard error, and in the report of the call that it was given in."""
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -78,6 +79,7 @@ def reports_warnings(function: Callable[P, R]) -> Callable[P, R]:
 def _outside() -> int:
     """Return the stack level of the first caller that is not bitwright itself."""
     level, frame = 2, sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+    own = (PACKAGE, contextlib.__file__)  # which calls what a context manager decorates
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
         level, frame = level + 1, frame.f_back
     return level

@@ -95,7 +95,9 @@ class Drift:
     """What correlates the inputs X of a stage with what its outputs should be, and weights made from it.
 
     Let X_ref be the original's inputs of the same tokens. The weights that best give the original's
-    outputs W X_ref are W + W (C − G)(G + λ)⁻¹, with G = XᵀX and C = X_refᵀX (see GPTAQ, Li et al. 2025).
+    outputs W X_ref are W + W (C − G)(G + λ)⁻¹, with G = XᵀX and C = X_refᵀX,
+    the cross-gram. GPTAQ (Li et al. 2025, arXiv:2504.02692) has the same objective, inside GPTQ's loop;
+    QEP (Arai and Ichikawa 2025, arXiv:2504.09629) corrects weights before the method, as here.
     Where the outputs are added to the hidden states H as they are, they can also take back a part α of the
     error that is there: their targets are T = W X_ref + α (H_ref − H), and the weights
     W + (TᵀX − W G)(G + λ)⁻¹.

@@ -1,10 +1,11 @@
 """Powers of two moved between the layers of a block, so that no weights are below the range of scales.
 
 What a layer and the norm before it compute does not change if one is multiplied by a number and the other
-divided by it (cross-layer equalization, Nagel et al. 2019). With a power of two that is exact."""
+divided by it (cross-layer equalization, Nagel et al. 2019, arXiv:1906.04721). With a power of two that is
+exact."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +21,13 @@ from bitwright.models.architecture import Attention
 from bitwright.models.block import DecoderBlock, Rotation
 from bitwright.models.fold import FoldKind, fold_scale
 from bitwright.models.layout import ScaleGroup, Stage
+from bitwright.models.matrix_rows import piece_rows
 from bitwright.models.operations import Float32
 
 FLOAT16 = np.dtype(np.float16)
+Pieces = Callable[
+    [], Iterable[Float32]
+]  # of a matrix, one after another, as often as they are wanted
 COARSE = 64  # smallest scales; what has fewer of them has less than six bits
 NORMAL = 2.0**-14  # the smallest number of full precision
 MARGIN = 16
@@ -99,27 +104,46 @@ class _Size:
         self.coarse &= self.typical < self.enough * COARSE * smallest_scale(FLOAT16) / NORMAL
 
 
-def is_coarse(weight: Float32, choice: GridChoice) -> bool:
+def is_coarse(weight: Float32 | Pieces, choice: GridChoice) -> bool:
     """Tell whether more than half of a layer's energy is in groups whose scales are coarse in float16."""
     limit = COARSE * smallest_scale(FLOAT16) * (2**choice.bits - 1) / 2
-    if _kernels.inner_product(weight, weight) > 2 * limit * limit * weight.size:
+    energy, count = 0.0, 0
+    for part in _parts(weight):
+        energy += _kernels.inner_product(part, part)
+        count += part.size
+    if energy > 2 * limit * limit * count:
         return False
-    largest = float(np.abs(weight).max())
+    largest = _largest(weight)
     if largest == 0:
         return False
-    parts = np.abs(weight).reshape(-1, choice.group_size)
-    small = parts.max(axis=1) < limit
-    parts /= np.float32(largest)
-    energies = np.einsum("gi,gi->g", parts, parts)
-    return bool(energies[small].sum() > 0.5 * energies.sum())
+    in_small, total = 0.0, 0.0
+    for part in _parts(weight):
+        groups = np.abs(part).reshape(-1, choice.group_size)
+        small = groups.max(axis=1) < limit
+        groups /= np.float32(largest)
+        energies = np.einsum("gi,gi->g", groups, groups)
+        in_small += float(energies[small].sum())
+        total += float(energies.sum())
+    return in_small > 0.5 * total
 
 
-def size_of(weight: Float32, choice: GridChoice | None = None) -> _Size:
-    """Measure a matrix, and with a choice of grid what it should be."""
-    largest = float(np.abs(weight).max())
+def _parts(weight: Float32 | Pieces) -> Iterable[Float32]:
+    return (weight,) if isinstance(weight, np.ndarray) else weight()
+
+
+def _largest(weight: Float32 | Pieces) -> float:
+    return max(float(np.abs(part).max()) for part in _parts(weight))
+
+
+def size_of(weight: Float32 | Pieces, choice: GridChoice | None = None) -> _Size:
+    """Measure a matrix, whole or in pieces, and with a choice of grid what it should be."""
+    largest = _largest(weight)
     unit = np.float32(largest or 1)
-    typical = float(unit) * math.sqrt(float(np.square(weight / unit).mean()))
-    size = _Size(typical, largest)
+    squares, count = 0.0, 0
+    for part in _parts(weight):
+        squares += float(np.square(part / unit).mean()) * part.size
+        count += part.size
+    size = _Size(float(unit) * math.sqrt(squares / count), largest)
     if choice is not None:
         size.enough = NORMAL * (2**choice.bits - 1) / WIDTH
         # A scale may be a code itself, times the number that is stored.
@@ -354,10 +378,16 @@ def equalize_head(
     """
     if not has_float16_scales(choice):
         return 0, {}, False
-    weight = model.head()
-    size = size_of(weight, choice)
-    if not size.coarse:
+    matrix, step = model.rows(model.head_name), piece_rows(model.config.hidden_size)
+
+    def pieces() -> Iterator[Float32]:
+        count = model.config.vocab_size
+        for first in range(0, count, step):
+            yield matrix.floats(slice(first, min(first + step, count)))
+
+    if not is_coarse(pieces, choice):
         return 0, {}, False
+    size = size_of(pieces, choice)
     kind, norm = model.architecture.norm_kind, model.names.final_norm
     operations = model.final_operations()
     gain, bias = operations.weights[f"{norm}.weight"], operations.bias(norm)

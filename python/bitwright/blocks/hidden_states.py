@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.loading.model import Model
+from bitwright.models.matrix_rows import MatrixRows
 from bitwright.models.operations import Float32
 from bitwright.runs.journal import Journal
 from bitwright.runs.states import ChunkPlan, States, read_states
@@ -19,7 +20,7 @@ def opened_states(
     journal: Journal,
     state: Mapping[str, Any] | None,
     name: str = "hidden",
-    table: NDArray[Any] | None = None,
+    table: NDArray[Any] | MatrixRows | None = None,
 ) -> States | None:
     """Look tokens up in the embedding, or read the states that an interrupted run has left.
 

@@ -1,4 +1,4 @@
-"""What a checkpoint and its tokenizer are known by again, without reading all of their bytes."""
+"""Fingerprints of checkpoints, tokenizers and files, without reading all of their bytes."""
 
 import hashlib
 import json
@@ -11,8 +11,8 @@ from bitwright.errors import CheckpointError
 from bitwright.files.links import is_own_file
 from bitwright.files.text_file import read_bytes
 
-PIECE, PIECES = 1 << 16, 64  # bytes, and how many places of a weight file are looked at
-HEADER_LIMIT = 100_000_000  # bytes, which the safetensors library holds headers to as well
+PIECE, PIECES = 1 << 16, 64  # bytes of a sample, and samples of a weight file
+HEADER_LIMIT = 100_000_000  # bytes; MAX_HEADER_SIZE of the safetensors library
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:
@@ -47,7 +47,7 @@ def file_stamp(path: Path) -> list[int]:
 
 
 def digest(content: Any) -> str:
-    """Return a digest of bytes, or of what else is a contiguous buffer: 16 hexadecimal digits."""
+    """Return a digest of a contiguous buffer: 16 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 

@@ -26,7 +26,7 @@ from bitwright.warned import warn
 
 
 class _GgufShard:
-    """A file's tensors under the names that models ask for; as safetensors presents them."""
+    """A file's tensors under the names of Hugging Face, with the interface of safetensors."""
 
     def __init__(self, file: BinaryIO, names: GgufNames, tensors: Mapping[str, Any]) -> None:
         self.file = file
@@ -62,7 +62,7 @@ class _GgufSlice:
 
     def __getitem__(self, part: slice | tuple[slice, slice]) -> NDArray[Any]:
         """Return consecutive rows of a matrix, or of one of a stack. Stacks have no reordered rows, and
-        neither have embeddings and heads, which are all that is read so."""
+        neither have embeddings and heads, the only matrices read this way."""
         if isinstance(part, slice):
             rows, width = self.info.shape
             first, last, _ = part.indices(rows)
@@ -79,7 +79,7 @@ class _GgufSlice:
 class GgufCheckpoint(Checkpoint):
     """An open GGUF file: its configuration and its tensors, under the names of Hugging Face.
 
-    What llama.cpp stores otherwise (reordered rows, norms with an offset) is undone when it is read.
+    What llama.cpp stores differently (reordered rows, norms with an offset) is undone on reading.
     Quantized matrices ``[out, in]`` are arrays of blocks ``[out, in / weights per block]``, see `BLOCKS`.
 
     Parameters
@@ -94,9 +94,9 @@ class GgufCheckpoint(Checkpoint):
     folder : pathlib.Path
         Where it lies.
     config : dict
-        The config.json beside it if that is of the same model, otherwise made of the metadata.
+        The config.json beside it if that is of the same model, otherwise one made from the metadata.
     metadata : dict
-        What the file says of itself.
+        The metadata in its header.
 
     Raises
     ------
@@ -160,7 +160,7 @@ class GgufCheckpoint(Checkpoint):
 
     @property
     def source(self) -> Path:
-        """What nothing may be written over: the file, which may lie among others."""
+        """The file, which no output may replace; others may lie beside it."""
         return self.path
 
     @property
@@ -180,7 +180,7 @@ class GgufCheckpoint(Checkpoint):
         return GgufNames({**config, "dtype": known[0] if known else "float32"}, self.path)
 
     def _extras(self, header: Header) -> dict[str, NDArray[np.float32]]:
-        """Read the tensors that no checkpoint of Hugging Face has: what the rotations are divided by."""
+        """Read the tensors that only GGUF has: the divisors of the rotary frequencies."""
         extras = {}
         for name, (info, position) in header.tensors.items():
             if name in ROTATION_TENSORS:

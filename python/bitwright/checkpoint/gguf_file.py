@@ -1,4 +1,4 @@
-"""GGUF, the file format of llama.cpp: what comes before the data of the tensors, and where each is."""
+"""The header of a GGUF file, llama.cpp's format: metadata, and the place of each tensor."""
 
 import math
 import os
@@ -150,7 +150,7 @@ def tensor_offsets(tensors: Sequence[TensorInfo]) -> list[int]:
 
 
 def write_header(file: BinaryIO, metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> int:
-    """Write what comes before the data of the tensors.
+    """Write the header: everything before the data of the tensors.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def _encoded(value: Any) -> tuple[int, bytes]:
 
 
 def _scalar_type(value: Any) -> Any:
-    """Return the smallest of the usual types that holds an integer or float, None for what has its own."""
+    """Return the smallest of the usual types that holds an integer or float, None for other values."""
     if type(value) is int:
         return np.uint32 if 0 <= value < 1 << 32 else np.int64 if value < 1 << 63 else np.uint64
     if type(value) is float:
@@ -221,7 +221,7 @@ def _scalar_type(value: Any) -> Any:
 
 
 class Header:
-    """What comes before the data of a GGUF file, checked against the file's size as it is read.
+    """The header of a GGUF file, checked against the file's size as it is read.
 
     Parameters
     ----------
@@ -317,7 +317,7 @@ class Header:
 
     def _numbers(self, key: str, number: int, count: int) -> NDArray[Any]:
         if number not in _SCALARS:
-            raise self.damaged(f"the key {shown(key)} is of type {number}, which there is not")
+            raise self.damaged(f"the key {shown(key)} is of type {number}, which does not exist")
         dtype = _SCALARS[number]
         return np.frombuffer(self._bytes(count * dtype.itemsize), dtype)
 

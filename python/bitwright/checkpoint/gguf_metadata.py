@@ -1,4 +1,4 @@
-"""What a GGUF file says of its model, made of config.json, and the way back."""
+"""Conversion between config.json and the metadata of a GGUF file."""
 
 import math
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from bitwright.models.config import ModelConfig
 from bitwright.models.keys import MOST_LAYERS, Keys
 from bitwright.warned import warn
 
-_QUANTIZATION_VERSION = 2  # of ggml's blocks; those before were packed otherwise
-# What every architecture is computed by, and what some are.
+_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION; blocks of earlier versions were packed differently
+# Keys that are read for every architecture, and those for some.
 _READ = """
     block_count context_length embedding_length feed_forward_length attention.head_count
     attention.head_count_kv attention.key_length attention.value_length
@@ -35,7 +35,9 @@ _HARMLESS = """
     vocab_size tensor_data_layout pooling_type decoder_start_token_id classifier.output_labels
     rope.scaling.finetuned attention.layer_norm_epsilon expert_shared_count embedding_length_out
 """
-_NEUTRAL: dict[str, tuple[Any, ...]] = {  # for others it is 0, false or nothing at all
+_NEUTRAL: dict[
+    str, tuple[Any, ...]
+] = {  # values that change nothing; for other keys 0, false or empty
     "attention.causal": (True,),
     "attention.scale": (0, 1),
     "attention.output_scale": (0, 1),
@@ -70,7 +72,7 @@ def gguf_metadata(config: Mapping[str, Any], folder: Path, file_type: int) -> di
     folder : pathlib.Path
         Where the tokenizer's files are.
     file_type : int
-        What llama.cpp calls the mixture of tensor types, such as 0 for float32.
+        llama.cpp's number of the mixture of tensor types (llama_ftype), such as 0 for float32.
 
     Returns
     -------
@@ -142,7 +144,7 @@ def config_from_gguf(
     extras: Mapping[str, NDArray[np.float32]],
     source: Path,
 ) -> dict[str, Any]:
-    """Make a config.json of what a GGUF file says.
+    """Make a config.json from the metadata of a GGUF file.
 
     Parameters
     ----------
@@ -269,7 +271,7 @@ def _experts_config(
 
 
 def _check_keys(keys: Keys, family: GgufFamily) -> None:
-    """Raise unless every key that nothing is computed with leaves the mathematics alone."""
+    """Raise unless every key that is not read has a value that changes nothing."""
     known = f"{_READ} {_HARMLESS} {_READ_BY.get(family.architecture, '')}".split()
     neutral = _NEUTRAL | {"expert_weights_norm": (family.normalized,)}
     for each in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
@@ -339,7 +341,7 @@ def _rope_metadata(model: ModelConfig) -> dict[str, Any]:
 
 
 def _yarn_temperature(factor: float) -> float:
-    """What llama.cpp multiplies cosines and sines by where the file does not say more."""
+    """Return llama.cpp's default factor of cosines and sines."""
     return 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0
 
 
@@ -362,7 +364,7 @@ def _rope_scaling(keys: Keys, extras: Mapping[str, NDArray[np.float32]]) -> dict
         }
     scaled = kind == "linear" and factor not in (0, 1)
     if divisors and not scaled and kind != "yarn" and short and long:
-        # Whatever the divisors were made by (llama3, longrope), this type takes them as they are.
+        # Whichever type the divisors came from (llama3, longrope), this one takes them as they are.
         return {
             "rope_type": "longrope",
             "factor": 1.0,
@@ -381,7 +383,7 @@ def _rope_scaling(keys: Keys, extras: Mapping[str, NDArray[np.float32]]) -> dict
 
 
 def _check_computable(names: GgufNames) -> None:
-    """Raise unless llama.cpp computes the model as it is meant."""
+    """Raise unless llama.cpp computes the same function as the model."""
     model, family, rope = names.config, names.family, names.config.rope
     scalar = model.hidden_size // model.num_attention_heads
     if not family.widest or model.num_hidden_layers != family.widest:
@@ -425,5 +427,5 @@ def _check_computable(names: GgufNames) -> None:
 
 
 def _rope_types(architecture: str) -> tuple[str, ...]:
-    """Return the types that llama.cpp reads tensors for."""
+    """Return the types of RoPE for which llama.cpp reads divisors from tensors."""
     return {"llama": ("llama3", "longrope"), "phi3": ("longrope",)}.get(architecture, ())

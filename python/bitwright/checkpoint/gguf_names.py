@@ -1,4 +1,4 @@
-"""What GGUF calls the tensors of a model, and what llama.cpp wants done to them."""
+"""GGUF's names for the tensors of a model, and the changes that llama.cpp expects in them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from bitwright.models.config import ModelConfig, RopeConfig
 
 @dataclass(frozen=True)
 class GgufFamily:
-    """What llama.cpp takes for granted of a family.
+    """llama.cpp's assumptions about a family.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class GgufFamily:
     normalized
         Whether the weights of a token's experts add up to 1.
     full_every
-        How many layers there are to one with full attention; 0 where no window is looked at.
+        Every how many layers one has full attention; 0 where windows are ignored.
     widest
         The number of layers of the size whose attention is scaled by the width of the model.
     """
@@ -67,7 +67,7 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
 """By ``model_type``."""
 
 ROTATION_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-"""What rotations are divided by: GGUF has such tensors, checkpoints have config.json."""
+"""Divisors of the rotary frequencies: tensors in GGUF, values of config.json in checkpoints."""
 
 
 class GgufNames:
@@ -85,9 +85,9 @@ class GgufNames:
     config : ModelConfig
         The checked configuration.
     family : GgufFamily
-        What llama.cpp takes for granted.
+        llama.cpp's assumptions.
     architecture : str
-        What llama.cpp calls the family.
+        llama.cpp's name for the family.
 
     Raises
     ------
@@ -132,7 +132,7 @@ class GgufNames:
         return layer in self._stored and part in ("weight", "bias")
 
     def gguf_name(self, name: str) -> str:
-        """Return what GGUF calls a tensor of the checkpoint.
+        """Return GGUF's name for a tensor of the checkpoint.
 
         Raises
         ------
@@ -148,7 +148,7 @@ class GgufNames:
         return f"{self._stored[layer]}.{part}"
 
     def name(self, stored: str) -> str:
-        """Return what a checkpoint calls a tensor of a GGUF file.
+        """Return the checkpoint's name for a tensor of a GGUF file.
 
         Raises
         ------
@@ -236,7 +236,7 @@ class GgufNames:
         return name, array.reshape(self.shape(stored, array.shape))
 
     def extra_tensors(self) -> dict[str, NDArray[np.float32]]:
-        """Return the tensors that GGUF has and the checkpoint has not: what the rotations are divided by.
+        """Return the tensors that only GGUF has: the divisors of the rotary frequencies.
 
         Returns
         -------
@@ -279,7 +279,7 @@ def nested(config: Mapping[str, Any], **values: Any) -> dict[str, Any]:
 
 
 def _block_names(family: Any) -> dict[str, str]:
-    """Return what GGUF calls the layers within a block of an `Architecture`."""
+    """Return GGUF's names for the layers within a block of an `Architecture`."""
     attention, mlp, experts = family.attention, family.mlp, family.experts
     names = {
         attention.query: "attn_q",

@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp reads it, made of tokenizer.json."""
+"""Conversion of tokenizer.json to a tokenizer in llama.cpp's metadata."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ _PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_GPT_4O,), False): "gpt-4o",
     ((_TEKKEN,), True): "tekken",
 }
-"""What llama.cpp calls the ways to split text, and whether whole words are looked up before merges."""
+"""llama.cpp's names for pre-tokenizers, and whether whole words are looked up before merges."""
 
 
 def tokenizer_metadata(folder: Path, vocab_size: int, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a checkpoint's weight file is in GGUF: one, with configuration and tokenizer inside."""
+"""Writes a checkpoint's weights as one GGUF file, with configuration and tokenizer inside."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ from bitwright.checkpoint.gguf_metadata import gguf_metadata
 from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames
 from bitwright.checkpoint.writer import StoredTensor
 
-# What llama.cpp calls a file by the type of most of its quantized weights (llama_ftype).
+# llama.cpp's number for a file, by the type of most of its quantized weights (llama_ftype).
 FILE_TYPES = {
     **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10},
     **{"Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "BF16": 32},
@@ -37,7 +37,7 @@ class GgufFiles:
     folder
         Where the tokenizer is.
     metadata
-        What a GGUF file of this model says of itself, in place of config and tokenizer.
+        Metadata of a GGUF file of this model, in place of config and tokenizer.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Checkpoints by their paths, whatever their weight files are."""
+"""Opens a checkpoint of either kind, safetensors or GGUF."""
 
 import os
 from pathlib import Path
@@ -33,7 +33,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if len(files) > 1:
             raise CheckpointError(
                 f"{place}: holds {len(files)} GGUF files, {files[0].name} for one; give the path of "
-                f"the file that is meant"
+                f"the file to read"
             )
         if files:
             return GgufCheckpoint(files[0])

@@ -21,29 +21,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from bitwright.checkpoint.holes import hole_in_safetensors
-from bitwright.checkpoint.shard import FLOATS_OF_8_BITS, Shard
+from bitwright.checkpoint.shard import DTYPES, FLOATS_OF_8_BITS, Shard
 from bitwright.errors import CheckpointError, CheckpointNotFoundError, UnsupportedModelError, shown
 from bitwright.files.home import expands_home
 from bitwright.files.links import check_no_links, check_own
 from bitwright.files.text_file import read_bytes
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    **FLOATS_OF_8_BITS,
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-"""The tensor types that are read and written, by their safetensors names."""
 _BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)  # holds every number of 8 bits
 _WRITTEN_AS: dict[np.dtype[Any], np.dtype[Any]] = {
     np.dtype(np.float64): np.dtype(np.float32),
@@ -52,16 +35,16 @@ _WRITTEN_AS: dict[np.dtype[Any], np.dtype[Any]] = {
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# What is read beside a GGUF file, whatever else lies there.
+# The files that are read beside a GGUF file; others there may belong to other models.
 READ_BESIDE = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("generation_config.json", "chat_template.json", "chat_template.jinja"),
 )
-# Bytes, of which Python's objects may take 24 times as many; the largest public tokenizers and indexes are
-# below 40 MB.
+# Bytes. Python's objects may take 24 times as many; the largest public tokenizers and indexes are below
+# 40 MB.
 JSON_LIMIT = 128 << 20
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_MOST_NAMES = 4096  # of a folder, that are compared with one
+_MOST_NAMES = 4096  # of a folder, compared when a misspelled one is looked for
 _NUMBERED_SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -87,7 +70,7 @@ class Checkpoint:
     folder : pathlib.Path
         The folder as given.
     config : dict
-        config.json; what contradicts the tensors is corrected when the folder is opened as a model.
+        config.json; values that contradict the tensors are corrected when the folder is opened as a model.
 
     Raises
     ------
@@ -96,7 +79,7 @@ class Checkpoint:
     CheckpointError
         If a file is damaged, or the files contradict each other.
     UnsupportedModelError
-        If the weights are only there in a format that is not read.
+        If the weights exist only in a format that is not read.
 
     Examples
     --------
@@ -132,7 +115,7 @@ class Checkpoint:
 
     @property
     def source(self) -> Path:
-        """What nothing may be written over: the folder."""
+        """The folder, which no output may overlap."""
         return self.folder
 
     def weight_files(self) -> list[Path]:
@@ -146,7 +129,7 @@ class Checkpoint:
 
     @property
     def owns_folder(self) -> bool:
-        """Whether what else is in the folder belongs to it."""
+        """Whether the other files in the folder belong to the model."""
         return True
 
     def __enter__(self) -> Self:
@@ -164,7 +147,7 @@ class Checkpoint:
         return name in self._tensors
 
     def close(self) -> None:
-        """Close the weight files; names, shapes and dtypes stay known."""
+        """Close the weight files; names, shapes and dtypes stay available."""
         self._shards.clear()
         self._stack.close()
 
@@ -245,7 +228,7 @@ class Checkpoint:
         return self._tensor(name).dtype
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Know tensors by other names from now on.
+        """Rename tensors; the files stay as they are.
 
         Parameters
         ----------
@@ -275,16 +258,16 @@ class Checkpoint:
         shape: tuple[int, ...],
         make: "Callable[[Checkpoint], NDArray[Any]]",
     ) -> None:
-        """Know some tensors as one from now on, which is made of them when it is read.
+        """Replace some tensors by one that is computed from them when it is read.
 
         Parameters
         ----------
         parts : collection of str
-            Names, which are not known any longer.
+            Names of the tensors that it replaces.
         name, dtype, shape : str, str, tuple of int
-            Of the one; the dtype by its safetensors name.
+            Of the new tensor; the dtype by its safetensors name.
         make : callable
-            Given a checkpoint with the parts, returns the one.
+            Returns the new tensor, given a checkpoint with the parts.
         """
         whole = copy.copy(self)
         first = whole._tensors[next(iter(parts))]
@@ -543,7 +526,7 @@ def read_json_object(path: Path, reason: str = "") -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path}: the JSON holds a number with too many digits") from error
     if not isinstance(value, dict):
-        # What it says may be nobody's business: an index may be a link to any file.
+        # The content is not quoted, since an index may be a link to any private file.
         kind = {list: "a list", str: "a string", NoneType: "null"}.get(
             type(value), "a number or truth"
         )
@@ -562,7 +545,7 @@ def is_plain_file_name(name: str) -> bool:
     Returns
     -------
     bool
-        False for anything that names another folder, or that no file can be called.
+        False for anything that leads to another folder or is no valid file name.
 
     Examples
     --------
@@ -607,7 +590,7 @@ def require_model(place: str | os.PathLike[str]) -> None:
 
 
 def _models_in(folder: Path) -> list[str]:
-    """Return the names in a folder that may be models', of the first thousands that are there."""
+    """Return names in a folder that may be models', among its first few thousand entries."""
     try:
         with os.scandir(folder) as entries:
             some = list(islice(entries, _MOST_NAMES))
@@ -630,7 +613,7 @@ def _existing_folder(folder: Path) -> Path:
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
-    """The index of the folder, if there is one: which tensor lies in which file."""
+    """The index of the folder, if there is one: the file of each tensor."""
     path = folder / INDEX_NAME
     if not os.path.lexists(path):
         return None
@@ -654,7 +637,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
 
 
 def _check_files(folder: Path, weight_map: Mapping[str, str]) -> None:
-    """Raise unless the files that an index names are there, and say so if others may hold the model."""
+    """Raise unless the files that an index names exist; the message tells if others may hold the model."""
     absent = sorted({each for each in weight_map.values() if not os.path.isfile(folder / each)})
     whole = folder / SINGLE_NAME
     if not absent or SINGLE_NAME in weight_map.values() or not os.path.isfile(whole):

@@ -1,4 +1,5 @@
-"""One safetensors file, floats of 8 bits included, which NumPy and so the library does not have."""
+"""One safetensors file: floats of 8 bits, which NumPy and so the library does not have, included, and of a
+part of a tensor no more than that part is read; the library reads the whole tensor."""
 
 import json
 import math
@@ -16,6 +17,23 @@ FLOATS_OF_8_BITS: dict[str, np.dtype[Any]] = {
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
 }
 """Those that weights are stored in, by their safetensors names."""
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    **FLOATS_OF_8_BITS,
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""The tensor types that are read and written, by their safetensors names."""
 
 
 def places_in(file: Path) -> dict[str, tuple[int, int]]:
@@ -39,7 +57,7 @@ class Shard:
     file : pathlib.Path
         Its path.
     opened : safetensors.safe_open
-        The library's handle, which has looked whether the file is sound.
+        The library's handle, which has validated the file.
     """
 
     def __init__(self, file: Path, opened: Any) -> None:
@@ -59,17 +77,20 @@ class Shard:
         names: list[str] = self._opened.keys()
         return names
 
+    def metadata(self) -> dict[str, str] | None:
+        """Return what the file's header says beside its tensors."""
+        found: dict[str, str] | None = self._opened.metadata()
+        return found
+
     def get_slice(self, name: str) -> Any:
-        """Return a tensor of which parts can be read."""
+        """Return a tensor whose parts can be read."""
         found = self._opened.get_slice(name)
-        return _Slice(self, name, found) if found.get_dtype() in FLOATS_OF_8_BITS else found
+        return _Slice(self, name, found) if found.get_dtype() in DTYPES else found
 
     def get_tensor(self, name: str) -> NDArray[Any]:
         """Read a tensor."""
-        found = self.get_slice(name)
-        array: NDArray[Any] = (
-            found[()] if isinstance(found, _Slice) else self._opened.get_tensor(name)
-        )
+        own = self._opened.get_slice(name).get_dtype() in FLOATS_OF_8_BITS
+        array: NDArray[Any] = self.get_slice(name)[()] if own else self._opened.get_tensor(name)
         return array
 
     def read(
@@ -106,4 +127,4 @@ class _Slice:
             begin, end, _ = each.indices(shape[axis])
             first += begin * math.prod(shape[axis + 1 :])
             shape[axis] = max(end - begin, 0)
-        return self._shard.read(self._name, first, FLOATS_OF_8_BITS[self._dtype], tuple(shape))
+        return self._shard.read(self._name, first, DTYPES[self._dtype], tuple(shape))

@@ -1,4 +1,4 @@
-"""What belongs to a model beside its weights and config.json: all small files but those left out here."""
+"""The files that travel with a model beside weights and config.json: all small ones, with exceptions."""
 
 import json
 import os
@@ -25,7 +25,7 @@ _WEIGHTS = """
 """
 WEIGHTS = tuple(f".{suffix}" for suffix in _WEIGHTS.split())
 INDEX = ".index.json"
-# The same weights in other forms, what a training has left, and Python's own.
+# The same weights in other forms, leftovers of training, and Python's caches.
 _LEFT_FOLDERS = (
     *("original", "onnx", "openvino", "coreml", "metal", "runs", "wandb", "logs", "__pycache__"),
     *("checkpoint-*", "global_step*"),
@@ -38,26 +38,26 @@ _LEFT_FILES = (
     *("training_args.*", "*_results.json", "events.out.tfevents*", "zero_to_fp32.py", "latest"),
     *("adapter_config.json", "adapter_model.*"),
 )
-CARD = "README.md"  # of which the new one takes some entries over
+CARD = "README.md"  # the new card copies some of its entries
 _WRITTEN_ANEW = ("config.json", "readme*")  # in the folder itself
 
 
 class SideFiles:
-    """The files that travel with a model, and why others that may be needed do not.
+    """The files that travel with a model, and reasons why others that may be needed do not.
 
     Parameters
     ----------
     folder : pathlib.Path
         Of the model.
     besides : pathlib.Path, optional
-        A folder within that does not count: the one that is written.
+        A folder within that is skipped: the output.
 
     Attributes
     ----------
     names : list of str
         Paths within the folder, with slashes, in the order of copying.
     missed : list of str
-        A line for each kind of what is left out and may be missed.
+        A line for each kind of files that are left out and may be needed.
 
     Examples
     --------
@@ -101,7 +101,7 @@ class SideFiles:
         self._missed.setdefault(matter, []).append(name)
 
     def _walk(self, within: str, depth: int) -> Iterator[str]:
-        """Yield the files of a folder and then those of its folders, less what is left out by its name."""
+        """Yield the files of a folder, then those of its subfolders, except those left out by name."""
         try:
             with os.scandir(self._folder / within) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
@@ -151,10 +151,12 @@ class SideFiles:
 
 
 def side_files(checkpoint: Checkpoint, besides: Path | None = None) -> list[str]:
-    """Return the paths of what travels with a checkpoint, within its folder; warn of what may be missed.
+    """Return the paths of the files that travel with a checkpoint, within its folder.
 
-    Of what lies around a GGUF file that is alone, without a config.json of its model, only what is read
-    here belongs to it.
+    Others that may be needed are named in a warning.
+
+    Around a GGUF file without a config.json of its model, only the files that are read here count as its
+    own.
     """
     if not checkpoint.owns_folder:
         folder = checkpoint.folder

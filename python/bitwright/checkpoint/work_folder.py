@@ -1,5 +1,5 @@
-"""Where a run works until its output is whole: a hidden folder beside it, or in it where nothing can be
-moved beside it, from which another can go on."""
+"""The hidden folder in which a run works until its output is complete, beside the output or, where nothing
+can be moved there, inside it. An interrupted run is resumed from it."""
 
 import errno
 import fcntl
@@ -128,8 +128,8 @@ class WorkFolder:
             self._leave(remove=not kept)
             error = interrupt
         if isinstance(error, KeyboardInterrupt):
-            goes_on = f"the same call goes on from what is done, in {self.path}"
-            done = f"{self.out} is written" if finished else goes_on if kept else str(error)
+            resumes = f"the same call resumes from what is done, in {self.path}"
+            done = f"{self.out} is written" if finished else resumes if kept else str(error)
             raise type(error)(done) from error
 
     def check_place(self) -> None:
@@ -151,7 +151,7 @@ class WorkFolder:
         Returns
         -------
         dict or None
-            None if there is nothing to go on from.
+            None if there is nothing to resume from.
 
         Raises
         ------
@@ -169,7 +169,7 @@ class WorkFolder:
         return state
 
     def commit(self, identity: Mapping[str, object], state: Mapping[str, Any]) -> None:
-        """Write the state to go on from, in place of the last one; files that it names are there by now."""
+        """Commit the state to resume from, in place of the last; the files that it names exist by now."""
         self._committed = {"identity": dict(identity), "state": dict(state)}
         self.check_inputs(again=True)
         self.keep = True
@@ -341,11 +341,11 @@ class WorkFolder:
         Raises
         ------
         ResumeError
-            If an interrupted run can go on from what is there.
+            If an interrupted run can be resumed from its content.
         """
         if self.keep:
             raise ResumeError(
-                f"{self.path}: an interrupted run can go on from what it has left here. Give its command "
+                f"{self.path}: an interrupted run can resume from what it has left here. Give its command "
                 f"again, or remove that"
             )
         self._ranks.on_first(self._clear)
@@ -372,7 +372,7 @@ class WorkFolder:
 
     def _clear(self) -> None:
         with output_errors(self.path):
-            # The state first: without it nobody goes on from the rest.
+            # The state first: without it nothing is resumed from the rest.
             (self.path / STATE).unlink(missing_ok=True)
             for entry in list(self.path.iterdir()):
                 if entry.is_dir() and not entry.is_symlink():

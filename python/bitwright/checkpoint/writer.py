@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint.reader import (
-    DTYPES,
     INDEX_NAME,
     Checkpoint,
     is_plain_file_name,
 )
+from bitwright.checkpoint.shard import DTYPES
 from bitwright.checkpoint.side_files import SideFiles, side_files
 from bitwright.checkpoint.work_folder import WorkFolder, content_of, remove_tree
 from bitwright.errors import (
@@ -39,7 +39,7 @@ STACK_NAME = "stack.{}"  # in the work folder: of a tensor whose parts are not a
 UNFINISHED = "checkpoint"  # in the work folder: what is moved into place
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".gguf")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# What is done with an output before it appears; see `completed`.
+# Called with an output before it appears; see `completed`.
 _completing: ContextVar[tuple[Path | None, Callable[[Path], object]]] = ContextVar(
     "completing", default=(None, lambda folder: None)
 )
@@ -47,7 +47,7 @@ _completing: ContextVar[tuple[Path | None, Callable[[Path], object]]] = ContextV
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a weight file, and where its data lie until they are there."""
+    """A tensor of a weight file, and where its data lie until the file is written."""
 
     name: str
     dtype: np.dtype[Any]
@@ -81,18 +81,18 @@ class _Stack:
 
 
 class WeightFiles(Protocol):
-    """What the weight files of a checkpoint are."""
+    """The format of the weight files of a checkpoint."""
 
     suffix: str
     splits: bool  # into several, if they get too large
     dtypes: Mapping[np.dtype[Any], str]  # to their names
 
     def stored(self, name: str, array: NDArray[Any]) -> tuple[str, NDArray[Any]] | None:
-        """Return a tensor as it is stored, and under which name; None if it is not."""
+        """Return the stored name and values of a tensor; None if it is not stored."""
         ...
 
     def more(self) -> Iterable[tuple[str, NDArray[Any]]]:
-        """Return what is stored beside what was added."""
+        """Return further tensors to store."""
         ...
 
     def write(
@@ -175,7 +175,7 @@ class CheckpointWriter:
     source : pathlib.Path, optional
         Folder of the checkpoint that is being read; ``out`` may not touch it.
     work : WorkFolder, optional
-        That of ``out``, entered already; by default one that holds nothing to go on from.
+        That of ``out``, entered already; by default one without a state to resume from.
 
     Raises
     ------
@@ -265,7 +265,7 @@ class CheckpointWriter:
             self._work.__exit__(None if error is None else type(error), error, None)
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs to go on from here, once all that was added is on the disk.
+        """Return what `restore` needs to resume from here, once all that was added is on the disk.
 
         Returns
         -------
@@ -306,7 +306,7 @@ class CheckpointWriter:
                     path.unlink(missing_ok=True)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; what was added later is forgotten.
+        """Resume from a state; what was added later is discarded.
 
         Parameters
         ----------
@@ -535,7 +535,7 @@ class CheckpointWriter:
         return self._work.path / DATA_NAME.format(len(self._shard_sizes))
 
     def check_place(self) -> None:
-        """Refuse a place that is taken, or that holds what nobody meant to lose."""
+        """Refuse a place that is taken, or that holds files which are not ours to replace."""
         out = self._out
         if self._source is not None:
             check_apart(out, self._source, "checkpoint that is read")
@@ -640,7 +640,7 @@ class CheckpointWriter:
 
 
 def copy_side_files(checkpoint: Checkpoint, writer: CheckpointWriter) -> list[str]:
-    """Carry over what a checkpoint holds beside weights and config.json: tokenizer, code, licence, …
+    """Copy what a checkpoint holds beside weights and config.json: tokenizer, code, licence, …
 
     Parameters
     ----------
@@ -700,7 +700,7 @@ def write_safetensors(
 
 
 def _in_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
-    """Widest elements first, so that every tensor begins at a multiple of its element size."""
+    """Sort by element size, largest first, so that every tensor is aligned to its elements."""
     return sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
 
 

@@ -1,1 +1,1 @@
-"""DWQ: a student whose scales are trained to say what its teacher says."""
+"""DWQ: a student whose scales are trained to reproduce its teacher's distribution over tokens."""

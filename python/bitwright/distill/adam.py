@@ -1,4 +1,4 @@
-"""Adam (Kingma and Ba 2015)."""
+"""Adam (Kingma and Ba 2015, arXiv:1412.6980)."""
 
 from collections.abc import Mapping
 

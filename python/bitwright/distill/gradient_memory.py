@@ -1,4 +1,4 @@
-"""What a model's losses and gradients take in memory, see `bitwright.models.network.Network`."""
+"""The memory of a model's losses and gradients, see `bitwright.models.network.Network`."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -15,11 +15,9 @@ KEPT_STATES = 2  # of every block, where a backward pass begins
 
 
 def logits_bytes(model: Model, rows: int, copies: int) -> int:
-    """Return what so many copies take of the logits that exist at one time, with the room that those before
-    them have left."""
+    """Return what so many copies take of the logits that exist at one time."""
     row = 4 * model.config.vocab_size
-    at_once = logit_rows(row, HEAD_BYTES)
-    return (copies + (rows > at_once)) * row * min(rows, at_once)
+    return copies * row * min(rows, logit_rows(row, HEAD_BYTES))
 
 
 def head_bytes(model: Model, rows: int) -> int:

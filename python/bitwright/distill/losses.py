@@ -1,4 +1,4 @@
-"""Losses of a student next to what is known of its teacher."""
+"""Losses of a student relative to its teacher's most likely tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """Quantized layers whose scales and biases, or zeros, are trained."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from bitwright import _kernels
 from bitwright.errors import UnsupportedModelError
+from bitwright.formats.gguf import BLOCK
 from bitwright.grids.choice import rounded_scales
 from bitwright.grids.tensor import QuantizedTensor, SuperBlocks
 from bitwright.loading.model import Model
@@ -18,6 +20,7 @@ from bitwright.models.operations import Float, Float32
 Zeros = Literal["fixed", "project"]
 ZEROS: tuple[Zeros, ...] = ("fixed", "project")
 PACE = np.float32(16)
+SCALES = (".scales", ".weight_scale", ".s")  # one number for each group; of gguf there are none
 
 
 class TrainedTensor:
@@ -58,7 +61,7 @@ class TrainedTensor:
 
     @np.errstate(over="ignore", invalid="ignore")  # the loss tells
     def tensor(self) -> QuantizedTensor:
-        """Return what would be stored now."""
+        """Return the tensor as it would be stored now."""
         start, moved = self.start, self.parameters
         scales = rounded_scales(self.scales + self.units * moved[0], self.dtype)
         if self.offsets is not None:
@@ -78,7 +81,7 @@ class TrainedTensor:
         return replace(start, scales=scales)
 
     def add_gradient(self, inputs: Float32, above: Float32) -> None:
-        """Add what inputs ``[tokens, in]`` and the gradient of the outputs ``[tokens, out]`` say."""
+        """Accumulate the gradient from inputs ``[tokens, in]`` and that of outputs ``[tokens, out]``."""
         codes, groups = self.start.codes, self.group_of
         _kernels.linear_backward_groups(above, inputs, codes, groups, *self.sums)
 
@@ -93,7 +96,7 @@ class TrainedTensor:
 
     @np.errstate(over="ignore", invalid="ignore")
     def gradient(self) -> Float32:
-        """Return the gradient of the parameters, and forget it."""
+        """Return the gradient of the parameters, and reset it."""
         by_code, by_weight = self.sums
         result = np.empty_like(self.parameters)
         if self.offsets is not None:
@@ -123,7 +126,7 @@ class TrainedSuperBlocks(TrainedTensor):
 
     @np.errstate(over="ignore", invalid="ignore")
     def tensor(self) -> QuantizedTensor:
-        """Return what would be stored now."""
+        """Return the tensor as it would be stored now."""
         blocks, factor = self.blocks, 1 + PACE * self.parameters[0]
         moved = replace(blocks, d=rounded_scales(blocks.d * factor, np.dtype(np.float16)))
         if blocks.dmin is not None:
@@ -134,7 +137,7 @@ class TrainedSuperBlocks(TrainedTensor):
         return replace(self.start, scales=scales, biases=biases, superblocks=moved)
 
     def gradient(self) -> Float32:
-        """Return the gradient of the parameters, and forget it."""
+        """Return the gradient of the parameters, and reset it."""
         by_code, by_weight = self.sums
         if self.start.zeros is not None:
             by_code = by_code - self.start.zeros * by_weight
@@ -149,7 +152,7 @@ class TrainedSuperBlocks(TrainedTensor):
         return result
 
     def _summed(self, groups: Float32) -> Float32:
-        """Sum what groups say over each superblock."""
+        """Sum the groups' gradients over each superblock."""
         sums: Float32 = groups.reshape(*self.blocks.d.shape, -1).sum(axis=2)
         return sums
 
@@ -158,6 +161,35 @@ def _trained(tensor: QuantizedTensor, zeros: Zeros) -> TrainedTensor:
     if tensor.superblocks is not None:
         return TrainedSuperBlocks(tensor, tensor.superblocks)
     return TrainedTensor(tensor, zeros)
+
+
+def trained_bytes(model: Model, student: Model | None, zeros: Zeros) -> tuple[int, int]:
+    """Return what a student of a model is in training, and what a step's gradients take.
+
+    The first is its codes and, of each group, scales and biases or zeros as they are stored and in float32,
+    sums, and the parameters with their best and the two means of Adam.
+
+    Parameters
+    ----------
+    model
+        The teacher.
+    student
+        None where it is yet to be made: all its linears then have affine grids in groups of 64.
+    zeros
+        See `TrainedTensor`.
+    """
+    layers = model.linear_shapes() if student is None else student.quantized_layers()
+    weights = sum(out * channels for out, channels in layers.values())
+    groups, affine = weights // 64, True
+    if student is not None:
+        parts = student.packed_tensors()
+        scales = [name for name in parts if name.endswith(SCALES)]
+        groups = sum(math.prod(student.checkpoint.shape(name)) for name in scales)
+        groups = groups or weights // BLOCK
+        affine = any(name.endswith(".biases") for name in parts)
+    trained = 2 if affine or zeros == "project" else 1
+    in_float = 2 + affine + 2 + 4 * trained
+    return weights + groups * (4 * in_float + (4 if affine else 3)), groups * 4 * trained
 
 
 class Student:
@@ -187,13 +219,14 @@ class Student:
         if not self.tensors:
             raise UnsupportedModelError(
                 f"{model.checkpoint.folder}: none of its layers is quantized, so there are no scales to "
-                f"train; quantize it first (bitwright quantize), or give --student the quantized folder"
+                f"train; quantize it first (bitwright quantize), or let bitwright dwq do so (without "
+                f"--reference)"
             )
         self._matrices: dict[str, Float32] = {}
 
     @property
     def parameters(self) -> dict[str, Float32]:
-        """What is trained, by layer; change it in place."""
+        """The trained parameters by layer; change them in place."""
         return {name: tensor.parameters for name, tensor in self.tensors.items()}
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Float32:
@@ -214,7 +247,7 @@ class Student:
         return self.model.rows(name)
 
     def add_gradient(self, name: str, inputs: Float, above: Float) -> None:
-        """Add what a linear's inputs and the gradient of its outputs say."""
+        """Accumulate the gradient of a linear, given its inputs and the gradient of its outputs."""
         if name in self.tensors:
             self.tensors[name].add_gradient(inputs, above)
 
@@ -224,7 +257,7 @@ class Student:
             self.tensors[self.model.embedding_name].add_row_gradient(rows, above)
 
     def gradients(self) -> dict[str, Float32]:
-        """Return the gradients of the parameters, and forget them."""
+        """Return the gradients of the parameters, and reset them."""
         return {name: tensor.gradient() for name, tensor in self.tensors.items()}
 
     def restore(self, parameters: Mapping[str, Float32]) -> None:

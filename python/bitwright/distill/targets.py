@@ -1,4 +1,4 @@
-"""What a teacher says of every position of some tokens, in files: computed once, read batch by batch."""
+"""A teacher's distributions at every position of some tokens, in files: computed once, read by batch."""
 
 import math
 import os
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.holes import hole_in_safetensors
 from bitwright.checkpoint.reader import read_json_object
+from bitwright.checkpoint.shard import Shard
 from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder, content_of
 from bitwright.checkpoint.writer import write_safetensors
 from bitwright.distill.losses import TopTokens
@@ -166,10 +167,10 @@ def compute_dwq_targets(
     bos: bool = True,
     on_progress: Callable[[float], None] | None = None,
 ) -> DwqTargets:
-    """Write what a model says of every position: its k most likely tokens, and the probability of the rest.
+    """Write a model's distribution at every position: its k most likely tokens, and the rest's probability.
 
     The model is streamed, block by block, for some samples at a time, and each file appears when it is
-    complete. The same call goes on where it was interrupted, and does nothing if all is there. The ranks of
+    complete. The same call resumes where it was interrupted, and does nothing if all is done. The ranks of
     an MPI run share the files.
 
     Parameters
@@ -249,7 +250,7 @@ def write_targets(
     shards = [tokens[first : first + step] for first in range(0, len(tokens), step)]
 
     def missing() -> list[int]:
-        """Return the files that are not there; without a manifest none is."""
+        """Return the missing files; without a manifest all are missing."""
         _check_folder(folder, manifest)
         shape = tokens.shape[1], int(count)
         return [
@@ -311,7 +312,7 @@ def _manifest(teacher: Model, samples: Samples, k: int, temperature: float) -> d
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return what a folder of targets says of itself, None if there is none."""
+    """Return the manifest of a folder of targets, None if there is none."""
     path = folder / MANIFEST
     check_manifest(path, TargetsError)
     try:
@@ -321,10 +322,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a folder that holds anything but these very targets."""
+    """Refuse a folder that holds anything but exactly these targets."""
     found = read_manifest(folder)
     if found is None:
-        # A process that was killed while it wrote the manifest has left a part of that.
+        # A process that was killed while it wrote the manifest leaves a part of it.
         started = f".{MANIFEST}.partial-"
         if folder.exists() and (
             not folder.is_dir()
@@ -335,7 +336,7 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
             )
         return
     for key, value in manifest.items():
-        # The same tokens are the same, whether they came as text or as ids.
+        # The same tokens count as the same, whether they came as text or as ids.
         alike = key == "bos" and found.get("tokens") == manifest["tokens"]
         if found.get(key) != value and not alike:
             raise TargetsError(_mismatch(folder, key, found.get(key), value))
@@ -352,8 +353,8 @@ def _shard_path(folder: Path, shard: int) -> Path:
     return folder / f"targets-{shard + 1:05d}.safetensors"
 
 
-def _opened(path: Path) -> Any:  # the library's handles have no types
-    return safe_open(path, framework="numpy", backend="pread")  # see `Checkpoint`
+def _opened(path: Path) -> Shard:
+    return Shard(path, safe_open(path, framework="numpy", backend="pread"))  # see `Checkpoint`
 
 
 def _reading(path: Path) -> AbstractContextManager[None]:
@@ -362,7 +363,7 @@ def _reading(path: Path) -> AbstractContextManager[None]:
 
 
 def _shard_problem(path: Path, samples: int, length: int, k: int) -> str | None:
-    """Say what is wrong with a file of targets, None if nothing is."""
+    """Return what is wrong with a file of targets, None if nothing is."""
     if not path.is_file():
         return "is missing"
     shapes = {
@@ -409,10 +410,10 @@ def _teach(
         if not np.isfinite(logits).all():
             raise NonFiniteError(f"{teacher.checkpoint.folder}: the logits are not finite")
         top = TopTokens.of(logits, k, temperature)
-        # Float16 keeps 3 digits of them, and of what they add up to the rest tells the truth.
+        # Float16 keeps 3 digits of each; the rest is exact for their sum.
         packed = top.ids.astype(_id_dtype(logits.shape[1]))
         parts.append((packed, top.log_probabilities.astype(np.float16), top.rest))
-        del logits  # before there are the next
+        del logits  # before the next ones are computed
     names = ("ids", "log_probabilities", "rest")
     return {
         name: np.concatenate(part).reshape(*ids.shape, *part[0].shape[1:])

@@ -1,4 +1,4 @@
-"""DWQ: scales and biases of a quantized model, trained to say what the original says.
+"""DWQ: scales and biases of a quantized model, trained by distillation from the original.
 
 Distilled weight quantization, as in mlx-lm: the codes stay, so the result has the same size and speed."""
 
@@ -34,7 +34,7 @@ from bitwright.checkpoint.writer import UNFINISHED, check_apart, completed, writ
 from bitwright.distill.adam import Adam
 from bitwright.distill.gradient_memory import final_bytes, head_bytes, logits_bytes, sub_block_bytes
 from bitwright.distill.losses import LOSSES, DistillationLoss, LossFunction, TopTokens, next_tokens
-from bitwright.distill.student import ZEROS, Student, Zeros
+from bitwright.distill.student import ZEROS, Student, Zeros, trained_bytes
 from bitwright.distill.targets import (
     DEFAULT_K,
     SHARD_BYTES,
@@ -83,9 +83,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
 VALIDATION_SAMPLES = 8
 BATCH_SIZE = 4
-# Of a weight in training: its code and, in groups of 64, what is trained, its best and Adam's means.
-TRAINED_BYTES = 2.5
-TARGET_BYTES = 16  # of a token that the teacher knows of a position, read and put together
+TARGET_BYTES = 8  # of a token that the teacher knows of a position
 VALIDATIONS = 8  # in a run, unless told otherwise
 SAME = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 REPORT_NAME = "dwq.json"
@@ -118,7 +116,7 @@ class _Settings:
 
 @dataclass(eq=False)
 class _Progress:
-    """What a run knows of itself between two steps, and what a checkpoint holds beside the arrays."""
+    """The state of a run between two steps, which a checkpoint holds beside the arrays."""
 
     step: int = 0
     seconds: float = 0.0
@@ -186,7 +184,7 @@ def dwq_quantize(
     threads: int | None = None,
     progress: bool = True,
 ) -> DwqReport:
-    """Train the scales and biases of a quantized model by what the original says of some text.
+    """Train the scales and biases of a quantized model to reproduce the original's outputs on some text.
 
     The codes stay what they are, and so do size and format. What is trained is what is stored: the forward
     pass uses scales and biases rounded to their dtype. The student with the least KL on the validation
@@ -292,27 +290,7 @@ def dwq_quantize(
     require_model(teacher)
     if not callable(student):
         require_model(student)
-    check_choice("schedule", schedule, SCHEDULES)
-    check_choice("zeros", zeros, ZEROS)
-    if isinstance(loss, str):
-        check_choice("loss", loss, LOSSES)
-    for name, number, least in (
-        ("batch_size", batch_size, 1),
-        ("accumulate", accumulate, 1),
-        ("validate_every", validate_every, 1),
-        ("checkpoint_every", checkpoint_every, 1),
-        ("patience", patience, 1),
-        ("tokens", tokens, 1),
-        ("validation_samples", validation_samples, 1),
-        ("k", k, 1),
-        ("seed", seed, 0),
-    ):
-        if number is not None and (not isinstance(number, int | np.integer) or number < least):
-            raise ValueError(f"{name}: expected a whole number from {least} up, got {number}")
-    if not (learning_rate > 0 and math.isfinite(learning_rate) and 0 <= warmup <= 1):
-        raise ValueError("learning_rate and warmup: expected more than 0, and 0 to 1")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected more than 0 and finite, got {temperature}")
+    _check_arguments(arguments)
     teacher_model = load_model(teacher)
     if not callable(student):
         check_pair(teacher_model, load_model(student))
@@ -321,48 +299,23 @@ def dwq_quantize(
     if validation is not None:
         held = _load(validation, None, teacher_model, rows.shape[1], bos).tokens
     plan = _plan(rows, held, validation_samples, tokens, batch_size * accumulate, seed)
-    steps = len(plan.order) // (batch_size * accumulate)
-    settings = _Settings(
-        learning_rate=learning_rate,
-        schedule=schedule,
-        warmup=warmup,
-        temperature=temperature,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        loss=loss if isinstance(loss, str) else "a function",
-        zeros=zeros,
-        steps=steps,
-        validate_every=validate_every or max(1, steps // VALIDATIONS),
-        patience=patience,
-    )
+    settings = _settings(arguments, len(plan.order) // (batch_size * accumulate))
     student_made = student if callable(student) else load_model(student)
     ready = student_made if isinstance(student_made, Model) else None
-    plan_training(teacher_model, len(rows), rows.shape[1], batch_size, memory, student=ready)
+    plan_training(
+        teacher_model, len(rows), rows.shape[1], batch_size, memory, student=ready, zeros=zeros
+    )
     given = None if targets is None else Path(targets)
-    k = _token_count(teacher_model, k, given)
+    lesson = _Lesson(teacher_model, loaded, plan, _token_count(teacher_model, k, given), given)
     ranks, work = current(), WorkFolder(out)
-    work.inputs.watch_model(teacher_model.checkpoint)
-    if ready is not None:
-        work.inputs.watch_model(ready.checkpoint)
+    for model in filter(None, (teacher_model, ready)):
+        work.inputs.watch_model(model.checkpoint)
     source = teacher_model.checkpoint.source
     writer = CheckpointWriter(out, overwrite, source=source, work=work)
     beside = PlotBeside(plot, work, overwrite)
     ranks.on_first(beside.check)
-    if given is not None:
-        for taken in (work.out, work.path):
-            check_apart(taken, given, "targets")
-        taught = Samples(_taught(plan, given)[0], loaded.first)
-        ranks.on_first(lambda: check_targets(teacher_model, taught, given, k, temperature))
-    identity: dict[str, object] = {
-        "teacher": model_fingerprint(teacher_model.checkpoint),
-        "tokenizer": tokenizer_fingerprint(teacher_model.checkpoint),
-        "bos": loaded.bos,
-        "tokens": tokens_fingerprint(plan.samples[plan.order]),
-        "validation": tokens_fingerprint(plan.samples[plan.valid]),
-        "k": k,
-        "fixed_order": ranks.fixed_order,
-        **asdict(settings),
-    }
+    lesson.check(work, temperature)
+    identity = {**lesson.identity(), **asdict(settings)}
     if callable(student):
         identity["data"] = tokens_fingerprint(rows)
         identity |= {f"student's {name}": value for name, value in (made_with or {}).items()}
@@ -372,64 +325,148 @@ def dwq_quantize(
         try:
             resumed = resume and ranks.on_first(lambda: _is_begun(work.path))
             state = work.resume(identity, resumed) or {}
-            student_model, made = _student(
-                student_made, made_with is not None, work, identity, state
-            )
-            work.inputs.watch_model(student_model.checkpoint, recorded=False)  # unless it is given
-            learner = Student(student_model, zeros)
-            if callable(student):
-                check_pair(teacher_model, student_model)
-            else:
-                check_apart(work.out, student_model.checkpoint.source, "student that is read")
-            with progress_bar("teaching", progress and ranks.is_first) as bar:
-                task = bar.add_task("", total=1.0, figures="")
-                known = _teach(
-                    teacher_model,
-                    plan,
-                    loaded.first,
-                    given,
-                    work.path,
-                    k,
-                    temperature,
-                    lambda share: bar.update(task, completed=share),
-                )
-            work.inputs.watch(known.files())
+            learner, made = _learner(student_made, made_with, zeros, work, identity, state)
+            check_pair(teacher_model, learner.model)
+            known = lesson.teach(work, temperature, progress)
             run = _Run(learner, known, plan, settings, loss, work)
             run.resume()
             with progress_bar("distilling", progress and ranks.is_first) as bar:
                 stopped = run.go(bar, checkpoint_every or settings.validate_every)
             report = run.report(Path(out), stopped, time.perf_counter() - started, made)
-            tensors = [each.start for each in learner.tensors.values()]
-            kind = None if student_model.format is None else type(student_model.format)
-            stored = dict.fromkeys(student_model.linear_shapes()) | {
-                name: (each.start.bits, each.start.group_size)
-                for name, each in learner.tensors.items()
-            }
-
-            def write() -> None:
-                remove_tree(work.path / UNFINISHED)  # of a run that was interrupted here
-                draw = partial(plot_dwq, report)
-                with completed(out, lambda folder: beside.write(draw)), writer:
-                    _write(writer, learner, report)
-                    card = model_card(
-                        teacher_model.checkpoint,
-                        out,
-                        kind,
-                        [report] if made is None else [made, report],
-                        precisions=[(each.bits, each.group_size) for each in tensors],
-                        unfused=kind is not None and bool(unfused(kind, stored)),
-                    )
-                    writer.write_text(CARD_NAME, card)
-
-            ranks.on_first(write)
+            ranks.on_first(
+                lambda: _write_all(teacher_model, learner, report, made, writer, beside, work)
+            )
         except BaseException:
             work.keep = work.keep and _is_begun(work.path)
             raise
     return report
 
 
+def _check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise ValueError unless choices and numbers are such as can be."""
+    check_choice("schedule", given["schedule"], SCHEDULES)
+    check_choice("zeros", given["zeros"], ZEROS)
+    if isinstance(given["loss"], str):
+        check_choice("loss", given["loss"], LOSSES)
+    counts = ("batch_size", "accumulate", "validate_every", "checkpoint_every", "patience")
+    for name in (*counts, "tokens", "validation_samples", "k", "seed"):
+        number, least = given[name], 0 if name == "seed" else 1
+        if number is not None and (not isinstance(number, int | np.integer) or number < least):
+            raise ValueError(f"{name}: expected a whole number from {least} up, got {number}")
+    rate = given["learning_rate"]
+    if not (rate > 0 and math.isfinite(rate) and 0 <= given["warmup"] <= 1):
+        raise ValueError("learning_rate and warmup: expected more than 0, and 0 to 1")
+    if not 0 < given["temperature"] < math.inf:
+        raise ValueError(
+            f"temperature: expected more than 0 and finite, got {given['temperature']}"
+        )
+
+
+def _settings(given: Mapping[str, Any], steps: int) -> _Settings:
+    """Return what decides the training beside its data."""
+    same = ("learning_rate", "schedule", "warmup", "temperature", "batch_size", "accumulate")
+    return _Settings(
+        **{name: given[name] for name in (*same, "zeros", "patience")},
+        loss=given["loss"] if isinstance(given["loss"], str) else "a function",
+        steps=steps,
+        validate_every=given["validate_every"] or max(1, steps // VALIDATIONS),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Lesson:
+    """What the teacher is asked: the k likeliest tokens of every position of some samples."""
+
+    teacher: Model
+    loaded: Samples
+    plan: "_Plan"
+    k: int
+    targets: Path | None
+
+    def check(self, work: WorkFolder, temperature: float) -> None:
+        """Raise TargetsError if a folder of targets is there that holds others."""
+        targets = self.targets
+        if targets is None:
+            return
+        for taken in (work.out, work.path):
+            check_apart(taken, targets, "targets")
+        taught = Samples(_taught(self.plan, targets)[0], self.loaded.first)
+        current().on_first(
+            lambda: check_targets(self.teacher, taught, targets, self.k, temperature)
+        )
+
+    def identity(self) -> dict[str, object]:
+        """Return what decides the targets, in words for whoever changes it between two runs."""
+        checkpoint, samples = self.teacher.checkpoint, self.plan.samples
+        return {
+            "teacher": model_fingerprint(checkpoint),
+            "tokenizer": tokenizer_fingerprint(checkpoint),
+            "bos": self.loaded.bos,
+            "tokens": tokens_fingerprint(samples[self.plan.order]),
+            "validation": tokens_fingerprint(samples[self.plan.valid]),
+            "k": self.k,
+            "fixed_order": current().fixed_order,
+        }
+
+    def teach(self, work: WorkFolder, temperature: float, progress: bool) -> "_Known":
+        """Ask the teacher, or open what it has said before."""
+        with progress_bar("teaching", progress and current().is_first) as bar:
+            task = bar.add_task("", total=1.0, figures="")
+            known = _teach(
+                *(self.teacher, self.plan, self.loaded.first, self.targets, work.path),
+                *(self.k, temperature, lambda share: bar.update(task, completed=share)),
+            )
+        work.inputs.watch(known.files())
+        return known
+
+
+def _learner(
+    student: Model | Callable[[Path], object],
+    made_with: Mapping[str, object] | None,
+    zeros: Zeros,
+    work: WorkFolder,
+    identity: Mapping[str, object],
+    state: Mapping[str, Any],
+) -> tuple[Student, QuantizationReport | None]:
+    """Return the student, made first if it has to be, and the report of that."""
+    model, made = _student(student, made_with is not None, work, identity, state)
+    work.inputs.watch_model(model.checkpoint, recorded=False)  # unless it is given
+    if not callable(student):
+        check_apart(work.out, model.checkpoint.source, "student that is read")
+    return Student(model, zeros), made
+
+
+def _write_all(
+    teacher: Model,
+    learner: Student,
+    report: DwqReport,
+    made: QuantizationReport | None,
+    writer: CheckpointWriter,
+    beside: PlotBeside,
+    work: WorkFolder,
+) -> None:
+    """Write the folder, and its plot before it."""
+    tensors = {name: each.start for name, each in learner.tensors.items()}
+    precisions = {name: (each.bits, each.group_size) for name, each in tensors.items()}
+    kind = None if learner.model.format is None else type(learner.model.format)
+    stored = dict.fromkeys(learner.model.linear_shapes()) | precisions
+    remove_tree(work.path / UNFINISHED)  # of a run that was interrupted here
+    draw = partial(plot_dwq, report)
+    with completed(work.out, lambda folder: beside.write(draw)), writer:
+        _write(writer, learner, report)
+        card = model_card(
+            teacher.checkpoint,
+            work.out,
+            kind,
+            [report] if made is None else [made, report],
+            precisions=list(precisions.values()),
+            unfused=kind is not None and bool(unfused(kind, stored)),
+        )
+        writer.write_text(CARD_NAME, card)
+
+
 def _token_count(teacher: Model, k: int | None, targets: Path | None) -> int:
-    """Return how many of the teacher's tokens are known of each position."""
+    """Return how many of the teacher's tokens the targets have per position."""
     vocabulary = teacher.config.vocab_size
     if k is None and targets is not None:
         stored = (read_manifest(targets) or {}).get("k")
@@ -441,7 +478,7 @@ def _token_count(teacher: Model, k: int | None, targets: Path | None) -> int:
 
 
 def _is_begun(work: Path) -> bool:
-    """Tell whether a work folder holds something that took time."""
+    """Tell whether a work folder holds results that took time to compute."""
     patterns = (TRAINING, STUDENT, f".{STUDENT}*", "*/targets-*.safetensors")
     return any(any(work.glob(pattern)) for pattern in patterns)
 
@@ -453,7 +490,7 @@ def _student(
     identity: Mapping[str, object],
     state: Mapping[str, Any],
 ) -> tuple[Model, QuantizationReport | None]:
-    """Return the student that is given or made, and the report of its making, and commit to it.
+    """Return the student that is given or made, with the report of its quantization, and commit it.
 
     One that an interrupted run has made is used again if it is `reusable`."""
     ranks, folder = current(), work.path / STUDENT
@@ -483,7 +520,7 @@ def _student(
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What is trained and validated on.
+    """The samples of training and validation.
 
     ``rows`` are all samples of the data, ``used`` those of them that are, and ``held`` validation data of
     their own, after these; ``order`` and ``valid`` name some of the samples.
@@ -503,7 +540,7 @@ class _Plan:
 
 @dataclass(frozen=True, eq=False)
 class _Known:
-    """What the teacher says of a plan's samples: those at `places` of one folder, and then those of another
+    """The targets of a plan's samples: those at `places` of one folder, and then those of another
     where the validation data are of their own."""
 
     training: DwqTargets
@@ -585,7 +622,7 @@ class _Run:
         return None
 
     def resume(self) -> None:
-        """Go on from the checkpoint if there is one."""
+        """Resume from the checkpoint if there is one."""
         if not self.ranks.on_first(self.checkpoint.is_file):
             return
         again, damaged = again_message(self.checkpoint.parent), f"{self.checkpoint}: is damaged"
@@ -615,7 +652,7 @@ class _Run:
         seconds: float,
         student: QuantizationReport | None,
     ) -> DwqReport:
-        """Set the student to its best and sum up the run."""
+        """Set the student to its best parameters and summarize the run."""
         digest = hashlib.sha256(b"".join(array.tobytes() for array in self.best.values()))
         if len(set(self.ranks.gather(digest.hexdigest()))) > 1:
             raise RankError(
@@ -812,26 +849,23 @@ def plan_training(
     batch_size: int,
     memory: float | None,
     student: Model | None = None,
+    zeros: Zeros = "fixed",
 ) -> int:
     """Return what training a student of a model takes; MemoryBudgetError if the budget is too small."""
     config, budget = model.config, Budget.of(memory)
     rows = length * batch_size
-    trained = sum(out * channels for out, channels in model.linear_shapes().values())
-    if student is not None:
-        matrices = {student.embedding_name, student.head_name}
-        table = config.vocab_size * config.hidden_size
-        trained += table * sum(student.is_quantized(name) for name in matrices)
+    trained, gradients = trained_bytes(model, student, zeros)
     known = rows * min(DEFAULT_K, config.vocab_size) * TARGET_BYTES
     backward = (most for _, _, most in sub_block_bytes(model, length, rows))
-    training = known + max(final_bytes(model, rows, 1), *backward)
+    training = known + max(final_bytes(model, rows, 2), gradients, *backward)
     # The teacher says of many samples together what it knows of them.
     packed = min(DEFAULT_K, config.vocab_size) * (2 + (2 if config.vocab_size <= 1 << 16 else 4))
     per_sample = length * max(packed, 4 * config.hidden_size)
     together = length * min(samples, max(1, SHARD_BYTES // per_sample))
     taught = together * (2 * packed + 2 * 4 * config.hidden_size)
-    teaching = head_bytes(model, together) + logits_bytes(model, together, 1) + taught
-    most = budget.base + int(TRAINED_BYTES * trained)
-    most += max(teaching, training)
+    logits = logits_bytes(model, together, 1) * 5 // 4  # and which of them are finite
+    teaching = head_bytes(model, together) + logits + taught
+    most = budget.base + trained + max(teaching, training)
     budget.require(most, model.checkpoint.folder)
     return most
 
@@ -915,7 +949,7 @@ def _teach(
 
 
 def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> None:
-    """Write the student's checkpoint with the scales, and biases or zeros, that it has now."""
+    """Write the student's checkpoint with its current scales, and biases or zeros."""
     checkpoint, changed = student.model.checkpoint, student.stored()
     kind = Format if student.model.format is None else type(student.model.format)
     if student.model.format is not None:
@@ -928,7 +962,7 @@ def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> Non
     settings = config.get("quantization_config")
     moved = any(each.tensor().grid == "zero_point" for each in student.tensors.values())
     if isinstance(settings, dict) and settings.get("sym") and moved:
-        # Engines do not read the zeros of what is called symmetric.
+        # Engines do not read the zeros of grids that are declared symmetric.
         config = {**config, "quantization_config": {**settings, "sym": False}}
     writer.write_json("config.json", config)
     writer.write_json(REPORT_NAME, report.as_dict())

@@ -1,4 +1,4 @@
-"""Paths as people write them: ~ is their home folder, and ~name another user's, as a shell has it."""
+"""Expansion of ~ and ~user in paths, as in a shell."""
 
 import inspect
 import os
@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 def expanded(place: Any) -> Any:
-    """Return a path with the home folder in place of ~; what is no path, and unknown users, as they are.
+    """Return a path with ~ expanded; values that are no paths, and unknown users, stay as they are.
 
     Examples
     --------
@@ -50,7 +50,7 @@ def expands_home(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _is_path(annotation: object) -> bool:
-    """Tell whether a path is among what a parameter may be."""
+    """Tell whether a parameter may be a path."""
     if annotation is Path or get_origin(annotation) is os.PathLike:
         return True
     return get_origin(annotation) is not Sequence and any(map(_is_path, get_args(annotation)))

@@ -1,4 +1,4 @@
-"""The files that a run reads, which nobody may change meanwhile, nor before it is gone on with."""
+"""The files that a run reads, which must not change while it runs, nor before it is resumed."""
 
 import os
 import time
@@ -28,7 +28,7 @@ class ModelFiles(Protocol):
 
 
 class _Stamp(NamedTuple):
-    """What a file has another of when it is changed.
+    """The stamp of a file: size, times and inode, one of which differs after any change.
 
     Times are in nanoseconds: of the content, and of anything about the file, which nobody can set. Some
     network file systems make up inodes whenever they are asked."""
@@ -67,7 +67,7 @@ _seen: ContextVar[dict[Path, _Known] | None] = ContextVar("seen", default=None)
 
 @contextmanager
 def same_inputs() -> Iterator[None]:
-    """Know the files that the stages of a command read by what they were when the first stage read them."""
+    """Let all stages of a command compare its inputs with their state when the first stage read them."""
     if _seen.get() is not None:
         yield
         return
@@ -85,12 +85,12 @@ def note_model(model: ModelFiles) -> None:
 
 
 class InputFiles:
-    """What files are known by while a run reads them, and when it is gone on with.
+    """The input files of a run: their stamps and checksums, while it runs and when it is resumed.
 
     Stamps (size, times, inode) are looked at again and again. Where one of them is another, a checksum
     of the whole file decides: who touches a file, or copies it over itself or elsewhere, ends no run.
     Checksums are taken of files whose stamps tell that they have not changed so far, when there is
-    something to go on from; of many bytes only as far as that takes no more than a hundredth of the run's
+    a state to resume from; of many bytes only as far as that takes no more than a hundredth of the run's
     time. A file without one counts as changed when its stamp is another.
 
     Attributes
@@ -109,7 +109,7 @@ class InputFiles:
     def watch(self, paths: Iterable[Path], recorded: bool = False) -> None:
         """Note what files are like now, or when the same command has noted them first.
 
-        Those that are `recorded` have to be the same when a run is gone on with; others, such as what the
+        Those that are `recorded` have to be the same when a run is resumed; others, such as what the
         run itself has made, get no checksums."""
         for path in map(Path, paths):
             if path in self._known or not path.is_file():
@@ -175,7 +175,7 @@ class InputFiles:
         }
 
     def records(self) -> dict[str, list[Any]]:
-        """Return what the recorded files are known by, by their names, for JSON."""
+        """Return stamps and checksums of the recorded files, by their names, for JSON."""
         return {
             name: [self._known[path].record() for path in paths]
             for name, paths in self._recorded.items()

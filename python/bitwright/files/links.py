@@ -1,4 +1,4 @@
-"""Links in the folders of models: which are followed, so that a stranger's folder takes nothing else along.
+"""Symbolic links in models' folders: which are followed, so that an untrusted folder leaks no other files.
 
 Only weights and their index may lie elsewhere, and the arrays of statistics and targets. In the hub
 client's cache all files are links to blobs beside the folder, and older clients link to them from other
@@ -52,7 +52,7 @@ def follow_links(follow: bool) -> Iterator[None]:
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Tell whether a place in a model's folder is in truth outside of it, and of the hub cache it lies in.
+    """Tell whether a path in a model's folder resolves outside of it and of the hub cache that it lies in.
 
     Parameters
     ----------

@@ -62,7 +62,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def check_new_file(path: Path, read: Callable[[Path], object], overwrite: bool = False) -> None:
-    """Make sure that a file can be written, before hours are spent on what shall be in it.
+    """Check that a file can be written, before hours are spent on its content.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def check_new_file(path: Path, read: Callable[[Path], object], overwrite: bool =
 
 
 def taken(path: Path, but: str = "") -> OutputExistsError:
-    """Return the error that a place for results is taken, and how it may be replaced."""
+    """Return the error for an output that exists, which says how to replace it."""
     return OutputExistsError(
         f"{path}: exists already{but}. Remove it, write elsewhere, or replace it (overwrite=True, "
         f"--overwrite)"
@@ -106,11 +106,11 @@ def taken(path: Path, but: str = "") -> OutputExistsError:
 
 
 def is_mount_point(place: Path) -> bool:
-    """Tell whether another file system, or part of one, begins at a file or folder."""
+    """Tell whether a file or folder is a mount point, bind mounts included."""
     if os.path.ismount(place):
         return True
     try:
-        # Of parts of the same file system nothing else tells.
+        # The only way to see bind mounts of the same file system.
         lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""Checksums of files that a run goes on from: what has changed since then is not gone on from."""
+"""Checksums of the files that a run resumes from: one that has changed since is refused."""
 
 import json
 import zlib
@@ -66,7 +66,7 @@ def content_checksum(content: object) -> int:
 
 
 def buffers_checksum(buffers: Iterable[Any], checksum: int = 0) -> int:
-    """Return a checksum of contiguous buffers, one after another; or go on with one."""
+    """Return a checksum of contiguous buffers, one after another, or continue one."""
     for buffer in buffers:
         checksum = zlib.crc32(buffer, checksum)
     return checksum

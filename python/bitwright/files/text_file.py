@@ -1,4 +1,4 @@
-"""Files read whole, which must not be larger than their kind ever is."""
+"""Reads small files whole, with a limit on their size."""
 
 import os
 import stat

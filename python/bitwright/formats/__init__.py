@@ -1,4 +1,4 @@
-"""The ways to store quantized tensors in a checkpoint folder."""
+"""The formats in which quantized tensors are stored in a checkpoint."""
 
 import importlib
 import pkgutil

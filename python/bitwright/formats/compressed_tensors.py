@@ -19,7 +19,7 @@ from bitwright.warned import warn
 METHOD, LAYOUT = "compressed-tensors", "pack-quantized"
 HEAD = "lm_head"  # a module of its own for loaders even where it is tied to the embedding
 
-# Schemes that are given by name, with a list of what they are for.
+# Schemes that are given by name, with a list of their targets.
 PRESETS = ("W4A16", "W4A16_ASYM", "W8A16")
 SETTINGS = Settings(
     read="quant_method config_groups format sparsity_config kv_cache_scheme",
@@ -27,11 +27,11 @@ SETTINGS = Settings(
         ignore quantization_status global_compression_ratio version run_compressed dequantize
         use_optimized_inference
     """,
-    neutral={"transform_config": ({},)},  # rotations that are computed between the layers
+    neutral={"transform_config": ({},)},  # rotations between the layers
 )
 SCHEME = Settings(read="weights input_activations output_activations format", harmless="targets")
 WEIGHTS = Settings(
-    # Bits, groups and zeros are told by the tensors.
+    # Bits, groups and zeros follow from the tensors.
     read="num_bits symmetric strategy group_size",
     harmless="dynamic actorder scale_dtype zp_dtype observer observer_kwargs",
     neutral={"type": ("int",), "block_structure": ()},
@@ -145,7 +145,7 @@ class CompressedTensorsFormat(Format):
         for name, kind in layers.items():
             if kind is not None:
                 kinds.setdefault(kind, []).append(name)
-        # Names for all where there are several, so that exactly one group matches a layer.
+        # With several groups each lists its layers by name, so that exactly one group matches a layer.
         targets = ["Linear"] if len(kinds) == 1 else None
         in_float = [name for name, kind in layers.items() if kind is None]
         groups = {

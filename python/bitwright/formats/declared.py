@@ -1,4 +1,4 @@
-"""What config.json declares of its quantization, in any of its spellings, and what it may say."""
+"""The quantization that config.json declares, in any of its spellings, and the keys that it may have."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from bitwright.checkpoint import Checkpoint
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.warned import warn
 
-# What packs it: the method, and which of GPTQ's layouts, that with zeros less one or that as they are.
+# The layout: the method and, for GPTQ, whether zeros are stored less one (v1) or as they are (v2).
 _PACKINGS = {
     "auto_round:auto_gptq": ("gptq", "gptq"),
     "auto_round:gptq": ("gptq", "gptq"),
@@ -19,7 +19,7 @@ _PACKINGS = {
     "auto_round:awq": ("awq", None),
     "auto_awq": ("awq", None),
 }
-# Tools that name no method give themselves away by keys of their own.
+# Tools that name no method are recognized by keys of their own.
 _SIGNS = {
     "config_groups": "compressed-tensors",
     "zero_point": "awq",
@@ -43,11 +43,11 @@ class Declared:
     where: str
 
     def named(self, key: str) -> str:
-        """Say where a key is, and what it says."""
+        """Return a key with its place and value, for messages."""
         return f'{self.where}.{key}" is {shown(self.settings.get(key))}'
 
     def layout(self, *keys: str) -> tuple[str, str | None]:
-        """Return which of the keys tells layouts apart, and what it says in lower case."""
+        """Return the key that distinguishes layouts, and its value in lower case."""
         key = next((each for each in keys if self.settings.get(each) is not None), keys[0])
         said = self.settings.get(key)
         return key, said.lower() if isinstance(said, str) else said
@@ -69,7 +69,7 @@ class Settings:
     def check(
         self, said: Mapping[str, Any], where: str, overlooked: Collection[str] | None = None
     ) -> None:
-        """Raise UnsupportedModelError if a key asks for what is not computed.
+        """Raise UnsupportedModelError if a key asks for something that is not computed.
 
         Keys that are not known, beside those in `overlooked`, are named in a warning.
         """
@@ -85,7 +85,7 @@ class Settings:
 
 
 def declaration(checkpoint: Checkpoint) -> Declared | None:
-    """Return what config.json declares, None where there is nothing of the kind.
+    """Return the quantization that config.json declares, None if there is none.
 
     Looked for are ``quantization_config``, as well as ``compression_config``, which compressed-tensors
     wrote once, at the top and in the text part of multimodal models.

@@ -1,4 +1,4 @@
-"""What engines call the layers of a model, and which of them they compute as one module.
+"""Engines' names for the layers of a model, and the layers that they fuse into one module.
 
 A checkpoint names a layer ``model.layers.0.self_attn.q_proj``. transformers calls it the same, vLLM
 computes it in ``model.layers.0.self_attn.qkv_proj``, and where the language model is a part of a multimodal
@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 
 from bitwright.formats.format import Format, Precision
 
-# What vLLM fuses, by its name for the whole.
+# The layers that vLLM fuses, by its name for the fused module.
 FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -25,12 +25,12 @@ _NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)")
 _HOPS = re.compile(r"(?:(?:language_)?model\.)+")
 _ANY_HOPS = r"((language_)?model\.)*"
 _LANGUAGE = ("layers.", "embed_tokens", "norm.", "lm_head")
-# Parts beside the language model whose presence tells that it is nested.
+# Parts beside the language model whose presence means that it is nested.
 TOWERS = ("vision_tower", "vision_model", "visual", "audio_tower", "multi_modal_projector")
 
 
 def fused_groups(layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return layers in groups of those that an engine computes as one module, by that module's name.
+    """Return layers in groups that an engine fuses, by the name of the fused module.
 
     Most are alone, under their own name; so is a part whose fellows the model does not have, such as a
     query projection beside latent keys and values.
@@ -60,7 +60,7 @@ def unfused(
     parts; nothing for a format that vLLM does not load."""
     if not format.fuses_shared_inputs:
         return {}
-    # With one precision for all, another one is refused by itself.
+    # With one precision for all layers, another is refused elsewhere.
     kinds = {name: kind and (format.one_precision or kind) for name, kind in layers.items()}
     return {
         whole: parts
@@ -74,7 +74,7 @@ def check_fused(
     layers: Mapping[str, Precision | None],
     advice: str = "Treat them alike",
 ) -> None:
-    """Raise ValueError if parts of what the engines of a format compute as one module differ.
+    """Raise ValueError if layers that the engines of a format fuse differ in precision.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def _patterns(
 
 
 def mlx_name(name: str) -> str:
-    """Return what mlx-lm calls a layer or tensor of a multimodal model that transformers has saved.
+    """Return mlx-lm's name for a layer or tensor of a multimodal model that transformers has saved.
 
     Examples
     --------
@@ -158,7 +158,7 @@ def mlx_name(name: str) -> str:
 
 
 def transformers_name(name: str) -> str:
-    """Return what transformers calls a layer or tensor of a multimodal model since 4.52, as GPTQModel wants
+    """Return the name in transformers 4.52 or later of a layer of a multimodal model, as GPTQModel wants
     it in files, too.
 
     Examples
@@ -237,12 +237,12 @@ class EngineNames:
         return list(patterns)
 
     def targets(self, chosen: Iterable[str]) -> list[str]:
-        """Return what compressed-tensors knows some layers by: names, and patterns where engines differ."""
+        """Return compressed-tensors' targets for some layers: names, and patterns where engines differ."""
         if self.nested:
             return [f"re:^{pattern}$" for pattern in self.patterns(chosen)]
         found: list[str] = []
         for module, parts in self._modules(chosen):
-            # vLLM asks for the first expert's gate_proj, up_proj and down_proj, whatever they are called.
+            # vLLM looks for the first expert's gate_proj, up_proj and down_proj, by these names.
             found += [rf"re:^{re.escape(module)}(\..+)?$"] if _is_experts(module) else parts
         return found
 
@@ -264,7 +264,7 @@ class EngineNames:
 
     @property
     def has_fused_layers(self) -> bool:
-        """Whether the files hold a layer that vLLM takes for several, such as GLM 4's gate_up_proj."""
+        """Whether the files hold a layer that vLLM treats as several, such as GLM 4's gate_up_proj."""
         return any(_fused_shards(parts[0]) for parts in self.groups.values())
 
     def listed(self, chosen: Iterable[str]) -> list[str]:
@@ -274,7 +274,7 @@ class EngineNames:
         return list(map(self.in_transformers, names))
 
     def in_transformers(self, layer: str) -> str:
-        """Return what transformers calls a layer since 4.52."""
+        """Return the name of a layer in transformers since 4.52."""
         inner = _inner(layer)
         if not self.nested:
             return layer
@@ -283,7 +283,7 @@ class EngineNames:
         return f"model.language_model.{inner}" if _is_language(inner) else f"model.{inner}"
 
     def _modules(self, chosen: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Yield fused modules with their parts where all of these are chosen, and otherwise parts alone."""
+        """Yield fused modules with their parts where all parts are chosen, and otherwise single parts."""
         picked = set(chosen)
         for module, parts in self.groups.items():
             if picked.issuperset(parts):
@@ -293,7 +293,7 @@ class EngineNames:
 
 
 def _fused_shards(module: str) -> tuple[str, ...]:
-    """Return the layers that vLLM takes a module for, by its name; of most, none."""
+    """Return the layers that vLLM sees in a module, by its name; for most, none."""
     parent, _, last = module.rpartition(".")
     return tuple(f"{parent}.{part}" for part in FUSED.get(last, ()))
 

@@ -1,4 +1,4 @@
-"""What a format is: packing, unpacking, and the words for it in config.json."""
+"""The base of the formats: what they hold, packing, unpacking, and their settings in config.json."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,13 +16,13 @@ from bitwright.grids.tensor import Grid, QuantizedTensor
 FormatName = str  # of one of FORMATS
 GroupSize = (
     int | Literal["auto"] | None
-)  # -1 and None are the whole row, "auto" what the format has
+)  # -1 and None are the whole row, "auto" the format's default
 INT32 = (np.dtype(np.int32),)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How finely a layer is stored: bits, input channels per group (None: whole row), grid."""
+    """The precision of a stored layer: bits, input channels per group (None: whole row), grid."""
 
     bits: int
     group_size: int | None
@@ -33,7 +33,7 @@ class Precision:
         return self.group_size or channels
 
     def words(self) -> str:
-        """Return it as people write it."""
+        """Return it in words, for messages."""
         size = "whole rows" if self.group_size is None else f"groups of {self.group_size}"
         return f"{self.bits} bits in {size} ({self.grid})"
 
@@ -50,7 +50,7 @@ class Format:
     embeddings: ClassVar[bool]  # whether embeddings and head can be quantized
     stacks_experts: ClassVar[bool] = False  # whether all experts of a layer are one tensor
     # Whether engines compute several layers as one module, which must have one precision then; which
-    # ones, engine_names.py knows.
+    # ones, is in engine_names.py.
     fuses_shared_inputs: ClassVar[bool] = False
     one_precision: ClassVar[bool] = False  # whether all layers must have the same
     one_grid: ClassVar[bool] = False  # whether all layers must have grids of one kind
@@ -58,8 +58,8 @@ class Format:
     refuses_unknown: ClassVar[bool] = False  # whether engines refuse tensors that they do not use
     own_container: ClassVar[bool] = False  # files of its own, for known families, and in float, too
     parts: ClassVar[tuple[str, ...]]  # endings of the names of tensors that hold a layer
-    engines: ClassVar[str]  # what loads it
-    library: ClassVar[str] = "transformers"  # as model hubs call what loads it first
+    engines: ClassVar[str]  # that load it
+    library: ClassVar[str] = "transformers"  # library_name of model cards at the hub
     needs: ClassVar[str] = ""  # packages that transformers loads it with
     metadata: ClassVar[str]  # the "format" that loaders look for in the header of weight files
 
@@ -75,22 +75,22 @@ class Format:
 
     @classmethod
     def files(cls, checkpoint: Checkpoint) -> WeightFiles:
-        """Return what weight files are, for the model of a checkpoint."""
+        """Return how weight files are written for the model of a checkpoint."""
         return SafetensorsFiles()
 
     @classmethod
     def default_grid(cls, bits: int, channels: Iterable[int]) -> Grid:
-        """Return the grid where none is asked for, for layers with so many input channels."""
+        """Return the default grid for layers with so many input channels."""
         return cls.grids[0]
 
     @classmethod
     def default_group_size(cls, bits: int, grid: Grid) -> int:
-        """Return the group size where none is asked for."""
+        """Return the default group size."""
         return 64 if 64 in cls.group_sizes else cls.group_sizes[-1]
 
     @classmethod
     def precisions(cls) -> list[Precision]:
-        """Return all that is stored."""
+        """Return all precisions that can be stored."""
         sizes = (*cls.group_sizes, *((None,) if cls.whole_row else ()))
         return [Precision(*each) for each in product(cls.bits, sizes, cls.grids)]
 
@@ -98,7 +98,7 @@ class Format:
     def precision(
         cls, bits: int, group_size: GroupSize, grid: Grid | None, channels: Iterable[int]
     ) -> Precision:
-        """Return the precision that is asked for, for layers with so many input channels."""
+        """Return the precision for layers with so many input channels, with defaults filled in."""
         chosen = grid or cls.default_grid(bits, channels)
         if group_size == "auto":
             group_size = cls.default_group_size(bits, chosen)
@@ -123,7 +123,7 @@ class Format:
     def config(
         cls, default: Precision, layers: Mapping[str, Precision | None], block_prefix: str
     ) -> dict[str, Any]:
-        """Return what is added to config.json; `layers` maps every linear to None where in float."""
+        """Return the additions to config.json; `layers` maps linears to precisions, None for float."""
         raise NotImplementedError
 
     @classmethod
@@ -155,7 +155,7 @@ class Format:
 
     @classmethod
     def keeps_in_float(cls, model_type: str, layer: str) -> bool:
-        """Tell whether engines have no use for a layer of this name that is quantized."""
+        """Tell whether engines cannot use a quantized layer of this name."""
         return False
 
     @classmethod
@@ -181,7 +181,7 @@ class Format:
 
     @classmethod
     def fits(cls, channels: int, precision: Precision) -> bool:
-        """Tell whether rows of so many channels are whole groups."""
+        """Tell whether rows of so many channels divide into whole groups."""
         return channels % precision.group_for(channels) == 0
 
     @classmethod

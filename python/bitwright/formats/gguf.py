@@ -65,7 +65,7 @@ class GgufFormat(Format):
 
     @classmethod
     def default_grid(cls, bits: int, channels: Iterable[int]) -> Grid:
-        """The k grid where rows have whole superblocks, otherwise what has these bits."""
+        """Return the k grid where rows have whole superblocks, otherwise a grid that has these bits."""
         if bits in K_GRIDS and not any(each % SUPERBLOCK for each in channels):
             return "k"
         return "affine" if ("affine", bits) in TYPES else "symmetric"

@@ -16,7 +16,7 @@ from bitwright.grids.tensor import QuantizedTensor, pack, unpack
 
 SETTINGS = Settings(
     read="quant_method method checkpoint_format format is_marlin_format",
-    # Bits, groups and order of the channels are told by the tensors.
+    # Bits, groups and order of the channels follow from the tensors.
     harmless="""
         bits group_size desc_act sym static_groups true_sequential act_group_aware dynamic lm_head
         modules_in_block_to_quantize modules_to_not_convert block_name_to_quantize
@@ -131,8 +131,8 @@ class GptqFormat(Format):
         names = EngineNames(layers)
         in_blocks = {name: kind for name, kind in layers.items() if name.startswith(block_prefix)}
         if None in in_blocks.values() or names.has_fused_layers:
-            # transformers reads the list of what is quantized, GPTQModel and vLLM the rules; but what vLLM
-            # takes for several layers it looks for in a list, under their names.
+            # transformers reads the list of modules, GPTQModel and vLLM the rules; but a layer that vLLM
+            # treats as several it looks up in a list, under their names.
             quantized = [name for name, kind in in_blocks.items() if kind is not None]
             settings["modules_in_block_to_quantize"] = [names.listed(quantized)]
         others: dict[Precision | None, list[str]] = {}

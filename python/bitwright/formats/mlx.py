@@ -66,7 +66,7 @@ class MlxFormat(Format):
                 return None
             warn(
                 f'{checkpoint.folder / "config.json"}: "quantization" lacks bits or group_size, so mlx-lm '
-                f"refuses the folder. Here they are read from the tensors; bitwright convert --to mlx "
+                f"refuses the folder. Here they are read from the tensors; bitwright convert --format mlx "
                 f"writes a complete one"
             )
         where = f'{checkpoint.folder / "config.json"}: "quantization'
@@ -113,7 +113,7 @@ class MlxFormat(Format):
         for name, precision in layers.items():
             if precision is not None and precision != default:
                 settings[name] = {"group_size": precision.group_size, "bits": precision.bits}
-        # mlx-lm reads the first key; the second is the one that model hubs look at.
+        # mlx-lm reads the first key, model hubs the second.
         return {"quantization": settings, "quantization_config": settings}
 
     @classmethod
@@ -134,7 +134,7 @@ class MlxFormat(Format):
 
     @classmethod
     def spell(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """mlx-lm reads the keys of transformers 4, and takes its defaults in silence where version 5 has
+        """mlx-lm reads the keys of transformers 4, and silently takes its defaults where version 5 has
         written others."""
         old: dict[str, Any] = {}
         rope = config.get("rope_parameters")
@@ -189,7 +189,7 @@ class MlxFormat(Format):
         scales: tuple[int, ...],
         channels: int | None,
     ) -> tuple[int, int]:
-        """Return bits and group size as mlx-lm takes them: what the shapes say, whatever config.json has
+        """Return bits and group size as mlx-lm takes them: those of the shapes, whatever config.json has
         for the whole model; but what it says of the very layer must agree."""
         own = self.settings.get(name)
         said = self.settings if own is None or own is True else own
@@ -204,7 +204,7 @@ class MlxFormat(Format):
             stated = f"config.json's {key} is {word}, as of a layer in float"
         where = f"{checkpoint.file(f'{name}.weight')}: layer {name}"
         (rows, width), groups = words, scales[1]
-        if channels is None:  # then config.json must be believed
+        if channels is None:  # then only config.json tells
             own = True
             if type(given[0]) is int and given[0] > 0:
                 channels = width * 32 // given[0]
@@ -233,7 +233,7 @@ class MlxFormat(Format):
 
 
 def _holds_layers(checkpoint: Checkpoint) -> bool:
-    """Tell whether there is a layer as MLX stores it."""
+    """Tell whether a layer is stored as MLX does."""
     stems = (
         name.removesuffix(".biases") for name in checkpoint.names() if name.endswith(".biases")
     )

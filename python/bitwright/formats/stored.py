@@ -1,4 +1,4 @@
-"""What a folder's tensors are packed as, whatever its config.json says."""
+"""The layout in which a folder's tensors are packed, whatever its config.json says."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,7 @@ _OTHERS = {  # endings of names that only one tool writes
 
 
 def settle_quantization(checkpoint: Checkpoint) -> str | None:
-    """Make ``checkpoint.config`` say of quantization what its tensors are.
+    """Make ``checkpoint.config`` agree with its tensors about quantization.
 
     Settings of older tools are taken from their files, and those that float tensors contradict are
     removed.
@@ -74,14 +74,14 @@ def settle_quantization(checkpoint: Checkpoint) -> str | None:
 
 
 def _declarations(config: Mapping[str, Any]) -> list[str]:
-    """Return the keys under which config.json, or its part for text, speaks of quantization."""
+    """Return the keys of config.json, or of its text part, that describe quantization."""
     text = config.get("text_config")
     parts = (("", config), ("text_config.", text if isinstance(text, dict) else {}))
     return [f"{name}{key}" for name, part in parts for key in QUANTIZATION_KEYS if part.get(key)]
 
 
 def packing(checkpoint: Checkpoint) -> str | None:
-    """Return what the tensors are packed as; None for floats, and for what has no known layout."""
+    """Return the layout of the tensors; None for floats, and for unknown layouts."""
     for name in checkpoint.names():
         if kind := _packed_as(checkpoint, name):
             return kind
@@ -99,7 +99,7 @@ def check_packing(checkpoint: Checkpoint, declared: str, found: str | None) -> N
 
 
 def _packed_as(checkpoint: Checkpoint, name: str) -> str | None:
-    """Return what a tensor shows its layer to be packed as."""
+    """Return the layout of a layer that one of its tensors implies."""
     layer, _, part = name.rpartition(".")
     if part == "weight_packed":
         return "compressed-tensors"
@@ -123,7 +123,7 @@ def _packed_tensor(checkpoint: Checkpoint, kind: str) -> str:
 
 
 def _all_floats(checkpoint: Checkpoint) -> bool:
-    """Whether no weight can be anything but a float that means what it is, and nothing scales it."""
+    """Whether all weights are plain floats, which nothing scales."""
     return not any(
         name.endswith(_PACKED_PARTS)
         or (
@@ -158,5 +158,5 @@ def _as_in_config(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
-    """Tell whether a tensor of this dtype holds weights as they are."""
+    """Tell whether a tensor of this dtype holds plain weights."""
     return dtype.kind == "f" or dtype in (*MODEL_DTYPES.values(), *FLOATS_OF_8_BITS.values())

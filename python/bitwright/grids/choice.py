@@ -1,4 +1,4 @@
-"""What all methods share: arguments checked, and a kernel's result as a `QuantizedTensor`."""
+"""The checked arguments of a method, and a kernel's result as a `QuantizedTensor`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """A quantized tensor on another grid, with the same codes."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,8 @@ from numpy.typing import NDArray
 from bitwright.grids.tensor import Grid, QuantizedTensor
 
 Float32 = NDArray[np.float32]
-# Two unit roundoffs of float16, the coarsest dtype that a format leaves no choice but: what is stored in it
-# has been rounded once, and on another grid is rounded again.
+# Two unit roundoffs of float16, the only dtype of scales in some formats: a stored value has been rounded
+# once, and is rounded again on another grid.
 ROUNDOFF = 2 * 2.0**-11
 ROUNDING = (2 * ROUNDOFF) ** 2  # of a layer's energy: a weight s·c + b has two terms
 ROWS = 1024  # that are compared at once
@@ -95,14 +96,23 @@ def regrid(
 def lost(weight: Float32, stored: Float32) -> float:
     """Return ``‖stored - weight‖² / ‖weight‖²`` over all rows: 0 only where they are the same, infinity
     where that is no number."""
-    if np.array_equal(weight, stored):
-        return 0.0
+    return lost_in_pieces([(weight, stored)])
+
+
+def lost_in_pieces(pieces: Iterable[tuple[Float32, NDArray[Any]]]) -> float:
+    """Do as `lost` does with the rows of all pieces, each but the last of whole blocks of `ROWS`."""
     change = energy = 0.0
-    for start in range(0, len(weight), ROWS):
-        rows = weight[start : start + ROWS].astype(np.float64)
-        energy += float(np.square(rows).sum())
-        rows -= stored[start : start + ROWS]
-        change += float(np.square(rows).sum())
+    same = True
+    for weight, stored in pieces:
+        same = same and np.array_equal(weight, stored)
+        for start in range(0, len(weight), ROWS):
+            rows = weight[start : start + ROWS].astype(np.float64)
+            energy += float(np.square(rows).sum())
+            rows -= stored[start : start + ROWS]
+            change += float(np.square(rows).sum())
+        del weight, stored  # before there is the next piece
+    if same:
+        return 0.0
     share = change / energy if energy > 0 else np.inf
     return share if np.isfinite(share) else np.inf
 
@@ -139,6 +149,6 @@ def _zeros(scales: Float32, biases: Float32, bits: int) -> Float32:
     """Return the integer zeros that are nearest to what biases stand for, -1 where there are none."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         zeros: Float32 = np.rint(-biases / scales)
-    zeros[(scales == 0) & (biases == 0)] = 2 ** (bits - 1)  # any will do
+    zeros[(scales == 0) & (biases == 0)] = 2 ** (bits - 1)  # any zero gives the same weights
     zeros[~np.isfinite(zeros)] = -1
     return zeros

@@ -21,7 +21,7 @@ SUPERBLOCK = 256  # weights that share the scale of their scales
 
 @dataclass(frozen=True)
 class KGrid:
-    """What a "k" grid is, by its bits: GGUF's Q2_K to Q6_K.
+    """The layout of a "k" grid, by its bits: GGUF's Q2_K to Q6_K.
 
     `scale_codes` are the least and the largest code that a group's scale may have.
     """
@@ -32,7 +32,7 @@ class KGrid:
 
     @property
     def stored_bits(self) -> float:
-        """Bits per weight of what is stored beside the codes."""
+        """Bits per weight stored beside the codes."""
         low, high = self.scale_codes
         parts = 2 if self.grid == "affine" else 1
         return parts * ((high - low).bit_length() / self.group_size + 16 / SUPERBLOCK)

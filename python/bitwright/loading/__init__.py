@@ -1,1 +1,1 @@
-"""A checkpoint as a decoder."""
+"""A checkpoint, in float or quantized, as a decoder."""

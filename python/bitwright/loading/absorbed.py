@@ -13,7 +13,7 @@ from bitwright.models.architecture import LatentAttention
 def join_absorbed(
     checkpoint: Checkpoint, attention: LatentAttention, blocks: Iterable[str], format: Format | None
 ) -> None:
-    """Know the two stacks of each block as the one matrix that they were made of, in float.
+    """Replace the two stacks of each block by the matrix that they were split from, in float.
 
     Of stacks that are quantized, groups lie across the rows of the matrix, so none of its own can be
     said to be.

@@ -1,4 +1,4 @@
-"""What a folder holds, by its tensors: names, a head of its own, and what nothing computes with."""
+"""The contents of a folder, judged by its tensors: names, a separate head, and unused tensors."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -38,7 +38,7 @@ MORE_LAYERS = "layers beyond num_hidden_layers (multi-token prediction)"
 
 
 def settle_names(checkpoint: Checkpoint, names: Names) -> None:
-    """Know the decoder's tensors by the names of its family, under whatever prefix they are stored.
+    """Rename the decoder's tensors to the names of its family, whatever prefix they are stored under.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def settle_names(checkpoint: Checkpoint, names: Names) -> None:
             renamed |= {name: f"{names.head}.{name[len(head) :]}" for name in own}
             break
     if prefix.startswith("model.") and not base.startswith("model."):
-        # All parts of a multimodal model are under one roof, or none is.
+        # Either all parts of a multimodal model share a prefix, or none does.
         others = (name for name in stored if name.startswith("model.") and name not in renamed)
         renamed |= {name: name.removeprefix("model.") for name in others}
     checkpoint.rename(renamed)
@@ -114,7 +114,7 @@ def is_stored(checkpoint: Checkpoint, layer: str) -> bool:
 
 
 def has_own_head(checkpoint: Checkpoint, names: Names) -> bool:
-    """Tell whether a head is stored that is not the embedding, value by value."""
+    """Tell whether a head is stored that differs from the embedding in any value."""
     if isinstance(checkpoint, GgufCheckpoint):
         return False
     head, embedding = (_parts(checkpoint, name) for name in (names.head, names.embedding))
@@ -135,7 +135,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def warn_of_head(checkpoint: Checkpoint, head: str) -> None:
-    """Say that the stored head is taken, not the embedding."""
+    """Warn that the stored head is used, not the embedding."""
     warn(
         f"{checkpoint.folder}: config.json says that embedding and head are one matrix "
         f"(tie_word_embeddings), but {head}.weight is stored and differs; it is used, as transformers "
@@ -175,7 +175,7 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def kinds_of(names: Collection[str], block: str, blocks: int) -> list[str]:
-    """Return what tensors that nothing computes with seem to be, from their names."""
+    """Return the likely purpose of unused tensors, from their names."""
     layer = re.compile(re.escape(block).replace(r"\{\}", r"(\d+)") + r"\.")
     found: dict[str, None] = {}
     for name in names:
@@ -200,7 +200,7 @@ def without_harmless(checkpoint: Checkpoint, names: Collection[str]) -> list[str
 
 
 def warn_of_unused(checkpoint: Checkpoint, names: Collection[str], kinds: Collection[str]) -> None:
-    """Name, in one warning, the tensors that nothing computes with."""
+    """Name the unused tensors in one warning."""
     if not names:
         return
     ordered = sorted(names)

@@ -100,7 +100,7 @@ class Model(Decoder):
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens the model knows."""
+        """The size of the model's vocabulary."""
         return self.config.vocab_size
 
     @property
@@ -168,7 +168,7 @@ class Model(Decoder):
         return None if tensor == f"{self.names.head}.weight" else tensor
 
     def unused(self) -> list[str]:
-        """Return the tensors that nothing computes with; parts of a multimodal model that are not the
+        """Return the unused tensors; parts of a multimodal model that are not the
         decoder's are none of them."""
         parts = ("weight", *(() if self.format is None else self.format.parts))
         layers = {self.names.embedding, self.names.head, *self.linear_shapes()}
@@ -192,7 +192,7 @@ class Model(Decoder):
         ]
 
     def warn_of_unused(self) -> None:
-        """Name the tensors that nothing computes with in a warning, if there are any to speak of."""
+        """Name the unused tensors in a warning, if there are any that matter."""
         names = without_harmless(self.checkpoint, self.unused())
         kinds = kinds_of(names, self.names.block, self.config.num_hidden_layers)
         warn_of_unused(self.checkpoint, names, kinds)
@@ -315,24 +315,30 @@ class Model(Decoder):
         stored = f"{name}.weight"
         return not (stored in self.checkpoint and self._is_float(stored))
 
-    def rows_bytes(self, name: str) -> int:
-        """Return what reading the rows of the embedding or the head takes: a piece of them, where there are
-        several also the room that the one before has left, and of a quantized matrix all codes, which are
-        there twice while they are unpacked."""
+    def codes_bytes(self, name: str) -> int:
+        """Return what `rows` of the embedding or the head holds: of a quantized matrix all codes, with
+        their grids, which is there twice while they are unpacked."""
+        table = self.config.vocab_size * self.config.hidden_size
+        return table + table // 16 if self.is_quantized(name) else 0
+
+    def piece_bytes(self, name: str) -> int:
+        """Return what a piece of these rows takes beside that, where there are several also the room that
+        the one before has left."""
         vocabulary, width = self.config.vocab_size, self.config.hidden_size
         rows = piece_rows(width)
-        piece = 4 * width * min(vocabulary, rows) * (2 if rows < vocabulary else 1)
+        piece = width * min(vocabulary, rows) * (2 if rows < vocabulary else 1)
         if self.is_quantized(name):
-            return 2 * vocabulary * width + piece
+            return 4 * piece
         dtype = self.checkpoint.dtype(f"{name}.weight")
-        return piece if dtype in MODEL_DTYPES.values() else 2 * piece
+        return piece * (dtype.itemsize if dtype in MODEL_DTYPES.values() else 4 + dtype.itemsize)
 
     def embedding(self) -> Float32:
         """Read the embedding matrix ``[vocabulary, hidden_size]``."""
         return self.weight(self.embedding_name, (self.config.vocab_size, self.config.hidden_size))
 
-    def embedding_table(self) -> NDArray[Any]:
-        """Read the embedding matrix as it is stored, if that is in float, for `embed`."""
+    def embedding_table(self) -> NDArray[Any] | MatrixRows:
+        """Read the embedding matrix as it is stored, in 16 or 32 bits, or get ready to read its rows, for
+        `embed`."""
         name = f"{self.embedding_name}.weight"
         shape = (self.config.vocab_size, self.config.hidden_size)
         if (
@@ -340,12 +346,8 @@ class Model(Decoder):
             or self.checkpoint.shape(name) != shape
             or self.checkpoint.dtype(name) not in MODEL_DTYPES.values()
         ):
-            return self.embedding()
+            return self.rows(self.embedding_name)
         return self.checkpoint.read(name)
-
-    def head(self) -> Float32:
-        """Read the output matrix ``[vocabulary, hidden_size]``, to quantize it."""
-        return self.weight(self.head_name, (self.config.vocab_size, self.config.hidden_size))
 
     def _embedding_and_head(self) -> tuple[str, str]:
         embedding, head = self.names.embedding, self.names.head

@@ -20,14 +20,14 @@ Float32 = NDArray[np.float32]
 Loss = Callable[[Float32], float]
 
 DEFAULT_GRID = 20
-MOST_CLIP = 0.5  # of a group's largest magnitude, as far as the search goes
+MOST_CLIP = 0.5  # of a group's largest magnitude; max_shrink in the paper's code
 CLIP_ROWS = 256  # rows whose outputs are in memory at one time
 SMALLEST_SCALE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
 class ScaleSearch:
-    """What a search over ratios found.
+    """The result of a search over ratios.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class ScaleSearch:
 
 
 def awq_scale(mean_abs: ArrayLike, ratio: float) -> Float32:
-    """Return the scale of each input channel, ``mean|x| ** ratio`` (eq. 5 of the paper).
+    """Return the scale of each input channel, ``mean|x| ** ratio`` (arXiv:2306.00978, eq. 5).
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def search_scale(
 def scaled_rounding(
     weight: Float32, scale: Float32, choice: GridChoice, importance: Float32 | None = None
 ) -> Float32:
-    """Return ``Q(W diag(s)) diag(1/s) - W``: what rounding does to a weight that is scaled for it.
+    """Return ``Q(W diag(s)) diag(1/s) - W``, the rounding error of a scaled weight (eq. 4).
 
     Where `choice` searches for ranges, `importance` ``[in]`` weighs the squared errors.
     """

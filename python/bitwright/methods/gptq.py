@@ -1,4 +1,4 @@
-"""GPTQ (Frantar, Ashkboos, Hoefler and Alistarh 2023, arXiv:2210.17323)."""
+"""GPTQ (Frantar, Ashkboos, Hoefler and Alistarh 2023, arXiv:2210.17323, algorithm 1)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +45,7 @@ class GramFactor:
 
 @dataclass(frozen=True, eq=False)
 class GptqTensor(QuantizedTensor):
-    """A `QuantizedTensor` with what GPTQ knows of its error.
+    """A `QuantizedTensor` with GPTQ's account of its error.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def quantize_gptq(
     block_size: int = 128,
     grid_search: bool = True,
 ) -> GptqTensor:
-    """Quantize column by column, each rounding error made up for by the columns still to come.
+    """Quantize column by column; the later columns compensate each rounding error.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a method is: from what is known of a layer's inputs to a function that quantizes the layer."""
+"""A method: from statistics of a layer's inputs to a function that quantizes the layer."""
 
 import math
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from bitwright.errors import check_choice
 from bitwright.grids.tensor import Grid, QuantizedTensor
 
-# What the paper of GPTQ takes. Corrected weights carry the noise of what they were estimated from along
-# directions that inputs hardly have, and want more.
+# Relative to the mean of the diagonal, as in GPTQ (arXiv:2210.17323, section 4). Corrected weights carry
+# the noise of their estimate along directions that inputs hardly have, and need more: docs/experiments.md.
 DAMPING, CORRECTED_DAMPING = 0.01, 0.05
 
 ActivationMethod = Literal["mean", "max", "rms"]
@@ -24,12 +24,12 @@ Solver = Callable[[NDArray[Any], int, int | None, Grid, np.dtype[Any]], Quantize
 
 @dataclass(frozen=True, eq=False)
 class StageInputs:
-    """All that a method sees of what some layers read. Drift is corrected in the weights it is given.
+    """All that a method sees of its layers' inputs. Drift is corrected in the weights it is given.
 
     Parameters
     ----------
     gram
-        ``XᵀX / tokens`` ``[in, in]`` float32; None where nothing is known.
+        ``XᵀX / tokens`` ``[in, in]`` float32; None without statistics.
     magnitudes
         ``[in]`` float32, sizes of the channels other than the roots of the gram's diagonal.
     """
@@ -40,7 +40,7 @@ class StageInputs:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to quantize layers, and what a run has to know of it.
+    """A method of quantization, with the properties that a run depends on.
 
     Parameters
     ----------

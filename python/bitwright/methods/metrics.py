@@ -1,4 +1,4 @@
-"""How wrong outputs are: the error metrics of AWQ's searches, by name."""
+"""The error metrics of AWQ's searches, by name."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a method needs to know of a layer's inputs."""
+"""Second moments of a layer's inputs: the Gram matrix and mean magnitudes."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ def gram(
 ) -> NDArray[np.float32]:
     """Return ``XᵀX / tokens``, the second moments of a layer's inputs.
 
-    The Hessian of the GPTQ paper (Frantar et al. 2023, eq. 3) is this up to a factor. Only half of the
+    The Hessian in GPTQ (arXiv:2210.17323, eq. 2) is twice the sum ``XᵀX``. Only half of the
     products are computed (a symmetric rank update).
 
     Parameters
@@ -86,7 +86,7 @@ class LayerStatistics:
         self.first_tokens = self.tokens
 
     def gather(self) -> "Moments":
-        """Add up what all ranks have, and hand it over; all ranks call this together."""
+        """Sum over all ranks, and return the moments; all ranks call this together."""
         ranks = current()
         self.tokens = round(ranks.total([self.tokens]))
         self.first_tokens = round(ranks.total([self.first_tokens]))
@@ -113,7 +113,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What `LayerStatistics` has gathered.
+    """The moments that `LayerStatistics` has gathered.
 
     Parameters
     ----------

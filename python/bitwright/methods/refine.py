@@ -1,4 +1,7 @@
-"""Refinement: codes and grids of a quantized layer improved together in the metric of the gram."""
+"""Refinement: alternating updates of grids and codes in the metric of the Gram matrix.
+
+The codes are updated by cyclic coordinate descent, as in QuantEase (Behdin et al. 2023, arXiv:2309.01885),
+which keeps the grids fixed; see docs/methods/refine.md."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Salient-weight AWQ: symmetric 4 bits, the weights that matter most protected by the choice of ranges."""
+"""Salient-weight AWQ: symmetric 4 bits, with ranges chosen to protect the salient weights."""
 
 from typing import Any
 

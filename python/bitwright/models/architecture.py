@@ -1,5 +1,5 @@
-"""What tells one decoder family from another, as data. The defaults are the pattern of Llama, which most
-families follow: each states only where it differs."""
+"""A decoder family as data. The defaults are Llama's pattern, which most families follow, so each states
+only where it differs."""
 
 from dataclasses import dataclass, field
 
@@ -37,7 +37,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Linears of latent attention (DeepSeek-V2, section 2.1); names within the block.
+    """Linears of latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1); names within the block.
 
     Queries come from ``query`` or, where there is a query rank, from ``query_down``, its norm and
     ``query_up``. MLX stores ``key_value_up`` in two stacks with a matrix per head: ``absorbed_key``,
@@ -76,15 +76,15 @@ class Experts:
     router
         The linear whose outputs rank the experts.
     correction
-        What is added to the scores for the choice alone, if anything.
+        Bias added to the scores for choosing experts, not for weighing them, if any.
     prefix
-        What comes before an expert's index.
+        Prefix of an expert's names, up to its index.
     mlp
         Linears of one expert, named within it.
     shared, shared_gate
-        The expert that every token passes, and the linear that weighs it, if there are any.
+        The shared expert, which every token passes, and the linear of its gate, if there are any.
     stacked
-        What comes before gate_proj, up_proj and down_proj where MLX stores all experts in one tensor.
+        Prefix of gate_proj, up_proj and down_proj where MLX stores all experts in one tensor.
     """
 
     router: str = "mlp.gate"
@@ -103,18 +103,18 @@ class Architecture:
     Parameters
     ----------
     model_types
-        The values of ``model_type`` that mean it.
+        Its values of ``model_type`` in config.json.
     rules
         How to read its config.json.
     names
-        Of its tensors; the first are those that engines know and that are written. They are found under
+        Of its tensors; the first are those that engines expect and that are written. They are found under
         other prefixes, too.
     attention, mlp, experts
-        The parts of its blocks; which layers have experts, ``rules`` says.
+        The parts of its blocks; ``rules`` says which layers have experts.
     attention_norm, mlp_norm
         Norms before attention and MLP, None where they read the hidden states as they are.
     attention_post_norm, mlp_post_norm
-        Norms of what attention and MLP add to the hidden states, if there are any.
+        Norms of the outputs of attention and MLP, before they are added to the hidden states, if any.
     norm_kind
         Of all norms.
     """

@@ -21,14 +21,14 @@ Observer = Callable[[int, Stage, Float], None]
 
 @dataclass(eq=False)
 class ChunkStates:
-    """What is known of some whole samples between two stages.
+    """The activations of some whole samples between two stages.
 
     Parameters
     ----------
     hidden
         ``[tokens, hidden_size]``, the residual stream; blocks change it in place.
     inner
-        What stages leave for later ones, by name: ``inner`` (attention's output, an MLP's product),
+        Intermediate activations by name: ``inner`` (attention's output, an MLP's product),
         ``normed`` (what experts read), the latents.
     routes
         Which tokens go to which expert.
@@ -39,7 +39,7 @@ class ChunkStates:
     routes: Routes | None = None
 
     def routed(self, expert: int | None) -> NDArray[np.intp] | slice:
-        """Return the rows of an expert; all for the one that every token passes."""
+        """Return the rows of an expert; all of them for the shared expert."""
         if expert is None or self.routes is None:
             return slice(None)
         return self.routes.rows[expert]
@@ -53,7 +53,7 @@ class DecoderBlock:
     weights
         Arrays by name relative to the block: ``NAME.weight``, ``NAME.bias``; all float32, or all float64.
     layout, architecture, config, index
-        What the names and sizes are, and which block it is.
+        Names and sizes of the tensors, and the index of the block.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class DecoderBlock:
         return self.layout.stages
 
     def stage_input(self, stage: Stage, chunk: ChunkStates) -> Float:
-        """Return what the stage's linears see, ``[tokens, in]``."""
+        """Return the input of the stage's linears, ``[tokens, in]``."""
         match stage.kind:
             case "attention" | "latent" | "mlp" | "router":
                 if stage.norm is None:
@@ -97,12 +97,12 @@ class DecoderBlock:
                 return chunk.inner["inner"]
 
     def as_if_routed(self, stage: Stage, chunk: ChunkStates) -> Float:
-        """Return what an expert's linears would see if every token went to it."""
+        """Return the input that an expert's linears would have if every token were routed to it."""
         normed = chunk.inner["normed"]
         return normed if stage.kind == "expert" else self._gated(cast(Mlp, stage.mlp), normed)
 
     def advance(self, stage: Stage, states: Float, chunk: ChunkStates, rope: "Rotation") -> None:
-        """Compute a stage from its input `states`, changing what is known of the chunk."""
+        """Compute a stage from its input `states`, updating the chunk."""
         match stage.kind:
             case "attention":
                 chunk.inner["inner"] = self._attention(states, rope)
@@ -128,7 +128,7 @@ class DecoderBlock:
                 chunk.inner.pop("inner", None)
 
     def adds_linearly(self, stage: Stage) -> bool:
-        """Tell whether the hidden states are those before plus the outputs of the stage's one linear."""
+        """Tell whether a stage adds the outputs of its one linear to the hidden states as they are."""
         post_norms = {
             "attention_output": self.architecture.attention_post_norm,
             "mlp_output": self.architecture.mlp_post_norm,
@@ -149,19 +149,20 @@ class DecoderBlock:
     ) -> None:
         """Run the whole block over all chunks, in place.
 
-        One without experts goes chunk by chunk, each of which then has only hidden states again; one with
-        experts goes stage by stage, so that one expert's weights are in memory at a time.
+        A block without experts is passed chunk by chunk, so that one chunk has inner states at a time; one
+        with experts stage by stage, so that one expert's weights are in memory at a time.
 
         Parameters
         ----------
         chunks
-            Returns the chunks in order, each time that it is called.
+            Called for an iterator over the chunks in order, once per pass.
         rope
             Rotary tables.
         observe
-            Is shown the place of each chunk, the stage, and its input.
+            Called with the index of each chunk, the stage, and its input.
         finished
-            So many chunks are asked for; the last product of the others is left out. None for all.
+            Number of chunks whose outputs are needed, None for all; the last product of the others is left
+            out.
         """
         by_stage = bool(self.layout.experts)
         for stages in [(stage,) for stage in self.stages] if by_stage else [self.stages]:
@@ -210,7 +211,7 @@ class DecoderBlock:
         stages
             One of `sub_blocks`.
         hidden
-            ``[tokens, hidden_size]``, what it reads, whole samples; it is computed again from this.
+            ``[tokens, hidden_size]``, its input, whole samples, from which its activations are recomputed.
         gradient
             ``[tokens, hidden_size]``.
         rope
@@ -227,7 +228,7 @@ class DecoderBlock:
         tape.backward(hidden, gradient, hidden)
 
     def sub_block(self, stage: Stage, states: Float, rope: "Rotation") -> Float:
-        """Return what a stage that reads the hidden states, and those up to the next one, add to them."""
+        """Return what the sub-block that a stage begins adds to the hidden states."""
         output = np.zeros((len(states), self.config.hidden_size), states.dtype)
         chunk = ChunkStates(output)
         self.advance(stage, states, chunk, rope)
@@ -243,7 +244,7 @@ class DecoderBlock:
         return DecoderBlock(weights, self.layout, self.architecture, self.config, self.index)
 
     def as_read(self) -> "DecoderBlock":
-        """Return the block with the weights that are read, whatever they have been replaced by since."""
+        """Return the block with its original weights, whatever has replaced them since."""
         return self.reading(self.weights.read)
 
     def reading(self, read: Callable[[str], Float]) -> "DecoderBlock":
@@ -252,9 +253,9 @@ class DecoderBlock:
         return DecoderBlock(weights, self.layout, self.architecture, self.config, self.index)
 
     def release(self, stage: Stage) -> None:
-        """Forget the weights of a stage that has been computed, which are read again if they are asked for.
+        """Forget the weights of a stage that has been computed; they are read again when needed.
 
-        Those of an expert go together, when its output is there."""
+        Those of an expert are released together, once its output has been computed."""
         names = stage.linears
         if stage.kind == "expert":
             names = ()
@@ -327,7 +328,7 @@ class DecoderBlock:
         self.operations.rotate(states, tables, heads, first, self.config.interleaved)
 
     def _gated(self, names: Mlp, states: Float) -> Float:
-        """Return what the down projection of an MLP sees."""
+        """Return the input of an MLP's down projection."""
         activation, operations = self.config.hidden_act, self.operations
         if names.fused is not None:
             both = operations.linear(names.fused, states)
@@ -357,8 +358,8 @@ class DecoderBlock:
         self.operations.add(output, hidden, scale)
 
     def _add_weighed(self, stage: Stage, states: Float, chunk: ChunkStates) -> None:
-        """Add an expert's output: by the router's weights or, of the one that every token passes, by its
-        own gate's if it has one."""
+        """Add an expert's output, weighted by the router or, for the shared expert, by its own gate if it
+        has one."""
         if len(states) == 0:
             return
         output = self.operations.linear(stage.linears[0], states)
@@ -387,7 +388,7 @@ class Rotation:
 
     @property
     def tape_rows(self) -> int:
-        """Rows to compute at once where all is remembered, and has a gradient of its own."""
+        """Rows to compute at once where all activations are kept, with a gradient for each."""
         return max(1, MOST_TAPE_TOKENS // self.length) * self.length
 
     def chunks(self, hidden: Float, rows: int | None = None) -> Iterator[Float]:

@@ -1,4 +1,4 @@
-"""config.json, in its old and its new spelling, as one checked description of a decoder."""
+"""config.json, in its old and new spellings, as one checked description of a decoder."""
 
 import math
 import re
@@ -34,7 +34,7 @@ LayerType = Literal["full_attention", "sliding_attention"]
 _LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 QUANTIZATION_KEYS = ("quantization", "quantization_config", "compression_config")
 SEPARATE_FILES = ("quantize_config.json", "quant_config.json")
-"""Where AutoGPTQ and AutoAWQ said what is said in config.json today."""
+"""Where AutoGPTQ and AutoAWQ stored what is in config.json today."""
 _COUNT = re.compile(
     r"(num|n|max)_\w+|\w+_(size|dim|rank|embeddings|window|group|scalar|replace|step)"
 )
@@ -62,7 +62,7 @@ _LLAMA_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding: how fast each pair of channels turns.
+    """RoPE parameters.
 
     The fields carry the names that config.json gives them, except ``theta`` (``rope_theta``).
     Which of them matter depends on ``rope_type``; ``None`` means not given.
@@ -99,9 +99,10 @@ class LatentConfig:
 class ExpertsConfig:
     """Sizes of a mixture of experts, and how its router chooses.
 
-    ``scores`` turns the router's logits into scores. Of ``groups`` groups of experts the ``kept_groups``
-    best are looked at, by their best score (``"max"``) or the sum of their two best (``"top2"``).
-    ``shared_size`` is 0 where no expert serves every token.
+    ``scores`` turns the router's logits into scores. Experts are chosen from the
+    ``kept_groups`` best of ``groups`` groups, by their best score (``"max"``) or the sum of their two best
+    (``"top2"``).
+    ``shared_size`` is 0 where there is no shared expert.
     """
 
     count: int
@@ -121,7 +122,7 @@ class ModelConfig:
     """A decoder's sizes and choices; build it with `from_dict`.
 
     ``dtype`` is None where config.json names none: the stored tensors decide then. ``raw`` is
-    config.json as it was read, for what only one family knows.
+    config.json as it was read, for keys of single families.
     """
 
     model_type: str
@@ -173,7 +174,7 @@ class ModelConfig:
         source : pathlib.Path
             The file, for messages.
         families : mapping of str to ConfigRules
-            What the supported values of ``model_type`` stand for.
+            The rules of each supported ``model_type``.
 
         Returns
         -------
@@ -185,7 +186,7 @@ class ModelConfig:
         CheckpointError
             If a value is absent, of the wrong type or out of range.
         UnsupportedModelError
-            If the values are sound but ask for something that is not supported.
+            If the values are valid but describe something that is not supported.
 
         Examples
         --------
@@ -255,9 +256,9 @@ def _opened(
     values = dict(raw)
     if rules.section is not None:
         section = outer.section(rules.section)
-        # What the outer object says of the whole, such as its dtype, holds for the part as well.
+        # Keys of the outer object about the whole model, such as its dtype, apply to the part as well.
         values = {**raw, **(section.values if section else {})}
-        # The head is the whole's, so only the whole says whether the embedding is it.
+        # The head belongs to the whole model, so the outer object decides whether it is tied.
         values["tie_word_embeddings"] = raw.get("tie_word_embeddings")
     name = f"{rules.section}." if rules.section else ""
     top = Keys(values, source, name, _LLAMA_DEFAULTS | dict(rules.defaults), rules)
@@ -303,7 +304,7 @@ def _head_sizes(
 
 
 def understood_keys(rules: ConfigRules) -> set[str]:
-    """Return the keys that a family is computed by, in all their spellings."""
+    """Return the keys that are read for a family, in all their spellings."""
     keys = {*_LLAMA_DEFAULTS, *rules.defaults}
     spelled = {each for key in keys for each in (*SPELLINGS.get(key, ()), key)}
     return spelled - {*rules.spellings} | {*rules.spellings.values(), rules.section or "model_type"}
@@ -386,8 +387,8 @@ def _latent(top: Keys) -> LatentConfig:
 
 
 def _latent_scale(rope: RopeConfig) -> float:
-    """What latent attention multiplies its scores by: the temperature of the stretched positions, which
-    cosines and sines leave out there."""
+    """Return the factor of latent attention's scores: YaRN's attention factor (arXiv:2309.00071),
+    which cosines and sines leave out there."""
     if rope.rope_type == "default" or not rope.mscale_all_dim or rope.factor <= 1:
         return 1.0
     return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
@@ -431,7 +432,7 @@ def _experts(top: Keys, rules: ConfigRules) -> ExpertsConfig:
 def _ropes(
     top: Keys, max_position_embeddings: int, rotary_dim: int
 ) -> tuple[RopeConfig, RopeConfig]:
-    """Return what full and sliding layers turn by."""
+    """Return the RoPE parameters of full and of sliding layers."""
     # transformers lets the old key win where a file has both.
     rope = (
         top.section("rope_scaling")
@@ -516,7 +517,7 @@ def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) 
 
 
 def float_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json without what it says of quantization, as a whole or in its part for text.
+    """Return config.json without its quantization settings, in the whole or in its text part.
 
     Parameters
     ----------

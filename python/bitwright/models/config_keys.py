@@ -1,9 +1,9 @@
-"""Keys of config.json that nothing is computed with: what they may say, and what is refused.
+"""Keys of config.json that are not computed with: the values they may have, and those that are refused.
 
 Three lists hold for every family, and a family has more of its own (`ConfigRules`): harmless keys never
 enter a forward pass, refused ones are computed by transformers, disputed ones by other families or by
 some engines. A key of the last two passes with a value that changes nothing, or with null. Any other
-key is declared by no class of transformers, and overlooked by it, too.
+key is declared by no class of transformers, which ignores it, too.
 """
 
 from collections.abc import Collection, Mapping
@@ -82,7 +82,7 @@ _ROPE_KEYS = """
     low_freq_factor high_freq_factor max_position_embeddings finetuned mrope_section mrope_interleaved
 """
 ROPE_KEYS = frozenset(_ROPE_KEYS.split())
-"""What a RoPE section may say. Those of images and videos (mrope) are alike for text."""
+"""RoPE parameters by name. Those for images and videos (mrope) do not change text."""
 
 
 def check_keys(top: Keys, understood: Collection[str], model_type: str) -> None:
@@ -93,14 +93,14 @@ def check_keys(top: Keys, understood: Collection[str], model_type: str) -> None:
     top : Keys
         config.json, with the rules of its family.
     understood : collection of str
-        The keys that the family is computed by.
+        The keys that are read for the family.
     model_type : str
         For messages.
 
     Raises
     ------
     UnsupportedModelError
-        If a key asks for what is not computed.
+        If a key asks for something that is not computed.
     """
     rules = top.rules
     refused = {**REFUSED, **rules.refused}
@@ -134,7 +134,7 @@ def check_keys(top: Keys, understood: Collection[str], model_type: str) -> None:
 
 
 def check_rope_keys(rope: Keys) -> None:
-    """Raise UnsupportedModelError if a RoPE section says what no rotation is computed with."""
+    """Raise UnsupportedModelError if a RoPE section has parameters that are not computed with."""
     for key, value in rope.values.items():
         if key not in ROPE_KEYS and value is not None:
             raise UnsupportedModelError(

@@ -32,7 +32,7 @@ class WeightSource(Protocol):
 
 
 class Decoder(WeightSource):
-    """What a decoder computes; where its weights come from, a subclass says.
+    """The computation of a decoder; a subclass says where its weights come from.
 
     Parameters
     ----------
@@ -41,12 +41,12 @@ class Decoder(WeightSource):
     architecture
         Its family.
     place
-        Where it comes from, for messages.
+        Its path or name, for messages.
 
     Attributes
     ----------
     names
-        What its tensors outside the blocks are called.
+        Names of its tensors outside the blocks.
     embedding_name, head_name
         The layers with these matrices; one and the same where they are tied.
     layouts
@@ -65,7 +65,7 @@ class Decoder(WeightSource):
 
     @abstractmethod
     def rows(self, name: str) -> MatrixRows:
-        """Return the rows of the embedding or the head, by its name, which are read as they are needed."""
+        """Return the embedding or the head, by its name, as rows that are read when they are needed."""
 
     @property
     def tied(self) -> bool:
@@ -74,14 +74,14 @@ class Decoder(WeightSource):
 
     @property
     def positions(self) -> int:
-        """How many positions the model has learned, or reaches with its RoPE scaling."""
+        """How many positions the model was trained on, or reaches with its RoPE scaling."""
         declared, rope = self.config.max_position_embeddings, self.config.rope
         scaled = int(rope.factor * (rope.original_max_position_embeddings or declared))
         return max(declared, scaled)
 
     @property
     def nested(self) -> bool:
-        """Whether the language model is a part of a multimodal one."""
+        """Whether the language model is part of a multimodal model."""
         return "language_model." in self.names.block
 
     def block_prefix(self, index: int) -> str:
@@ -97,7 +97,7 @@ class Decoder(WeightSource):
         }
 
     def input_channels(self) -> set[int]:
-        """Return how many input channels linears have."""
+        """Return the numbers of input channels of the linears."""
         return {channels for _, channels in self.linear_shapes().values()}
 
     def block(self, index: int, source: "WeightSource | None" = None) -> DecoderBlock:
@@ -133,12 +133,12 @@ class Decoder(WeightSource):
 
     @property
     def logit_cap(self) -> tuple[float, float]:
-        """What logits are divided by, and what bounds them then (0: nothing)."""
+        """The divisor of the logits, and the soft cap applied after it (0: none)."""
         return self.config.logits_divisor, self.config.final_softcap or 0.0
 
     @property
     def caps_logits(self) -> bool:
-        """Whether the head's outputs are not the logits yet."""
+        """Whether the logits are scaled or capped after the head."""
         return self.logit_cap != (1, 0)
 
     def head_logits(self, states: Float, head: MatrixRows) -> Float:
@@ -194,8 +194,8 @@ class Decoder(WeightSource):
     def hidden_states(self, input_ids: ArrayLike) -> Iterator[Float32]:
         """Yield the hidden states ``[batch, length, hidden_size]`` float32.
 
-        First the embeddings, then the states after each block, at last those after the final norm.
-        All but the last are views of one buffer: copy what must outlive the next step.
+        First the embeddings, then the states after each block, last those after the final norm.
+        All but the last are views of one buffer: copy what is to be kept beyond the next step.
         """
         ids = self.check_ids(input_ids)
         hidden = self.embed(ids)

@@ -1,4 +1,4 @@
-"""Moving a scale of a linear's input channels into whatever computes these channels."""
+"""Folding a scale of a linear's input channels into the norm or linear that computes them."""
 
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ def fold_scale(
     """Divide the outputs of a norm or linear by a scale per channel.
 
     The linears that read these outputs are to be multiplied by the scale that is returned, column by
-    column; then nothing has changed but the weights.
+    column; the function computed then stays the same.
 
     Parameters
     ----------
@@ -42,8 +42,8 @@ def fold_scale(
         The new ones, float32.
     scale
         ``[channels]``, to multiply the columns of the following linears by. A norm's gain is rounded
-        when it is stored; this is by what it then really has been divided, so that the folded model
-        computes what the original does, to float32's precision. For a linear, or where there is a bias,
+        when it is stored; this is the quotient after rounding, so that the folded model computes what
+        the original does, to float32's precision. For a linear, or where there is a bias,
         it is `scale` itself.
 
     Raises

@@ -1,4 +1,4 @@
-"""A JSON object of config.json by its keys, in every spelling, and what a family says of them."""
+"""A JSON object of config.json by its keys, in every spelling, and the rules of a family for them."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ MEANINGS: dict[str, dict[str, str]] = {
 LARGEST_INTEGER = 2**31 - 1
 
 
-# Some times what any model has; each is looked at one by one before files can tell that it is not there.
+# Far more than any model has: each is looked at before the files can show that it is missing.
 MOST_LAYERS, _MOST_EXPERTS, _MOST_HEAD_CHANNELS = 1_000, 4_096, 1 << 20
 
 
@@ -34,15 +34,15 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ConfigRules:
-    """What a family's config.json means beyond what it says.
+    """How to read the config.json of a family.
 
     Parameters
     ----------
     defaults
-        What transformers takes for each key that is absent, where it is not what it takes for a Llama. A
-        key that is neither here nor known to every family is not looked at.
+        Values that transformers assumes for absent keys, where they differ from Llama's. A key that is
+        neither here nor common to all families is not read.
     spellings
-        Keys that the family spells its own way.
+        The family's own spellings of keys.
     section
         The object that describes the text part, in multimodal models.
     query_bias, output_bias, mlp_bias
@@ -54,17 +54,17 @@ class ConfigRules:
         Whether a layer attends to the last ``sliding_window`` tokens only, where ``layer_types`` does not
         say so.
     rotates
-        Whether a layer turns queries and keys by their positions.
+        Whether a layer applies RoPE to queries and keys.
     is_sparse
         Whether a layer has a mixture of experts.
     topk_methods
-        Ways to choose experts that the family knows, by their names in config.json; the first is the
+        Ways of choosing experts that the family has, by their names in config.json; the first is the
         default.
     harmless, refused, disputed
-        Keys that nothing is computed with, beside those of every family; see
+        Keys that are not computed with, beside those of every family; see
         `bitwright.models.config_keys`.
     overlooked
-        Keys that transformers declares for the family and computes nothing with: a warning names them.
+        Keys that transformers declares for the family and does not compute with: a warning names them.
     meanings
         Values that mean others: ``{key: {value: value meant}}``.
     router_scores
@@ -97,14 +97,14 @@ class ConfigRules:
 
 
 class Keys:
-    """A JSON object, what stands in for absent keys, and the words for what is wrong; null is absent.
+    """A JSON object with defaults for absent keys, and the errors for wrong values; null counts as absent.
 
     Parameters
     ----------
     values, source, name
         The object, the file it is from and, in messages, the start of its keys.
     defaults
-        By key; others are not looked at. None looks at all of them and stands in for nothing.
+        By key; other keys are not read. None: all keys are read, without defaults.
     rules
         Spellings and meanings of a family.
     """
@@ -209,7 +209,7 @@ class Keys:
         return value
 
     def flag(self, rule: bool | str) -> bool:
-        """A truth that a family fixes, or the value of the key that it names."""
+        """A boolean that a family fixes, or the value of the key that it names."""
         return self.boolean(rule, False) if isinstance(rule, str) else rule
 
     def choice(self, key: str, choices: Collection[str], default: str | None = None) -> str:

@@ -1,5 +1,4 @@
-"""One decoder block of a model as stages, tensors and scale groups: what an `Architecture` comes to in a
-layer of a given config."""
+"""The stages, tensors and scale groups of one decoder block, from an `Architecture` and a config."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,9 +28,9 @@ SUB_BLOCK_STARTS = ("attention", "latent", "mlp", "router")  # stages that read 
 
 @dataclass(frozen=True)
 class Stage:
-    """Linears that share one input, and what their outputs are turned into.
+    """Linears that share one input, and what is computed from their outputs.
 
-    A stage reads the hidden states, through `norm` if it has one, or what a stage before it has left;
+    A stage reads the hidden states, through `norm` if it has one, or the output of an earlier stage;
     see `DecoderBlock`. `mlp` names the linears of an MLP or expert, `expert` is the expert's index.
     """
 
@@ -43,12 +42,12 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """What its input is known by: its first linear, or the norm of one that has none."""
+        """The name of its input: that of its first linear, or of its norm if it has no linear."""
         return (*self.linears, self.norm or "")[0]
 
     @property
     def has_own_input(self) -> bool:
-        """Whether no stage before it reads the same: a shared expert sees what the router does."""
+        """Whether no earlier stage has the same input: a shared expert reads what the router reads."""
         return self.kind != "shared"
 
     @property
@@ -58,13 +57,13 @@ class Stage:
 
     @property
     def reads_routed(self) -> bool:
-        """Whether it reads what a router does, all or some of the tokens."""
+        """Whether it reads the router's input, for all or some of the tokens."""
         return self.kind in ("shared", "expert")
 
 
 @dataclass(frozen=True)
 class ScaleGroup:
-    """Linears that share an input and what computes it, between which AWQ can move a scale.
+    """Linears that share an input, and the norm or linear before them, between which AWQ moves a scale.
 
     Parameters
     ----------
@@ -75,7 +74,7 @@ class ScaleGroup:
     layers
         The linears that are scaled.
     floats
-        Others with the same input that are never quantized, such as a router: they are scaled along.
+        Others with the same input that are never quantized, such as a router; they are scaled, too.
     outputs
         Which rows of the previous linear compute the input; None for all.
     sub_block
@@ -93,10 +92,10 @@ class ScaleGroup:
 
 @dataclass(frozen=True)
 class ExpertPlace:
-    """Which expert a linear belongs to, and what it does there."""
+    """The expert that a linear belongs to, and its role there."""
 
-    prefix: str  # what comes before the expert's index
-    stacked: str  # what comes before the role where MLX stores all experts in one tensor
+    prefix: str  # of the names, up to the expert's index
+    stacked: str  # prefix of the role where MLX stores all experts in one tensor
     index: int
     role: Role
 
@@ -111,7 +110,7 @@ class BlockLayout:
     """Stages, tensors and scale groups of one block; names are relative to it.
 
     ``linears`` and ``floats`` map names without ``.weight`` to shapes, in the order of the computation:
-    what may be quantized, and what never is. ``vectors`` maps full names of all other tensors.
+    those that may be quantized, and those that never are. ``vectors`` maps full names of all other tensors.
     """
 
     stages: tuple[Stage, ...]
@@ -315,7 +314,7 @@ class _Builder:
         return linears
 
     def _down_group(self, names: Mlp, size: int) -> None:
-        """The gate only multiplies, so a scale passes; nothing passes an activation."""
+        """The gate only multiplies, so a scale commutes with it; no scale commutes with an activation."""
         if names.fused is not None:
             rows = range(size, 2 * size)
             self.groups.append(ScaleGroup(names.fused, "linear", (names.down,), outputs=rows))

@@ -1,4 +1,4 @@
-"""Rows of embeddings and heads as they are needed: neither is ever whole in float32."""
+"""Embeddings and heads, read row by row when needed: neither is ever whole in float32."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,13 +8,14 @@ from numpy.typing import NDArray
 
 from bitwright import _kernels
 from bitwright.arrays import require_finite
-from bitwright.models.operations import Float
+from bitwright.models.operations import Float, Float32
 
 PIECE_BYTES = 16 << 20  # of rows in float32 that exist at one time
+SOLVED_ROWS = 256  # whole tiles of products: pieces of so many rows have the bits of the whole
 
 
 class MatrixRows:
-    """A matrix ``[vocabulary, hidden_size]`` of which some rows are in memory at a time.
+    """A matrix ``[vocabulary, hidden_size]`` with only some of its rows in memory at a time.
 
     Parameters
     ----------
@@ -43,7 +44,13 @@ class MatrixRows:
                 require_finite(piece, f"{self.name}, rows from {rows.start} on")
                 self._finite.add(rows.start)
             yield rows, piece.astype(dtype, copy=False) if dtype == np.float64 else piece
-            del piece  # before there is the next
+            del piece  # before the next one is read
+
+    def floats(self, rows: slice) -> Float32:
+        """Return some rows in float32; NonFiniteError if a value is NaN or infinite."""
+        piece = self._read(rows.start, rows.stop).astype(np.float32, copy=False)
+        require_finite(piece, f"{self.name}, rows from {rows.start} on")
+        return piece
 
     def gather(self, ids: NDArray[np.int32]) -> NDArray[Any]:
         """Return the rows ``[tokens, hidden_size]`` of token ids ``[tokens]``, as they are read."""
@@ -59,7 +66,7 @@ class MatrixRows:
         return np.empty((0, self.shape[1]), np.float32) if found is None else found
 
     def outputs(self, states: Float) -> Float:
-        """Return what states ``[tokens, hidden_size]`` make of it, ``[tokens, vocabulary]``."""
+        """Return the product with states ``[tokens, hidden_size]``, ``[tokens, vocabulary]``."""
         outputs = np.empty((len(states), self.shape[0]), states.dtype)
         for rows, piece in self.pieces(states.dtype):
             whole = rows.stop - rows.start == self.shape[0]
@@ -71,7 +78,7 @@ class MatrixRows:
         return outputs
 
     def backward(self, above: Float, gradient: Float) -> None:
-        """Write what reaches the states of the gradient ``[tokens, vocabulary]`` of the outputs."""
+        """Write the gradient of the states, given that of the outputs ``[tokens, vocabulary]``."""
         for rows, piece in self.pieces(above.dtype):
             part = np.ascontiguousarray(above[:, rows])
             _kernels.linear_backward_input(part, piece, gradient, rows.start > 0)
@@ -87,3 +94,8 @@ class MatrixRows:
 def piece_rows(width: int) -> int:
     """Return how many rows of so many float32 values are read at a time."""
     return max(1, PIECE_BYTES // (4 * width))
+
+
+def solved_rows(width: int) -> int:
+    """Return how many rows of so many values are quantized at a time."""
+    return max(1, piece_rows(width) // SOLVED_ROWS) * SOLVED_ROWS

@@ -1,4 +1,5 @@
-"""A model's losses and gradients over a batch: forward, and backward with activations computed again."""
+"""A model's losses and gradients over a batch, with gradient checkpointing (Chen et al. 2016,
+arXiv:1604.06174)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
@@ -27,7 +28,7 @@ class Loss(Protocol):
 
 
 def logit_rows(row_bytes: int, most_bytes: int) -> int:
-    """Return of how many positions, with so many bytes of logits each, there are logits at one time."""
+    """Return how many positions, with so many bytes of logits each, have their logits in memory at once."""
     return max(HEAD_ROWS, most_bytes // row_bytes)
 
 
@@ -35,12 +36,12 @@ class Network:
     """A `Decoder` whose matrices come from elsewhere, and its gradients.
 
     Of the activations, the hidden states before attention and MLP of every block are kept, and everything
-    in between is computed again, one sub-block and some samples at a time.
+    in between is recomputed, one sub-block and some samples at a time.
 
     Parameters
     ----------
     model
-        Whose sizes, and other weights.
+        The source of sizes and of all other weights.
     weights
         Returns a layer's matrix by its full name and shape; the checkpoint's own by default.
     rows
@@ -75,11 +76,11 @@ class Network:
         return self._vectors[name]
 
     def set_vector(self, name: str, array: Float) -> None:
-        """Let tensor `name` be something else from now on."""
+        """Replace tensor `name`."""
         self._vectors[name] = array.astype(self.dtype, copy=False)
 
     def final_states(self, ids: NDArray[np.int32]) -> Float:
-        """Return what the head sees, ``[samples * length, hidden_size]``."""
+        """Return the input of the head, ``[samples * length, hidden_size]``."""
         hidden, rope = self._start(ids)
         for index in range(len(self.model.layouts)):
             self.model.block(index, self).forward(hidden, rope)
@@ -99,7 +100,7 @@ class Network:
         on_head: OnLinear | None = None,
         vector_gradients: Mapping[str, Float] | None = None,
     ) -> NDArray[np.float64]:
-        """Return the losses as `losses` does, and hand on the gradients of the weights.
+        """Return the losses as `losses` does, and pass the gradients of the weights to callbacks.
 
         Parameters
         ----------
@@ -186,11 +187,12 @@ class Network:
             above = None if gradient is None else np.empty_like(logits)
             losses[rows] = loss(first, logits, above)
             if gradient is None or above is None:
+                del logits  # before there are the next
                 continue
             if model.caps_logits:
                 _kernels.cap_logits_backward(logits, *model.logit_cap, above)
             if on_head is not None:
                 on_head(model.head_name, states[rows], above)
             head.backward(above, gradient[rows])
-            del logits, above  # before there are the next
+            del logits, above  # before the next ones are computed
         return losses

@@ -1,4 +1,4 @@
-"""What a decoder block does to states, kernel by kernel; `Tape` does the same and remembers it."""
+"""The operations of a decoder block on states, kernel by kernel; `Tape` records them as well."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -84,13 +84,13 @@ class Operations:
     def rotate(
         self, states: Float, tables: tuple[Float, Float], heads: int, first: int, interleaved: bool
     ) -> None:
-        """Turn the states by their positions, in place."""
+        """Rotate the states by their positions, in place."""
         _kernels.rotate(states, *tables, heads, first, interleaved)
 
     def attend(
         self, query: Float, key: Float, value: Float, rule: Mapping[str, Any], heads: int
     ) -> Float:
-        """Return what attention reads; `rule` holds the kernel's other arguments."""
+        """Return the output of attention; `rule` holds the kernel's other arguments."""
         width = value.shape[1] // rule["key_heads"] * heads
         output = np.empty((len(query), width), query.dtype)
         _kernels.attention(query, key, value, heads=heads, out=output, **rule)
@@ -99,8 +99,8 @@ class Operations:
     def latent_keys(
         self, both: Float, turned: Float, plain: int, heads: int
     ) -> tuple[Float, Float]:
-        """Return keys and values per head of what a latent holds: so many plain channels of every key,
-        which the `turned` ones complete, and the value."""
+        """Return keys and values per head from an expanded latent: each key's unrotated channels, which the
+        `turned` ones complete, and the value."""
         each = both.reshape(len(both), heads, -1)
         key = np.empty((len(both), heads, plain + turned.shape[1]), both.dtype)
         key[:, :, :plain] = each[:, :, :plain]
@@ -158,5 +158,5 @@ def apply_norm(
 
 
 def norm_gain(kind: str, weight: Float) -> Float:
-    """Return what a norm multiplies by: some families store it less one."""
+    """Return the gain of a norm: some families store it less one."""
     return weight + weight.dtype.type(1) if kind == "offset_rms_norm" else weight

@@ -12,21 +12,21 @@ from bitwright.models.config import RopeConfig
 def rope_frequencies(
     rope: RopeConfig, rotary_dim: int, max_position_embeddings: int, length: int = 0
 ) -> tuple[NDArray[np.float64], float]:
-    """Compute how far each pair of channels turns from one position to the next.
+    """Compute the rotary frequencies: the angle by which each pair of channels turns per position.
 
     Computed in float32, as transformers does, so that angles at far positions agree with it.
 
     Parameters
     ----------
     rope : RopeConfig
-        Type and parameters.
+        RoPE parameters.
     rotary_dim : int
-        Channels of one attention head that turn, even.
+        Rotated channels of one attention head, even.
     max_position_embeddings : int
         Stands in for the original length where ``rope`` has none.
     length : int
-        Of the text: longrope turns otherwise where it is longer than what the model was made for, and
-        dynamic is computed up to there only.
+        Of the text: longrope has other factors beyond the original length, and dynamic RoPE is
+        computed up to it only.
 
     Returns
     -------
@@ -83,9 +83,9 @@ def rope_tables(
     Parameters
     ----------
     rope : RopeConfig
-        Type and parameters.
+        RoPE parameters.
     rotary_dim : int
-        Channels of one attention head that turn, even.
+        Rotated channels of one attention head, even.
     length : int
         Number of positions, from 0.
     max_position_embeddings : int
@@ -120,7 +120,7 @@ def rope_tables(
 def _llama3(
     frequencies: NDArray[np.float32], rope: RopeConfig, original: int
 ) -> NDArray[np.float32]:
-    """Keep short wavelengths, divide long ones by the factor, and blend in between."""
+    """Keep short wavelengths, divide long ones by the factor, and blend in between (Llama 3.1)."""
     if rope.low_freq_factor is None or rope.high_freq_factor is None:
         raise CheckpointError(f"llama3 needs low_freq_factor and high_freq_factor: {rope}")
     low, high = np.float32(rope.low_freq_factor), np.float32(rope.high_freq_factor)
@@ -169,7 +169,7 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 def _longrope_attention_factor(rope: RopeConfig, original: int) -> float:
-    """Longer texts spread the attention; Ding et al. 2024 sharpen it by this."""
+    """Return the attention factor of LongRoPE (Ding et al. 2024, arXiv:2402.13753) for longer texts."""
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.factor <= 1 or original <= 1:

@@ -1,4 +1,4 @@
-"""Which experts a token passes, and how much each of them counts."""
+"""Routing of tokens to experts, and the weights of their outputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def route(logits: Float, config: ExpertsConfig, correction: Float | None = None)
         How to choose.
     correction
         ``[experts]``, added to the scores for the choice but not for the weights (DeepSeek-V3,
-        section 2.1.2).
+        arXiv:2412.19437, section 2.1.2).
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Gradients of what a block computes: its operations are remembered, and gone through backwards."""
+"""Reverse-mode gradients of a block: its operations are recorded on a tape, which is walked backwards."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,15 +14,15 @@ OnLinear = Callable[[str, Float, Float], None]
 
 
 class Tape(Operations):
-    """Operations that are remembered.
+    """Operations that are recorded for the backward pass.
 
-    What is added to the hidden states is not computed: they are what the caller knows them to be, and
-    their gradient passes an addition as it is. So the last product of attention and MLP is saved.
+    Additions to the hidden states are not computed: the caller has the sums, and an addition passes the
+    gradient unchanged. That saves the last product of attention and MLP.
 
     Parameters
     ----------
     operations
-        Whose weights to use.
+        The operations of the block, with its weights.
     on_linear
         Called with each linear's name, its input ``[tokens, in]`` and the gradient of its output
         ``[tokens, out]``, from which the gradient of its weight follows.
@@ -47,8 +47,8 @@ class Tape(Operations):
         self._gradients: dict[int, Float] = {}
 
     def backward(self, output: Float, gradient: Float, states: Float) -> Float:
-        """Return the gradient of the states that all began with, given that of the output. Hidden states
-        are both, and their gradient changes in place."""
+        """Return the gradient of the input states, given that of the output. Both are hidden states, and
+        the gradient changes in place."""
         self._gradients[id(output)] = gradient
         while self._steps:
             self._steps.pop()()

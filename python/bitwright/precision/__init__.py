@@ -1,1 +1,1 @@
-"""Which layer gets how many bits."""
+"""Mixed precision: sensitivities, allocation of bits, recipes."""

@@ -1,4 +1,4 @@
-"""Dynamic precision: which layers get how many bits, within a size."""
+"""Dynamic precision: allocation of bits to layers within a size, by Lagrangian relaxation."""
 
 from collections.abc import Mapping
 
@@ -138,7 +138,7 @@ def allocate(costs: ArrayLike, sizes: ArrayLike, budget: float) -> NDArray[np.in
 
 
 def check_target(target_bpw: float, least: float, most: float) -> None:
-    """Raise ValueError unless a target is in reach."""
+    """Raise ValueError unless a target can be reached."""
     if not least * (1 - 1e-9) <= target_bpw <= most * (1 + 1e-9):
         raise ValueError(
             f"target_bpw: {target_bpw:g} bits per weight is out of reach; the candidates reach from "

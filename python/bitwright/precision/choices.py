@@ -1,4 +1,4 @@
-"""Precisions chosen by sensitivities: which layer gets which, within a size."""
+"""The choice of precisions by sensitivities, within a size."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -266,7 +266,7 @@ def check_model(sensitivities: Sensitivities, model: Model) -> None:
 
 
 def fineness(candidate: Candidate) -> tuple[int, float]:
-    """Return what orders candidates from coarse to fine."""
+    """Return the sort key of candidates, from coarse to fine."""
     bits, size = candidate
     return bits, 1 / size if size else 0.0
 

@@ -1,4 +1,4 @@
-"""How much the precision of each layer matters to what the model says."""
+"""Estimates the sensitivity of a model's outputs to the precision of each layer."""
 
 import math
 import os
@@ -52,7 +52,7 @@ WHOLE = "sensitivities.json"  # there, too: what is moved into place
 
 
 class _Batch(TypedDict):
-    """What a batch adds to the loss, and to the alignment of each layer."""
+    """The terms of one batch in the loss and in the alignment of each layer."""
 
     total: float
     alignments: dict[str, float]
@@ -83,7 +83,7 @@ def estimate_sensitivities(
     threads: int | None = None,
     progress: bool = True,
 ) -> Sensitivities:
-    """Estimate how much each layer's precision matters to what the model says.
+    """Estimate the sensitivity of the model's outputs to each layer's precision.
 
     All linears of the blocks are rounded to the low precision, and the gradient of the divergence from the
     original is taken there: what it has in common with the change from high to low precision tells how much
@@ -259,7 +259,7 @@ def _check_groups(model: Model, precisions: tuple[tuple[int, int | None], ...], 
 
 @dataclass(frozen=True)
 class EstimatePlan:
-    """In which pieces a batch is looked at, and what that takes.
+    """The pieces in which a batch is computed, and their memory.
 
     Parameters
     ----------
@@ -310,7 +310,7 @@ def _piece_bytes(model: Model, length: int, samples: int, differences: int) -> i
     peaks = [final_bytes(model, rows, 2)]
     for own, read, backward in sub_block_bytes(model, length, rows):
         known = 4 * sum(sorted(read)[-differences:])
-        # The weight, its codes, and both precisions, of which the difference is one of those known.
+        # The weight, its codes, and both precisions; the difference is counted above.
         rounding = (4 + 1 + 4 + (0 if differences > 1 else 4)) * max(own, default=0)
         final_states = 4 * rows * model.config.hidden_size  # of the other model
         peaks.append(backward + final_states + known + rounding)
@@ -318,7 +318,7 @@ def _piece_bytes(model: Model, length: int, samples: int, differences: int) -> i
 
 
 class _Estimate:
-    """What the batches of some tokens say, one after another or shared by several ranks."""
+    """The estimates of batches, one after another or shared by several ranks."""
 
     def __init__(
         self,
@@ -350,7 +350,7 @@ class _Estimate:
                     raise self._of_layer(name, error) from error
 
     def go(self, work: WorkFolder | None, resume: bool, progress: bool) -> Sensitivities:
-        """Look at all batches but those that the work folder holds already, and add them up."""
+        """Compute all batches but those that the work folder holds already, and sum them."""
         ranks, count = current(), -(-len(self.tokens) // self.batch_size)
         self.inputs = InputFiles() if work is None else work.inputs
         self.inputs.watch_model(self.original.checkpoint)
@@ -391,7 +391,7 @@ class _Estimate:
                 bar.update(task, advance=1)
         for others in ranks.gather({number: known[number] for number in left if number in known}):
             known |= others
-        # From the first batch to the last, whoever looked at them and when.
+        # In order from the first batch to the last, whichever rank computed them and when.
         batches = [known[number] for number in range(count)]
         return Sensitivities(
             {name: sum(each["alignments"][name] for each in batches) for name in self.shapes},
@@ -405,7 +405,7 @@ class _Estimate:
         )
 
     def _stored(self, folder: Path, count: int) -> dict[int, _Batch]:
-        """Return the batches that an interrupted run has left; a damaged one is as good as none."""
+        """Return the batches that an interrupted run has left; a damaged one is computed again."""
         known: dict[int, _Batch] = {}
         for number in range(count):
             path = folder / BATCH.format(f"{number + 1:05d}")

@@ -1,4 +1,4 @@
-"""What is asked for of the precision of a model's layers."""
+"""The options of precision: bits, groups, format and grid."""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Which layers are quantized, and how finely."""
+"""The precision of every layer: recipes, overrides and exclusions."""
 
 import math
 import os
@@ -228,7 +228,7 @@ def check_candidates(
 def unfit_layers(
     unfit: Mapping[str, Precision], shapes: Mapping[str, tuple[int, int]], format: type[Format]
 ) -> str:
-    """Say which groups do not divide the rows of which layers."""
+    """Describe which groups do not divide the rows of which layers."""
     kinds: dict[tuple[str, int], list[str]] = {}
     for name, precision in unfit.items():
         channels = shapes[name][1]
@@ -246,7 +246,7 @@ def _unfit_message(
     shapes: Mapping[str, tuple[int, int]],
     format: type[Format],
 ) -> str:
-    """Say which layers do not consist of whole groups, and all that helps."""
+    """Describe which layers do not consist of whole groups, and the remedies."""
     remedies = []
     planned = [(shapes[name][1], each) for name, each in plan.items() if each is not None]
     sizes = [

@@ -1,4 +1,4 @@
-"""How much the precision of each layer matters to what the model says: the figures, and their file."""
+"""The sensitivities of a model's layers, and their file."""
 
 import math
 import os

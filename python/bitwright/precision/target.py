@@ -1,4 +1,4 @@
-"""What a model's layers are stored in."""
+"""The format and precisions of an output."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -144,86 +144,44 @@ def dynamic_quantize(
         set_num_threads(threads)
     original = load_model(model)
     check_choice("method", method, [each.name for each in METHODS.values() if each.bits is None])
-    choices = dynamic_choices(
-        original, target_bpw, candidates, format, grid, options.get("scale_dtype")
-    )
-    low, high = choices.ends
-    ranks = current()
-    if sensitivities is not None and not isinstance(sensitivities, Sensitivities):
-        check_apart(Path(os.path.realpath(out)), Path(sensitivities), "sensitivities")
-    if recipe is not None:
-        check_apart(Path(os.path.realpath(out)), Path(recipe), "recipe")
-
-    def check_recipe_file() -> None:
-        if recipe is not None:
-            check_new_file(Path(recipe), Recipe.load, overwrite)
-
-    ranks.on_first(check_recipe_file)
-    _check_plan(original, format, high, choices.grid, options)
-    known = ranks.on_first(lambda: _known(sensitivities))
-    if known is not None:
-        check_model(known, original)
-    elif data is None:
-        raise ValueError("data: give text or token ids, or sensitivities that are known")
-    text = data if calibration is None else calibration
-    if evaluate_on is not None:
-        check_text([original], evaluate_on, length, bos=bos)
+    given_grid = grid, options.get("scale_dtype")
+    choices = dynamic_choices(original, target_bpw, candidates, format, *given_grid)
+    _check_places(out, sensitivities, recipe, overwrite)
+    _check_plan(original, format, choices.ends[1], choices.grid, options)
+    known = _known(original, sensitivities, data)
+    reading: dict[str, Any] = {"length": length, "bos": bos, "memory": memory}
+    judged = _Judged(original, evaluate_on, reading)
+    estimated = {**reading, "samples": sensitivity_samples, "seed": seed}
     making: dict[str, Any] = {
-        "method": method,
-        "format": format,
-        "calibration": text if METHODS[method].needs_inputs or options.get("grid_search") else None,
-        "samples": samples,
-        "length": length,
-        "seed": seed,
-        "bos": bos,
-        "grid": choices.grid,
-        "memory": memory,
-        "resume": resume,
-        **options,
+        **{**reading, "method": method, "format": format, "grid": choices.grid, "seed": seed},
+        "calibration": _calibration(method, data if calibration is None else calibration, options),
+        **{"samples": samples, "resume": resume, "overwrite": overwrite, **options},
     }
-    found: list[Evaluation] = []
-    problem: ValueError | None = None
-    evaluating = 0.0  # seconds
     with (
         kept_until_written(WorkFolder(out, SENSITIVITIES)) as work,
         made_by(python_call(dynamic_quantize, arguments)),
         one_budget(memory),
     ):
         # All that does not depend on which layer gets what.
-        same = Recipe(dict.fromkeys(original.linear_shapes(), low), target_bpw, target_bpw)
+        lowest = dict.fromkeys(original.linear_shapes(), choices.ends[0])
+        same = Recipe(lowest, target_bpw, target_bpw)
         plans: list[Callable[[], object]] = [
-            lambda: check_quantization(model, out, recipe=same, overwrite=overwrite, **making)
+            lambda: check_quantization(model, out, recipe=same, **making),
+            judged.check_memory,
         ]
-        estimated: dict[str, Any] = {
-            "samples": sensitivity_samples,
-            "length": length,
-            "seed": seed,
-            "bos": bos,
-            "memory": memory,
-        }
         if known is None:
-            plans.append(lambda: check_estimate(original, cast(TokenSource, data), **estimated))
-        if evaluate_on is not None:
-            both = [original, original]  # the quantized one takes no more
-            plans.append(lambda: check_evaluation(both, evaluate_on, length, bos, memory))
+            plans.insert(1, lambda: check_estimate(original, cast(TokenSource, data), **estimated))
         require_all(plans)
         if known is None:
-            file = None if isinstance(sensitivities, Sensitivities) else sensitivities
             known = estimate_sensitivities(
-                original,
-                cast(TokenSource, data),
-                *low,
-                *high,
+                *(original, cast(TokenSource, data), *choices.ends[0], *choices.ends[1]),
                 **estimated,
-                out=work if file is None else file,
+                out=sensitivities if isinstance(sensitivities, str | os.PathLike) else work,
                 resume=resume,
                 progress=progress,
             )
         chosen = choose_precisions(
-            original,
-            known,
-            target_bpw,
-            choices.candidates,
+            *(original, known, target_bpw, choices.candidates),
             format=format,
             grid=choices.grid,
             scale_dtype=choices.scale_dtype,
@@ -231,33 +189,86 @@ def dynamic_quantize(
         )
 
         def complete(folder: Path) -> None:
-            nonlocal problem, evaluating
-            start = time.perf_counter()
-            if evaluate_on is not None:
-                try:
-                    given: dict[str, Any] = {"length": length, "bos": bos, "memory": memory}
-                    before = evaluate(original, evaluate_on, **given)
-                    after = evaluate(folder, evaluate_on, reference=original, **given)
-                    found.extend((before, after))
-                    add_evaluations(folder, {"original": before, "quantized": after})
-                except ValueError as error:
-                    # What does not depend on it is worth having.
-                    problem = error
-            evaluating = time.perf_counter() - start
-            check_recipe_file()  # hours may have passed
+            judged.evaluate(folder)
+            _check_recipe_file(recipe, overwrite)  # hours may have passed
             if recipe is not None:
                 chosen.save(recipe)
 
         with completed(out, complete):
-            report = quantize(
-                model, out, recipe=chosen, overwrite=overwrite, progress=progress, **making
-            )
-    found, problem, evaluating = ranks.broadcast((found, problem, evaluating))
-    if problem is not None:
-        raise problem
-    before, after = found or (None, None)
-    report = replace(report, seconds=report.seconds - evaluating)
-    return DynamicReport(chosen, known, report, before, after)
+            report = quantize(model, out, recipe=chosen, progress=progress, **making)
+    before, after, seconds = judged.result()
+    spent = replace(report, seconds=report.seconds - seconds)
+    return DynamicReport(chosen, known, spent, before, after)
+
+
+def _calibration(
+    method: str, text: TokenSource | None, options: Mapping[str, Any]
+) -> TokenSource | None:
+    """Return what a method is calibrated on, if it asks for that."""
+    return text if METHODS[method].needs_inputs or options.get("grid_search") else None
+
+
+class _Judged:
+    """The evaluations of the original and of the result, where there is a text for them."""
+
+    def __init__(
+        self, original: Model, text: TokenSource | None, reading: Mapping[str, Any]
+    ) -> None:
+        self._original = original
+        self._text = text
+        self._reading = reading
+        self._found: tuple[Evaluation | None, Evaluation | None] = (None, None)
+        self._problem: ValueError | None = None
+        self._seconds = 0.0
+        if text is not None:
+            check_text([original], text, reading["length"], bos=reading["bos"])
+
+    def check_memory(self) -> None:
+        """Raise MemoryBudgetError if the budget is too small."""
+        if self._text is not None:
+            both = [self._original, self._original]  # the quantized one takes no more
+            check_evaluation(both, self._text, **self._reading)
+
+    def evaluate(self, folder: Path) -> None:
+        """Evaluate both, and add that to the result's card."""
+        if self._text is None:
+            return
+        start = time.perf_counter()
+        try:
+            before = evaluate(self._original, self._text, **self._reading)
+            after = evaluate(folder, self._text, reference=self._original, **self._reading)
+            self._found = before, after
+            add_evaluations(folder, {"original": before, "quantized": after})
+        except ValueError as error:
+            self._problem = error  # what does not depend on it is worth having
+        self._seconds = time.perf_counter() - start
+
+    def result(self) -> tuple[Evaluation | None, Evaluation | None, float]:
+        """Return the evaluations and the seconds that they took, or raise what was wrong with them."""
+        found, problem, seconds = current().broadcast((self._found, self._problem, self._seconds))
+        if problem is not None:
+            raise problem
+        return *found, seconds
+
+
+def _check_places(
+    out: str | os.PathLike[str],
+    sensitivities: str | os.PathLike[str] | Sensitivities | None,
+    recipe: str | os.PathLike[str] | None,
+    overwrite: bool,
+) -> None:
+    """Raise unless the files can be written, and none of them is in the place of another."""
+    folder = Path(os.path.realpath(out))
+    if sensitivities is not None and not isinstance(sensitivities, Sensitivities):
+        check_apart(folder, Path(sensitivities), "sensitivities")
+    if recipe is not None:
+        check_apart(folder, Path(recipe), "recipe")
+    current().on_first(lambda: _check_recipe_file(recipe, overwrite))
+
+
+def _check_recipe_file(recipe: str | os.PathLike[str] | None, overwrite: bool) -> None:
+    if recipe is not None:
+        check_new_file(Path(recipe), Recipe.load, overwrite)
 
 
 def _check_plan(
@@ -271,9 +282,21 @@ def _check_plan(
 
 
 def _known(
+    model: Model,
     sensitivities: str | os.PathLike[str] | Sensitivities | None,
+    data: TokenSource | None,
 ) -> Sensitivities | None:
-    if sensitivities is None or isinstance(sensitivities, Sensitivities):
-        return sensitivities
-    WorkFolder(sensitivities).forget_finished()
-    return Sensitivities.load(sensitivities) if Path(sensitivities).exists() else None
+    """Return sensitivities that are given, or that a file holds; None if they are to be estimated."""
+
+    def read() -> Sensitivities | None:
+        if sensitivities is None or isinstance(sensitivities, Sensitivities):
+            return sensitivities
+        WorkFolder(sensitivities).forget_finished()
+        return Sensitivities.load(sensitivities) if Path(sensitivities).exists() else None
+
+    known = current().on_first(read)
+    if known is not None:
+        check_model(known, model)
+    elif data is None:
+        raise ValueError("data: give text or token ids, or sensitivities that are known")
+    return known

@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM do to the command at each moment: while it starts, runs, cleans up and ends.
+"""Handling of Ctrl-C and SIGTERM by the command: while it starts, runs, cleans up and ends.
 
 `startup` imports this before anything else, so it imports as little as it can."""
 

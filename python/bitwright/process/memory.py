@@ -1,4 +1,4 @@
-"""The memory that this process has taken, and what the machine, control groups and limits leave to it."""
+"""The memory that this process has taken, and how much machine, control groups and limits leave it."""
 
 import ctypes
 import math

@@ -1,4 +1,4 @@
-"""Standard output and standard error of the command: what happens where nothing can be written there."""
+"""Standard output and standard error of the command, and errors of writing to them."""
 
 import io
 import sys

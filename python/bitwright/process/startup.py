@@ -1,4 +1,4 @@
-"""What the command does before anything that takes time is imported; nothing in another program.
+"""Runs first when the command starts, before slow imports; does nothing in other programs.
 
 The package imports it first. With ``python -m bitwright`` nothing of ours runs earlier."""
 

@@ -1,6 +1,6 @@
 """The layers of a model, quantized one by one as a plan and a method say."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,14 +20,41 @@ from bitwright.methods.refine import refined
 from bitwright.methods.rtn import rtn_solver
 from bitwright.models.block import DecoderBlock, Rotation
 from bitwright.models.layout import Stage
+from bitwright.models.matrix_rows import MatrixRows, solved_rows
 from bitwright.models.operations import Float32
 from bitwright.precision.target import Target
-from bitwright.quantization.output import Output, QuantizedLayer, error_energies, summed
+from bitwright.process.memory import give_back
+from bitwright.quantization.output import (
+    Output,
+    QuantizedLayer,
+    energies_of_sample,
+    error_energies,
+    sampled_rows,
+    summed,
+)
 from bitwright.quantization.small_weights import MOST_LOST, largest_of, require_kept
 from bitwright.ranks import current
 
 Piece = tuple[slice, Float32]  # rows of a layer, and their weights
+Sample = tuple[
+    Float32, Float32, Float32 | None
+]  # of weights: as they are, as they are stored, and were
 Finish = Callable[[QuantizedLayer], None]
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixPieces:
+    """Pieces of an embedding or a head, times two to a power; each is read when it is its turn."""
+
+    matrix: MatrixRows
+    rows: Sequence[slice]
+    power: int = 0
+
+    def __iter__(self) -> Iterator[Piece]:
+        for rows in self.rows:
+            weight = self.matrix.floats(rows)
+            yield rows, np.ldexp(weight, self.power) if self.power else weight
+            del weight  # before there is the next
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +64,11 @@ class OwnSolver:
     method: Solver | QuantizedTensor
     gram: Float32 | None
 
-    def energies_before(self, rows: slice, weight: Float32, out: int) -> list[tuple[float, float]]:
-        """Return `error_energies` of the quantized rows that are taken over; none by a method."""
+    def before(self, rows: slice) -> Float32 | None:
+        """Return the weights of quantized rows that are taken over; None of a method."""
         if not isinstance(self.method, QuantizedTensor):
-            return []
-        stored = self.method.rows(rows.start, rows.stop).dequantize()
-        return [error_energies(weight, stored, self.gram, rows.start, out)]
+            return None
+        return self.method.rows(rows.start, rows.stop).dequantize()
 
     def of(self, rows: slice) -> Solver:
         """Return how to quantize some of the layer's rows."""
@@ -222,17 +248,24 @@ class Layers:
             own = own_solver(name) or self.known_solver(prefix + name, gram) or shared
             if own is None:
                 own = shared = self.method_solver(StageInputs(gram))
-            stored = self._quantize(
+            tensor, stored = self._quantize(
                 prefix + name, pieces.pop(name), own, precision, finish, few_tokens
             )
             if replace:
-                block.weights[f"{name}.weight"] = stored
+                block.weights[f"{name}.weight"] = tensor.dequantize() if stored is None else stored
 
-    def quantize_matrix(self, name: str, weight: Float32, own: OwnSolver) -> Float32:
-        """Quantize embedding or head; return the weights that a reader will see."""
+    def quantize_matrix(
+        self, name: str, source: str, own: OwnSolver, power: int = 0, *, whole: bool = False
+    ) -> MatrixRows:
+        """Quantize embedding or head, times two to a power; return the rows that a reader will see.
+
+        `source` is the layer's name in the original. The matrix is never all in float32 unless it has to be
+        `whole`."""
         precision = self.target.plan[name]
         assert precision is not None
-        return self._quantize(name, self._pieces(weight), own, precision, self.output.finish)
+        pieces = self._matrix_pieces(source, power, whole)
+        tensor, _ = self._quantize(name, pieces, own, precision, self.output.finish)
+        return MatrixRows(tensor.dequantize, tensor.shape, f"layer {name}")
 
     def output_error(self, layer: QuantizedLayer, weight: Float32, gram: Float32) -> float:
         """Return tr(Δ G Δᵀ), each rank adding up its share of the rows."""
@@ -264,22 +297,37 @@ class Layers:
         pieces = [slice(0, len(weight))] if whole else self.ranks.rows(len(weight))
         return [(rows, weight[rows]) for rows in pieces]
 
+    def _matrix_pieces(self, source: str, power: int, whole: bool) -> MatrixPieces:
+        """Return this rank's pieces of the embedding or the head."""
+        matrix = self.model.rows(source)
+        count, width = matrix.shape
+        if whole:
+            return MatrixPieces(matrix, [slice(0, count)], power)
+        step = solved_rows(width)
+        rows = [
+            slice(first, min(first + step, mine.stop))
+            for mine in self.ranks.rows(count)
+            for first in range(mine.start, mine.stop, step)
+        ]
+        return MatrixPieces(matrix, rows, power)
+
     def _quantize(
         self,
         name: str,
-        pieces: list[Piece],
+        pieces: list[Piece] | MatrixPieces,
         own: OwnSolver,
         precision: Precision,
         finish: Finish,
         few_tokens: bool = False,
-    ) -> Float32:
-        """Quantize this rank's rows of a layer and hand on all of it; return the weights that a reader will
-        see."""
+    ) -> tuple[QuantizedTensor, Float32 | None]:
+        """Quantize this rank's rows of a layer and hand on all of it; return that, and the weights that a
+        reader will see where there was one piece."""
         shared = self.ranks.size > 1 and not self.options.method.whole_layers
-        last = max((rows.stop for rows, _ in pieces), default=0)
+        own_rows = pieces.rows if isinstance(pieces, MatrixPieces) else [rows for rows, _ in pieces]
+        last = max((rows.stop for rows in own_rows), default=0)
         out = max(self.ranks.gather(last)) if shared else last
-        parts, energies, stored = [], [], None
-        before: list[tuple[float, float]] = []
+        parts, stored = [], None
+        samples: list[Sample] = []
 
         def solve(rows: slice, weight: Float32) -> QuantizedTensor:
             return refined(own.of(rows), own.gram, self.options)(
@@ -300,8 +348,12 @@ class Layers:
                 raise ValueError(f"{folder}: layer {name}: {error}") from error
             parts.append(part)
             stored = part.dequantize()
-            energies.append(error_energies(weight, stored, own.gram, rows.start, out))
-            before += own.energies_before(rows, weight, out)
+            chosen = sampled_rows(rows.start, out)
+            known = own.before(rows)
+            taken = None if known is None else known[chosen].copy()
+            samples.append((weight[chosen].copy(), stored[chosen].copy(), taken))
+            del weight, known  # before there is the next piece
+        energies, before = self._energies(samples, own.gram)
         if shared:
             before = [each for others in self.ranks.gather(before) for each in others]
             parts = [part for each in self.ranks.gather(parts) for part in each]
@@ -309,21 +361,38 @@ class Layers:
         if not parts:
             raise ValueError(f"{self.model.checkpoint.folder}: layer {name}: has no rows")
         tensor = parts[0]
-        if len(parts) > 1 or stored is None:
-            tensor = QuantizedTensor.joined(parts)
-            stored = tensor.dequantize()
+        if len(parts) > 1:
+            tensor, stored = QuantizedTensor.joined(parts), None
+        del parts
         relative = summed(energies)
         if relative > MOST_LOST and not isinstance(own.method, QuantizedTensor):
             self._require_kept(name, pieces, solve, own.gram, tensor, relative, out)
         power, coarse = self._powers.get(name, 0), name in self._coarse
         error_before = summed(before) if before else None
         finish(QuantizedLayer(name, tensor, relative, few_tokens, power, coarse, error_before))
-        return stored
+        if isinstance(pieces, MatrixPieces):
+            give_back()  # the heap has kept the room of pieces, and of what was written
+        return tensor, stored
+
+    def _energies(
+        self, samples: list[Sample], gram: Float32 | None
+    ) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+        """Return `error_energies` of what is stored, and of what was before, from the chosen rows of this
+        rank's pieces: of each by itself where sums must have the same terms on any number of ranks."""
+        groups = [[each] for each in samples] if self.ranks.fixed_order else [samples]
+        found, before = [], []
+        for group in filter(None, groups):
+            weight = np.concatenate([each[0] for each in group])
+            found.append(energies_of_sample(weight, np.concatenate([s[1] for s in group]), gram))
+            known = [each[2] for each in group if each[2] is not None]
+            if known:
+                before.append(energies_of_sample(weight, np.concatenate(known), gram))
+        return found, before
 
     def _require_kept(
         self,
         name: str,
-        pieces: list[Piece],
+        pieces: list[Piece] | MatrixPieces,
         solve: Callable[[slice, Float32], QuantizedTensor],
         gram: Float32 | None,
         tensor: QuantizedTensor,

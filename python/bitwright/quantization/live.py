@@ -17,6 +17,7 @@ from bitwright.loading.model import Model
 from bitwright.methods.moments import LayerStatistics, Moments
 from bitwright.models.block import DecoderBlock
 from bitwright.models.layout import Stage
+from bitwright.models.matrix_rows import MatrixRows
 from bitwright.models.operations import Float32
 from bitwright.quantization.layers import Finish, Layers, OwnSolver
 from bitwright.quantization.output import QuantizedLayer, Trial
@@ -62,7 +63,7 @@ class LiveStatistics(StatisticsSource):
         layers: Layers,
         journal: Journal,
         state: Mapping[str, Any] | None,
-        table: NDArray[Any] | None,
+        table: NDArray[Any] | MatrixRows | None,
         resident: int | None,
     ) -> None:
         """Look up the tokens in the embedding, or read the states that an interrupted run has left."""

@@ -267,12 +267,24 @@ def error_energies(
     Without a gram the identity takes its place. Where these are a rank's rows, `first` is the place of the
     first of them among `out`.
     """
-    step = -(-(out or len(weight)) // ERROR_ROWS)
-    chosen = slice(-first % step, None, step)
-    rows = np.ascontiguousarray(weight[chosen])
+    chosen = sampled_rows(first, out or len(weight))
+    return energies_of_sample(weight[chosen], stored[chosen], gram)
+
+
+def sampled_rows(first: int, out: int) -> slice:
+    """Return which rows errors are estimated on, of those from `first` on among `out`."""
+    step = -(-out // ERROR_ROWS)
+    return slice(-first % step, None, step)
+
+
+def energies_of_sample(
+    weight: Float32, stored: Float32, gram: Float32 | None
+) -> tuple[float, float]:
+    """Return `error_energies` of rows that are chosen already."""
+    rows = np.ascontiguousarray(weight)
     if len(rows) == 0:
         return 0.0, 0.0
-    change = stored[chosen] - rows
+    change = stored - rows
     error, energy = (
         float(
             _kernels.inner_product(each, each)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -26,6 +27,7 @@ from bitwright.methods.method import MethodOptions
 from bitwright.methods.refine import ROUNDS
 from bitwright.models.block import Rotation
 from bitwright.models.layout import BlockLayout, Stage
+from bitwright.models.matrix_rows import solved_rows
 from bitwright.ranks import current
 from bitwright.runs.budget import Budget, gigabytes, told_apart
 from bitwright.runs.forecast import (
@@ -39,6 +41,7 @@ from bitwright.runs.limits import RunLimits
 from bitwright.statistics.folder import expected_stages
 
 REFINED_ROWS = 1024  # whose work arrays exist at one time, see cpp/quant/refine.cpp
+ROUNDED_BYTES = 12  # of a weight of a piece that is rounded to nearest
 MEASURED_SIZE = 1024  # of the products that the machine's speed is measured on
 MEASURED_SECONDS = 0.1  # the first of them are slow
 SUSTAINED_SPEED = 0.88  # of the fastest of them, by the products of a long run
@@ -236,14 +239,27 @@ def _fixed_bytes(work: Work) -> int:
     """Return the most that weights, statistics and what solving takes, whatever the tokens."""
     model, config = work.model, work.model.config
     table = config.vocab_size * config.hidden_size
-    stored = model.dtype.itemsize
-    # Written as it is: the array and a mask; looked up in, or quantized: codes and what they stand for.
-    peaks = [table * (stored + 1)]
-    names = model.names
+    names, rows = model.names, min(config.vocab_size, solved_rows(config.hidden_size))
+    codes = table + table // 16  # with their grids; of pieces, and put together
+    matrices = {names.embedding: model.embedding_name}
+    if not model.tied:
+        matrices[names.head] = model.head_name
+    sizes = {
+        target: table * _float_dtype(model, name).itemsize for target, name in matrices.items()
+    }
+    # To be looked up in, or written with a mask.
+    peaks = [sizes[names.embedding]]
+    if not work.collects:
+        peaks = [size + table for target, size in sizes.items() if not work.plan.get(target)]
     if work.plan.get(names.embedding):
-        peaks.append(table * (4 + 4 + 1 + 4))
+        peaks.append(codes + max(codes, ROUNDED_BYTES * rows * config.hidden_size))
+        if work.drift_tokens:  # which look tokens up in the original
+            peaks.append(codes + sizes[names.embedding])
     if work.plan.get(names.head):
-        peaks.append(_solve_bytes(work, [(config.vocab_size, config.hidden_size)], 0))
+        if work.options.method.whole_layers:
+            rows = config.vocab_size
+        solving = _solve_bytes(work, [(rows, config.hidden_size)], 0)
+        peaks.append(codes + max(codes, solving))
     seen = set()
     for index, layout in enumerate(model.layouts):
         key = tuple(layout.linears.values())
@@ -251,6 +267,11 @@ def _fixed_bytes(work: Work) -> int:
             seen.add(key)
             peaks.append(_block_bytes(work, layout, model.block_prefix(index)))
     return max(peaks)
+
+
+def _float_dtype(model: Model, name: str) -> np.dtype[Any]:
+    """Return what a matrix is stored in, or will be."""
+    return model.dtype if model.is_quantized(name) else model.checkpoint.dtype(f"{name}.weight")
 
 
 def _block_bytes(work: Work, layout: BlockLayout, prefix: str) -> int:

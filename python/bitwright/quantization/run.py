@@ -133,7 +133,7 @@ class Run:
         name, table = self.model.names.embedding, None
         if state is None and self._layers.is_planned(name):
             own = self._layers.known_solver(name, None) or self._layers.rounding()
-            table = self._layers.quantize_matrix(name, self.model.embedding(), own)
+            table = self._layers.quantize_matrix(name, self.model.embedding_name, own)
         self.source.begin(self._layers, journal, state, table, self._resident)
 
     def run_block(self, index: int) -> str:
@@ -224,9 +224,15 @@ class Run:
         )
         for name, shape in model.quantized_layers().items():
             target = model.names.embedding if name == model.embedding_name else name
-            if not self._layers.is_planned(target):
-                weight = model.weight(name, shape).astype(model.dtype)
-                self.output.add(f"{target}.weight", weight)
+            if self._layers.is_planned(target):
+                continue
+            weight = np.empty(shape, model.dtype)
+            if name in (model.embedding_name, model.head_name):
+                for rows, piece in model.rows(name).pieces(np.dtype(np.float32)):
+                    weight[rows] = piece
+            else:
+                weight[...] = model.weight(name, shape)
+            self.output.add(f"{target}.weight", weight)
 
     def _quantize_head(self) -> None:
         name = self.model.names.head
@@ -235,7 +241,8 @@ class Run:
         power = self._layers.equalized_head(name)
         scale = np.full(self.model.config.hidden_size, 2.0**power, np.float32)
         own = self.source.head_solver(self._layers, name, scale)
-        self._layers.quantize_matrix(name, np.ldexp(self.model.head(), power), own)
+        whole = self.options.method.whole_layers
+        self._layers.quantize_matrix(name, self.model.head_name, own, power, whole=whole)
 
     def _finish(
         self,

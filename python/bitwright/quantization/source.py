@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from bitwright.blocks.equalizing import Equalized
 from bitwright.loading.model import Model
 from bitwright.models.layout import Stage
+from bitwright.models.matrix_rows import MatrixRows
 from bitwright.models.operations import Float32
 from bitwright.precision.target import Target
 from bitwright.quantization.layers import Layers, OwnSolver
@@ -52,7 +53,7 @@ class StatisticsSource(ABC):
         layers: Layers,
         journal: Journal,
         state: Mapping[str, Any] | None,
-        table: NDArray[Any] | None,
+        table: NDArray[Any] | MatrixRows | None,
         resident: int | None,
     ) -> None:
         """Prepare for the first block that is left; `table` is the quantized embedding."""

@@ -1,1 +1,1 @@
-"""What is known of a run in the end: figures, model card, plots."""
+"""The records of a run: figures, model card, plots."""

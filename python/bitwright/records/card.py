@@ -28,11 +28,11 @@ from bitwright.methods.registry import METHODS
 from bitwright.records.reports import DwqReport, QuantizationReport, error_text, megabytes
 
 CARD_NAME = "README.md"
-CARD_LIMIT = 64 << 10  # bytes of the original's card that are looked at
+CARD_LIMIT = 64 << 10  # bytes of the original's card that are read
 REFINING = "refine"  # the method of reports of what was quantized before
 WIDTH = 88  # of a call on one line
 SHOWN = 200  # characters of an argument, and of a name from a file
-# What is carried over from the original's card, and what it may look like there.
+# Entries copied from the original's card, and the form that they must have there.
 CARRIED = {
     "license": r"[\w.+-]{1,64}",
     "license_name": r"[\w.+ ()-]{1,100}",
@@ -51,7 +51,7 @@ Report = QuantizationReport | DwqReport
 
 @contextmanager
 def made_by(command: str) -> Iterator[None]:
-    """Name the command, or the call in Python, that makes what is written meanwhile.
+    """Set the command, or the call in Python, that cards written in this context name.
 
     Of several around each other the outermost counts: that is what a user gave.
 
@@ -86,7 +86,7 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def without_place(path: str) -> str:
-    """Return a path as strangers may read it: of one that is absolute, or in somebody's home, the name."""
+    """Return a path without private parts: of one that is absolute, or in a home folder, only the name."""
     if not path.startswith(("/", "~")):
         return path
     return os.path.basename(os.path.normpath(path)) or path
@@ -209,7 +209,7 @@ def model_card(
     parts += ["## Loading", *(_block(code.language, code.text) for code in codes)]
     original = source.path if isinstance(source, GgufCheckpoint) else source.folder
     known = base if base is not None and "/" in base else without_place(str(original))
-    evaluate = ("evaluate", place, "--reference", known, "--text", "other.txt")
+    evaluate = ("evaluate", place, "--reference", known, "--evaluation", "other.txt")
     parts += [
         "## Evaluation",
         "Perplexity, and how far it is from the original, on any text:",
@@ -397,7 +397,7 @@ def _metadata(
 
 
 def _base_model(source: Checkpoint, card: Mapping[str, list[str]]) -> str | None:
-    """Return the original's name at the hub as far as it can be told, None if nothing can be a name there.
+    """Return the original's name at the hub as far as its path tells, None if no part can be such a name.
 
     That is what it was made from, if its own card says that it is quantized; what the hub's client calls
     its folder; what config.json says that it was loaded from, unless its card says that it was trained
@@ -453,7 +453,7 @@ def _argument(value: object) -> str:
 
 
 def _literal(value: object) -> str:
-    """Write an argument in Python, or what it is in brackets."""
+    """Write an argument in Python, or its type in brackets."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | float | complex):
@@ -482,7 +482,7 @@ def _short(literal: str, value: list[Any] | tuple[Any, ...] | Mapping[Any, Any])
 
 
 def _text(text: str) -> str:
-    """Write text so that Markdown shows just that."""
+    """Escape text for Markdown."""
     return _MARKUP.sub(lambda each: f"&#{ord(each[0])};", printable(text)[:SHOWN])
 
 

@@ -12,7 +12,7 @@ from bitwright.files.replacing import check_new_file, followed, replaced
 from bitwright.files.text_file import read_bytes
 from bitwright.records.reports import DwqReport
 
-MARK = "bitwright.plots"  # by which a plot is known again, in the kinds of files that have a place for it
+MARK = "bitwright.plots"  # identifies our plots, in the file types that have room for it
 MOST_BYTES = 64 << 20  # of a plot
 _METADATA: dict[str, dict[str, str | None]] = {
     "png": {"Software": MARK},
@@ -70,7 +70,7 @@ def plot_dwq(report: DwqReport, path: str | os.PathLike[str]) -> None:
 
 
 class PlotBeside:
-    """A plot that is asked for beside an output, and written just before that appears.
+    """A plot beside an output, written just before the output appears.
 
     Parameters
     ----------
@@ -91,13 +91,13 @@ class PlotBeside:
         self._may_replace = overwrite
 
     def check(self) -> None:
-        """Raise what `check_plot` does; what an interrupted run has left there may be replaced."""
+        """Raise what `check_plot` raises; a plot left by an interrupted run may be replaced."""
         if self._path is not None:
             self._may_replace |= self._work.has_written(self._name, self._path)
             check_plot(self._path, self._may_replace)
 
     def write(self, plot: Callable[[Path], object]) -> None:
-        """Have `plot` write it, unless none is asked for."""
+        """Let `plot` write it, if one was asked for."""
         if self._path is not None:
             self.check()  # hours may have passed
             plot(self._work.path / self._name)

@@ -1,4 +1,4 @@
-"""What a run did, as figures."""
+"""The reports of runs: what they did, in figures."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -87,7 +87,7 @@ class BlockReport:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "BlockReport":
-        """Return what `as_dict` was made of."""
+        """Undo `as_dict`."""
         searches = {
             name: ScaleSearch(np.frombuffer(bytes.fromhex(scale), np.float32), ratio, dict(losses))
             for name, (scale, ratio, losses) in content["searches"].items()
@@ -152,7 +152,7 @@ class QuantizationReport:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "QuantizationReport":
-        """Return what `as_dict` was made of."""
+        """Undo `as_dict`."""
         return cls(
             **{
                 **content,
@@ -319,7 +319,7 @@ class ConversionReport:
         return [layer for layer in self.layers if layer.error > 0]
 
     def changes(self) -> dict[str, str]:
-        """Say what layers have lost, by what was done to them; nothing of those that are the same."""
+        """Describe what layers have lost, by what was done to them; unchanged ones are left out."""
         kinds: dict[str, list[ConvertedLayer]] = {}
         for layer in self.lossy:
             kinds.setdefault(layer.change, []).append(layer)

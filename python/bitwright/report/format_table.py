@@ -1,4 +1,4 @@
-"""The formats as a table for people, made from what the code says of them."""
+"""The formats as a table in Markdown, made from the code."""
 
 from bitwright.formats import FORMATS, Format
 

@@ -1,4 +1,4 @@
-"""What a run did, as figures and as tables."""
+"""Prints the reports of runs as figures and tables."""
 
 from collections import Counter
 

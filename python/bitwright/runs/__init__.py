@@ -1,1 +1,1 @@
-"""What every long run has: a budget, hidden states on disk, a journal, progress."""
+"""The parts of every long run: a memory budget, hidden states on disk, a journal, progress."""

@@ -1,4 +1,4 @@
-"""How much memory a run may take, and the refusal of one that needs more."""
+"""The memory budget of a run, and the refusal of one that needs more."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ from bitwright.process.memory import (
 from bitwright.ranks import current
 
 FREE_SHARE = 0.75  # of the memory that is free, which a run takes at most unless told otherwise
-THREAD_BYTES = 10_000_000  # of OpenBLAS' buffers and ours
+THREAD_BYTES = 6_000_000  # of OpenBLAS' buffers, and of the weights of a tile that are widened
 VARIATION = 10_000_000  # of what a process has taken before it begins, from one time to another
 FIGURES = 3  # of a number of bytes in a message
 UNITS = (("GB", 9), ("MB", 6), ("kB", 3), ("bytes", 0))
@@ -106,7 +106,7 @@ _begun: ContextVar[Budget | None] = ContextVar("_begun", default=None)
 
 @contextmanager
 def one_budget(memory: float | None) -> Iterator[None]:
-    """Let all stages of a command have the budget that it began with, beside what it had taken then."""
+    """Give all stages of a command the budget that it began with, measured from the same base."""
     token = _begun.set(_begun.get() or Budget.of(memory))
     try:
         yield
@@ -127,14 +127,13 @@ def require_all(plans: Iterable[Callable[[], object]]) -> None:
 
 
 def gigabytes(count: float) -> str:
-    """Say a number of bytes in three figures, in smaller units where it is less than a tenth of a
-    gigabyte."""
+    """Format a number of bytes to three figures, in smaller units below a tenth of a gigabyte."""
     count = max(count, 0)
     return _said(count, count, FIGURES)
 
 
 def told_apart(more: float, less: float) -> tuple[str, str]:
-    """Say two numbers of bytes, of which the first is larger, in the same unit and in as many figures as
+    """Format two numbers of bytes, the larger one first, in the same unit and to as many figures as
     tell them apart.
 
     Parameters
@@ -161,7 +160,7 @@ def told_apart(more: float, less: float) -> tuple[str, str]:
 
 
 def _said(count: float, like: float, figures: int) -> str:
-    """Say a number of bytes in the unit and to the decimals that give another one so many figures."""
+    """Format a number of bytes in the unit and to the decimals that give another one so many figures."""
     like = max(like, 1)
     unit, exponent = next(
         (unit, exponent) for unit, exponent in UNITS if like >= 10 ** (exponent - 1)
@@ -171,6 +170,6 @@ def _said(count: float, like: float, figures: int) -> str:
 
 
 def _up(count: float) -> str:
-    """Say bytes as gigabytes, no fewer, to be read as a number."""
+    """Format bytes as gigabytes, rounded up, to be parsed as a number."""
     hundredths = -(-math.ceil(count) // 10_000_000)
     return f"{hundredths // 100}.{hundredths % 100:02d}"

@@ -1,4 +1,4 @@
-"""What moving the states of a model past its blocks takes."""
+"""The memory that hidden states and weights take in a pass over a model's blocks."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ INNER_COPIES = 3  # of one chunk's widest states while a stage is computed
 
 
 def passing_bytes(layout: BlockLayout, chunk_rows: int) -> int:
-    """Return what moving states past a block takes beside them: weights, and a stage's work on a chunk."""
+    """Return the memory of a pass over a block beside states: weights, and a stage's work on a chunk."""
     weights = weight_count(layout.linears.values())
     if layout.experts:
         weights = max(weight_count(stage_shapes(layout, stage)) for stage in layout.stages)

@@ -1,4 +1,4 @@
-"""What a run that quantizes commits after every block, and goes on from."""
+"""The state that a quantizing run commits after every block, and resumes from."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -22,27 +22,27 @@ SCRATCH = "scratch"
 
 
 class Recorded(Protocol):
-    """What tells its state."""
+    """An object with a state to commit."""
 
     def state(self) -> dict[str, Any]:
-        """Return what it needs to go on from here, for JSON."""
+        """Return what it needs to resume from here, for JSON."""
         ...
 
 
 class RecordedFiles(Recorded, Protocol):
-    """What writes files; those of a state are on the disk when it has been told."""
+    """A writer of files; those of a state are on the disk when `state` returns."""
 
     def files(self) -> dict[Path, int]:
-        """Return the files of its state, and how much of each."""
+        """Return the files that its state counts on, and how many bytes of each."""
         ...
 
     def committed(self) -> None:
-        """Remove what only a state before the last one needs."""
+        """Remove files that only a state before the last one needs."""
         ...
 
 
 class Journal:
-    """The states of a run, one after each block, of which the last complete one counts.
+    """The states of a run, one after each block; the last complete one counts.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class Journal:
         self.scratch = work.path / SCRATCH
 
     def begin(self, resume: bool) -> dict[str, Any] | None:
-        """Return the state to go on from, None for none, and make room for scratch files."""
+        """Return the state to resume from, None for none, and make room for scratch files."""
         state = self._work.resume(self._identity, resume)
         if state is not None:
             with self.going_on():
@@ -95,7 +95,7 @@ class Journal:
         writer: RecordedFiles | None,
         states: Mapping[str, States | None],
     ) -> None:
-        """Make what is there after so many blocks the state to go on from; all ranks call this together."""
+        """Commit the state after so many blocks; all ranks call this together."""
         names = {key: f"{key}-{blocks}" for key, value in states.items() if value is not None}
         for key, name in names.items():
             kept = states[key]
@@ -136,7 +136,7 @@ class Journal:
 
 @contextmanager
 def kept_when_interrupted(work: WorkFolder) -> Iterator[None]:
-    """Say of an interruption or an error that a user can mend that the same call goes on from what is done;
+    """Add to an interruption, or an error that a user can mend, that the same call resumes what is done;
     after any other error nothing is kept."""
     try:
         yield
@@ -144,15 +144,15 @@ def kept_when_interrupted(work: WorkFolder) -> Iterator[None]:
         known = isinstance(error, BitwrightError)
         if isinstance(error, KeyboardInterrupt | ResumeError):
             raise
-        goes_on = f". Once that is mended, the same call goes on from what is done, in {work.path}"
+        resumes = f". Once that is mended, the same call resumes from what is done, in {work.path}"
         work.keep = work.keep and work.path.is_dir()
         if isinstance(error, MemoryError) and not known:
             what = f"{work.out}: memory is used up ({error or 'no reason given'})"
             remedy = "; give the run less of it (memory, --memory), or stop what else needs it"
-            raise MemoryBudgetError(f"{what}{remedy}{goes_on if work.keep else ''}") from error
+            raise MemoryBudgetError(f"{what}{remedy}{resumes if work.keep else ''}") from error
         if work.keep and known and isinstance(error, OSError | CheckpointError):
-            raise type(error)(f"{error}{goes_on}") from error
-        # What is wrong with a value will be wrong again.
+            raise type(error)(f"{error}{resumes}") from error
+        # A wrong value would be wrong again.
         work.keep = work.keep and (
             isinstance(error, CheckpointError) or not isinstance(error, ValueError | TypeError)
         )

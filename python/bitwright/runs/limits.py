@@ -1,4 +1,4 @@
-"""What a run may take, and how it treats what is there."""
+"""Limits of a run, and what it does with an existing output or an interrupted run."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class RunLimits:
     memory
         Gigabytes (10⁹ bytes) that the process may take; by default three quarters of what is free.
     resume
-        Whether to go on where an interrupted run of the same identity has stopped.
+        Whether to resume an interrupted run of the same identity.
     overwrite
         Whether to replace an existing output.
     threads

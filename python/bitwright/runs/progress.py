@@ -18,7 +18,7 @@ def progress_bar(title: str, shown: bool = True, counted: str | None = None) -> 
     Parameters
     ----------
     title
-        What is going on.
+        The work that is shown.
     shown
         Whether anything is printed.
     counted

@@ -1,4 +1,4 @@
-"""The states of all calibration tokens between two stages: in memory, and beyond a budget in files."""
+"""The states of all calibration tokens between two stages: in memory, and in files beyond a budget."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -71,7 +71,7 @@ class ChunkPlan:
         return slice(first, min(first + self.chunk_rows, self.rows))
 
     def leaf(self, number: int) -> int:
-        """Return the leaf that a chunk is added up in, see `bitwright.ranks.Sum`."""
+        """Return the leaf of the sum that a chunk belongs to, see `bitwright.ranks.Sum`."""
         if number < self.first_part:
             return leaf_of(number, self.first_part)
         rest = -(-self.rows // self.chunk_rows) - self.first_part
@@ -86,7 +86,7 @@ class ChunkPlan:
 
 
 class States:
-    """The hidden states of a rank's chunks, and what stages have left for later ones.
+    """The hidden states of a rank's chunks, and intermediate activations for later stages.
 
     Chunks are visited in order, again and again. So the first ones stay in memory, as many as there is room
     for, and every other one is read from its file and written back: keeping what was used last would keep

@@ -1,1 +1,1 @@
-"""Statistics and inputs of layers in files."""
+"""Statistics of layers' inputs, or the inputs themselves, in files."""

@@ -81,8 +81,8 @@ class ActivationFile:
         self.close()
 
     def fingerprint(self) -> str:
-        """Return what the file is known by again: its list of arrays, with a checksum of each, which
-        reading one compares with what is there."""
+        """Return the fingerprint of the file: its list of arrays, with a checksum of each, which reading an
+        array verifies."""
         arrays = [[name, each.CRC, each.file_size] for name, each in self._entries.items()]
         return digest(json.dumps(arrays).encode())
 

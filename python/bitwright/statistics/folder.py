@@ -40,12 +40,12 @@ HEAD_FILE = "head.safetensors"
 MOST_CHANNELS, MOST_TOKENS = 1 << 24, 1 << 53
 COMPARED_ROWS = 256  # of a gram with as many columns, to see that it is symmetric
 UNFINISHED = "statistics"  # in the work folder
-_DATA = ".data"  # of the file that is being put together
+_DATA = ".data"  # of the file that is being written
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What the manifest says of one stage: its channels, tokens, and the digest of its arrays."""
+    """The manifest's entry of one stage: channels, tokens, and the digest of its arrays."""
 
     channels: int
     tokens: int
@@ -53,7 +53,7 @@ class StageRecord:
 
 
 class Statistics:
-    """Statistics that `collect_statistics` or `merge_statistics` has written, read as they are asked for.
+    """Statistics that `collect_statistics` or `merge_statistics` has written, read stage by stage.
 
     Of each stage, that is, of linears that share an input, there are the mean products of its channels,
     their mean magnitudes, and over how many tokens. Stages go by the full name of their first linear or,
@@ -147,11 +147,11 @@ class Statistics:
         return files
 
     def fingerprint(self) -> str:
-        """Return what the statistics are known by again: a digest of digests of all arrays."""
+        """Return the fingerprint of the statistics: a digest of digests of all arrays."""
         return self._fingerprint
 
     def read(self, name: str) -> Moments | None:
-        """Return the statistics of a stage, None if no token ever came there.
+        """Return the statistics of a stage, None if no token was routed to it.
 
         Parameters
         ----------
@@ -229,7 +229,7 @@ class StatisticsWriter:
             folder.mkdir(exist_ok=True)
 
     def add(self, name: str, channels: int, moments: Moments | None) -> None:
-        """Add a stage to the file that is being put together; None where no token came."""
+        """Add a stage to the current file; None if no token was routed to it."""
         arrays: tuple[NDArray[Any], ...] = ()
         tokens = 0 if moments is None else moments.tokens
         if moments is not None and tokens:
@@ -268,10 +268,10 @@ class StatisticsWriter:
         return {path: path.stat().st_size for path in paths}
 
     def committed(self) -> None:
-        """Nothing is left of earlier states: files only ever are added."""
+        """Do nothing: files are only ever added, so earlier states leave none behind."""
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from a state, or from nothing; what was written later is removed."""
+        """Resume from a state, or start; what was written later is removed."""
         self._files = {
             file: {name: StageRecord(**stage) for name, stage in stages.items()}
             for file, stages in (state or {}).items()
@@ -378,7 +378,7 @@ def _count_in(name: str, value: object, most: int, least: int = 1) -> int:
 def _file_problem(
     path: Path, stages: Mapping[str, StageRecord], others: bool = False
 ) -> str | None:
-    """Say what is wrong with a file's header, None if nothing is; `others` may be in it, too."""
+    """Return what is wrong with a file's header, None if nothing is; `others` may be in it, too."""
     if not path.is_file():
         return "is missing"
     expected: dict[str, tuple[list[int], str]] = {}
@@ -409,7 +409,7 @@ def _reading(path: Path) -> AbstractContextManager[None]:
 
 
 def _check_moments(gram: NDArray[np.float32], mean_abs: NDArray[np.float64]) -> None:
-    """Raise ValueError unless arrays can be the moments of something."""
+    """Raise ValueError unless arrays can be second moments: finite, symmetric, diagonal not negative."""
     try:
         require_finite(gram, "gram")
         require_finite(mean_abs, "mean |x|")

@@ -1,4 +1,4 @@
-"""Statistics of several runs over different tokens, added up as if one run had seen them all."""
+"""Merges statistics of several runs over different tokens into those of all tokens."""
 
 import os
 from collections.abc import Sequence
@@ -77,14 +77,14 @@ def merge_statistics(
     budget = Budget.of(memory)
     budget.require(budget.base + MERGED_BYTES * widest**2, work.out)
     with work:
-        # Nothing to go on from, but what another run has left there is not to be lost.
+        # Merging does not resume, but the state of another interrupted run must not be lost.
         work.resume({"statistics": [part.fingerprint() for part in opened]})
         ranks.on_first(lambda: _write(opened, work, overwrite))
     return Statistics(out)
 
 
 def _checked(parts: Sequence[Statistics], work: WorkFolder, overwrite: bool) -> list[Statistics]:
-    """Return the parts in an order of their own, if they belong together."""
+    """Return the parts in the order of their fingerprints, if they belong together."""
     check_place(work, overwrite)
     first = parts[0]
     of_text = [part for part in parts if part.first is not None]
@@ -117,7 +117,7 @@ def _checked(parts: Sequence[Statistics], work: WorkFolder, overwrite: bool) -> 
 
 
 def _begun(part: Statistics) -> str:
-    """Say what the samples of a part begin with."""
+    """Describe the first tokens of a part's samples."""
     return (
         f"the tokenizer's {list(part.first)}" if part.first else "no token of the tokenizer's own"
     )

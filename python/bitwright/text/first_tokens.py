@@ -1,4 +1,4 @@
-"""What a tokenizer puts before every text: the token of the beginning, or several, or none."""
+"""The special tokens that a tokenizer puts before every text: BOS, several, or none."""
 
 import json
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
-"""What a chat may hold in two forms, of which a template may know one: content as parts or as text, and
+"""Parts of a chat with two forms, of which a template may support one: content as parts or text, and
 arguments of tools as objects or as JSON.
 
-Templates are given what the chat has. One that fails on it, or that loses text, is given the other form."""
+Templates get the chat's own form first. One that fails on it, or that loses text, gets the other form."""
 
 import json
 from collections import Counter
@@ -13,11 +13,11 @@ Message = Mapping[str, Any]
 
 
 class NotTextError(TypeError):
-    """A list or an object is written as it is."""
+    """A template wrote a list or an object as text."""
 
 
 class _Structure:
-    """Something that no template should write as it is: that would be Python's notation for it."""
+    """A value that no template should write as text: that would be its Python repr."""
 
     def __str__(self) -> NoReturn:
         raise NotTextError("it writes a list or an object as if that were text")
@@ -65,7 +65,7 @@ def forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
 
 
 class Worth:
-    """What a text is worth that was made of messages, so that the best of several is taken.
+    """Score of a text that a template made, to choose the best of several.
 
     Parameters
     ----------
@@ -86,11 +86,11 @@ class Worth:
 
     @property
     def whole(self) -> tuple[bool, int]:
-        """What a text is worth that lacks nothing."""
+        """The score of a text that lacks nothing."""
         return True, self._count(self._texts)
 
     def of(self, text: str) -> tuple[bool, int]:
-        """Tell whether JSON is not written as a string within JSON, and how many contents are there.
+        """Tell whether no JSON is written as a string within JSON, and how many contents the text has.
 
         Of contents that are strings one is enough: templates may well leave some out.
         """
@@ -103,7 +103,7 @@ class Worth:
 
 
 def kinds_without_text(messages: Sequence[Message]) -> Counter[str]:
-    """Count the parts that are no text, by their types.
+    """Count the parts that are not text, by type.
 
     Parameters
     ----------
@@ -191,7 +191,7 @@ def _otherwise(arguments: Any) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    """Return what JSON says, or the text itself if it is none."""
+    """Return the value of JSON, or the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -131,7 +131,7 @@ def load_samples(
     most: int | None = None,
     windows: Windows = "whole",
 ) -> Samples:
-    """Load samples for a model that knows so many positions, as `load_tokens`.
+    """Load samples for a model with so many positions, as `load_tokens`.
 
     Where no length is asked for, text is cut into samples of 512 tokens, or of as many as there are
     positions if these are fewer; longer samples are warned of. Where no number is asked for, there
@@ -269,7 +269,7 @@ def _mapped(path: Path) -> NDArray[Any]:
     try:
         with np.errstate(over="ignore"):
             return np.lib.format.open_memmap(path, mode="r")
-    # The header is parsed as Python, and damaged ones raise a whole zoo of exceptions.
+    # The header is parsed as Python, and damaged ones raise many kinds of exceptions.
     except Exception as error:
         raise CalibrationError(
             f"{path}: is not a sound .npy file of token ids: {shown(str(error))}"
@@ -277,7 +277,7 @@ def _mapped(path: Path) -> NDArray[Any]:
 
 
 def _checked_rows(rows: NDArray[Any], origin: str, length: int | None) -> NDArray[Any]:
-    """Rows cut to length; a view, of which nothing has been read yet."""
+    """Rows cut to length; a view of a mapped file, nothing of which has been read yet."""
     if rows.ndim != 2 or rows.dtype.kind not in "iu":
         raise CalibrationError(
             f"{origin}: must hold integer token ids in two dimensions [samples, length], but is "

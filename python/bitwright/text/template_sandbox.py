@@ -1,4 +1,4 @@
-"""A sandbox for templates that strangers have written: it gives them little time and little memory."""
+"""A sandbox for untrusted templates, with limits on time and memory."""
 
 import re
 import time
@@ -19,9 +19,9 @@ ALL_SECONDS = 30  # for all texts together, and beside them
 TEXT_SECONDS, BYTE_SECONDS = 2e-3, 1e-5  # for each of them, and for each byte that it is made of
 SPARE = 1 << 20  # bytes that a value may have
 FACTOR = 4  # times what the template is given that it may have beside them
-VALUES = 256  # times that is what all values may have that are made for one text
-PRODUCT = 64  # times that is what a product may seem to make
-ITEM = 16  # bytes that an item counts for beside its characters
+VALUES = 256  # times that is the limit for all values together that are made for one text
+PRODUCT = 64  # times that is the limit for the estimated size of a product
+ITEM = 16  # bytes counted for an item beside its characters
 BITS = 4096  # of an integer
 PRODUCTS = frozenset(
     [
@@ -29,7 +29,7 @@ PRODUCTS = frozenset(
         *("ljust", "replace", "rjust", "to_bytes", "tojson", "translate", "zfill"),
     ]
 )
-"""What can make a value that is larger than its parts together, by the product of their sizes."""
+"""Operations whose result can be larger than their operands together: up to the product of their sizes."""
 _UNUSED = ("batch", "pprint", "slice", "urlize", "wordwrap", "xmlattr")  # filters beyond that
 _FORMATTING = ("%", "format", "format_map")
 _LONG = (str, bytes, list, tuple)
@@ -42,7 +42,7 @@ class SlowTemplateError(SecurityError):
 
 
 class _Generator(CodeGenerator):
-    """Writes the Python of a template so that it tells the environment what it makes."""
+    """Generates the Python of a template so that every value it makes is reported to the environment."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         self._made(super().visit_Concat, node, frame)
@@ -72,7 +72,7 @@ class _Generator(CodeGenerator):
 
 
 class _Namespace(Namespace):
-    """A namespace that does not write out what is in it."""
+    """A namespace whose repr does not show its content."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
@@ -136,11 +136,11 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         self._begin = time.thread_time()
 
     def stop(self) -> None:
-        """Take the time since the start off what all texts have."""
+        """Subtract the time since the start from the time for all texts."""
         self._left -= time.thread_time() - self._begin
 
     def write(self, count: int) -> None:
-        """Take so many characters, and the time until now, off what is left."""
+        """Subtract so many characters, and the time until now, from what is left."""
         self._written += count
         if self._written > self._most:
             raise SecurityError(f"it writes more than {self._most} characters")

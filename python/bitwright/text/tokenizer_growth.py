@@ -1,4 +1,4 @@
-"""How long a tokenizer makes a text before it cuts it: a few lines of JSON can double it forty times."""
+"""A bound on how much a tokenizer lengthens a text: a few lines of JSON can double it forty times."""
 
 import base64
 import json

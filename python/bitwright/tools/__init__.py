@@ -1,1 +1,1 @@
-"""What else is done with models: convert, refine, inspect, collect."""
+"""Operations on models beside quantizing: convert, refine, inspect, collect."""

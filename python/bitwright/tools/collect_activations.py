@@ -49,7 +49,7 @@ def collect_activations(
     overwrite: bool = False,
     resume: bool = True,
 ) -> int:
-    """Run a model on calibration text and write what its layers see.
+    """Run a model on calibration text and write the inputs of its layers.
 
     Parameters
     ----------
@@ -155,8 +155,8 @@ def _needed_bytes(source: Model, samples: int, length: int) -> int:
     """Return what collecting takes: a stage's inputs of all samples, twice, and the states beside them."""
     tokens, hidden = samples * length, source.config.hidden_size
     chunk = min(tokens, Rotation(length, {}).chunk_rows)
-    table = source.config.vocab_size * hidden * source.dtype.itemsize
-    peaks = [table + 4 * tokens * hidden]
+    name = source.embedding_name
+    peaks = [source.codes_bytes(name) + source.piece_bytes(name) + 2 * 4 * tokens * hidden]
     for layout in source.layouts:
         left = inner_width(layout)
         most = max((layout.channels(stage) for stage in layout.stages if stage.linears), default=0)
@@ -187,7 +187,7 @@ class _Collecting:
         self._states = opened_states(self._model, self._tokens, plan, journal, state)
 
     def run_block(self, index: int) -> str:
-        """Write what the layers of block `index` see."""
+        """Write the inputs of the layers of block `index`."""
         model, states, rope = self._model, self._states, self._rope
         assert states is not None
         block = model.block(index)
@@ -215,7 +215,7 @@ class _Collecting:
 
 
 class _GrowingArchive:
-    """An .npz in a work folder, which grows, and is gone on with from where it was committed.
+    """An .npz in a work folder, which grows, and is resumed from where it was committed.
 
     A zip file ends with the list of what is in it, which gives way to what is added; so it is a part of the
     state.
@@ -267,7 +267,7 @@ class _GrowingArchive:
         return {self._path: self._end}
 
     def committed(self) -> None:
-        """Nothing is left of states before the last one."""
+        """Do nothing: states before the last one leave no files."""
 
     def is_in_place(self, state: Mapping[str, Any]) -> bool:
         """Tell whether the file lies where it belongs, as it was in this state."""
@@ -277,7 +277,7 @@ class _GrowingArchive:
             return False
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state.
+        """Resume from a state.
 
         Raises
         ------

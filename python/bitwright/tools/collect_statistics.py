@@ -49,7 +49,7 @@ def collect_statistics(
     threads: int | None = None,
     progress: bool = True,
 ) -> Statistics:
-    """Run a model on calibration text and write what its layers see, for `quantize(statistics=…)`.
+    """Run a model on calibration text and write the statistics that `quantize(statistics=…)` reads.
 
     The model is streamed, block by block. Parts of a text can be collected on several machines and added
     up by `merge_statistics`. Under MPI the samples are shared by all ranks.

@@ -1,4 +1,4 @@
-"""From one format to another: the same weights where the grids allow, and otherwise what that costs."""
+"""Conversion between formats: lossless where the grids allow, otherwise with a report of what is lost."""
 
 import math
 import os
@@ -20,11 +20,12 @@ from bitwright.formats import FORMATS, Format, FormatName, Precision
 from bitwright.formats.engine_names import check_fused, fused_groups, unfused
 from bitwright.formats.stored import is_float
 from bitwright.grids.choice import FLOAT_DTYPES
-from bitwright.grids.regrid import ROUNDING, is_rounding, lost, regrid
+from bitwright.grids.regrid import ROUNDING, ROWS, is_rounding, lost, lost_in_pieces, regrid
 from bitwright.grids.tensor import QuantizedTensor, stored_bits
 from bitwright.loading.model import Model, load_model
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.models.config import float_config, plainly_spelled
+from bitwright.models.matrix_rows import piece_rows
 from bitwright.precision.target import as_written
 from bitwright.quantization.output import Output, QuantizedLayer
 from bitwright.quantization.small_weights import MOST_LOST, largest_of, require_kept
@@ -37,7 +38,8 @@ from bitwright.warned import reports_warnings
 FEW = 3  # layers that are in memory together
 CODE_BYTES = 1.5  # of a weight that is quantized, with scales and biases of small groups
 COMPARED_BYTES = 16  # of a weight as it is, in other codes, and of their difference
-CARRIED_BYTES = 5  # of a float that is stored otherwise, and checked
+CODES_BYTES = 17 / 16  # of a weight that is quantized, alone
+PIECE_BYTES = 12  # of a weight of a piece: as it is, as it is stored, and in float32 again
 WIDE = 4096  # channels of a row, to compare what precisions take
 Target = FormatName  # or "float"
 Group = tuple[str, ...]  # layers that must have one precision
@@ -218,15 +220,31 @@ class _Conversion:
         """Return the most that layers take while they are compared and written, or float tensors while
         they are carried."""
         sizes = {name: math.prod(shape) for name, shape in self.layers.items()}
+        written = 4 if self.dtype is None else self.dtype.itemsize
         held = [0.0]
         for group in self._groups() if self.kind is not None else [(name,) for name in sizes]:
             largest = max(sizes[name] for name in group)
+            if self._stays_in_float(group):
+                width = self.layers[group[0]][1]
+                piece = min(largest, _rows_at_once(width) * width)
+                reading = 2 * CODES_BYTES * largest
+                held.append(max(reading, (CODES_BYTES + written) * largest + PIECE_BYTES * piece))
+                continue
             codes = sum(sizes[name] for name in group) if len(group) <= FEW else largest
             held.append(CODE_BYTES * codes + COMPARED_BYTES * largest)
         for name in self.model.checkpoint.names():
             count = math.prod(self.model.checkpoint.shape(name))
-            held.append(count * (self.model.checkpoint.dtype(name).itemsize + CARRIED_BYTES))
+            cast = 0 if self.dtype is None else self.dtype.itemsize
+            stored = self.model.checkpoint.dtype(name).itemsize
+            held.append(count * (stored + cast + 1))  # and which are finite
         return max(held)
+
+    def _stays_in_float(self, group: Group) -> bool:
+        """Tell whether layers that are quantized are not in the new format."""
+        kind = self.kind
+        if kind is None or (not kind.embeddings and self.matrices.issuperset(group)):
+            return True
+        return kind.keeps_in_float(self.model.config.model_type, group[0])
 
     def plan(self, step: Any) -> dict[str, _Choice | None]:
         """Return what each layer becomes, and remember what that loses."""
@@ -240,10 +258,7 @@ class _Conversion:
         for group in self._groups():
             for _ in group:
                 step()
-            model_type = self.model.config.model_type
-            if (not kind.embeddings and self.matrices.issuperset(group)) or kind.keeps_in_float(
-                model_type, group[0]
-            ):
+            if self._stays_in_float(group):
                 plan |= {self._target(name): None for name in group}
                 continue
             tensors, known = self._tensors(group), dict[Any, _Choice]()
@@ -308,11 +323,9 @@ class _Conversion:
             tensor, choice = self._tensor(name), plan[target]
             before = precision_of(tensor, None if model.format is None else type(model.format))
             if choice is None or kind is None:
-                weight = tensor.dequantize()
-                require_finite(weight, f"{model.checkpoint.folder}: quantized layer {name}")
-                stored = self._in_float(weight, target)
+                stored, error = self._in_float(tensor, name, target)
                 output.add(f"{target}.weight", stored)
-                error = lost(weight, stored.astype(np.float32))
+                del tensor, stored  # before there is the next
                 self.report.append(ConvertedLayer(name, before, None, error))
                 continue
             found, error = self._stored(tensor, choice)
@@ -507,12 +520,38 @@ class _Conversion:
             lambda power: _rounded(np.ldexp(weight, power), choice)[1],
         )
 
-    def _in_float(self, weight: NDArray[np.float32], name: str) -> NDArray[Any]:
-        if self.dtype is not None:
-            return self._cast(weight, name)
+    def _in_float(
+        self, tensor: QuantizedTensor, name: str, target: str
+    ) -> tuple[NDArray[Any], float]:
+        """Return a layer in float, and what that loses: in the dtype that is asked for, or else in the
+        model's, if that holds it, or in float32. Rows are dequantized some at a time."""
+        where = f"{self.model.checkpoint.folder}: quantized layer {name}"
+
+        def pieces() -> Iterator[tuple[slice, NDArray[np.float32]]]:
+            out, width = tensor.shape
+            for first in range(0, out, _rows_at_once(width)):
+                rows = slice(first, min(first + _rows_at_once(width), out))
+                yield rows, tensor.dequantize(rows.start, rows.stop)
+
+        dtype = self.dtype or self.model.dtype
         with np.errstate(over="ignore"):
-            usual = weight.astype(self.model.dtype)
-        return usual if np.array_equal(usual.astype(np.float32), weight) else weight
+            for _, piece in pieces():
+                require_finite(piece, where)
+                if self.dtype is None and not np.array_equal(piece.astype(dtype), piece):
+                    dtype = np.dtype(np.float32)
+                del piece  # before there is the next
+            stored = np.empty(tensor.shape, dtype)
+
+            def written() -> Iterator[tuple[NDArray[np.float32], NDArray[Any]]]:
+                for rows, piece in pieces():
+                    stored[rows] = piece
+                    yield piece, stored[rows].astype(np.float32)
+                    del piece
+
+            error = lost_in_pieces(written())
+        if self.dtype is not None:
+            require_finite(stored, f"{target} as {self.dtype}")
+        return stored, error
 
     def _cast(self, array: NDArray[Any], name: str) -> NDArray[Any]:
         with np.errstate(over="ignore"):
@@ -545,6 +584,10 @@ class _Tensors(Mapping[str, QuantizedTensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _rows_at_once(width: int) -> int:
+    return max(1, piece_rows(width) // ROWS) * ROWS
 
 
 def _rounded(weight: NDArray[np.float32], choice: _Choice) -> tuple[QuantizedTensor, float]:

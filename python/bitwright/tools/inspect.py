@@ -1,4 +1,4 @@
-"""What a checkpoint holds, what would be quantized, and what a run would take."""
+"""Describes a checkpoint: its layers, which would be quantized, and the memory and time of a run."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""A quantized model, improved with its codes, scales and format as they are."""
+"""Refinement of a quantized model; its format, bits and size stay."""
 
 import os
 import time

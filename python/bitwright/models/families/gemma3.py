@@ -1,5 +1,5 @@
 """Gemma 3: as Gemma 2 with norms of queries and keys in place of soft caps, and one rotary base for full
-layers, another for sliding ones. Of multimodal checkpoints the text part."""
+layers, another for sliding ones. Only the text part of multimodal checkpoints is read."""
 
 from dataclasses import replace
 

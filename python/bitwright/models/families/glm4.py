@@ -1,4 +1,4 @@
-"""GLM 4 (0414): norms on both sides of attention and MLP, and neighbours in half of a head rotated."""
+"""GLM 4 (0414): norms on both sides of attention and MLP, and interleaved RoPE on half of each head."""
 
 from bitwright.models.architecture import Architecture, Mlp
 from bitwright.models.keys import ConfigRules

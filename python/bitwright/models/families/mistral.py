@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose tokens see a window of those before them."""
+"""Mistral: a Llama with sliding-window attention."""
 
 from bitwright.models.architecture import Architecture
 from bitwright.models.keys import ConfigRules

@@ -1,4 +1,4 @@
-"""Qwen 1.5 and 2 with mixtures of experts, one of which every token passes, weighed by a gate."""
+"""Qwen 1.5 and 2 with mixtures of experts, one of them shared by all tokens and weighted by a gate."""
 
 from bitwright.models.architecture import Architecture, Experts, Mlp
 from bitwright.models.keys import ConfigRules

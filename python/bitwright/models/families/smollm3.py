@@ -1,4 +1,4 @@
-"""SmolLM 3: a Llama that does not rotate in every fourth layer."""
+"""SmolLM 3: a Llama without RoPE in every fourth layer."""
 
 from bitwright.models.architecture import Architecture
 from bitwright.models.keys import ConfigRules, Keys

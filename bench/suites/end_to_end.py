@@ -4,13 +4,14 @@ Usage::
 
     python3 -m venv /tmp/peer && /tmp/peer/bin/pip install torch==2.13.0
     /tmp/peer/bin/pip install llmcompressor==0.14.0.1
-    python bench/make_llama.py /tmp/llama98
-    python bench/end_to_end.py /tmp/llama98 --peer-python /tmp/peer/bin/python [--rounds 3]
-    python bench/end_to_end.py /tmp/llama98 --peer-python /tmp/peer/bin/python --method awq --samples 8
+    python bench/models/make_llama.py /tmp/llama98
+    python bench/suites/end_to_end.py /tmp/llama98 --peer-python /tmp/peer/bin/python [--rounds 3]
+    python bench/suites/end_to_end.py /tmp/llama98 --peer-python /tmp/peer/bin/python \\
+        --method awq --samples 8
 
     python3 -m venv /tmp/mlx && /tmp/mlx/bin/pip install "mlx[cpu]==0.32.4" mlx-lm==0.32.2
-    python bench/end_to_end.py ../shared/models/story --peer-python /tmp/mlx/bin/python --peer mlx \\
-        --method awq --bits 3 --group-size 64 --tokens ../shared/text/story_calibration.npy --samples 16
+    python bench/suites/end_to_end.py SHARED/models/story --peer-python /tmp/mlx/bin/python --peer mlx \\
+        --method awq --bits 3 --group-size 64 --tokens SHARED/text/story_calibration.npy --samples 16
 
 bitwright's time is that of the whole run, reading and writing included; the peer's that of its algorithm
 alone. Memory is the peak of each process.
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+PEERS = Path(__file__).parents[1] / "peers"
 OURS = """
 import json, sys, bitwright
 report = bitwright.quantize(progress=False, **json.loads(sys.argv[1]))
@@ -63,7 +65,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
-    peer_script = str(Path(__file__).parent / f"peer_{options.peer}.py")
+    peer_script = str(PEERS / f"peer_{options.peer}.py")
     # The peers' grids: llm-compressor's as its users have them, MLX's own.
     formats = {"gptq": "gptq", "awq": "awq"} if options.peer == "llmcompressor" else {"awq": "mlx"}
     symmetric = ["--symmetric"] if options.method == "gptq" else []

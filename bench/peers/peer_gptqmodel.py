@@ -4,7 +4,7 @@ Usage, in an environment of its own::
 
     python3 -m venv /tmp/gptqmodel
     /tmp/gptqmodel/bin/pip install torch==2.13.0 gptqmodel==7.6.0
-    /tmp/gptqmodel/bin/python bench/peer_gptqmodel.py ../shared/models/story tokens.npy /tmp/out \\
+    /tmp/gptqmodel/bin/python bench/peers/peer_gptqmodel.py SHARED/models/story tokens.npy /tmp/out \\
         --bits 3 --group-size 64
 
 Grids are asymmetric with integer zero points; all else is GPTQModel's default. Writes the weights as GPTQ

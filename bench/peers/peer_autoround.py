@@ -4,7 +4,7 @@ Usage, in an environment of its own::
 
     python3 -m venv /tmp/autoround
     /tmp/autoround/bin/pip install torch==2.13.0 auto-round==0.15.1
-    /tmp/autoround/bin/python bench/peer_autoround.py ../shared/models/story tokens.npy /tmp/out \\
+    /tmp/autoround/bin/python bench/peers/peer_autoround.py SHARED/models/story tokens.npy /tmp/out \\
         --bits 3 --group-size 64 --iterations 200
 
 Grids are asymmetric with integer zero points; all else is auto-round's default. Writes the dequantized

@@ -1,4 +1,4 @@
-"""Write a random Llama for benchmarks: python bench/make_llama.py OUT [--shape 0.1b] [--blocks N]
+"""Write a random Llama for benchmarks: python bench/models/make_llama.py OUT [--shape 0.1b] [--blocks N]
 
 Shapes are those of real models (0.5b: Qwen2.5-0.5B without its biases; 1b, 8b, 70b: Llama 3). Real models
 have a few channels with large inputs, random ones do not: qualities measured on these say nothing. With
@@ -25,7 +25,7 @@ SHAPES = {
     "70b": (8192, 28672, 80, 64, 8, 128, 128256, False),
 }
 # The token ids of any text need a vocabulary; that of `small` has as many entries as the smallest model.
-TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "models" / "small"
+TOKENIZER = Path(__file__).resolve().parents[3] / "shared" / "models" / "small"
 
 
 def config(shape: str, blocks: int | None) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Whether two builds write the same bytes: digests of what one writes for normal models, and a comparison.
 
-python bench/same_bytes.py ../shared digests.json               # with each build
-python bench/same_bytes.py --compare before.json after.json
+python bench/suites/same_bytes.py SHARED digests.json               # with each build
+python bench/suites/same_bytes.py --compare before.json after.json
 """
 
 import argparse
@@ -14,7 +14,7 @@ from typing import Any
 
 import bitwright
 
-TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny"
+TINY = Path(__file__).parents[2] / "tests" / "data" / "tiny"
 METHODS = ("rtn", "gptq", "awq", "awq+gptq", "salient")
 FORMATS = ("mlx", "gptq", "awq", "compressed-tensors", "gguf", "marlin")
 

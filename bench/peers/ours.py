@@ -1,6 +1,6 @@
-"""One run of `bitwright.quantize` for bench/quality.py, in a process of its own.
+"""One run of `bitwright.quantize` for bench/suites/quality.py, in a process of its own.
 
-Usage: python bench/quality_ours.py '{"model": …, "out": …, "bits": 3, …}'
+Usage: python bench/peers/ours.py '{"model": …, "out": …, "bits": 3, …}'
 """
 
 import json

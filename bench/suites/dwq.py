@@ -2,12 +2,13 @@
 
 Usage::
 
-    python bench/dwq.py quality ../shared [--only story]
-    python bench/dwq.py dynamic ../shared
+    python bench/suites/dwq.py quality SHARED [--only story]
+    python bench/suites/dwq.py dynamic SHARED
 
     python3 -m venv /tmp/peer && /tmp/peer/bin/pip install torch==2.13.0 transformers==5.23.0
-    python bench/make_llama.py /tmp/llama98
-    python bench/dwq.py step /tmp/llama98 --peer-python /tmp/peer/bin/python [--rounds 5] [--repeats 3]
+    python bench/models/make_llama.py /tmp/llama98
+    python bench/suites/dwq.py step /tmp/llama98 --peer-python /tmp/peer/bin/python \\
+        [--rounds 5] [--repeats 3]
 
 ``quality`` trains the scales of students that were rounded or made by GPTQ, and judges them by
 ``evaluate`` on text that neither saw. ``dynamic`` compares layers of different precision with uniform
@@ -41,6 +42,7 @@ from bitwright.loading.model import Model
 from bitwright.models.network import Network
 from bitwright.process.memory import peak_memory_bytes
 
+PEERS = Path(__file__).parents[1] / "peers"
 # model -> (its texts' name, calibration samples, what to train on, tokens per sample, tokens)
 MODELS = {
     "small": ("small", 64, "wikitext2_valid.txt", 512, 102_400),
@@ -308,7 +310,7 @@ def run_step(options: argparse.Namespace) -> None:
     grid = ("--bits", options.bits, "--group-size", options.group_size)
     shape = ("--batch", options.batch, "--length", options.length)
     measuring = ("--rounds", options.rounds, "--threads", options.threads)
-    peer = (options.peer_python, Path(__file__).with_name("peer_torch_dwq.py"), options.model)
+    peer = (options.peer_python, PEERS / "peer_torch_dwq.py", options.model)
     ours, peers = [], []
     with tempfile.TemporaryDirectory() as scratch:
         call(sys.executable, __file__, "prepare", options.model, scratch, *grid, *shape)

@@ -4,7 +4,7 @@ Usage, in an environment of its own::
 
     python3 -m venv /tmp/mlx
     /tmp/mlx/bin/pip install "mlx[cpu]==0.32.4" mlx-lm==0.32.2
-    /tmp/mlx/bin/python bench/peer_mlx.py ../shared/models/story tokens.npy /tmp/out \\
+    /tmp/mlx/bin/python bench/peers/peer_mlx.py SHARED/models/story tokens.npy /tmp/out \\
         --method awq --bits 3 --group-size 64
 
 Grids are affine. mlx-lm's GPTQ knows 2, 4 and 8 bits, no others. Both methods quantize the embedding too:

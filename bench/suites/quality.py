@@ -2,12 +2,12 @@
 
 Usage::
 
-    python bench/quality.py ../shared --out results.json \\
+    python bench/suites/quality.py SHARED --out results.json \\
         --peers llmcompressor=/tmp/llmc/bin/python autoround=/tmp/autoround/bin/python \\
                 mlx=/tmp/mlx/bin/python gptqmodel=/tmp/gptqmodel/bin/python
-    python bench/quality.py ../shared --out results.json --resume --peers …
-    python bench/quality.py ../shared --models story --methods gptq,rtn --settings 3:64,2:32
-    python bench/quality.py --table results.json
+    python bench/suites/quality.py SHARED --out results.json --resume --peers …
+    python bench/suites/quality.py SHARED --models story --methods gptq,rtn --settings 3:64,2:32
+    python bench/suites/quality.py --table results.json
 
 The docstring of each peer script says how to make its environment. Without --methods all of ours run, and
 all of the peers whose Python is given. Results go to --out after every cell; --resume skips what is there,
@@ -36,7 +36,7 @@ import numpy as np
 
 import bitwright
 
-BENCH = Path(__file__).resolve().parent
+BENCH = Path(__file__).resolve().parents[1]
 PLOTS = BENCH / "plots"
 # model -> (its texts' name, calibration samples)
 MODELS = {"story": ("story", 32), "small": ("small", 64), "small-outliers": ("small", 64)}
@@ -160,7 +160,7 @@ class Bench:
                 }
                 working = None  # so that a relative PYTHONPATH holds
                 command = [
-                    *(sys.executable, str(BENCH / "quality_ours.py")),
+                    *(sys.executable, str(BENCH / "peers" / "ours.py")),
                     json.dumps(settings | OURS[method]),
                 ]
             else:
@@ -168,7 +168,7 @@ class Bench:
                 working = self.scratch  # some peers leave logs where they run
                 cell["bits_per_weight"] = peer.bits_per_weight(bits, group_size)
                 command = [
-                    *(self.peers[peer.tool], str(BENCH / f"peer_{peer.tool}.py")),
+                    *(self.peers[peer.tool], str(BENCH / "peers" / f"peer_{peer.tool}.py")),
                     *(str(original), str(tokens), str(out), *peer.options),
                     *("--bits", str(bits), "--group-size", str(group_size)),
                     *("--threads", str(self.threads)),

@@ -2,10 +2,10 @@
 
 Runs in an environment of its own: pip install torch==2.13.0 transformers==5.23.0
 
-Usage: python bench/peer_torch_dwq.py MODEL BATCH.npz [--rounds 5] [--bits 3] [--group-size 64]
+Usage: python bench/peers/peer_torch_dwq.py MODEL BATCH.npz [--rounds 5] [--bits 3] [--group-size 64]
 
-MODEL is a Llama checkpoint in float; ``bench/dwq.py step`` writes the batch: token ids and a teacher's
-targets. All of a step is what autograd makes of it: no activation is computed again.
+MODEL is a Llama checkpoint in float; ``bench/suites/dwq.py step`` writes the batch: token ids and a
+teacher's targets. All of a step is what autograd makes of it: no activation is computed again.
 """
 
 import argparse

@@ -4,7 +4,7 @@ Usage, in an environment of its own::
 
     python3 -m venv /tmp/llmc
     /tmp/llmc/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
-    /tmp/llmc/bin/python bench/peer_llmcompressor.py ../shared/models/story tokens.npy /tmp/out \\
+    /tmp/llmc/bin/python bench/peers/peer_llmcompressor.py SHARED/models/story tokens.npy /tmp/out \\
         --method gptq --bits 3 --group-size 64
 
 Grids are asymmetric with integer zero points, or symmetric with --symmetric. Writes the dequantized model

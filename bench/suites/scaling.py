@@ -1,8 +1,8 @@
 """Time and peak memory as the work grows, beside the planner's forecast.
 
-    python bench/scaling.py FOLDER [--only parameters tokens ...] [--plot bench/plots/scaling.svg]
+    python bench/suites/scaling.py FOLDER [--only parameters tokens ...] [--plot bench/plots/scaling.svg]
 
-Random checkpoints of real shapes are made in FOLDER (bench/make_llama.py; those of 8 and 70 B with two
+Random checkpoints of real shapes are made in FOLDER (models/make_llama.py; those of 8 and 70 B with two
 blocks and one, since time grows with their number and memory does not), and one of parameters, tokens,
 bits, threads, ranks and method varies at a time. Every run is a process of its own, and a line of
 FOLDER/scaling.jsonl; those that are there are not repeated. For the whole of each shape there is a
@@ -17,13 +17,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import make_llama
 import numpy as np
 
 import bitwright
-from bitwright.quantization import pipeline
 from bitwright.quantization import plan as planner
+from bitwright.quantization import run as planned_run
 from bitwright.ranks import launched, spread_over, world
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+import make_llama
 
 BLOCKS = {"8b": 2, "70b": 1}  # the others are whole
 USUAL = {"shape": "0.1b", "method": "gptq", "preset": "fast", "bits": 4, "tokens": 8192}
@@ -82,7 +84,7 @@ def run(folder: Path, case: dict[str, Any]) -> None:
         plans.append(plan_run(work, memory, out, timed=True))
         return plans[-1]
 
-    pipeline.plan_run = planned
+    planned_run.plan_run = planned
     shapes = bitwright.load_model(model).linear_shapes()
     with spread_over(world() if launched() else None) as ranks:
         report = quantize(model, folder / "out", case)
@@ -134,13 +136,13 @@ def plan_whole(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     def planned(work: planner.Work, memory: Any, out: Any, timed: bool = True) -> planner.RunPlan:
         raise OnlyPlannedError(plan_run(work, memory, None, timed=True))
 
-    pipeline.plan_run = planned
+    planned_run.plan_run = planned
     try:
         quantize(model, folder / "unwritten", case)
     except OnlyPlannedError as found:
         plan = found.args[0]
     finally:
-        pipeline.plan_run = plan_run
+        planned_run.plan_run = plan_run
         shutil.rmtree(model)
     return {
         "shape": case["shape"],

@@ -2,7 +2,7 @@
 
 SGEMM is NumPy's; SSYRK is called directly, since NumPy's ``x.T @ x`` also fills the other triangle.
 
-Usage: python bench/kernel_speed.py [--size 4096] [--repeats 7]
+Usage: python bench/suites/kernel_speed.py [--size 4096] [--repeats 7]
 
 Every round runs all measurements once, so that drift of the machine's speed meets all of them; the table
 has medians, and medians of each round's ratio.

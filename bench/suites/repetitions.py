@@ -1,6 +1,6 @@
 """Whether every command writes the same bytes each time, on one thread and on two, wherever memory lies.
 
-python bench/repetitions.py [--repeats 20] [--threads 1 2] [NAME …]
+python bench/suites/repetitions.py [--repeats 20] [--threads 1 2] [NAME …]
 
 The commands are those of tests/kill_at_events.py, over tiny models. Each run is a child of a process that
 has imported everything; before the command it takes and gives back memory at random, so that NumPy's arrays
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from bitwright import _kernels
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[2] / "tests"
 # Figures of one run, which no other has again: memory and tokens per second, times, temporary folders, and
 # the blanks that make room for them.
 FIGURES = re.compile(

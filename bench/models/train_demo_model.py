@@ -15,7 +15,7 @@ Linux with torch's CPU build (about 1 GB):
     python3 -m venv /tmp/train
     /tmp/train/bin/pip install torch==2.13.0
     /tmp/train/bin/pip install transformers==5.23.0 tokenizers==0.23.3 safetensors==0.8.0
-    nice -n 10 /tmp/train/bin/python bench/train_demo_model.py
+    nice -n 10 /tmp/train/bin/python bench/models/train_demo_model.py
 
 On one core this takes about 35 minutes. Everything random is seeded; `--stories
 FILE` keeps the sampled stories, so that a second run goes straight to the training.
@@ -34,7 +34,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 SEED = 20240
 
 # Sampling. Below temperature 1 the story model invents fewer words, which a model this small

@@ -1,0 +1,58 @@
+"""``bitwright evaluate``."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import bitwright
+from bitwright.cli import options
+from bitwright.cli.grouped import Command, evaluation_option, file_option
+from bitwright.cli.parameters import Model
+from bitwright.cli.spellings import Old
+from bitwright.evaluate import WINDOWS
+from bitwright.report.printing import print_evaluations
+
+
+@click.command(cls=Command, old=(Old("--text", "--evaluation"),))
+@options.model
+@file_option("--reference", type=Model(), help="The original, for KL and agreement.")
+@options.as_json
+@options.links
+@evaluation_option("--evaluation", required=True, type=options.PATH, help=f"{options.TEXT}.")
+@evaluation_option("--samples", type=click.IntRange(1), help="Use the first so many samples.")
+@options.length(2, evaluation_option)
+@options.bos(evaluation_option)
+@evaluation_option(
+    "--windows",
+    type=click.Choice(WINDOWS),
+    default="whole",
+    help="Judge whole samples, or as llama-perplexity does: the second halves of windows of the text.",
+)
+@options.memory
+@options.threads
+def evaluate(
+    model: Path, evaluation: Path, as_json: bool, threads: int | None, **given: Any
+) -> None:
+    """Measure the perplexity of MODEL, and its KL divergence from a reference."""
+    if threads is not None:
+        bitwright.set_num_threads(threads)
+    bar = Progress(
+        TextColumn("evaluating"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    )
+    with bar:
+        task = bar.add_task("", total=1.0, visible=False)  # until there is some
+        result = bitwright.evaluate(
+            model,
+            evaluation,
+            on_progress=lambda share: bar.update(task, completed=share, visible=True),
+            **given,
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+    else:
+        print_evaluations({str(model): result}, Console())

@@ -1,0 +1,114 @@
+"""Commands whose help shows their options in groups, and which still take their old spellings."""
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import click
+
+from bitwright.cli.spellings import Old, spelled_out
+from bitwright.ranks import current
+from bitwright.records.card import command_line, made_by
+
+FILES, CALIBRATION, EVALUATION = "Input and output", "Calibration", "Evaluation"
+PRECISION, METHOD, TRAINING, RUN = "Precision", "Method", "Training", "Run"
+GROUPS = (FILES, CALIBRATION, EVALUATION, PRECISION, METHOD, TRAINING, RUN)
+"""As help shows them, one after the other."""
+NAMES = 30  # columns that an option and its metavar have beside its description
+NARROW = 64  # columns of a terminal that has room for descriptions only under the options
+WIDE = 100  # columns that are used of a wider one
+METAVARS = {"integer range": "N", "integer": "N", "float range": "X"}  # by click's names of types
+
+
+class Option(click.Option):
+    """An option that belongs to one of `GROUPS`; its help names the choices that it has."""
+
+    def __init__(self, declarations: Sequence[str], *, group: str, **attributes: Any) -> None:
+        super().__init__(declarations, **attributes)
+        self.group = group
+        self.metavar = self.metavar or METAVARS.get(self.type.name)
+        if isinstance(self.type, click.Choice):
+            self.metavar = self.metavar or max(self.opts, key=len).split("-")[-1].upper()
+            text = self.help or ""
+            if any(f"{each}:" not in text for each in self.type.choices):
+                self.help = f"{text} One of {', '.join(self.type.choices)}.".lstrip()
+
+
+Add = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def _option(group: str, *declarations: str, **attributes: Any) -> Add:
+    return click.option(*declarations, cls=Option, group=group, **attributes)
+
+
+file_option = partial(_option, FILES)
+calibration_option = partial(_option, CALIBRATION)
+evaluation_option = partial(_option, EVALUATION)
+precision_option = partial(_option, PRECISION)
+method_option = partial(_option, METHOD)
+training_option = partial(_option, TRAINING)
+run_option = partial(_option, RUN)
+
+
+class Formatter(click.HelpFormatter):
+    """Help that fits terminals of any width: in narrow ones what is told of a name stands under it."""
+
+    def __init__(
+        self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None
+    ) -> None:
+        columns = shutil.get_terminal_size().columns
+        super().__init__(indent_increment, width or min(columns, max_width or WIDE) - 2)
+
+    def write_dl(
+        self, rows: Iterable[tuple[str, str]], col_max: int = NAMES, col_spacing: int = 2
+    ) -> None:
+        if self.width < NARROW:
+            rows, col_max = [(name.rstrip(), text) for name, text in rows], col_spacing
+        super().write_dl(rows, col_max, col_spacing)
+
+
+class Context(click.Context):
+    """What a command runs in; only its help is our own."""
+
+    formatter_class = Formatter
+
+
+class Command(click.Command):
+    """A command with its options in groups.
+
+    Parameters
+    ----------
+    old
+        Old spellings of its options.
+    """
+
+    context_class = Context
+
+    def __init__(self, *arguments: Any, old: Sequence[Old] = (), **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.old = old
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments, the old spellings as present ones; model cards tell the latter, too."""
+        words, used = spelled_out(self.get_params(ctx), self.old, args)
+        if used and current().is_first and not ctx.resilient_parsing:
+            said = dict.fromkeys(f"{each.new} in place of {each.name}" for each in used)
+            click.echo(f"bitwright: deprecated: write {', '.join(said)}", err=True)
+        if ctx.obj is not None:  # all words of the command line
+            before = ctx.obj[: len(ctx.obj) - len(args)]
+            ctx.with_resource(made_by(command_line([*before, *words])))
+        return super().parse_args(ctx, words)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in groups, all descriptions in one column."""
+        groups: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
+        for each in self.get_params(ctx):
+            record = each.get_help_record(ctx)
+            if record is not None and isinstance(each, click.Option):
+                groups[getattr(each, "group", RUN)].append(record)  # --help is click's
+        column = min(NAMES, max(len(name) for rows in groups.values() for name, _ in rows))
+        for group, rows in groups.items():
+            if rows:
+                with formatter.section(group):
+                    formatter.write_dl([(name.ljust(column), text) for name, text in rows])

@@ -1,0 +1,201 @@
+"""Options that several commands have: one thing has one name, one type and one text."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from bitwright.cli.grouped import (
+    Add,
+    calibration_option,
+    file_option,
+    method_option,
+    precision_option,
+    run_option,
+)
+from bitwright.cli.parameters import Bits, GroupSize, Model, Override, Precisions
+from bitwright.files.home import expanded
+from bitwright.files.links import follow_links
+from bitwright.formats import FORMATS
+from bitwright.grids.tensor import GRIDS
+from bitwright.methods.registry import METHODS
+
+PATH = click.Path(path_type=Path)
+TEXT = "Text (.txt, .jsonl, chats included) or token ids (.npy)"
+DTYPE = click.Choice(["float32", "float16", "bfloat16"])
+
+
+def together(*options: Add) -> Add:
+    """Return what adds several options, which help shows in this order."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+def check_apart(**files: Path | None) -> None:
+    """Refuse options that name one file, of which one would write over the other."""
+    places: dict[str, str] = {}
+    for name, path in files.items():
+        if path is not None:
+            other = places.setdefault(os.path.realpath(expanded(path)), name)
+            if other != name:
+                raise click.UsageError(f"--{other} and --{name} are the same file, {path}")
+
+
+def _enter_links(context: click.Context, _: click.Parameter, follow: bool | None) -> None:
+    if follow is not None:
+        context.with_resource(follow_links(follow))
+
+
+# Input and output
+
+model = click.argument("model", type=Model())
+out = file_option("-o", "--out", required=True, type=PATH, help="Folder to write.")
+overwrite = file_option("--overwrite", is_flag=True, help="Replace an existing checkpoint folder.")
+links = file_option(
+    "--links/--no-links",
+    default=None,
+    is_eager=True,
+    expose_value=False,
+    callback=_enter_links,
+    help="Follow all links out of folders of models, statistics and targets, or refuse folders with any; "
+    "by default only weights, their index, statistics and targets may be links to other places.",
+)
+as_json = file_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def format(default: str) -> Add:
+    """Return the option for the format of the folder that is written."""
+    return file_option(
+        "-f", "--format", type=click.Choice(list(FORMATS)), default=default, help="Format to write."
+    )
+
+
+# Calibration
+
+
+def calibration(help: str = ".", required: bool = False) -> Add:
+    """Return the option for what a command is calibrated on; `help` goes on after what that may be."""
+    return calibration_option("--calibration", required=required, type=PATH, help=TEXT + help)
+
+
+def samples(default: int, add: Callable[..., Add] = calibration_option) -> Add:
+    """Return the option for the number of samples, by default at most so many."""
+    return add("--samples", type=click.IntRange(1), help=f"How many; by default up to {default}.")
+
+
+def length(least: int, add: Callable[..., Add] = calibration_option) -> Add:
+    """Return the option for the tokens of a sample."""
+    return add(
+        "--length",
+        type=click.IntRange(least),
+        help="Tokens per sample; by default 512 of a text, or as many as the model has positions, and "
+        "the whole rows of an array.",
+    )
+
+
+def bos(add: Callable[..., Add] = calibration_option) -> Add:
+    """Return the option for the token that samples begin with."""
+    return add(
+        "--bos/--no-bos",
+        default=True,
+        help="Begin every sample of a text with the token that the tokenizer puts first, or not.",
+    )
+
+
+seed = calibration_option("--seed", type=click.IntRange(0), default=0, help="Chooses the samples.")
+chosen_tokens = together(samples(128), length(1), seed, bos())
+
+# Precision
+
+bits = precision_option(
+    "-b", "--bits", type=Bits(), default=4, help="Bits per code: 2, 3, 4, 5, 6 or 8."
+)
+group_size = precision_option(
+    "-g",
+    "--group-size",
+    type=GroupSize(),
+    default="auto",
+    help="Input channels per scale; -1 is the whole row, auto 64 or what the format asks for.",
+)
+candidates = precision_option(
+    "--candidates",
+    type=Precisions(),
+    help="BITS:GROUP_SIZE,… to choose from for each layer; group size -1 is the whole row. By default "
+    "what the format has near the target.",
+)
+grid = precision_option(
+    "--grid",
+    type=click.Choice([*GRIDS, "k"]),
+    help="By default the format's first; k is GGUF's Q2_K to Q6_K.",
+)
+ends = together(
+    precision_option("--embedding-bits", type=Bits(), help="Quantize the embedding too."),
+    precision_option("--head-bits", type=Bits(), help="Quantize the head too."),
+)
+allow_unfused = precision_option(
+    "--allow-unfused",
+    is_flag=True,
+    help="Let layers differ that vLLM computes as one module: for engines that fuse nothing.",
+)
+exceptions = together(
+    precision_option(
+        "--exclude", multiple=True, metavar="GLOB", help="Leave these layers in float."
+    ),
+    precision_option(
+        "--override",
+        "overrides",
+        multiple=True,
+        type=Override(),
+        metavar="GLOB=bits:B,group_size:G",
+        help="Other settings for these layers; the last match wins.",
+    ),
+    allow_unfused,
+)
+
+
+def target_bpw(help: str, required: bool = False) -> Add:
+    """Return the option for the size of a model of dynamic precision."""
+    return precision_option(
+        "--target-bpw", required=required, type=click.FloatRange(0, min_open=True), help=help
+    )
+
+
+# Method
+
+method = method_option(
+    "-m",
+    "--method",
+    type=click.Choice(list(METHODS)),
+    default="gptq",
+    help="Quantization method.",
+)
+salient_ratio = method_option(
+    "--salient-ratio",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    help="Share of the weights to protect (salient).",
+)
+
+# Run
+
+resume = run_option(
+    "--resume/--no-resume",
+    default=True,
+    help="Go on where the same command was interrupted, or start over.",
+)
+memory = run_option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GB",
+    help="What the process may take; by default three quarters of what is free.",
+)
+threads = run_option(
+    "--threads", type=click.IntRange(1, 1024), help="Threads to use; by default all processors."
+)
+resumable = together(resume, memory)
