@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <type_traits>
 
 #include "linalg/threads.hpp"
 
@@ -19,30 +20,62 @@ struct BitPlane {
     Index offset;
     int bits, width, shift, count;
 
-    template <typename Move>
-    void each(const Move& move) const {
-        const int places = 8 / bits, runs = count / (places * width);
-        for (int run = 0; run < runs; ++run)
-            for (int place = 0; place < places; ++place)
-                move(offset + Index{run} * width, (run * places + place) * width, place * bits);
-    }
-
     void pack(const std::uint8_t* values, std::uint8_t* block) const {
-        const int mask = (1 << bits) - 1;
-        each([&](Index byte, int value, int place) {
-            for (int i = 0; i < width; ++i)
-                block[byte + i] = static_cast<std::uint8_t>(
-                    block[byte + i] | (values[value + i] >> shift & mask) << place);
-        });
+        with_width([&](auto fixed) { pack_runs<decltype(fixed)::value>(values, block); });
+    }
+    void unpack(const std::uint8_t* block, std::uint8_t* values) const {
+        with_width([&](auto fixed) { unpack_runs<decltype(fixed)::value>(block, values); });
     }
 
-    void unpack(const std::uint8_t* block, std::uint8_t* values) const {
+  private:
+    // Widths are few: loops of known lengths over bytes of their own are taken in registers.
+    template <typename Body>
+    void with_width(const Body& body) const {
+        switch (width) {
+            case 1:
+                return body(std::integral_constant<int, 1>{});
+            case 4:
+                return body(std::integral_constant<int, 4>{});
+            case 8:
+                return body(std::integral_constant<int, 8>{});
+            case 16:
+                return body(std::integral_constant<int, 16>{});
+            case 32:
+                return body(std::integral_constant<int, 32>{});
+            default:
+                return body(std::integral_constant<int, 64>{});
+        }
+    }
+
+    template <int size>
+    void pack_runs(const std::uint8_t* values, std::uint8_t* block) const {
         const int mask = (1 << bits) - 1;
-        each([&](Index byte, int value, int place) {
-            for (int i = 0; i < width; ++i)
-                values[value + i] = static_cast<std::uint8_t>(
-                    values[value + i] | (block[byte + i] >> place & mask) << shift);
-        });
+        std::uint8_t* bytes = block + offset;
+        for (int done = 0; done < count; bytes += size) {
+            std::array<std::uint8_t, size> merged;
+            std::copy_n(bytes, size, merged.data());
+            for (int place = 0; place < 8; place += bits, done += size)
+                for (int i = 0; i < size; ++i)
+                    merged[static_cast<size_t>(i)] =
+                        static_cast<std::uint8_t>(merged[static_cast<size_t>(i)] |
+                                                  (values[done + i] >> shift & mask) << place);
+            std::copy_n(merged.data(), size, bytes);
+        }
+    }
+
+    template <int size>
+    void unpack_runs(const std::uint8_t* block, std::uint8_t* values) const {
+        const int mask = (1 << bits) - 1;
+        const std::uint8_t* bytes = block + offset;
+        for (int done = 0; done < count; bytes += size) {
+            std::array<std::uint8_t, size> merged;
+            std::copy_n(bytes, size, merged.data());
+            for (int place = 0; place < 8; place += bits, done += size)
+                for (int i = 0; i < size; ++i)
+                    values[done + i] = static_cast<std::uint8_t>(
+                        values[done + i] | (merged[static_cast<size_t>(i)] >> place & mask)
+                                               << shift);
+        }
     }
 };
 
