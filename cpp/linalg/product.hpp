@@ -76,7 +76,7 @@ struct Tiling {
 template <typename Scalar, typename Factor>
 decltype(auto) widened(const Factor& factor) {
     if constexpr (std::is_same_v<Scalar, typename Factor::Scalar>)
-        return (factor);
+        return (factor);  // a reference. NOLINT(readability-redundant-parentheses)
     else
         return Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic,
                              Factor::IsRowMajor ? Eigen::RowMajor : Eigen::ColMajor>(

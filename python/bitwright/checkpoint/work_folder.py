@@ -56,7 +56,7 @@ class WorkFolder:
 
     Of several MPI ranks, which enter it and call its methods all together, the first holds and changes
     it. It is removed when the ``with`` block ends, unless that is by an exception and `keep` is set: while
-    there is a state to go on from. A process that is killed leaves it, too; the next one with the same
+    there is a state to resume from. A process that is killed leaves it, too; the next one with the same
     output holds it then.
 
     Parameters
@@ -232,7 +232,7 @@ class WorkFolder:
     def put_into_place(self, name: str, last: str) -> None:
         """Make a folder in here the output, in place of what is there, as the last step of a run.
 
-        A run that is killed after that has finished, and leaves nothing to go on from; one that meets an
+        A run that is killed after that has finished, and leaves nothing to resume from; one that meets an
         error in it leaves what was there before, and so does the next one after one that is killed in it.
         Where a folder cannot be moved as a whole, its entries are moved one by one. This is called by the
         rank that writes.
@@ -319,7 +319,7 @@ class WorkFolder:
         folder.rmdir()
 
     def forget_finished(self) -> None:
-        """Remove the folder if nobody can go on from it: of a run that was killed at its very end."""
+        """Remove the folder if no run can resume from it: of a run that was killed at its very end."""
         with suppress(OSError):  # another run may have come first
             goes_on = not self._is_finished() and (self.path / STATE).is_file()
             if self._lock is None and self.path.is_dir() and not goes_on:

@@ -186,7 +186,7 @@ def quantize(
         If an interrupted run had other arguments or inputs; the message tells which.
     CheckpointError, CalibrationError, StatisticsError, NonFiniteError, OutputError, ValueError, TypeError
         If anything is wrong with what was given; the message says what and where. Nothing is written then,
-        but what a run needs to go on from after an interruption, in ``.NAME.work`` beside `out`.
+        but what a run needs to resume after an interruption, in ``.NAME.work`` beside `out`.
 
     Examples
     --------
