@@ -69,7 +69,7 @@ class Equalized:
 
 
 def first_reader(stages: tuple[Stage, ...], stage: Stage) -> Stage:
-    """Return the stage that a scale of a stage's inputs is kept under: the router, for what it reads, too."""
+    """Return the stage that a scale of a stage's inputs is kept under: the router, for what it reads."""
     routers = (each for each in stages if each.kind == "router")
     return next(routers, stage) if stage.reads_routed else stage
 
