@@ -33,7 +33,7 @@ SCRIPT = """
 import json, sys
 import numpy as np
 import bitwright
-from bitwright import sensitivity
+from bitwright.precision import estimate as sensitivity
 from bitwright.process.memory import peak_memory_bytes
 model, samples, length, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 plan, plans = sensitivity.plan_estimate, []
@@ -285,7 +285,7 @@ def test_transformers_takes_a_budget() -> None:
     pytest.importorskip("transformers", reason='needs pip install ".[transformers]"')
     script = """
 import sys, bitwright
-from bitwright import torch_model
+from bitwright.adapter import torch_model
 torch_model.TorchModel._load = None  # is not come to
 try:
     bitwright.quantize_with_transformers(sys.argv[1], sys.argv[2], "rtn", memory=1e-3)

@@ -106,8 +106,8 @@ def training(ids: Path, **more: Any) -> dict[str, Any]:
 READERS = """
 import json, sys
 import bitwright
-from bitwright.checkpoint import inputs
-from bitwright.distributed import spread_over, world
+from bitwright.files import inputs
+from bitwright.ranks import spread_over, world
 
 model, out, case = sys.argv[1:]
 read, checksum, stamp = [0], inputs.file_checksum, inputs._Stamp.of

@@ -26,7 +26,7 @@ SHAPE = {
 }
 
 # What plans beside the budget, as (module, name, what it returns → bytes), and the call.
-QUANTIZE = "pipeline.plan_run", "found.memory_bytes"
+QUANTIZE = "quantization.run.plan_run", "found.memory_bytes"
 HEAD = "embedding_bits=4, head_bits=4, memory=memory, progress=False"
 COMMANDS = {
     "evaluate": (
@@ -99,7 +99,7 @@ from bitwright.process.memory import peak_memory_bytes
 
 model, q, out, least = sys.argv[1:5]
 bitwright.set_num_threads(1)
-from bitwright.budget import Budget
+from bitwright.runs.budget import Budget
 plans = []
 require = Budget.require
 def required(budget, least, *others):
