@@ -144,7 +144,7 @@ def main() -> None:
         place, size, call = COMMANDS[name]
         watch = ""
         if place is not None:
-            module, _, function = place.partition(".")
+            module, _, function = place.rpartition(".")
             watch = WATCH.format(module=module, name=function, bytes=size)
         program = PROGRAM.format(watch=watch, call=call)
         for vocabulary in VOCABULARIES:
