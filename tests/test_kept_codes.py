@@ -17,7 +17,6 @@ from shared_data import SHARED, TINY, needs_shared
 
 import bitwright
 from bitwright.cli.main import cli
-from bitwright.formats import FORMATS
 from bitwright.grids.regrid import ROUNDING, is_rounding, lost, regrid
 from bitwright.grids.tensor import GRIDS, Grid, QuantizedTensor
 
@@ -26,7 +25,7 @@ HALF = np.dtype(np.float16)
 FLOAT = np.dtype(np.float32)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LAYER = "model.layers.0.mlp.up_proj"
-TARGETS = tuple(FORMATS)
+TARGETS = ("mlx", "marlin", "gptq", "awq", "compressed-tensors", "gguf")
 MOE = next(each for each in TINY if each.name == "qwen3_moe")
 
 # One tensor

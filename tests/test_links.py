@@ -357,12 +357,19 @@ def test_statistics_and_targets(tmp_path: Path, run: Run, command: str) -> None:
         bitwright.compute_dwq_targets(model, ids, folder, k=16)
         words: tuple[str | Path, ...] = (
             "dwq",
-            "--teacher",
-            model,
-            "--student",
             tmp_path / "packed",
+            "--reference",
+            model,
         )
-        words += ("--targets", folder, "--data", tmp_path / "ids.npy", "--tokens", "32", *out)
+        words += (
+            "--targets",
+            folder,
+            "--calibration",
+            tmp_path / "ids.npy",
+            "--tokens",
+            "32",
+            *out,
+        )
         words += ("--validation-samples", "2")
     else:
         bitwright.collect_statistics(model, folder, ids, progress=False)

@@ -272,8 +272,8 @@ def test_tensors_in_holes(tmp_path: Path, run: Run, command: str, file: str, wri
     words = {
         "inspect": (),
         "quantize": (*out, "--method", "rtn", "--format", "gptq"),
-        "convert": (*out, "--to", "float"),
-        "evaluate": ("--text", TEXT, *FEW),
+        "convert": (*out, "--format", "float"),
+        "evaluate": ("--evaluation", TEXT, *FEW),
     }
     code, lines, said = run(command, folder, *words[command])
     assert (code, len(lines)) == (1, 1), said

@@ -98,7 +98,7 @@ def refuse(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "urllib.Request"):
         raise SystemExit(f"{event}: {arguments}")
 sys.addaudithook(refuse)
-for name in ("torch", "transformers", "huggingface_hub", "requests", "mpi4py", "matplotlib"):
+for name in ("torch", "transformers", "requests", "mpi4py", "matplotlib"):
     sys.modules[name] = None
 import bitwright
 out, demo = sys.argv[1:]

@@ -22,7 +22,7 @@ from bitwright.files.seals import file_checksum
 from bitwright.files.text_file import TEXT_LIMIT, read_bytes
 from bitwright.methods.registry import METHODS
 from bitwright.report.printing import print_dwq_report
-from bitwright.text.samples import existing_file
+from bitwright.text.samples import existing_file, mapped
 
 # What says how to quantize the original.
 MAKING = (
@@ -199,11 +199,10 @@ def dwq(
 def _digest(path: Path) -> str:
     place, inputs = existing_file(Path(expanded(path))), InputFiles()
     inputs.watch([place], recorded=True)
-    # Arrays may be large, and are mapped where they are read.
-    known = (
-        f"{file_checksum(place, 0, place.stat().st_size):08x}"
-        if place.suffix == ".npy"
-        else digest(read_bytes(place, TEXT_LIMIT))
-    )
+    if place.suffix == ".npy":
+        mapped(place)  # which refuses what is no array, however long
+        known = f"{file_checksum(place, 0, place.stat().st_size):08x}"
+    else:
+        known = digest(read_bytes(place, TEXT_LIMIT))
     inputs.take_checksums()
     return known

@@ -124,7 +124,7 @@ def salient(
         )
 
     def check_collecting() -> None:
-        chosen_samples = CalibrationOptions(cast(Path, calibration), **chosen)
+        chosen_samples = CalibrationOptions(expanded(cast(Path, calibration)), **chosen)
         planned_samples(bitwright.load_model(model), chosen_samples, memory)
 
     with (

@@ -52,9 +52,12 @@ class MatrixPieces:
 
     def __iter__(self) -> Iterator[Piece]:
         for rows in self.rows:
-            weight = self.matrix.floats(rows)
-            yield rows, np.ldexp(weight, self.power) if self.power else weight
-            del weight  # before there is the next
+            yield rows, self.floats(rows)
+
+    def floats(self, rows: slice) -> Float32:
+        """Return some rows."""
+        weight = self.matrix.floats(rows)
+        return np.ldexp(weight, self.power) if self.power else weight
 
 
 @dataclass(frozen=True, eq=False)

@@ -176,7 +176,7 @@ def model_card(
     >>> from bitwright.formats import FORMATS
     >>> original = bitwright.Checkpoint(bitwright.demo_folder())
     >>> model_card(original, "q", FORMATS["mlx"], precisions=[(3, 64)]).splitlines()[:3]
-    ['---', 'library_name: mlx', 'base_model: demo_data']
+    ['---', 'base_model: demo_data', 'library_name: mlx']
     """
     given = list(precisions)
     for report in reports:

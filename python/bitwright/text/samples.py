@@ -175,7 +175,7 @@ def _load(
         path = existing_file(Path(source))
         files.watch([path], recorded=True)
         if path.suffix == ".npy":
-            rows = _checked_rows(_mapped(path), origin, length)
+            rows = _checked_rows(mapped(path), origin, length)
         else:
             is_lines = path.suffix == ".jsonl"
             text = _json_lines(path, tokenizer) if is_lines else read_text(path, TEXT_LIMIT)
@@ -265,7 +265,7 @@ def _folder(tokenizer: str | os.PathLike[str] | Tokenizer | None) -> Path | None
     return Path(tokenizer) if os.path.isdir(tokenizer) else Path(tokenizer).parent
 
 
-def _mapped(path: Path) -> NDArray[Any]:
+def mapped(path: Path) -> NDArray[Any]:
     try:
         with np.errstate(over="ignore"):
             return np.lib.format.open_memmap(path, mode="r")
