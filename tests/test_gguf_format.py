@@ -303,6 +303,28 @@ def test_scales_that_are_no_numbers_are_damage(grid: Grid, bits: int, wrong: flo
 # models
 
 
+@pytest.mark.parametrize("preset", ["fast", "default"])
+@pytest.mark.parametrize(("method", "bits"), [("awq", 4), ("awq", 6), ("awq+gptq", 3), ("awq", 2)])
+def test_awq_on_superblocks(method: str, bits: int, preset: Any, tmp_path: Path) -> None:
+    """Scales are searched with the grid of each group, and then superblocks are fitted."""
+    model = k_model(tmp_path / "model")
+    ids = np.random.default_rng(1).integers(0, 512, (8, 64))
+    run: dict[str, Any] = {"format": "gguf", "calibration": ids, "progress": False}
+    bitwright.quantize(model, tmp_path / "rtn", "rtn", bits, format="gguf", progress=False)
+    report = bitwright.quantize(model, tmp_path / "awq", method, bits, preset=preset, **run)
+    assert len(report.blocks) == 2
+    tensor = bitwright.load_model(tmp_path / "awq").quantized("model.layers.0.mlp.up_proj")
+    assert tensor is not None
+    assert tensor.superblocks is not None
+    divergences = [
+        bitwright.evaluate(tmp_path / name, ids, reference=model).kl_divergence
+        for name in ("awq", "rtn")
+    ]
+    assert divergences[0] is not None
+    assert divergences[1] is not None
+    assert divergences[0] < 1.02 * divergences[1]
+
+
 def k_model(folder: Path) -> Path:
     """Make a random Llama whose rows are whole superblocks."""
     folder.mkdir()

@@ -14,7 +14,7 @@ from bitwright.grids.tensor import Grid, QuantizedTensor
 from bitwright.methods.gptq import gptq_solver, solving_operations
 from bitwright.methods.method import Method, Solver
 from bitwright.methods.metrics import Metric, channel_errors, find_metric, total_error
-from bitwright.methods.rtn import rtn_solver
+from bitwright.methods.rtn import quantize_rtn, rtn_solver
 
 Float32 = NDArray[np.float32]
 Loss = Callable[[Float32], float]
@@ -151,7 +151,7 @@ def scaled_rounding(
         weight,
         scale,
         check_importance(importance, weight.shape[1]),
-        _kernel_grid(choice),
+        choice.kernel_grid,  # of k grids, whose scales are fitted later, that of each group by itself
         change,
     )
     return change
@@ -357,7 +357,9 @@ def _output_errors(
 
 def _kernel_grid(choice: GridChoice) -> _kernels.Grid:
     if choice.grid == "k":
-        raise ValueError("grid: expected affine, zero_point or symmetric, got k")
+        raise ValueError(
+            "grid: expected affine, zero_point or symmetric, got k, whose scales are fitted together"
+        )
     return choice.kernel_grid
 
 
@@ -374,11 +376,18 @@ def clip_solver(
     metric: str | Metric = "mse",
     activations: NDArray[np.float32] | None = None,
 ) -> Solver:
-    """Round to nearest in clipped ranges, by blocks on the gram's diagonal; see `quantize_clipped`."""
+    """Round to nearest in clipped ranges, by blocks on the gram's diagonal; see `quantize_clipped`.
+
+    On k grids scales are fitted by the diagonal instead."""
 
     def solve(
         weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
     ) -> QuantizedTensor:
+        if grid == "k":  # ranges of single groups are no choice where scales are fitted together
+            importance = np.concatenate([gram.diagonal() for gram in blocks])
+            return quantize_rtn(
+                weight, bits, size, grid="k", grid_search=True, importance=importance
+            )
         parts, first = [], 0
         for gram in blocks:
             channels = slice(first, first + len(gram))
