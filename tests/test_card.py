@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import yaml
 from markdown_it import MarkdownIt  # which rich needs
 
 import bitwright
+from bitwright.cli.main import cli
 from bitwright.errors import OutputError
 from bitwright.evaluate import Evaluation
 from bitwright.formats import FORMATS
@@ -324,6 +326,17 @@ def test_command_line_is_as_it_was_typed() -> None:
     assert shown.stdout.decode().split("\0")[:-1] == typed
     assert "bitwright.quantize" not in text
     assert "my model" not in card()
+
+
+def test_wrong_options_leave_no_command_behind(tmp_path: Path) -> None:
+    for arguments in (
+        ["quantize", "nowhere", "--out", "q"],
+        ["quantize", str(DEMO), "--bits", "x"],
+    ):
+        with pytest.raises((click.exceptions.ClickException, bitwright.BitwrightError)):
+            cli.main(arguments, standalone_mode=False, obj=arguments)
+    bitwright.quantize(DEMO, tmp_path / "q", "rtn", progress=False)
+    assert "nowhere" not in (tmp_path / "q" / "README.md").read_text()
 
 
 def test_made_by_ends_with_an_error() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import bitwright
 from bitwright.formats import FORMATS
 from bitwright.methods.registry import METHODS
 
@@ -117,7 +118,9 @@ assert bitwright.load_model(out).quantized_layers()
 
 def test_a_method_a_format_and_an_architecture_are_one_file_each(tmp_path: Path) -> None:
     package = tmp_path / "bitwright"
-    shutil.copytree(PYTHON / "bitwright", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(bitwright.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+    )
     (package / "methods" / "toy.py").write_text(METHOD)
     (package / "formats" / "toy.py").write_text(FORMAT)
     (package / "models" / "families" / "toy.py").write_text(ARCHITECTURE)

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -88,6 +89,7 @@ class Command(click.Command):
     def __init__(self, *arguments: Any, old: Sequence[Old] = (), **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)
         self.old = old
+        self.command: str | None = None  # as it was typed, in present spellings
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the arguments, the old spellings as present ones; model cards tell the latter, too."""
@@ -97,8 +99,13 @@ class Command(click.Command):
             click.echo(f"bitwright: deprecated: write {', '.join(said)}", err=True)
         if ctx.obj is not None:  # all words of the command line
             before = ctx.obj[: len(ctx.obj) - len(args)]
-            ctx.with_resource(made_by(command_line([*before, *words])))
+            self.command = command_line([*before, *words])
         return super().parse_args(ctx, words)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; model cards that are written tell it."""
+        with nullcontext() if self.command is None else made_by(self.command):
+            return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in groups, all descriptions in one column."""

@@ -41,7 +41,7 @@ from bitwright.runs.limits import RunLimits
 from bitwright.statistics.folder import expected_stages
 
 REFINED_ROWS = 1024  # whose work arrays exist at one time, see cpp/quant/refine.cpp
-ROUNDED_BYTES = 12  # of a weight of a piece that is rounded to nearest
+ROUNDED_BYTES = 14  # of a weight of a piece that is rounded, with what is left of the one before
 MEASURED_SIZE = 1024  # of the products that the machine's speed is measured on
 MEASURED_SECONDS = 0.1  # the first of them are slow
 SUSTAINED_SPEED = 0.88  # of the fastest of them, by the products of a long run
