@@ -1,10 +1,11 @@
 """Wrong options are known before anything is computed: one line, in no time, and nothing is left."""
 
+import inspect
 import json
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from bitwright.formats import FORMATS
 from bitwright.loading.model import Model
 from bitwright.models.network import Network
 from bitwright.precision.choices import dynamic_choices
+from bitwright.presets.quantize import check_quantization
+from bitwright.quantization.options import keyword_defaults
 from bitwright.tools.convert import _Conversion
 
 DEMO = bitwright.demo_folder()
@@ -458,3 +461,25 @@ def test_a_corrected_command_goes_on_from_nothing(
         3,
         5,
     )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda out: bitwright.quantize_best(DEMO, out, calibration=TEXT, colour=1),
+        lambda out: bitwright.dynamic_quantize(DEMO, out, 4.5, data=TEXT, colour=1, progress=False),
+        lambda out: check_quantization(DEMO, out, calibration=TEXT, colour=1),
+    ],
+)
+def test_keywords_that_nobody_knows(call: Callable[[Path], object], tmp_path: Path) -> None:
+    """Where options are handed on, too, and before anything is computed."""
+    with pytest.raises(TypeError, match="there is no keyword argument 'colour'"):
+        call(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_have_the_defaults_of_the_call() -> None:
+    parameters = inspect.signature(bitwright.quantize).parameters
+    stated = {name: each.default for name, each in parameters.items()}
+    del stated["model"], stated["out"]
+    assert keyword_defaults() == stated

@@ -227,10 +227,7 @@ def _target(model: TorchModel, asked: PrecisionOptions) -> Target:
     )
     plan.update(dict.fromkeys(n for n in shapes if kind.keeps_in_float(model_type, n)))
     check_plan(plan, shapes, kind, asked.allow_unfused)
-    dtype = kind.scale_dtype(model.dtype)
-    if asked.scale_dtype is not None:
-        dtype = kind.check_scale_dtype(np.dtype(asked.scale_dtype))
-    return Target(kind, plan, default, dtype)
+    return Target(kind, plan, default, kind.chosen_scale_dtype(model.dtype, asked.scale_dtype))
 
 
 def _write(

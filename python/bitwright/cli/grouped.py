@@ -22,6 +22,9 @@ WIDE = 100  # columns that are used of a wider one
 METAVARS = {"integer range": "N", "integer": "N", "float range": "X"}  # by click's names of types
 
 
+COMMAND = "bitwright.command"  # in a context: as it was typed, in present spellings
+
+
 class Option(click.Option):
     """An option that belongs to one of `GROUPS`; its help names the choices that it has."""
 
@@ -89,7 +92,6 @@ class Command(click.Command):
     def __init__(self, *arguments: Any, old: Sequence[Old] = (), **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)
         self.old = old
-        self.command: str | None = None  # as it was typed, in present spellings
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the arguments, the old spellings as present ones; model cards tell the latter, too."""
@@ -99,12 +101,13 @@ class Command(click.Command):
             click.echo(f"bitwright: deprecated: write {', '.join(said)}", err=True)
         if ctx.obj is not None:  # all words of the command line
             before = ctx.obj[: len(ctx.obj) - len(args)]
-            self.command = command_line([*before, *words])
+            ctx.meta[COMMAND] = command_line([*before, *words])
         return super().parse_args(ctx, words)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; model cards that are written tell it."""
-        with nullcontext() if self.command is None else made_by(self.command):
+        command = ctx.meta.get(COMMAND)
+        with nullcontext() if command is None else made_by(command):
             return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

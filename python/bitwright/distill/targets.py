@@ -34,7 +34,8 @@ from bitwright.files.seals import buffers_checksum
 from bitwright.loading.model import Model, load_model
 from bitwright.models.network import Network
 from bitwright.ranks import current
-from bitwright.text.samples import Samples, TokenSource, load_samples, tokens_fingerprint
+from bitwright.text.calibration import CalibrationOptions
+from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
 
 DEFAULT_K = 1024
 MANIFEST = "targets.json"
@@ -217,16 +218,7 @@ def compute_dwq_targets(
     (32, 64)
     """
     teacher = model if isinstance(model, Model) else load_model(model)
-    loaded = load_samples(
-        data,
-        tokenizer=teacher.checkpoint.folder,
-        length=length,
-        samples=samples,
-        seed=seed,
-        vocab_size=teacher.config.vocab_size,
-        positions=teacher.positions,
-        bos=bos,
-    )
+    loaded = CalibrationOptions(data, samples, length, seed, bos).load(teacher, most=None)
     return write_targets(teacher, loaded, out, k, temperature, on_progress)
 
 

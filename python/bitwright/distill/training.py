@@ -70,10 +70,10 @@ from bitwright.records.plots import PlotBeside, plot_dwq
 from bitwright.records.reports import DwqReport, QuantizationReport
 from bitwright.runs.budget import Budget, one_budget
 from bitwright.runs.progress import progress_bar
+from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import (
     Samples,
     TokenSource,
-    load_samples,
     load_tokenizer,
     tokens_fingerprint,
 )
@@ -292,16 +292,16 @@ def dwq_quantize(
         require_model(student)
     _check_arguments(arguments)
     teacher_model = load_model(teacher)
-    if not callable(student):
-        check_pair(teacher_model, load_model(student))
+    student_made = student if callable(student) else load_model(student)
+    ready = student_made if isinstance(student_made, Model) else None
+    if ready is not None:
+        check_pair(teacher_model, ready)
     loaded = _load(data, targets, teacher_model, length, bos)
     rows, held = loaded.tokens, None
     if validation is not None:
         held = _load(validation, None, teacher_model, rows.shape[1], bos).tokens
     plan = _plan(rows, held, validation_samples, tokens, batch_size * accumulate, seed)
     settings = _settings(arguments, len(plan.order) // (batch_size * accumulate))
-    student_made = student if callable(student) else load_model(student)
-    ready = student_made if isinstance(student_made, Model) else None
     plan_training(
         teacher_model, len(rows), rows.shape[1], batch_size, memory, student=ready, zeros=zeros
     )
@@ -326,7 +326,8 @@ def dwq_quantize(
             resumed = resume and ranks.on_first(lambda: _is_begun(work.path))
             state = work.resume(identity, resumed) or {}
             learner, made = _learner(student_made, made_with, zeros, work, identity, state)
-            check_pair(teacher_model, learner.model)
+            if ready is None:
+                check_pair(teacher_model, learner.model)
             known = lesson.teach(work, temperature, progress)
             run = _Run(learner, known, plan, settings, loss, work)
             run.resume()
@@ -816,15 +817,8 @@ def _load(
                 f"leave it out, or give the data and other targets"
             )
         return Samples(known.tokens(), None if known.bos is None else tuple(known.bos))
-    return load_samples(
-        source,
-        tokenizer=teacher.checkpoint.folder,
-        length=length,
-        samples=None,
-        vocab_size=teacher.config.vocab_size,
-        positions=teacher.positions,
-        bos=bos,
-    )
+    chosen = CalibrationOptions(source, length=length, seed=None, bos=bos)
+    return chosen.load(teacher, most=None)
 
 
 def check_training(

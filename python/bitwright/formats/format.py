@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice, SafetensorsFiles, WeightFiles
 from bitwright.errors import CheckpointError
@@ -171,8 +171,12 @@ class Format:
         raise NotImplementedError
 
     @classmethod
-    def check_scale_dtype(cls, dtype: np.dtype[Any]) -> np.dtype[Any]:
-        """Return `dtype`, or raise ValueError unless scales can be stored in it."""
+    def chosen_scale_dtype(
+        cls, model_dtype: np.dtype[Any], asked: DTypeLike | None
+    ) -> np.dtype[Any]:
+        """Return the dtype of scales that is asked for, or by default that for a model; ValueError unless
+        they can be stored in it."""
+        dtype = cls.scale_dtype(model_dtype) if asked is None else np.dtype(asked)
         if dtype not in cls.scale_dtypes:
             raise ValueError(
                 f"scale_dtype: the {cls.name} format stores {_any_of(cls.scale_dtypes)}, not {dtype}"

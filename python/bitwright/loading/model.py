@@ -3,7 +3,6 @@
 import math
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,11 +91,6 @@ class Model(Decoder):
             (self.embedding_name, self.head_name), self.config.hidden_size
         )
         self._channels |= {name: shape[1] for name, shape in self.linear_shapes().items()}
-
-    @property
-    def folder(self) -> Path:
-        """The checkpoint's folder."""
-        return self.checkpoint.folder
 
     @property
     def vocab_size(self) -> int:

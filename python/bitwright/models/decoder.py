@@ -40,7 +40,7 @@ class Decoder(WeightSource):
         Its sizes.
     architecture
         Its family.
-    place
+    folder
         Its path or name, for messages.
 
     Attributes
@@ -57,10 +57,10 @@ class Decoder(WeightSource):
     head_name: str
     layouts: tuple[BlockLayout, ...]
 
-    def __init__(self, config: ModelConfig, architecture: Architecture, place: Path) -> None:
+    def __init__(self, config: ModelConfig, architecture: Architecture, folder: Path) -> None:
         self.config = config
         self.architecture = architecture
-        self.place = place
+        self.folder = folder
         self.names: Names = architecture.names[0]
 
     @abstractmethod
@@ -125,7 +125,7 @@ class Decoder(WeightSource):
         rows: Float = table.gather(flat) if isinstance(table, MatrixRows) else table[flat]
         if rows.dtype != np.float64:
             rows = rows.astype(np.float32, copy=False)
-        require_finite(rows, f"{self.place}: {self.embedding_name} of these tokens")
+        require_finite(rows, f"{self.folder}: {self.embedding_name} of these tokens")
         if self.config.embedding_scale != 1:
             with np.errstate(over="ignore"):  # whoever uses the states looks at them
                 rows *= np.float32(self.config.embedding_scale)
@@ -239,7 +239,7 @@ class Decoder(WeightSource):
         """
         *_, hidden = self.hidden_states(input_ids)
         logits = self.head_logits(hidden.reshape(-1, hidden.shape[-1]), self.rows(self.head_name))
-        require_finite(logits, f"{self.place}: logits of these tokens")
+        require_finite(logits, f"{self.folder}: logits of these tokens")
         return logits.reshape(*hidden.shape[:2], -1)
 
     def _final_vectors(self) -> dict[str, tuple[int]]:

@@ -166,9 +166,7 @@ def dynamic_choices(
             f"several: {several}"
         )
     check_choice("grid", grid or kind.grids[0], kind.grids)
-    dtype = kind.scale_dtype(model.dtype)
-    if scale_dtype is not None:
-        dtype = kind.check_scale_dtype(np.dtype(scale_dtype))
+    dtype = kind.chosen_scale_dtype(model.dtype, scale_dtype)
     if not chosen:
         return _default_choices(kind, shapes, target_bpw, grid, dtype)
     first = grid or kind.default_grid(max(bits for bits, _ in chosen), model.input_channels())

@@ -43,7 +43,8 @@ from bitwright.precision.sensitivities import Sensitivities, precision_name
 from bitwright.ranks import current
 from bitwright.runs.budget import Budget
 from bitwright.runs.progress import progress_bar
-from bitwright.text.samples import Samples, TokenSource, load_samples, tokens_fingerprint
+from bitwright.text.calibration import CalibrationOptions
+from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
 
 DEFAULT_SAMPLES = 32
 BATCH_SIZE = 4
@@ -219,17 +220,7 @@ def _loaded(
     seed: int,
     bos: bool,
 ) -> Samples:
-    return load_samples(
-        data,
-        tokenizer=model.checkpoint.folder,
-        length=length,
-        samples=samples,
-        seed=seed,
-        vocab_size=model.config.vocab_size,
-        positions=model.positions,
-        bos=bos,
-        most=DEFAULT_SAMPLES,
-    )
+    return CalibrationOptions(data, samples, length, seed, bos).load(model, DEFAULT_SAMPLES)
 
 
 def _check_groups(model: Model, precisions: tuple[tuple[int, int | None], ...], grid: Grid) -> None:

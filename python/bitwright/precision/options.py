@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 from numpy.typing import DTypeLike
 
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize
@@ -83,7 +82,5 @@ class PrecisionOptions:
                 raise ValueError(
                     f"{name}: method {method.name} stores {method.bits} bits, no other number"
                 )
-        dtype = kind.scale_dtype(model.dtype)
-        if self.scale_dtype is not None:
-            dtype = kind.check_scale_dtype(np.dtype(self.scale_dtype))
+        dtype = kind.chosen_scale_dtype(model.dtype, self.scale_dtype)
         return Target(kind, plan, default, dtype)

@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from bitwright.checkpoint import CheckpointWriter
 from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
@@ -98,7 +96,7 @@ def quantize_best(
     """
     arguments = dict(locals())
     require_model(model)
-    given = {**arguments, **arguments.pop("options"), "preset": "best"}
+    given = {"preset": "best", **arguments, **arguments.pop("options")}
     with made_by(python_call(quantize_best, arguments)):
         return best_quantization(model, out, QuantizationOptions.of(given))
 
@@ -110,7 +108,8 @@ def best_quantization(
     started = time.perf_counter()
     options.limits.set_threads()
     original = load_model(model)
-    options = replace(options, preset="default")
+    if options.preset == "best":  # which is what this is: the stages have the default one
+        options = replace(options, preset="default")
     recipe = options.precision.recipe
     if recipe is not None and not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
@@ -189,9 +188,7 @@ def _chosen(original: Model, options: QuantizationOptions, work: WorkFolder) -> 
         resume=limits.resume,
         progress=limits.progress,
     )
-    dtype = kind.scale_dtype(original.dtype)
-    if asked.scale_dtype is not None:
-        dtype = np.dtype(asked.scale_dtype)
+    dtype = kind.chosen_scale_dtype(original.dtype, asked.scale_dtype)
     shapes = list(original.linear_shapes().values())
     weights = [out_channels * channels for out_channels, channels in shapes]
     size = precision.group_size

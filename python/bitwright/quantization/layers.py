@@ -36,9 +36,8 @@ from bitwright.quantization.small_weights import MOST_LOST, largest_of, require_
 from bitwright.ranks import current
 
 Piece = tuple[slice, Float32]  # rows of a layer, and their weights
-Sample = tuple[
-    Float32, Float32, Float32 | None
-]  # of weights: as they are, as they are stored, and were
+# Of weights: as they are, as they are stored, and as they were stored before.
+Sample = tuple[Float32, Float32, Float32 | None]
 Finish = Callable[[QuantizedLayer], None]
 
 

@@ -70,15 +70,16 @@ class LiveStatistics(StatisticsSource):
         model, rope, drifts = layers.model, self._rope, layers.options.drift
         chunks = -(-drift_rows(self.tokens, rope) // rope.chunk_rows) if drifts else 0
         plan = ChunkPlan.shared(self.tokens, rope.chunk_rows, chunks, resident, journal.scratch)
-        if state is None and table is None:
-            table = model.embedding_table()
-        self._states = opened_states(model, self._ids, plan, journal, state, "hidden", table)
-        if not drifts:
-            return
-        if state is None:
-            table = model.embedding_table()
-        below = plan.below(chunks)
-        self._original = opened_states(model, self._ids, below, journal, state, "original", table)
+        original = None
+        if state is None and (table is None or drifts):
+            original = model.embedding_table()
+        looked_up = original if table is None else table
+        self._states = opened_states(model, self._ids, plan, journal, state, "hidden", looked_up)
+        if drifts:
+            below = plan.below(chunks)
+            self._original = opened_states(
+                model, self._ids, below, journal, state, "original", original
+            )
 
     def quantize_block(self, layers: Layers, index: int, block: Equalized) -> None:
         names = (name for stage in block.block.stages for name in stage.linears)

@@ -56,8 +56,9 @@ class QuantizationOptions:
         Raises
         ------
         ValueError, TypeError
-            If one is unknown or contradicts another.
+            If one is unknown, of an unknown name, or contradicts another.
         """
+        _check_names(given)
         method_name, preset = given.get("method", "gptq"), given.get("preset", "default")
         propagate = given.get("propagate")
         for name, value, known in (
@@ -142,6 +143,23 @@ class QuantizationOptions:
             raise ValueError("refine: needs calibration data")
         if drift and not is_given:
             raise ValueError("drift: needs calibration data, which the model is run on")
+
+
+def keyword_defaults() -> dict[str, Any]:
+    """Return the keyword arguments of `bitwright.quantize`, with their defaults."""
+    found: dict[str, Any] = {"method": "gptq", "preset": "default", "allow_requantize": False}
+    none = ("calibration", "activations", "statistics", "refine", "drift", "propagate", "damping")
+    for kind in (PrecisionOptions, MethodOptions, AwqOptions, RunLimits, CalibrationOptions):
+        for name, each in inspect.signature(kind).parameters.items():
+            found.setdefault(name, each.default)
+    found |= dict.fromkeys(none)
+    return {name: value for name, value in found.items() if name not in ("source", "windows")}
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    """Raise TypeError for a name that no keyword argument has."""
+    for name in given.keys() - {"model", "out"} - keyword_defaults().keys():
+        raise TypeError(f"quantize: there is no keyword argument {name!r}")
 
 
 def taken(kind: type[Options], given: Mapping[str, Any]) -> Options:
