@@ -483,3 +483,12 @@ def test_options_have_the_defaults_of_the_call() -> None:
     stated = {name: each.default for name, each in parameters.items()}
     del stated["model"], stated["out"]
     assert keyword_defaults() == stated
+
+
+def test_best_takes_the_keywords_of_quantize(tmp_path: Path) -> None:
+    options = {"n_grid": 3, "exclude": ["*.v_proj"], "scale_dtype": "float16"}
+    tokens = np.arange(64 * 64, dtype=np.int32).reshape(64, 64) % 500
+    run = {"calibration": tokens, "progress": False, "overwrite": True, "length": 32}
+    report = bitwright.quantize_best(DEMO, tmp_path / "out", "rtn", 3, 32, **run, **options)
+    assert not any("v_proj" in layer.name for layer in report.layers)
+    assert "n_grid=3" in (tmp_path / "out" / "README.md").read_text()

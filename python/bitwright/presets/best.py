@@ -96,7 +96,8 @@ def quantize_best(
     """
     arguments = dict(locals())
     require_model(model)
-    given = {"preset": "best", **arguments, **arguments.pop("options")}
+    given = {"preset": "best", **arguments, **options}
+    del given["options"]
     with made_by(python_call(quantize_best, arguments)):
         return best_quantization(model, out, QuantizationOptions.of(given))
 
