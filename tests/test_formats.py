@@ -349,7 +349,7 @@ def test_scale_dtypes() -> None:
     assert MlxFormat.scale_dtype(bfloat16) == bfloat16
     assert GptqFormat.scale_dtype(bfloat16) == np.float16
     with pytest.raises(ValueError, match="scale_dtype: .*gptq.*float32"):
-        GptqFormat.check_scale_dtype(np.dtype(np.float32))
+        GptqFormat.chosen_scale_dtype(bfloat16, np.dtype(np.float32))
 
 
 def test_awq_words_hold_output_channels_in_their_order() -> None:
