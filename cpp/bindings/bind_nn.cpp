@@ -418,6 +418,21 @@ void bind_losses(py::module_& module) {
         },
         py::arg("logits"), py::arg("targets"));
     module.def(
+        "draw_tokens",
+        [](const py::object& logits, const py::object& uniform) {
+            const auto l = matrix<float>(logits, "logits");
+            const auto u = vector<double>(uniform, "uniform", l.rows());
+            if (l.cols() == 0) throw py::value_error("logits: the vocabulary is empty");
+            py::array_t<std::int32_t> ids(l.rows());
+            VectorView<std::int32_t> result(ids.mutable_data(), l.rows());
+            {
+                const py::gil_scoped_release release;
+                draw_tokens(l, u, result);
+            }
+            return ids;
+        },
+        py::arg("logits"), py::arg("uniform"));
+    module.def(
         "kl_divergence",
         [](const py::object& reference, const py::object& logits) {
             const auto p = matrix<float>(reference, "reference");

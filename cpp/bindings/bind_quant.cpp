@@ -3,9 +3,11 @@
 #include "quant/awq.hpp"
 #include "quant/dequantize.hpp"
 #include "quant/gguf_blocks.hpp"
+#include "quant/output_metric.hpp"
 #include "quant/packing.hpp"
 #include "quant/quantize.hpp"
 #include "quant/refine.hpp"
+#include "quant/refine_two_sided.hpp"
 #include "quant/superblocks.hpp"
 
 namespace bitwright {
@@ -161,6 +163,43 @@ void bind_methods(py::module_& module) {
         },
         py::arg("weight"), py::arg("gram"), py::arg("codes"), py::arg("scales"), py::arg("offsets"),
         py::arg("grid"), py::arg("rounds"), py::arg("codes_only") = false);
+
+    module.def(
+        "refine_two_sided",
+        [](const py::object& weight, const py::object& gram, const py::object& outputs,
+           const py::object& codes, const py::object& scales, const py::object& offsets,
+           const Grid& grid, Index sweeps, Index fits) {
+            const auto w = matrix<float>(weight, "weight");
+            const Index out = w.rows(), in = w.cols(), groups = groups_of(grid, in);
+            const auto g = matrix<float>(gram, "gram", in, in);
+            const auto o = matrix<float>(outputs, "outputs", out);
+            const QuantizedView result{writable_matrix<std::uint8_t>(codes, "codes", out, in),
+                                       writable_matrix<float>(scales, "scales", out, groups),
+                                       writable_matrix<float>(offsets, "offsets", out, groups)};
+            if (sweeps < 0) throw py::value_error("sweeps: expected 0 or more");
+            if (o.cols() < 1) throw py::value_error("outputs: expected at least one column");
+            py::array_t<double> objectives(sweeps + 1);
+            const VectorView<double> values(objectives.mutable_data(), sweeps + 1);
+            {
+                const py::gil_scoped_release release;
+                refine_two_sided(w, g, o, grid, sweeps, fits, result, values);
+            }
+            return objectives;
+        },
+        py::arg("weight"), py::arg("gram"), py::arg("outputs"), py::arg("codes"), py::arg("scales"),
+        py::arg("offsets"), py::arg("grid"), py::arg("sweeps"), py::arg("fits"));
+
+    module.def(
+        "add_output_metric",
+        [](const py::object& gradient, const py::object& weight, const py::object& sum) {
+            const auto g = matrix<float>(gradient, "gradient");
+            const auto w = vector<float>(weight, "weight", g.rows());
+            const auto total = writable_matrix<float>(sum, "sum", g.cols());
+            if (total.cols() < 1) throw py::value_error("sum: expected at least one column");
+            const py::gil_scoped_release release;
+            add_output_metric(g, w, total);
+        },
+        py::arg("gradient"), py::arg("weight"), py::arg("sum"));
 }
 
 // A metric of Python's, called with the interpreter's lock in hand.

@@ -34,6 +34,22 @@ void cross_entropy(ConstMatrixView<float> logits, ConstVectorView<std::int32_t> 
     });
 }
 
+void draw_tokens(ConstMatrixView<float> logits, ConstVectorView<double> uniform,
+                 VectorView<std::int32_t> ids) {
+    parallel_for(logits.rows(), 4, [&](Index first, Index last) {
+        AlignedRow<float> share(logits.cols());
+        for (Index row = first; row < last; ++row) {
+            share = logits.row(row).array();
+            share = (share - share.maxCoeff()).exp();
+            const double wanted = uniform[row] * static_cast<double>(sum(share.cast<double>()));
+            double total = 0.0;
+            Index token = 0;
+            while (token + 1 < share.size() && !((total += share[token]) > wanted)) ++token;
+            ids[row] = static_cast<std::int32_t>(token);
+        }
+    });
+}
+
 void kl_divergence(ConstMatrixView<float> reference, ConstMatrixView<float> logits,
                    VectorView<double> divergences) {
     parallel_for(logits.rows(), 4, [&](Index first, Index last) {

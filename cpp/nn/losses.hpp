@@ -9,6 +9,11 @@ namespace bitwright {
 void cross_entropy(ConstMatrixView<float> logits, ConstVectorView<std::int32_t> targets,
                    VectorView<double> losses);
 
+// ids [tokens], each drawn from softmax(logits [tokens, vocabulary]) as a number `uniform` [tokens]
+// from 0 to 1 says: the first token up to which the probabilities add up to more than it.
+void draw_tokens(ConstMatrixView<float> logits, ConstVectorView<double> uniform,
+                 VectorView<std::int32_t> ids);
+
 // divergences [tokens] = KL(softmax(reference) ‖ softmax(logits)), in nats.
 void kl_divergence(ConstMatrixView<float> reference, ConstMatrixView<float> logits,
                    VectorView<double> divergences);

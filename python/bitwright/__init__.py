@@ -56,6 +56,7 @@ from bitwright.methods.moments import LayerStatistics, Moments, gram
 from bitwright.methods.refine import refine
 from bitwright.methods.rtn import quantize_rtn
 from bitwright.methods.salient import compute_activation_stats, find_salient_weights
+from bitwright.methods.two_sided import refine_two_sided
 from bitwright.models.fold import fold_scale
 from bitwright.precision.allocation import allocate, estimate_threshold
 from bitwright.precision.choices import choose_precisions
@@ -174,6 +175,7 @@ __all__ = [
     "quantize_with_transformers",
     "refine",
     "refine_model",
+    "refine_two_sided",
     "search_scale",
     "set_num_threads",
     "spread_over",

@@ -65,13 +65,13 @@ class Ranks:
         # The leaf that grows and, of what was added up before it, one for each level of the tree.
         return max(1, min(chunks, LEAVES.bit_length())) if self.fixed_order else 1
 
-    def rows(self, count: int) -> list[slice]:
+    def rows(self, count: int, unit: int = ROWS) -> list[slice]:
         """Return this rank's part of a layer's rows, in the pieces to compute one by one.
 
         A matrix product of fewer rows may round otherwise, so in a fixed order the pieces are the same for
-        any number of ranks.
+        any number of ranks. No piece ends inside of a unit of rows that belong together.
         """
-        mine = self.share(count, FIXED_ROWS if self.fixed_order else ROWS)
+        mine = self.share(count, FIXED_ROWS if self.fixed_order else unit)
         step = FIXED_ROWS if self.fixed_order else max(1, len(mine))
         return [slice(first, min(first + step, mine.stop)) for first in mine[::step]]
 

@@ -39,7 +39,7 @@ from bitwright.methods.awq import (
     search_scale,
 )
 from bitwright.methods.method import Solver, StageInputs
-from bitwright.methods.refine import refined
+from bitwright.methods.refined import refined
 from bitwright.methods.registry import METHODS
 from bitwright.methods.rtn import rtn_solver
 from bitwright.models.config import plainly_spelled

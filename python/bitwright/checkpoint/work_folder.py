@@ -42,7 +42,8 @@ from bitwright.warned import warn
 LOCK, STATE, REPLACED, LAST = "lock", "state.json", "replaced", "last"
 CHECKSUM = "checksum"  # of the rest of a state
 INPUTS = "inputs"  # the part of a state that tells what was read
-SENSITIVITIES = "sensitivities"  # the part of a run that has a work folder of its own
+# The parts of a run that have work folders of their own.
+SENSITIVITIES, GRADIENTS = "sensitivities", "gradients"
 # What the operating system says of folders that cannot be moved as a whole.
 UNMOVABLE = (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES)
 _OF_FILE_SYSTEMS = "lost+found"  # what some of them keep at their roots
@@ -508,7 +509,7 @@ def work_path(out: Path, part: str = "") -> Path:
 
 def content_of(out: Path) -> list[os.DirEntry[str]]:
     """Return what a folder holds, but for the work folders of what is written there."""
-    own = {work_path(out).name, work_path(out, SENSITIVITIES).name}
+    own = {work_path(out, part).name for part in ("", SENSITIVITIES, GRADIENTS)}
     if is_mount_point(out):
         own.add(_OF_FILE_SYSTEMS)
     with os.scandir(out) as entries:

@@ -69,8 +69,8 @@ from bitwright.report.tables import print_sentence
     "--preset",
     type=click.Choice(PRESETS),
     default="default",
-    help="fast: the method by itself; default: with --refine and --drift; best: with dynamic precision of "
-    "the same size and trained scales, too.",
+    help="fast: the method by itself; default: with --refine and --drift; high: refined by what errors do "
+    "to the model's predictions, too; best: with dynamic precision of the same size and trained scales.",
 )
 @method_option(
     "--refine/--no-refine",

@@ -3,6 +3,8 @@
 The codes are updated by cyclic coordinate descent, as in QuantEase (Behdin et al. 2023, arXiv:2309.01885),
 which keeps the grids fixed; see docs/methods/refine.md."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +15,8 @@ from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.choice import FLOAT_DTYPES
 from bitwright.grids.superblocks import expanded, fit_superblocks
-from bitwright.grids.tensor import Grid, QuantizedTensor, SuperBlocks
+from bitwright.grids.tensor import QuantizedTensor, SuperBlocks
 from bitwright.methods.gptq import GptqTensor
-from bitwright.methods.method import MethodOptions, Solver
 
 ROUNDS = 2
 
@@ -75,6 +76,13 @@ def refine(
     >>> bool(errors[-1] < 0.5 * errors[0])
     True
     """
+    check_refinable(tensor, weight, damping)
+    with damped_gram(gram, damping, overwrite_gram) as damped:
+        return _refine_damped(tensor, weight, damped, rounds)
+
+
+def check_refinable(tensor: QuantizedTensor, weight: NDArray[np.float32], damping: float) -> None:
+    """Raise ValueError or TypeError unless a tensor can be refined towards a weight."""
     if tensor.group_index is not None:
         raise ValueError("tensor: only groups of consecutive channels can be refined")
     if weight.shape != tensor.shape:
@@ -84,18 +92,27 @@ def refine(
     if tensor.scales.dtype not in FLOAT_DTYPES:
         raise TypeError(f"tensor: scales are {tensor.scales.dtype}")
     require_finite(weight, "weight")
+
+
+@contextmanager
+def damped_gram(
+    gram: NDArray[np.float32], damping: float, overwrite: bool
+) -> Iterator[NDArray[np.float32]]:
+    """Yield a gram with a share of its diagonal's mean added to that: the very array with `overwrite`, as
+    it was afterwards."""
     kept = gram.diagonal().copy()
     live = kept[kept > 0]
-    damped = gram if overwrite_gram else gram.copy()
+    damped = gram if overwrite else gram.copy()
     diagonal = np.diag_indices_from(damped)
     damped[diagonal] += np.float32(damping * (live.mean() if live.size else 1))
     try:
-        return _refine_damped(tensor, weight, damped, rounds)
+        yield damped
     finally:
         damped[diagonal] = kept
 
 
-def _kernel_grid(tensor: QuantizedTensor) -> _kernels.Grid:
+def kernel_grid(tensor: QuantizedTensor) -> _kernels.Grid:
+    """Return a tensor's grid for kernels."""
     return _kernels.Grid(
         tensor.bits, tensor.group_size, tensor.grid, tensor.scales.dtype.name, search=False
     )
@@ -113,7 +130,7 @@ def _refine_damped(
         codes,
         scales,
         offsets,
-        _kernel_grid(tensor),
+        kernel_grid(tensor),
         rounds,
     )
     changed: dict[str, Any] = {"codes": codes, "scales": scales.astype(tensor.scales.dtype)}
@@ -133,7 +150,7 @@ def _refine_superblocks(
 ) -> tuple[QuantizedTensor, NDArray[np.float64]]:
     """Refine a "k" grid: its scales take their closed form and are fitted with superblocks again, the codes
     follow, and each row keeps what has the least error."""
-    bits, grid = tensor.bits, _kernel_grid(tensor)
+    bits, grid = tensor.bits, kernel_grid(tensor)
     codes = tensor.codes.copy()
     importance = np.ascontiguousarray(gram.diagonal())
 
@@ -177,19 +194,3 @@ def _k_tensor(
         superblocks=blocks,
         **changed,
     )
-
-
-def refined(solve: Solver, gram: NDArray[np.float32] | None, options: MethodOptions) -> Solver:
-    """Follow a method with `refine`, where it is asked for and there is a gram."""
-    if not options.refine or gram is None:
-        return solve
-    known = gram
-
-    def solve_and_refine(
-        weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
-    ) -> QuantizedTensor:
-        tensor = solve(weight, bits, size, grid, dtype)
-        target = np.ascontiguousarray(weight, np.float32)
-        return refine(tensor, target, known, damping=options.damping, overwrite_gram=True)[0]
-
-    return solve_and_refine

@@ -17,6 +17,7 @@ from bitwright.methods.method import ActivationMethod
 from bitwright.methods.metrics import Metric
 from bitwright.precision.recipe import Recipe
 from bitwright.presets.best import best_quantization
+from bitwright.presets.high import high_quantization
 from bitwright.quantization.options import Preset, QuantizationOptions
 from bitwright.quantization.quantize import check_run, run_quantization
 from bitwright.records.card import made_by, python_call
@@ -100,8 +101,10 @@ def quantize(
         `bitwright.load_tokens`. For ``"rtn"`` it only serves the grid search and the reported errors.
     preset
         ``"fast"`` is the method by itself. ``"default"`` adds `refine` and `drift` to gptq, awq and
-        awq+gptq. ``"best"`` chooses the precision of every layer within the same size, too, and trains
-        the scales afterwards; see `bitwright.quantize_best`.
+        awq+gptq. ``"high"`` then refines every layer by what its errors do to the model's predictions,
+        which gradients over half of the calibration tell, see `refine_two_sided`. ``"best"`` chooses the
+        precision of every layer within the same size, and trains the scales after `"default"`; see
+        `bitwright.quantize_best`.
     refine
         After a layer is quantized, improve codes and scales in the metric of its gram, see `refine`. By
         default as the preset says; for every method if it is True.
@@ -206,6 +209,8 @@ def quantize(
     with made_by(python_call(quantize, arguments)):
         if preset == "best":
             return best_quantization(model, out, options)
+        if preset == "high":
+            return high_quantization(model, out, options)
         return run_quantization(model, out, options)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from bitwright import _kernels
 from bitwright.blocks.drift import Drift
 from bitwright.blocks.equalizing import Equalized, equalize, equalize_head
+from bitwright.blocks.output_metrics import OutputMetrics
 from bitwright.blocks.scaling import AwqOptions, ScaledBlock, StageFacts
 from bitwright.errors import BitwrightError
 from bitwright.formats import Precision
@@ -16,8 +17,9 @@ from bitwright.grids.choice import GridChoice
 from bitwright.grids.tensor import Grid, QuantizedTensor
 from bitwright.loading.model import Model
 from bitwright.methods.method import MethodOptions, Solver, StageInputs
-from bitwright.methods.refine import refined
+from bitwright.methods.refined import refined
 from bitwright.methods.rtn import rtn_solver
+from bitwright.methods.two_sided import METRIC_ROWS
 from bitwright.models.block import DecoderBlock, Rotation
 from bitwright.models.layout import Stage
 from bitwright.models.matrix_rows import MatrixRows, solved_rows
@@ -33,7 +35,7 @@ from bitwright.quantization.output import (
     summed,
 )
 from bitwright.quantization.small_weights import MOST_LOST, largest_of, require_kept
-from bitwright.ranks import current
+from bitwright.ranks import ROWS, current
 
 Piece = tuple[slice, Float32]  # rows of a layer, and their weights
 # Of weights: as they are, as they are stored, and as they were stored before.
@@ -100,6 +102,8 @@ class Layers:
         Where they go.
     quantized
         A quantized form of the model whose layers are taken as they are, in place of a method's.
+    metrics
+        Of the layers' outputs, in which they are refined, too.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class Layers:
         awq: AwqOptions,
         output: Output,
         quantized: Model | None = None,
+        metrics: OutputMetrics | None = None,
     ) -> None:
         self.model = model
         self.target = target
@@ -119,6 +124,7 @@ class Layers:
         self.ranks = current()
         self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
         self._quantized = quantized
+        self._metrics = metrics
         # Of the layers in this block: the powers of two by which they were multiplied, and those whose
         # weights are small for the dtype of scales all the same.
         self._powers: dict[str, int] = {}
@@ -296,7 +302,8 @@ class Layers:
     def _pieces(self, weight: Float32) -> list[Piece]:
         """Return this rank's pieces of a layer: all rows where the method looks at them together."""
         whole = self.options.method.whole_layers
-        pieces = [slice(0, len(weight))] if whole else self.ranks.rows(len(weight))
+        unit = ROWS if self._metrics is None else METRIC_ROWS  # whole blocks of a metric
+        pieces = [slice(0, len(weight))] if whole else self.ranks.rows(len(weight), unit)
         return [(rows, weight[rows]) for rows in pieces]
 
     def _matrix_pieces(self, source: str, power: int, whole: bool) -> MatrixPieces:
@@ -330,9 +337,11 @@ class Layers:
         out = max(self.ranks.gather(last)) if shared else last
         parts, stored = [], None
         samples: list[Sample] = []
+        metric = None if self._metrics is None else self._metrics.of(name)
 
         def solve(rows: slice, weight: Float32) -> QuantizedTensor:
-            return refined(own.of(rows), own.gram, self.options)(
+            part = None if metric is None else metric[rows]
+            return refined(own.of(rows), own.gram, self.options, part)(
                 weight,
                 precision.bits,
                 precision.group_size,

@@ -15,8 +15,8 @@ from bitwright.precision.options import PrecisionOptions
 from bitwright.runs.limits import RunLimits
 from bitwright.text.calibration import CalibrationOptions
 
-Preset = Literal["fast", "default", "best"]
-PRESETS: tuple[Preset, ...] = ("fast", "default", "best")
+Preset = Literal["fast", "default", "high", "best"]
+PRESETS: tuple[Preset, ...] = ("fast", "default", "high", "best")
 Options = TypeVar("Options")
 
 
@@ -104,6 +104,11 @@ class QuantizationOptions:
         options._check_inputs(bool(refine), bool(drift))
         return options
 
+    @property
+    def two_sided(self) -> bool:
+        """Whether layers are refined in the metrics of their outputs, too."""
+        return self.preset == "high"
+
     def identity(self) -> dict[str, object]:
         """Return what decides the result, but for the recipe."""
         samples = {} if self.calibration is None else dict(vars(self.calibration))
@@ -120,8 +125,13 @@ class QuantizationOptions:
 
     def _check_inputs(self, refine: bool, drift: bool) -> None:
         """Raise ValueError unless there are the inputs that a method asks for."""
-        if self.preset == "best" and self.calibration is None:
-            raise ValueError("calibration: preset best needs text or token ids")
+        if self.preset in ("high", "best") and self.calibration is None:
+            raise ValueError(f"calibration: preset {self.preset} needs text or token ids")
+        if self.preset == "high" and not self.method.refine:
+            raise ValueError(
+                f"preset: high refines what the method has found, which {self.method.method.name} "
+                f"does not do by default; take another preset, or refine (--refine)"
+            )
         method, is_given = self.method.method, self.calibration is not None
         unknown = not is_given and self.activations is None and self.statistics is None
         if method.needs_inputs and unknown:
@@ -180,7 +190,10 @@ def _check_statistics_alone(given: Mapping[str, Any]) -> None:
             f"{chosen[0]}: the tokens of statistics were chosen when they were collected"
         )
     reasons = {
-        "preset": (given.get("preset") == "best", "best trains on tokens"),
+        "preset": (
+            given.get("preset") in ("high", "best"),
+            f"{given.get('preset')} takes gradients of tokens",
+        ),
         "drift": (bool(given.get("drift")), "there are only the original's layers in statistics"),
         "propagate": (
             given.get("propagate") == "quantized",

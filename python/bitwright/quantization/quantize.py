@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from bitwright.blocks.output_metrics import OutputMetrics
 from bitwright.loading.model import Model, load_model
 from bitwright.models.config import float_config
 from bitwright.quantization.known import ActivationStatistics, FolderStatistics
@@ -18,16 +19,28 @@ from bitwright.statistics.folder import Statistics
 
 
 def run_quantization(
-    model: str | os.PathLike[str], out: str | os.PathLike[str], options: QuantizationOptions
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: QuantizationOptions,
+    metrics: OutputMetrics | None = None,
 ) -> QuantizationReport:
-    """Quantize a checkpoint folder into another one; see `bitwright.quantize`."""
+    """Quantize a checkpoint folder into another one; see `bitwright.quantize`. With the metrics of the
+    layers' outputs, these are refined in them, too."""
     start = time.perf_counter()
     options.limits.set_threads()
     original = _float_model(model, options.allow_requantize)
     precision = options.precision.for_model(original, options.method.method)
     target = precision.target(original, options.method.method)
     with _source(original, options) as (source, bos):
-        run = Run(original, target, options.method, options.awq, source, options.limits)
+        run = Run(
+            original,
+            target,
+            options.method,
+            options.awq,
+            source,
+            options.limits,
+            metrics=metrics,
+        )
         facts = {
             "preset": options.preset,
             "grid": target.default.grid,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.blocks.loop import through_blocks
+from bitwright.blocks.output_metrics import OutputMetrics, metrics_identity
 from bitwright.blocks.scaling import AwqOptions
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
@@ -58,6 +59,8 @@ class Run:
         What the run may take.
     quantized
         A quantized form of the model whose layers are taken as they are, in place of a method's.
+    metrics
+        Of the layers' outputs, in which they are refined, too.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Run:
         source: StatisticsSource,
         limits: RunLimits,
         quantized: Model | None = None,
+        metrics: OutputMetrics | None = None,
     ) -> None:
         self.model = model
         self.target = target
@@ -77,6 +81,7 @@ class Run:
         self.source = source
         self.limits = limits
         self.quantized = quantized
+        self.metrics = metrics
         self.ranks = current()
         self.output: Output
         self.writer: CheckpointWriter | None = None
@@ -166,7 +171,13 @@ class Run:
         stack_size = model.config.experts.count if model.config.experts else 0
         self.output = Output(self.writer, kind, experts, stack_size, model.nested)
         self._layers = Layers(
-            model, self.target, self.options, self.awq, self.output, self.quantized
+            model,
+            self.target,
+            self.options,
+            self.awq,
+            self.output,
+            self.quantized,
+            self.metrics,
         )
 
     def _planned(self, out: Path) -> RunPlan:
@@ -198,6 +209,7 @@ class Run:
             "quantized model": self.quantized and model_fingerprint(self.quantized.checkpoint),
             **dict.fromkeys(("calibration", "activations", "statistics")),
             **self.source.identity(),
+            **metrics_identity(self.metrics),
             "format": self.target.format.name,
             **self.options.identity(),
             **{name: _named(value) for name, value in asdict(awq).items()},
