@@ -21,6 +21,7 @@ from bitwright.models.operations import Float32
 from bitwright.process.memory import peak_memory_bytes
 from bitwright.runs.budget import Budget
 from bitwright.runs.forecast import inner_width, passing_bytes
+from bitwright.spellings import Old, respelled
 from bitwright.text.samples import Samples, TokenSource, Windows, load_samples
 from bitwright.warned import reports_warnings
 
@@ -79,12 +80,13 @@ class Evaluation:
         return self.tokens / self.seconds
 
 
+@respelled(Old("text", "evaluation"))
 @reports_warnings
 @expands_home
 @same_inputs()
 def evaluate(
     model: str | os.PathLike[str] | Model,
-    text: TokenSource,
+    evaluation: TokenSource,
     *,
     reference: str | os.PathLike[str] | Model | None = None,
     length: int | None = None,
@@ -103,7 +105,7 @@ def evaluate(
     ----------
     model
         Checkpoint folder, in float or quantized, or a loaded model.
-    text
+    evaluation
         A ``.txt``, ``.jsonl`` or ``.npy`` file, or token ids ``[samples, length]``; see
         `bitwright.load_tokens`.
     reference
@@ -155,7 +157,7 @@ def evaluate(
             f"{models[1].checkpoint.folder}: the reference's vocabulary has "
             f"{models[1].config.vocab_size} entries, the model's {judged.config.vocab_size}"
         )
-    loaded = check_text(models, text, length, samples, bos, windows)
+    loaded = check_text(models, evaluation, length, samples, bos, windows)
     tokens = loaded.tokens
     skipped = _skipped(tokens, windows)
     batch, _ = plan_evaluation(models, len(tokens), tokens.shape[1], memory)
@@ -225,8 +227,8 @@ def check_text(
     )
     if loaded.tokens.shape[1] < _skipped(loaded.tokens, windows) + 2:
         raise CalibrationError(
-            f"text: samples of {loaded.tokens.shape[1]} tokens have no next token to predict. Ask for a "
-            f"larger length"
+            f"evaluation: samples of {loaded.tokens.shape[1]} tokens have no next token to predict. "
+            f"Ask for a larger length"
         )
     return loaded
 

@@ -467,7 +467,9 @@ def test_a_corrected_command_goes_on_from_nothing(
     "call",
     [
         lambda out: bitwright.quantize_best(DEMO, out, calibration=TEXT, colour=1),
-        lambda out: bitwright.dynamic_quantize(DEMO, out, 4.5, data=TEXT, colour=1, progress=False),
+        lambda out: bitwright.dynamic_quantize(
+            DEMO, out, 4.5, calibration=TEXT, colour=1, progress=False
+        ),
         lambda out: check_quantization(DEMO, out, calibration=TEXT, colour=1),
     ],
 )

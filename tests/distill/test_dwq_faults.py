@@ -346,8 +346,8 @@ def test_wrong_students(students: Callable[..., Path], student: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"data": None}, "data: give text or token ids"),
-        ({"data": IDS[:1]}, "data: has 1 samples"),
+        ({"data": None}, "calibration: give text or token ids"),
+        ({"data": IDS[:1]}, "calibration: has 1 samples"),
         ({"validation_samples": ROWS}, "18 are for validation"),
         ({"data": IDS[:0]}, "token array"),
         ({"data": TEXT.with_name("absent.txt")}, "absent.txt"),

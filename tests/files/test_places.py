@@ -156,7 +156,15 @@ def test_all_that_is_written_as_folders(tmp_path: Path, fixed: Path) -> None:
     assert bitwright.Statistics(fixed).tokens == 4 * 64
     emptied("statistics.json", "head.safetensors")
     bitwright.dynamic_quantize(
-        DEMO, fixed, 4.5, None, "rtn", data=TEXT, sensitivity_samples=4, evaluate_on=short, **few
+        DEMO,
+        fixed,
+        4.5,
+        None,
+        "rtn",
+        calibration=TEXT,
+        sensitivity_samples=4,
+        evaluation=short,
+        **few,
     )
     emptied("config.json", "model.safetensors")
     bitwright.dwq_quantize(
@@ -455,7 +463,7 @@ def test_home_in_calls(home: Path) -> None:
         4.5,
         method="rtn",
         sensitivities="~/s.json",
-        evaluate_on=text,
+        evaluation=text,
         **few,
         **quiet,
     )

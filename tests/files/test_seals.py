@@ -86,7 +86,7 @@ def salient(model: Path, out: Path) -> None:
 
 
 def dynamic(model: Path, out: Path, **options: Any) -> object:
-    given = {"data": TEXT, "sensitivity_samples": 12, **FEW} | options
+    given = {"calibration": TEXT, "sensitivity_samples": 12, **FEW} | options
     return bitwright.dynamic_quantize(model, out, 4.6, [(3, 32), (5, 32)], "gptq", **given)
 
 
@@ -696,7 +696,7 @@ INPUTS: dict[str, Input] = {
         ),
         "tokens",
     ),
-    "text of dynamic": text_input(lambda path, out: dynamic(DEMO, out, data=path), "tokens"),
+    "text of dynamic": text_input(lambda path, out: dynamic(DEMO, out, calibration=path), "tokens"),
     "calibration of dynamic": text_input(
         lambda path, out: dynamic(DEMO, out, calibration=path), "calibration"
     ),
@@ -779,11 +779,11 @@ ESTIMATED = (bitwright.precision.estimate._Estimate, "go", 1)
 
 
 def dynamic_text(path: Path, out: Path) -> object:
-    return dynamic(DEMO, out, data=path)
+    return dynamic(DEMO, out, calibration=path)
 
 
 def dynamic_evaluation(path: Path, out: Path) -> object:
-    return dynamic(DEMO, out, evaluate_on=path, length=64)
+    return dynamic(DEMO, out, evaluation=path, length=64)
 
 
 def best(path: Path, out: Path) -> object:

@@ -189,7 +189,7 @@ def test_dynamic_quantize_reuses_sensitivities(tmp_path: Path, monkeypatch: Any)
     options: dict[str, Any] = {"sensitivities": file, "length": 64, "progress": False}
     first = bitwright.dynamic_quantize(
         DEMO, tmp_path / "a", 4.5, CANDIDATES, "gptq", "mlx", text, sensitivity_samples=4, samples=8,
-        evaluate_on=DEMO / "evaluation.txt", **options,
+        evaluation=DEMO / "evaluation.txt", **options,
     )  # fmt: skip
     assert first.before is not None
     assert first.after is not None

@@ -116,7 +116,7 @@ def test_changed_work_files_are_refused(
 def dynamic_call(folder: Path, **more: Any) -> bitwright.DynamicReport:
     return bitwright.dynamic_quantize(
         *(DEMO, folder / "q", 4.5, [(3, 64), (5, 64)], "rtn"),
-        **{"data": TEXT, "sensitivities": folder / "s.json", "recipe": folder / "r.json", **more},
+        **{"calibration": TEXT, "sensitivities": folder / "s.json", "recipe": folder / "r.json", **more},
         **FEW,
         sensitivity_samples=2,
         progress=False,
@@ -138,15 +138,15 @@ def test_evaluations_and_recipes_come_before_the_folder(
 
     monkeypatch.setattr(dynamic, "evaluate", watched)
     with pytest.raises(KeyboardInterrupt, match="resumes from what is done"):
-        dynamic_call(tmp_path, evaluate_on=ids)
-    report = dynamic_call(tmp_path, evaluate_on=ids)
+        dynamic_call(tmp_path, evaluation=ids)
+    report = dynamic_call(tmp_path, evaluation=ids)
     assert all("q" not in seen and "r.json" not in seen for seen in steps)
     assert report.after is not None
     assert f"{report.after.perplexity:.4f}" in (tmp_path / "q" / "README.md").read_text()
     assert bitwright.Recipe.load(tmp_path / "r.json") == report.recipe
     assert names(tmp_path) == ["ids.npy", "q", "r.json", "s.json"]
     with pytest.raises(bitwright.OutputExistsError, match="--overwrite"):
-        dynamic_call(tmp_path, evaluate_on=ids)
+        dynamic_call(tmp_path, evaluation=ids)
 
 
 def test_an_evaluation_that_fails_takes_nothing_else_along(
@@ -160,7 +160,7 @@ def test_an_evaluation_that_fails_takes_nothing_else_along(
 
     monkeypatch.setattr(dynamic, "evaluate", failing)
     with pytest.raises(bitwright.NonFiniteError, match="logits"):
-        dynamic_call(tmp_path, evaluate_on=ids)
+        dynamic_call(tmp_path, evaluation=ids)
     assert names(tmp_path) == ["ids.npy", "q", "r.json", "s.json"]
     bitwright.load_model(tmp_path / "q")
 

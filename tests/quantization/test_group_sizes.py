@@ -126,7 +126,7 @@ def test_other_runs_say_it_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"candidates: groups of 128 .*\*\.mlp\.down_proj.*3:64"):
         bitwright.dynamic_quantize(
             *(model, tmp_path / "out", 4.0, [(3, 128), (5, 128)], "rtn"),
-            data=ids,
+            calibration=ids,
             sensitivities=bitwright.estimate_sensitivities(model, ids, progress=False),
             **options,
         )

@@ -205,7 +205,7 @@ REFUSED: dict[str, Callable[[Path, Path], object]] = {
         DEMO, TEXT, samples=2, length=64, out=out, memory=1e-3
     ),
     "dynamic": lambda folder, out: bitwright.dynamic_quantize(
-        DEMO, out, 4.5, [(3, 64), (5, 64)], data=TEXT, length=64, memory=1e-3
+        DEMO, out, 4.5, [(3, 64), (5, 64)], calibration=TEXT, length=64, memory=1e-3
     ),
     "best": lambda folder, out: bitwright.quantize_best(
         DEMO, out, bits=3, calibration=TEXT, length=64, memory=1e-3
@@ -249,8 +249,13 @@ def test_the_budget_of_dynamic_is_that_of_all_its_stages(
         return real(kind, memory)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(Budget, "of", classmethod(of))
-    run: dict[str, Any] = {"data": TEXT, "samples": 4, "sensitivity_samples": 4, "length": 64}
-    run |= {"evaluate_on": DEMO / "evaluation.txt", "progress": False}
+    run: dict[str, Any] = {
+        "calibration": TEXT,
+        "samples": 4,
+        "sensitivity_samples": 4,
+        "length": 64,
+    }
+    run |= {"evaluation": DEMO / "evaluation.txt", "progress": False}
     precisions = [(3, 64), (5, 64)]
     with pytest.raises(bitwright.MemoryBudgetError) as caught:
         bitwright.dynamic_quantize(DEMO, tmp_path / "q", 4.5, precisions, memory=1e-3, **run)

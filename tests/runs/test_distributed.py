@@ -97,7 +97,12 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def training(ids: Path, **more: Any) -> dict[str, Any]:
     """10 steps of 2 samples."""
-    options: dict[str, Any] = {"data": ids, "teacher": DEMO, "batch_size": 2, "progress": False}
+    options: dict[str, Any] = {
+        "calibration": ids,
+        "reference": DEMO,
+        "batch_size": 2,
+        "progress": False,
+    }
     return options | {"checkpoint_every": 2, "validate_every": 5, "validation_samples": 5} | more
 
 
@@ -159,7 +164,7 @@ def test_the_first_rank_reads_inputs_for_all(tmp_path: Path, case: str) -> None:
 @pytest.mark.slow
 @needs_mpi
 def test_sensitivities_of_any_number_of_ranks(tmp_path: Path, ids: Path) -> None:
-    options = {"model": DEMO, "data": ids, "batch_size": 4, "progress": False}
+    options = {"model": DEMO, "calibration": ids, "batch_size": 4, "progress": False}
     bitwright.estimate_sensitivities(out=tmp_path / "1.json", **options)
     for count in (2, 3):
         spread(count, "estimate_sensitivities", out=tmp_path / f"{count}.json", **options)
@@ -171,7 +176,7 @@ def test_sensitivities_of_any_number_of_ranks(tmp_path: Path, ids: Path) -> None
 @needs_mpi
 def test_targets_of_several_ranks(tmp_path: Path, ids: Path) -> None:
     bitwright.compute_dwq_targets(DEMO, ids, tmp_path / "one")
-    spread(2, "compute_dwq_targets", model=DEMO, data=ids, out=tmp_path / "two")
+    spread(2, "compute_dwq_targets", model=DEMO, calibration=ids, out=tmp_path / "two")
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert len(content(tmp_path / "two")) > 4
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
@@ -180,7 +185,7 @@ def test_targets_of_several_ranks(tmp_path: Path, ids: Path) -> None:
 @pytest.mark.slow
 @needs_mpi
 def test_ranks_distil_as_one_does(tmp_path: Path, ids: Path, student: Path) -> None:
-    options = training(ids, student=student)
+    options = training(ids, model=student)
     one = bitwright.dwq_quantize(out=tmp_path / "one", **options)
     for said in spread(2, "dwq_quantize", out=tmp_path / "two", **options):
         assert [step for step, _ in said] == [0, 5, 10]
@@ -199,7 +204,7 @@ def test_ranks_distil_as_one_does(tmp_path: Path, ids: Path, student: Path) -> N
 @pytest.mark.slow
 def test_ranks_that_add_up_in_a_fixed_order(tmp_path: Path, ids: Path, student: Path) -> None:
     """4 ranks have more than 2 samples' worth of work for none; one that is killed ends all."""
-    options = training(ids, student=student)
+    options = training(ids, model=student)
     with spread_over(fixed_order=True):
         bitwright.dwq_quantize(out=tmp_path / "1", **options)
     known = content(tmp_path / "1")
@@ -221,7 +226,7 @@ def test_ranks_that_add_up_in_a_fixed_order(tmp_path: Path, ids: Path, student: 
 def test_what_ranks_are_refused_all_are(tmp_path: Path, ids: Path, student: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").touch()
-    options = training(ids, student=student, out=tmp_path / "taken")
+    options = training(ids, model=student, out=tmp_path / "taken")
     said = spread(2, "dwq_quantize", **options)
     assert said[0] == said[1]
     assert said[0].startswith("OutputExistsError: ")
@@ -258,9 +263,9 @@ def test_ranks_that_quantize_in_a_fixed_order(tmp_path: Path, method: str) -> No
 @needs_mpi
 def test_ranks_that_refine_in_a_fixed_order(tmp_path: Path, student: Path) -> None:
     """Each piece goes on from its own rows' codes."""
-    options = quantizing(quantized=student)
-    original = options.pop("model")
-    spread(2, "refine_model", True, out=tmp_path / "2", original=original, **options)
+    options = quantizing()
+    original, options["model"] = options["model"], student
+    spread(2, "refine_model", True, out=tmp_path / "2", reference=original, **options)
     options["calibration"] = np.asarray(options["calibration"])
     with spread_over(fixed_order=True):
         bitwright.refine_model(original, out=tmp_path / "1", **options)
@@ -348,7 +353,7 @@ def test_the_command_under_mpi(tmp_path: Path) -> None:
 
 
 def test_fixed_order_changes_little(tmp_path: Path, ids: Path, student: Path) -> None:
-    options = training(ids, student=student)
+    options = training(ids, model=student)
     free = bitwright.dwq_quantize(out=tmp_path / "free", **options)
     with spread_over(fixed_order=True):
         fixed = bitwright.dwq_quantize(out=tmp_path / "fixed", **options)
@@ -358,7 +363,7 @@ def test_fixed_order_changes_little(tmp_path: Path, ids: Path, student: Path) ->
 @pytest.mark.parametrize(
     "run",
     [
-        lambda out, ids, student: bitwright.dwq_quantize(out=out, **training(ids, student=student)),
+        lambda out, ids, student: bitwright.dwq_quantize(out=out, **training(ids, model=student)),
         lambda out, ids, student: bitwright.compute_dwq_targets(DEMO, ids, out),
         lambda out, ids, student: bitwright.estimate_sensitivities(
             DEMO, ids, out=out, progress=False

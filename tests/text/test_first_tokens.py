@@ -164,7 +164,8 @@ def quantized(model: Path, data: Any, out: Path, **more: Any) -> Any:
 
 def dynamic(model: Path, data: Any, out: Path, **more: Any) -> Any:
     report = bitwright.dynamic_quantize(
-        *(model, out, 4.5, [(3, 64), (5, 64)], "rtn"), data=data, evaluate_on=data, **more, progress=False
+        *(model, out, 4.5, [(3, 64), (5, 64)], "rtn", "mlx", data),
+        evaluation=data, **more, progress=False,
     )  # fmt: skip
     assert report.before is not None
     return everything(out), report.sensitivities.alignments, report.before.perplexity

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from bitwright.cli.spellings import Old, spelled_out
+from bitwright.cli.spellings import spelled_out
 from bitwright.ranks import current
 from bitwright.records.card import command_line, made_by
+from bitwright.spellings import Old
 
 FILES, CALIBRATION, EVALUATION = "Input and output", "Calibration", "Evaluation"
 PRECISION, METHOD, TRAINING, RUN = "Precision", "Method", "Training", "Run"
