@@ -1,8 +1,6 @@
 """The command as a user runs it: a process of its own, its exit codes and what it leaves behind."""
 
-import fcntl
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 import bitwright
 from bitwright.demo import _scratch
@@ -72,16 +71,18 @@ def test_demos_clear_what_killed_ones_have_left(
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("one")
     (tmp_path / "bitwright-demo-file").write_text("is no folder")
-    other = os.open(tmp_path / "bitwright-demo-other", os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
+    (tmp_path / "bitwright-demo-link").symlink_to("bitwright-else")
+    other = FileLock(tmp_path / "bitwright-demo-other" / "lock")
+    other.acquire()
     with _scratch() as folder:
         kept = {"bitwright-demo-other", "bitwright-else", "bitwright-demo-file"}
+        kept.add("bitwright-demo-link")
         assert {path.name for path in tmp_path.iterdir()} == {folder.name, *kept}
         with _scratch() as second:
             assert folder.is_dir()
             assert second != folder
     assert {path.name for path in tmp_path.iterdir()} == kept
-    os.close(other)
+    other.release()
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,6 +248,19 @@ def test_two_runs_on_one_output(tmp_path: Path, undisturbed: dict[str, bytes]) -
     assert content(out) == undisturbed
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EIO])
+def test_file_systems_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(bitwright.OutputError, match=f"cannot be written: {os.strerror(number)}"):
+        quantize(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
