@@ -561,31 +561,25 @@ class _Known:
         return [*self.training.files(), *held]
 
 
+@dataclass(eq=False)
 class _Run:
     """A run from its first step, or from a checkpoint, to its last."""
 
-    def __init__(
-        self,
-        student: Student,
-        targets: _Known,
-        plan: _Plan,
-        settings: _Settings,
-        loss: str | LossFunction,
-        work: WorkFolder,
-    ) -> None:
-        self.work = work
-        self.student = student
-        self.targets = targets
-        self.plan = plan
-        self.samples = plan.samples
-        self.settings = settings
-        self.loss = loss
+    student: Student
+    targets: _Known
+    plan: _Plan
+    settings: _Settings
+    loss: str | LossFunction
+    work: WorkFolder
+
+    def __post_init__(self) -> None:
+        self.samples = self.plan.samples
         self.ranks = current()
-        self.checkpoint = work.path / TRAINING
-        self.network = Network(student.model, student.weight, rows=student.rows)
-        self.adam = Adam(student.parameters)
+        self.checkpoint = self.work.path / TRAINING
+        self.network = Network(self.student.model, self.student.weight, rows=self.student.rows)
+        self.adam = Adam(self.student.parameters)
         self.state = _Progress()
-        self.best = {name: array.copy() for name, array in student.parameters.items()}
+        self.best = {name: array.copy() for name, array in self.student.parameters.items()}
 
     def go(self, bar: Progress, checkpoint_every: int) -> str | None:
         """Train to the end; return why it ended before, if it did."""

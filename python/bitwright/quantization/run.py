@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from contextvars import ContextVar
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class AllIsWell(Exception):  # noqa: N818 - it is no error
     """Ends a run that was only to be checked."""
 
 
+@dataclass(eq=False)
 class Run:
     """One pass over a model; it holds the weights and statistics of a few layers at a time.
 
@@ -60,32 +61,26 @@ class Run:
         A quantized form of the model whose layers are taken as they are, in place of a method's.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        target: Target,
-        options: MethodOptions,
-        awq: AwqOptions,
-        source: StatisticsSource,
-        limits: RunLimits,
-        quantized: Model | None = None,
-    ) -> None:
-        self.model = model
-        self.target = target
-        self.options = options
-        self.awq = awq
-        self.source = source
-        self.limits = limits
-        self.quantized = quantized
+    model: Model
+    target: Target
+    options: MethodOptions
+    awq: AwqOptions
+    source: StatisticsSource
+    limits: RunLimits
+    quantized: Model | None = None
+
+    def __post_init__(self) -> None:
         self.ranks = current()
         self.output: Output
         self.writer: CheckpointWriter | None = None
         self._layers: Layers
         self._resident: int | None = None
-        self._prefixes = tuple(map(model.block_prefix, range(model.config.num_hidden_layers)))
-        self._packed = model.packed_tensors()
-        self._stacked = model.stacked_tensors()
-        self._left_out = model.left_out(target.format)
+        self._prefixes = tuple(
+            map(self.model.block_prefix, range(self.model.config.num_hidden_layers))
+        )
+        self._packed = self.model.packed_tensors()
+        self._stacked = self.model.stacked_tensors()
+        self._left_out = self.model.left_out(self.target.format)
 
     def write(
         self,

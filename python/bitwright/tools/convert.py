@@ -197,26 +197,22 @@ class _Choice:
         return (kept if self.keeps_codes else "") + self.precision.words()
 
 
+@dataclass(eq=False)
 class _Conversion:
     """A model, and what becomes of its layers in a format; in float for None."""
 
-    def __init__(
-        self,
-        model: Model,
-        kind: type[Format] | None,
-        dtype: np.dtype[Any] | None,
-        allow_unfused: bool = False,
-    ) -> None:
-        self.model = model
-        self.kind = kind
-        self.dtype = dtype
-        self.allow_unfused = allow_unfused
-        self.layers = model.quantized_layers()
-        self.matrices = {model.embedding_name, model.head_name}
+    model: Model
+    kind: type[Format] | None
+    dtype: np.dtype[Any] | None
+    allow_unfused: bool = False
+
+    def __post_init__(self) -> None:
+        self.layers = self.model.quantized_layers()
+        self.matrices = {self.model.embedding_name, self.model.head_name}
         self.lost: dict[str, _Choice] = {}
         self.report: list[ConvertedLayer] = []
         self.reordered = False
-        self.left_out = set() if kind is None else model.left_out(kind)
+        self.left_out = set() if self.kind is None else self.model.left_out(self.kind)
 
     def needed_bytes(self) -> float:
         """Return the most that layers take while they are compared and written, or float tensors while
