@@ -12,7 +12,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from bitwright.checkpoint.work_folder import remove_tree
-from bitwright.evaluate import evaluate
+from bitwright.evaluation import evaluate
 from bitwright.presets.quantize import quantize
 from bitwright.report.printing import print_evaluations, print_report
 from bitwright.report.tables import print_sentence

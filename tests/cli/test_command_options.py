@@ -14,14 +14,17 @@ import bitwright
 from bitwright.cli.grouped import GROUPS, Command, Option
 from bitwright.cli.main import cli, main
 from bitwright.cli.parameters import Bits, Model
-from bitwright.cli.spellings import Old, spelled_out
+from bitwright.cli.spellings import spelled_out
+from bitwright.spellings import Old
 
 DEMO = bitwright.demo_folder()
 TEXT = str(DEMO / "evaluation.txt")
 
 
 def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Command]]:
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
         if isinstance(command, click.Group):
             yield from commands(command, (*path, name))
         else:

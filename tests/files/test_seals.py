@@ -71,7 +71,7 @@ def activations(model: Path, out: Path) -> object:
 
 
 def command(name: str, *arguments: object) -> None:
-    chosen = cli.commands[name]
+    chosen = cli.get_command(None, name)
     with chosen.make_context(name, [str(each) for each in arguments]) as context:
         chosen.invoke(context)
 

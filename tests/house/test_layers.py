@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parents[2] / "python" / "bitwright"
 LAYERS = (
     *("errors", "ranks", "warned", "spellings", "process", "_kernels", "build", "arrays", "files"),
     *("grids", "methods", "models", "text", "checkpoint", "formats", "loading"),
-    *("runs", "evaluate", "records", "distill", "precision", "statistics", "blocks"),
+    *("runs", "evaluation", "records", "distill", "precision", "statistics", "blocks"),
     *("quantization", "adapter", "presets", "tools", "compat"),
-    *("report", "demo", "cli", "__main__", "__init__"),
+    *("report", "demo", "public", "cli", "__main__", "__init__"),
 )
 """Folders and modules from the bottom up, as docs/architecture.md explains them."""
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -40,7 +40,7 @@ if __name__ == "__main__":
 # Is busy until it is interrupted, and then with its clean-up for so many seconds.
 SLOW = """
 import sys, time
-import bitwright.cli.main, bitwright.quantization.run
+import bitwright.cli.main, bitwright.blocks.hidden_states
 from bitwright.checkpoint import work_folder
 seconds, remove = float(sys.argv.pop(1)), work_folder.remove_tree
 def slowly(folder):

@@ -25,7 +25,7 @@ from bitwright.process import memory
 from bitwright.runs.journal import Journal
 
 DEMO = bitwright.demo_folder()
-evaluate_module = importlib.import_module("bitwright.evaluate")  # not the function of that name
+evaluate_module = importlib.import_module("bitwright.evaluation")  # not the function of that name
 TEXT = DEMO / "calibration.txt"
 
 

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt  # which rich needs
 import bitwright
 from bitwright.cli.main import cli
 from bitwright.errors import OutputError
-from bitwright.evaluate import Evaluation
+from bitwright.evaluation import Evaluation
 from bitwright.formats import FORMATS
 from bitwright.records.card import add_evaluations, command_line, made_by, model_card, python_call
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import bitwright
-from bitwright.evaluate import Evaluation
+from bitwright.evaluation import Evaluation
 from bitwright.formats import Precision
 from bitwright.methods.awq import ScaleSearch
 from bitwright.precision.recipe import Recipe

@@ -181,7 +181,7 @@ def test_batches_are_cut_where_chunks_end() -> None:
 def command(words: str) -> Any:
     found: Any = cli
     for word in words.split():
-        found = found.commands[word]
+        found = found.get_command(None, word)
     return found
 
 

@@ -5,6 +5,7 @@ many seconds it is killed, or null. The answer is a line with the exit status. R
 cut into small pieces: files of targets, and what the best preset trains on.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import traceback
 import bitwright.cli.main
 import bitwright.distill.targets
 import bitwright.presets.best
+import bitwright.public
 
 
 def run(arguments: list[str], log: str) -> int:
@@ -35,6 +37,8 @@ def run(arguments: list[str], log: str) -> int:
     return status
 
 
+for command in bitwright.cli.main.COMMANDS:
+    importlib.import_module(f"bitwright.cli.{command}")
 bitwright.distill.targets.SHARD_BYTES = 1 << 18
 bitwright.presets.best.TRAINED_TOKENS = 1024
 

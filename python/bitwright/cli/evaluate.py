@@ -13,7 +13,7 @@ import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, evaluation_option, file_option
 from bitwright.cli.parameters import Model
-from bitwright.evaluate import WINDOWS
+from bitwright.evaluation import WINDOWS
 from bitwright.report.printing import print_evaluations
 from bitwright.spellings import Old
 

@@ -10,7 +10,7 @@ from typing import Any
 from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
 from bitwright.checkpoint.writer import check_apart, completed
 from bitwright.errors import check_choice
-from bitwright.evaluate import Evaluation, check_evaluation, check_text, evaluate
+from bitwright.evaluation import Evaluation, check_evaluation, check_text, evaluate
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import same_inputs
 from bitwright.files.replacing import check_new_file

@@ -17,7 +17,7 @@ from bitwright.blocks.scaling import AwqOptions
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.work_folder import WorkFolder
-from bitwright.evaluate import parameter_count
+from bitwright.evaluation import parameter_count
 from bitwright.formats.engine_names import unfused
 from bitwright.loading.model import Model
 from bitwright.methods.method import MethodOptions
