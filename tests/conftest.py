@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 MOST_WORKERS = 4  # each imports and collects everything
 # Before a worker is pinned. Only Linux pins.
 PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+settings.register_profile("shared processors", deadline=None)  # others may have them meanwhile
+settings.load_profile("shared processors")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,20 +1,23 @@
-"""Fuzzes what reads files, guided by coverage: the targets of test_hostile.py, changed as atheris likes.
+"""Fuzzes what reads files, guided by coverage: the targets of hostile/, changed as atheris likes.
 
 Usage, in an environment with ``pip install ".[fuzz]"``::
 
     python tests/fuzz.py TARGET [arguments of libFuzzer, such as -max_total_time=300 or a corpus folder]
 
 What fails is described, and written to a file ``crash-…``; that file as the only argument repeats it. The
-description belongs into FOUND in test_hostile.py.
+description belongs into FOUND in hostile/test_hostile.py.
 """
 
 import sys
+from pathlib import Path
 
 import atheris
 
+sys.path.append(str(Path(__file__).parent / "support"))
+
 with atheris.instrument_imports(include=["bitwright"]):
     from hostile.targets import TARGETS
-    from test_hostile import hypothesis_test
+    from hostile.test_hostile import hypothesis_test
 
 # Our own alarm and our own limit of memory are stricter.
 ARGUMENTS = ["-handle_alrm=0", "-rss_limit_mb=0", "-max_len=4096", "-len_control=0"]

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.append(str(Path(__file__).parent / "support"))
 
 import command_server
 import file_system_events

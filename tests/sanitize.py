@@ -38,15 +38,21 @@ TESTS = {
         "tests",
         *(
             f"--ignore=tests/{name}"
-            for name in ("interop", "test_notebooks.py", "test_style.py", "test_kills.py")
+            for name in (
+                *("interop", "house/test_notebooks.py", "house/test_style.py"),
+                "runs/test_kills.py",
+            )
         ),
     ],
     "thread": [
-        f"tests/test_{name}.py"
-        for name in (
-            *("threads", "gram", "rtn", "gptq", "refine", "awq", "k_grid", "packing", "rope"),
-            *("forward_kernels", "backward_kernels"),
-        )
+        f"tests/{folder}/test_{name}.py"
+        for folder, names in {
+            "kernels": ("threads", "forward_kernels", "backward_kernels"),
+            "methods": ("gram", "rtn", "gptq", "refine", "awq"),
+            "grids": ("k_grid", "packing"),
+            "models": ("rope",),
+        }.items()
+        for name in names
     ],
 }
 

@@ -37,7 +37,7 @@ from bitwright.distill.adam import Adam
 from bitwright.distill.losses import DistillationLoss, TopTokens, next_tokens
 from bitwright.distill.student import Student
 from bitwright.distill.targets import DEFAULT_K
-from bitwright.evaluate import parameter_count
+from bitwright.evaluation import parameter_count
 from bitwright.loading.model import Model
 from bitwright.models.network import Network
 from bitwright.process.memory import peak_memory_bytes

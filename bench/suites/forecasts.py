@@ -3,8 +3,8 @@
 python bench/suites/forecasts.py [COMMAND …]
 
 Without names, all commands but that of transformers, which needs a Python with torch. Models are random,
-in bfloat16 (tests/sized_models.py); a command runs in a process of its own, with one thread, once without
-a budget and once with the smallest that it accepts.
+in bfloat16 (tests/support/sized_models.py); a command runs in a process of its own, with one thread, once
+without a budget and once with the smallest that it accepts.
 """
 
 import json
@@ -134,7 +134,7 @@ def main() -> None:
 
     import bitwright
 
-    sys.path.insert(0, str(TESTS))
+    sys.path.insert(0, str(TESTS / "support"))
     from sized_models import make_sized
 
     table = Table(

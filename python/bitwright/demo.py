@@ -1,17 +1,18 @@
 """The small model and text that the package carries, and the whole job done on them."""
 
-import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock
 from rich.console import Console
 
 from bitwright.checkpoint.work_folder import remove_tree
-from bitwright.evaluate import evaluate
+from bitwright.evaluation import evaluate
 from bitwright.presets.quantize import quantize
 from bitwright.report.printing import print_evaluations, print_report
 from bitwright.report.tables import print_sentence
@@ -62,18 +63,13 @@ def _scratch() -> Iterator[Path]:
     """Yield a temporary folder; those of runs that were killed, which hold them no longer, are removed."""
     prefix = "bitwright-demo-"
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        with suppress(OSError), _held(left):
-            remove_tree(left)
-    with tempfile.TemporaryDirectory(prefix=prefix) as folder, _held(Path(folder)):
+        with suppress(OSError):  # Timeout is one: it is in use
+            found = left.lstat()
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+                with FileLock(left / "lock", blocking=False):
+                    remove_tree(left)
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix) as folder,
+        FileLock(Path(folder) / "lock"),
+    ):
         yield Path(folder)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a folder; OSError if it is another process's or user's."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)

@@ -171,10 +171,6 @@ class MpiRanks(Ranks):
         for piece in _pieces(array):
             self._comm.Recv(piece, source=source)
 
-    def abort(self) -> None:
-        """End all ranks, whatever they wait for."""
-        self._comm.Abort(1)
-
 
 class Sum:
     """An array that is added up over the chunks of all ranks.

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 from chat_samples import SAMPLES
 from clients import run_client
 
+pytestmark = pytest.mark.slow
 KNOWN = Path(__file__).resolve().parents[1] / "data" / "chats.json"
 
 

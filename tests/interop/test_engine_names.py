@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from clients import run_client
+from made_models import new_spelling
 from shared_data import TESTS
-from test_engines import new_spelling
 
 import bitwright
 

@@ -208,7 +208,7 @@ def test_adapter_where_transformers_is_installed() -> None:
         if "CI" in os.environ:
             raise
         pytest.skip(f"the client gptqmodel cannot be installed here: {error}")
-    files = ["tests/test_adapter.py", "tests/test_torch_gradients.py"]
+    files = ["tests/adapter/test_adapter.py", "tests/models/test_torch_gradients.py"]
     paths = [str(Path(bitwright.__file__).parents[1]), sysconfig.get_path("purelib")]
     done = subprocess.run(
         [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],

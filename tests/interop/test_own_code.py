@@ -4,11 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from chat_samples import SAMPLES
 from clients import run_client
 from shared_data import TESTS
 
 import bitwright
+
+pytestmark = pytest.mark.slow
 
 START = """from transformers import MistralConfig, MistralForCausalLM
 class OwnConfig(MistralConfig):

@@ -59,6 +59,7 @@ from bitwright.records.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import Budget
 from bitwright.runs.progress import progress_bar
+from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import TokenSource, existing_file
 from bitwright.warned import reports_warnings, warn
@@ -267,9 +268,10 @@ def _write(
     return report
 
 
+@respelled(Old("tokens", "calibration"))
 @expands_home
 def collect_grams(
-    model: str | os.PathLike[str], tokens: TokenSource, *, bos: bool = True
+    model: str | os.PathLike[str], calibration: TokenSource, *, bos: bool = True
 ) -> dict[str, NDArray[np.float32]]:
     """Return the second moments of what every linear of a float model reads, as transformers computes it.
 
@@ -277,7 +279,7 @@ def collect_grams(
     ----------
     model
         Checkpoint folder of any text model that transformers runs; see `quantize_with_transformers`.
-    tokens
+    calibration
         Token ids ``[samples, length]``, or what else `load_tokens` reads.
     bos
         Begin every sample of a text with what the tokenizer puts first.
@@ -304,7 +306,7 @@ def collect_grams(
     """
     loaded = TorchModel(model)
     names = loaded.linears().keys()
-    ids = CalibrationOptions(tokens, seed=None, bos=bos).load(loaded, most=None).tokens
+    ids = CalibrationOptions(calibration, seed=None, bos=bos).load(loaded, most=None).tokens
     stream = Stream(loaded, ids)
     grams: dict[str, Float32] = {}
     for block in loaded.blocks:

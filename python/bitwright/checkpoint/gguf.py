@@ -25,13 +25,15 @@ from bitwright.models.keys import Keys
 from bitwright.warned import warn
 
 
+@dataclass(eq=False)
 class _GgufShard:
     """A file's tensors under the names of Hugging Face, with the interface of safetensors."""
 
-    def __init__(self, file: BinaryIO, names: GgufNames, tensors: Mapping[str, Any]) -> None:
-        self.file = file
-        self.names = names
-        self.tensors = tensors
+    file: BinaryIO
+    names: GgufNames
+    tensors: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
         self.lock = threading.Lock()
 
     def get_tensor(self, name: str) -> NDArray[Any]:

@@ -2,19 +2,18 @@
 can be moved there, inside it. An interrupted run is resumed from it."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from filelock import BaseFileLock, FileLock, Timeout
 
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.errors import (
@@ -45,6 +44,7 @@ INPUTS = "inputs"  # the part of a state that tells what was read
 # The parts of a run that have work folders of their own.
 SENSITIVITIES, GRADIENTS = "sensitivities", "gradients"
 # What the operating system says of folders that cannot be moved as a whole.
+LOCK_SECONDS = 0.1  # for a run that ends meanwhile, and removes its folder
 UNMOVABLE = (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES)
 _OF_FILE_SYSTEMS = "lost+found"  # what some of them keep at their roots
 
@@ -86,7 +86,7 @@ class WorkFolder:
         self.seals = Seals(self.path)
         self._committed: dict[str, Any] = {}
         self._ranks = current()
-        self._lock: FileIO | None = None
+        self._lock: BaseFileLock | None = None
         self._made_parents: list[Path] = []
 
     def __enter__(self) -> Self:
@@ -384,45 +384,34 @@ class WorkFolder:
 
     def _take(self) -> None:
         """Lock the folder, which is made if it is not there."""
-        while True:
-            made = True
-            try:
-                self.path.mkdir()
-            except FileExistsError:
-                made = False
-            lock = self.path / LOCK
-            is_ours = made or (
-                self.path.is_dir() and (lock.is_file() or not any(self.path.iterdir()))
+        made = True
+        try:
+            self.path.mkdir()
+        except FileExistsError:
+            made = False
+        place = self.path / LOCK
+        is_ours = made or (self.path.is_dir() and (place.is_file() or not any(self.path.iterdir())))
+        if not is_ours:
+            raise OutputError(
+                f"{self.path}: cannot be written: it is not what an interrupted run has left. Move it "
+                f"away or write elsewhere"
             )
-            if not is_ours:
-                raise OutputError(
-                    f"{self.path}: cannot be written: it is not what an interrupted run has left. Move it "
-                    f"away or write elsewhere"
-                )
-            try:
-                # Held until the run ends; without a buffer, which a full disk would leave to be written.
-                file = open(lock, "ab+", buffering=0)  # noqa: SIM115
-            except FileNotFoundError:  # another run has just removed the folder
-                continue
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                process = (file.read(20) or b"").decode(errors="replace")
-                file.close()
-                raise OutputError(
-                    f"{self.out}: another run{f' (process {process})' if process else ''} is writing it. "
-                    f"Wait for its end or write elsewhere"
-                ) from error
-            # The run that held it may have ended, and removed the folder, since the file was opened.
-            with suppress(FileNotFoundError):
-                if os.stat(lock).st_ino == os.fstat(file.fileno()).st_ino:
-                    self._lock = file
-                    with suppress(OSError):  # of a full disk; the number is for messages only
-                        file.truncate(0)
-                        file.write(str(os.getpid()).encode())
-                    return
-            file.close()
+        lock = FileLock(place, LOCK_SECONDS, thread_local=False, on_acquired=_write_process)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            process = ""
+            with suppress(OSError), place.open("rb") as file:
+                process = file.read(20).decode(errors="replace")
+            raise OutputError(
+                f"{self.out}: another run{f' (process {process})' if process else ''} is writing it. "
+                f"Wait for its end or write elsewhere"
+            ) from error
+        except OSError:  # of a file system without locks
+            if made:
+                place.unlink(missing_ok=True)
+            raise
+        self._lock = lock
 
     def _put_back(self) -> None:
         """Take back the last step of a run that did not end it."""
@@ -480,7 +469,7 @@ class WorkFolder:
                 # The lock last: without it the next run would not know the folder.
                 (self.path / LOCK).unlink(missing_ok=True)
                 self.path.rmdir()
-        self._lock.close()
+        self._lock.release()
         self._lock = None
         return self._remove_parents()
 
@@ -488,6 +477,13 @@ class WorkFolder:
         for parent in self._made_parents:
             with suppress(OSError):  # the output is there, or others have put something there
                 parent.rmdir()
+
+
+def _write_process(descriptor: int) -> None:
+    """Write into a lock which process holds it."""
+    with suppress(OSError):  # of a full disk; the number is for messages only
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from rich.console import Console
 import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, file_option, precision_option
-from bitwright.cli.spellings import Old
 from bitwright.formats import FORMATS
 from bitwright.report.printing import print_conversion
+from bitwright.spellings import Old
 
 
 @click.command(cls=Command, old=(Old("--to", "--format"),))

@@ -12,7 +12,6 @@ from bitwright.checkpoint.fingerprint import digest
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, calibration_option, file_option, training_option
 from bitwright.cli.parameters import Model, NewFile
-from bitwright.cli.spellings import Old
 from bitwright.distill.losses import LOSSES
 from bitwright.distill.student import ZEROS
 from bitwright.distill.training import SCHEDULES
@@ -22,6 +21,7 @@ from bitwright.files.seals import file_checksum
 from bitwright.files.text_file import TEXT_LIMIT, read_bytes
 from bitwright.methods.registry import METHODS
 from bitwright.report.printing import print_dwq_report
+from bitwright.spellings import Old
 from bitwright.text.samples import existing_file, mapped
 
 # What says how to quantize the original.

@@ -10,9 +10,9 @@ import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, calibration_option, file_option
 from bitwright.cli.parameters import NewFile
-from bitwright.cli.spellings import Old
 from bitwright.precision.estimate import DEFAULT_SAMPLES
 from bitwright.report.printing import print_evaluations, print_recipe, print_report
+from bitwright.spellings import Old
 
 
 @click.command(
@@ -68,9 +68,6 @@ def dynamic(
     model: Path,
     out: Path,
     recipe: Path | None,
-    calibration: Path | None,
-    sensitivity_calibration: Path | None,
-    evaluation: Path | None,
     **given: Any,
 ) -> None:
     """Quantize MODEL to a target size, with more bits where they matter."""
@@ -78,10 +75,7 @@ def dynamic(
     report = bitwright.dynamic_quantize(
         model,
         out,
-        data=calibration if sensitivity_calibration is None else sensitivity_calibration,
-        calibration=calibration,
         recipe=recipe,
-        evaluate_on=evaluation,
         **given,
     )
     console = Console()

@@ -13,9 +13,9 @@ import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, evaluation_option, file_option
 from bitwright.cli.parameters import Model
-from bitwright.cli.spellings import Old
-from bitwright.evaluate import WINDOWS
+from bitwright.evaluation import WINDOWS
 from bitwright.report.printing import print_evaluations
+from bitwright.spellings import Old
 
 
 @click.command(cls=Command, old=(Old("--text", "--evaluation"),))

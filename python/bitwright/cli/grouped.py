@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from bitwright.cli.spellings import Old, spelled_out
+from bitwright.cli.spellings import spelled_out
 from bitwright.ranks import current
-from bitwright.records.card import command_line, made_by
+from bitwright.spellings import Old
 
 FILES, CALIBRATION, EVALUATION = "Input and output", "Calibration", "Evaluation"
 PRECISION, METHOD, TRAINING, RUN = "Precision", "Method", "Training", "Run"
@@ -101,11 +101,15 @@ class Command(click.Command):
             click.echo(f"bitwright: deprecated: write {', '.join(said)}", err=True)
         if ctx.obj is not None:  # all words of the command line
             before = ctx.obj[: len(ctx.obj) - len(args)]
+            from bitwright.records.card import command_line  # which the command itself needs
+
             ctx.meta[COMMAND] = command_line([*before, *words])
         return super().parse_args(ctx, words)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; model cards that are written tell it."""
+        from bitwright.records.card import made_by
+
         command = ctx.meta.get(COMMAND)
         with nullcontext() if command is None else made_by(command):
             return super().invoke(ctx)

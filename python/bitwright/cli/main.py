@@ -6,24 +6,12 @@ import time
 import traceback
 import warnings
 from contextlib import redirect_stdout
+from importlib import import_module
 from typing import Any, NoReturn
 
 import click
 
-import bitwright
-from bitwright.cli.convert import convert
-from bitwright.cli.demo import demo
-from bitwright.cli.dwq import dwq
-from bitwright.cli.dynamic import dynamic
-from bitwright.cli.evaluate import evaluate
 from bitwright.cli.grouped import WIDE, Context
-from bitwright.cli.info import info
-from bitwright.cli.inspect import inspect
-from bitwright.cli.quantize import quantize
-from bitwright.cli.refine import refine
-from bitwright.cli.salient import salient
-from bitwright.cli.sensitivities import sensitivities
-from bitwright.cli.statistics import statistics
 from bitwright.errors import MissingExtraError, printable
 from bitwright.process.interruption import (
     INTERRUPTED,
@@ -38,12 +26,23 @@ from bitwright.ranks import launched, spread_over, world
 from bitwright.warned import BitwrightWarning
 
 FAILED = 1
-COMMANDS = (
-    *(quantize, dynamic, dwq, salient, refine, convert),
-    *(inspect, evaluate, sensitivities, statistics, demo, info),
-)
-"""As help lists them."""
-SPREAD = (quantize, refine, statistics, sensitivities, dynamic, dwq)
+# What each does, as its help says first; a command's module is imported when it is asked for.
+COMMANDS = {
+    "quantize": "Quantize the checkpoint folder MODEL.",
+    "dynamic": "Quantize MODEL to a target size, with more bits where they matter.",
+    "dwq": "Train the scales of the quantized MODEL to say what the original, --reference, says.",
+    "salient": "Quantize MODEL to symmetric INT4, protecting the weights that large activations meet.",
+    "refine": "Improve the codes and scales of MODEL, quantized by any tool; its format and size stay.",
+    "convert": "Store MODEL, a checkpoint folder or GGUF file, in another format.",
+    "inspect": "Describe MODEL: its layers, what would be quantized, and what a run would take.",
+    "evaluate": "Measure the perplexity of MODEL, and its KL divergence from a reference.",
+    "sensitivities": "Estimate how much the precision of each layer of MODEL matters.",
+    "statistics": "Collect what the layers of a model see, on several machines if need be, for "
+    "quantize --statistics.",
+    "demo": "Do the whole job on a small model that the package carries.",
+    "info": "Print which kernels run here.",
+}
+SPREAD = ("quantize", "refine", "statistics", "sensitivities", "dynamic", "dwq")
 """Over MPI ranks."""
 
 
@@ -53,7 +52,17 @@ class _Commands(click.Group):
     context_class = Context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return super().get_command(ctx, name)
+        command: click.Command = getattr(import_module(f"bitwright.cli.{name}"), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -74,7 +83,7 @@ class _Interruption(BaseException):
         "max_content_width": WIDE,
     },
 )
-@click.version_option(bitwright.__version__, prog_name="bitwright")
+@click.version_option(package_name="bitwright", prog_name="bitwright")
 @click.option(
     "--fixed-order",
     is_flag=True,
@@ -88,7 +97,7 @@ def cli(context: click.Context, fixed_order: bool) -> None:
     other commands run on the first.
     """
     if launched():
-        spread = context.invoked_subcommand in {each.name for each in SPREAD}
+        spread = context.invoked_subcommand in SPREAD
         if not spread and world().Get_rank() > 0:
             context.exit()
         if spread:
@@ -97,10 +106,6 @@ def cli(context: click.Context, fixed_order: bool) -> None:
                 context.with_resource(redirect_stdout(io.StringIO()))
             return
     context.with_resource(spread_over(None, fixed_order))
-
-
-for command in COMMANDS:
-    cli.add_command(command)
 
 
 def main() -> None:
@@ -113,6 +118,7 @@ def main() -> None:
 
 def _main() -> None:
     try:
+        _import_command()
         while_running()
         tell_of_lost_output()
         _show_warnings_as_lines()
@@ -137,6 +143,15 @@ def _main() -> None:
         raise
     while_ending(status or 0)
     sys.exit(status)
+
+
+def _import_command() -> None:
+    """Import what the command takes while an interruption still ends it at once: one that is raised in the
+    middle of an import may be swallowed, or become another exception."""
+    asked = next((word for word in sys.argv[1:] if word in COMMANDS), None)
+    if asked:
+        import_module(f"bitwright.cli.{asked}")
+        import_module("bitwright.public")
 
 
 def _show_warnings_as_lines() -> None:

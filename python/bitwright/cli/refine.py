@@ -10,8 +10,8 @@ import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, file_option, method_option
 from bitwright.cli.parameters import Model
-from bitwright.cli.spellings import Old
 from bitwright.report.printing import print_report
+from bitwright.spellings import Old
 
 
 @click.command(cls=Command, old=(Old("--original", "--reference"),))

@@ -18,7 +18,6 @@ from bitwright.cli.grouped import (
     precision_option,
     run_option,
 )
-from bitwright.cli.spellings import Old
 from bitwright.errors import printable
 from bitwright.files.home import expanded
 from bitwright.files.inputs import same_inputs
@@ -26,6 +25,7 @@ from bitwright.methods.method import ACTIVATION_METHODS
 from bitwright.presets.quantize import check_quantization
 from bitwright.report.printing import print_report
 from bitwright.runs.budget import one_budget, require_all
+from bitwright.spellings import Old
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.tools.collect_activations import DEFAULT_SAMPLES, planned_samples
 

@@ -10,10 +10,10 @@ import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, file_option, method_option, precision_option, run_option
 from bitwright.cli.parameters import NewFile, Precisions
-from bitwright.cli.spellings import Old
 from bitwright.distill.losses import LOSSES
 from bitwright.precision.estimate import DEFAULT_SAMPLES
 from bitwright.report.printing import print_sensitivities
+from bitwright.spellings import Old
 
 
 @click.command(cls=Command, old=(Old("--data", "--calibration"),))

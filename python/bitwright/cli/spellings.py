@@ -1,28 +1,10 @@
 """Old spellings of options, which keep working: they are read as the present ones."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import click
 
-
-@dataclass(frozen=True)
-class Old:
-    """An option that has another name now.
-
-    Parameters
-    ----------
-    name
-        As it was, such as ``"--text"``.
-    new
-        As it is, such as ``"--evaluation"``; without dashes the argument of the command.
-    beside
-        Another option, as it was given: this holds only where that is given as well.
-    """
-
-    name: str
-    new: str
-    beside: str | None = None
+from bitwright.spellings import Old
 
 
 def spelled_out(

@@ -1,6 +1,7 @@
 """Adam (Kingma and Ba 2015, arXiv:1412.6980)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 Float32 = NDArray[np.float32]
 
 
+@dataclass(eq=False)
 class Adam:
     """Moments of some parameters' gradients, and the steps that follow from them.
 
@@ -29,20 +31,15 @@ class Adam:
     array([0.9, 1.1], dtype=float32)
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Float32],
-        momentum: float = 0.9,
-        decay: float = 0.95,
-        epsilon: float = 1e-12,
-    ) -> None:
-        self.parameters = parameters
-        self.momentum = momentum
-        self.decay = decay
-        self.epsilon = epsilon
+    parameters: Mapping[str, Float32]
+    momentum: float = 0.9
+    decay: float = 0.95
+    epsilon: float = 1e-12
+
+    def __post_init__(self) -> None:
         self.steps = 0
-        self.first = {name: np.zeros_like(array) for name, array in parameters.items()}
-        self.second = {name: np.zeros_like(array) for name, array in parameters.items()}
+        self.first = {name: np.zeros_like(array) for name, array in self.parameters.items()}
+        self.second = {name: np.zeros_like(array) for name, array in self.parameters.items()}
 
     @np.errstate(over="ignore", invalid="ignore")  # what is not finite shows in the next loss
     def step(self, gradients: Mapping[str, Float32], learning_rate: float) -> None:

@@ -34,6 +34,7 @@ from bitwright.files.seals import buffers_checksum
 from bitwright.loading.model import Model, load_model
 from bitwright.models.network import Network
 from bitwright.ranks import current
+from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
 
@@ -153,11 +154,12 @@ class DwqTargets:
             raise TargetsError(f"{path}: {problem}; compute the targets again to mend that")
 
 
+@respelled(Old("data", "calibration"))
 @expands_home
 @same_inputs()
 def compute_dwq_targets(
     model: str | os.PathLike[str] | Model,
-    data: TokenSource,
+    calibration: TokenSource,
     out: str | os.PathLike[str],
     *,
     k: int | None = None,
@@ -178,7 +180,7 @@ def compute_dwq_targets(
     ----------
     model
         The teacher: a checkpoint folder or a loaded model.
-    data
+    calibration
         Token ids or text, see `load_tokens`.
     out
         Folder to write.
@@ -218,7 +220,7 @@ def compute_dwq_targets(
     (32, 64)
     """
     teacher = model if isinstance(model, Model) else load_model(model)
-    loaded = CalibrationOptions(data, samples, length, seed, bos).load(teacher, most=None)
+    loaded = CalibrationOptions(calibration, samples, length, seed, bos).load(teacher, most=None)
     return write_targets(teacher, loaded, out, k, temperature, on_progress)
 
 

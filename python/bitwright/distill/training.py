@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 
-from bitwright.build import set_num_threads
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.reader import require_model
@@ -69,7 +68,9 @@ from bitwright.records.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.records.plots import PlotBeside, plot_dwq
 from bitwright.records.reports import DwqReport, QuantizationReport
 from bitwright.runs.budget import Budget, one_budget
+from bitwright.runs.limits import RunLimits
 from bitwright.runs.progress import progress_bar
+from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import (
     Samples,
@@ -148,14 +149,15 @@ class _Progress:
         return min(value for _, value in self.validations)
 
 
+@respelled(Old("teacher", "reference"), Old("student", "model"), Old("data", "calibration"))
 @reports_warnings
 @expands_home
 @same_inputs()
 def dwq_quantize(
-    teacher: str | os.PathLike[str],
-    student: str | os.PathLike[str] | Callable[[Path], object],
+    reference: str | os.PathLike[str],
+    model: str | os.PathLike[str] | Callable[[Path], object],
     out: str | os.PathLike[str],
-    data: TokenSource | None = None,
+    calibration: TokenSource | None = None,
     *,
     made_with: Mapping[str, object] | None = None,
     targets: str | os.PathLike[str] | None = None,
@@ -193,30 +195,30 @@ def dwq_quantize(
 
     Parameters
     ----------
-    teacher
-        Checkpoint folder of the original.
-    student
-        Checkpoint folder of a quantized model, in any format that is read, whoever made it; or a function
-        that is given a folder to write one to.
+    reference
+        Checkpoint folder of the original, the teacher.
+    model
+        The student: checkpoint folder of a quantized model, in any format that is read, whoever made it;
+        or a function that is given a folder to write one to.
     out
         Folder to write; it appears when everything is done, or not at all. What a run needs to go on lies
         beside it, in ``.NAME.work``, until then.
-    data
+    calibration
         Text or token ids to train on, see `load_tokens`. None takes those that `targets` were made of.
     made_with
-        What the student that a function makes depends on beside teacher and data, such as its options, by
-        words that a user knows. With it, what an interrupted run has made is used again; otherwise the
-        function is called again, and must make the same.
+        What the student that a function makes depends on beside `reference` and `calibration`, such as its
+        options, by words that a user knows. With it, what an interrupted run has made is used again;
+        otherwise the function is called again, and must make the same.
     targets
         Folder of the teacher's targets, see `compute_dwq_targets`: made there, or used again if they are
         of this teacher and data. By default they are made beside `out`, and removed in the end.
     validation, validation_samples
-        What to validate on; by default so many samples, at most 8, that are taken out of `data`.
+        What to validate on; by default so many samples, at most 8, that are taken out of `calibration`.
     length
         Tokens per sample; by default 512 of a text, or as many as the teacher knows positions, and the
         whole rows of an array.
     tokens
-        How many to train on, several times over if `data` has fewer; by default all once.
+        How many to train on, several times over if `calibration` has fewer; by default all once.
     seed
         Chooses the samples and their order.
     bos
@@ -285,18 +287,17 @@ def dwq_quantize(
     """
     arguments = dict(locals())
     started = time.perf_counter()
-    if threads is not None:
-        set_num_threads(threads)
-    require_model(teacher)
-    if not callable(student):
-        require_model(student)
+    RunLimits(threads=threads).set_threads()
+    require_model(reference)
+    if not callable(model):
+        require_model(model)
     _check_arguments(arguments)
-    teacher_model = load_model(teacher)
-    student_made = student if callable(student) else load_model(student)
+    teacher_model = load_model(reference)
+    student_made = model if callable(model) else load_model(model)
     ready = student_made if isinstance(student_made, Model) else None
     if ready is not None:
         check_pair(teacher_model, ready)
-    loaded = _load(data, targets, teacher_model, length, bos)
+    loaded = _load(calibration, targets, teacher_model, length, bos)
     rows, held = loaded.tokens, None
     if validation is not None:
         held = _load(validation, None, teacher_model, rows.shape[1], bos).tokens
@@ -308,15 +309,15 @@ def dwq_quantize(
     given = None if targets is None else Path(targets)
     lesson = _Lesson(teacher_model, loaded, plan, _token_count(teacher_model, k, given), given)
     ranks, work = current(), WorkFolder(out)
-    for model in filter(None, (teacher_model, ready)):
-        work.inputs.watch_model(model.checkpoint)
+    for each in filter(None, (teacher_model, ready)):
+        work.inputs.watch_model(each.checkpoint)
     source = teacher_model.checkpoint.source
     writer = CheckpointWriter(out, overwrite, source=source, work=work)
     beside = PlotBeside(plot, work, overwrite)
     ranks.on_first(beside.check)
     lesson.check(work, temperature)
     identity = {**lesson.identity(), **asdict(settings)}
-    if callable(student):
+    if callable(model):
         identity["data"] = tokens_fingerprint(rows)
         identity |= {f"student's {name}": value for name, value in (made_with or {}).items()}
     identity = as_identity(identity)
@@ -560,31 +561,25 @@ class _Known:
         return [*self.training.files(), *held]
 
 
+@dataclass(eq=False)
 class _Run:
     """A run from its first step, or from a checkpoint, to its last."""
 
-    def __init__(
-        self,
-        student: Student,
-        targets: _Known,
-        plan: _Plan,
-        settings: _Settings,
-        loss: str | LossFunction,
-        work: WorkFolder,
-    ) -> None:
-        self.work = work
-        self.student = student
-        self.targets = targets
-        self.plan = plan
-        self.samples = plan.samples
-        self.settings = settings
-        self.loss = loss
+    student: Student
+    targets: _Known
+    plan: _Plan
+    settings: _Settings
+    loss: str | LossFunction
+    work: WorkFolder
+
+    def __post_init__(self) -> None:
+        self.samples = self.plan.samples
         self.ranks = current()
-        self.checkpoint = work.path / TRAINING
-        self.network = Network(student.model, student.weight, rows=student.rows)
-        self.adam = Adam(student.parameters)
+        self.checkpoint = self.work.path / TRAINING
+        self.network = Network(self.student.model, self.student.weight, rows=self.student.rows)
+        self.adam = Adam(self.student.parameters)
         self.state = _Progress()
-        self.best = {name: array.copy() for name, array in student.parameters.items()}
+        self.best = {name: array.copy() for name, array in self.student.parameters.items()}
 
     def go(self, bar: Progress, checkpoint_every: int) -> str | None:
         """Train to the end; return why it ended before, if it did."""
@@ -809,7 +804,9 @@ def _load(
 ) -> Samples:
     if source is None:
         if targets is None:
-            raise ValueError("data: give text or token ids to train on, or targets made of some")
+            raise ValueError(
+                "calibration: give text or token ids to train on, or targets made of some"
+            )
         known = DwqTargets(targets)
         if length not in (None, known.length):
             raise CalibrationError(
@@ -880,8 +877,8 @@ def _plan(
         count = validation_samples or min(VALIDATION_SAMPLES, max(1, len(rows) // 8))
         if count >= len(rows):
             raise CalibrationError(
-                f"data: has {len(rows)} samples of {length} tokens, of which {count} are for validation; "
-                f"give more data, shorter samples (length), or validation data of its own"
+                f"calibration: has {len(rows)} samples of {length} tokens, of which {count} are for "
+                f"validation; give more data, shorter samples (length), or validation data of its own"
             )
         valid, left = shuffled[:count], shuffled[count:]
     else:

@@ -1,6 +1,7 @@
 """Latent attention as MLX stores it: the matrix of keys and values, split for queries and outputs."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,13 +52,13 @@ def join_absorbed(
                 checkpoint.config = {**checkpoint.config, key: left}
 
 
+@dataclass(eq=False)
 class _Joined:
     """Two stacks, of keys ``[heads, rank, channels]`` and of values ``[heads, channels, rank]``."""
 
-    def __init__(self, format: Format | None, keys: str, values: str) -> None:
-        self.format = format
-        self.keys = keys
-        self.values = values
+    format: Format | None
+    keys: str
+    values: str
 
     def shape(self, checkpoint: Checkpoint) -> tuple[int, int]:
         """Return the shape of the matrix, for which one head is read."""

@@ -45,6 +45,7 @@ class ChunkStates:
         return self.routes.rows[expert]
 
 
+@dataclass(eq=False)
 class DecoderBlock:
     """Weights of a block in float, and its forward pass in stages.
 
@@ -56,21 +57,15 @@ class DecoderBlock:
         Names and sizes of the tensors, and the index of the block.
     """
 
-    def __init__(
-        self,
-        weights: BlockWeights,
-        layout: BlockLayout,
-        architecture: Architecture,
-        config: ModelConfig,
-        index: int,
-    ) -> None:
-        self.weights = weights
-        self.layout = layout
-        self.architecture = architecture
-        self.config = config
-        self.index = index
+    weights: BlockWeights
+    layout: BlockLayout
+    architecture: Architecture
+    config: ModelConfig
+    index: int
+
+    def __post_init__(self) -> None:
         self.operations = Operations(
-            weights, layout.vectors, architecture.norm_kind, config.norm_eps
+            self.weights, self.layout.vectors, self.architecture.norm_kind, self.config.norm_eps
         )
 
     @property

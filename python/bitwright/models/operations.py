@@ -1,6 +1,7 @@
 """The operations of a decoder block on states, kernel by kernel; `Tape` records them as well."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,6 +29,7 @@ class BlockWeights(dict[str, Float]):
         return array
 
 
+@dataclass(eq=False)
 class Operations:
     """The operations on float32 or float64 states ``[tokens, channels]``.
 
@@ -41,13 +43,10 @@ class Operations:
         Of the block's norms.
     """
 
-    def __init__(
-        self, weights: BlockWeights, vectors: Mapping[str, Any], norm_kind: str, epsilon: float
-    ) -> None:
-        self.weights = weights
-        self.vectors = vectors
-        self.norm_kind = norm_kind
-        self.epsilon = epsilon
+    weights: BlockWeights
+    vectors: Mapping[str, Any]
+    norm_kind: str
+    epsilon: float
 
     def bias(self, name: str) -> Float | None:
         """Return the bias of a linear or norm, None if it has none."""

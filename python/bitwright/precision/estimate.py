@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
-from bitwright.build import set_num_threads
 from bitwright.checkpoint.fingerprint import model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder
@@ -42,7 +41,9 @@ from bitwright.precision.recipe import unfit_layers
 from bitwright.precision.sensitivities import Sensitivities, precision_name
 from bitwright.ranks import current
 from bitwright.runs.budget import Budget
+from bitwright.runs.limits import RunLimits
 from bitwright.runs.progress import progress_bar
+from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
 
@@ -59,11 +60,12 @@ class _Batch(TypedDict):
     alignments: dict[str, float]
 
 
+@respelled(Old("data", "calibration"))
 @expands_home
 @same_inputs()
 def estimate_sensitivities(
     model: str | os.PathLike[str] | Model,
-    data: TokenSource,
+    calibration: TokenSource,
     low_bits: int = 3,
     low_group_size: int | None = 64,
     high_bits: int = 5,
@@ -96,13 +98,13 @@ def estimate_sensitivities(
     ----------
     model
         Checkpoint folder of the original, or a loaded model.
-    data
+    calibration
         Text or token ids, see `load_tokens`.
     low_bits, low_group_size, high_bits, high_group_size
         Both precisions; group size None or -1 is the whole row.
     samples, length, seed
         Take so many samples of so many tokens, chosen by the seed; by default at most 32 samples, of 512
-        tokens, or as many as the model knows positions, where `data` is text.
+        tokens, or as many as the model knows positions, where that is text.
     bos
         Begin every sample of a text with what the tokenizer puts first, see `load_tokens`.
     batch_size
@@ -156,15 +158,14 @@ def estimate_sensitivities(
     from bitwright.precision.plot import plot_sensitivities  # which import this
     from bitwright.records.plots import PlotBeside
 
-    if threads is not None:
-        set_num_threads(threads)
+    RunLimits(threads=threads).set_threads()
     original = model if isinstance(model, Model) else load_model(model)
     if original.format is not None:
         raise ValueError(f"{original.checkpoint.folder}: is quantized already; give the original")
     check_choice("loss", loss, LOSSES)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    loaded = _loaded(original, data, samples, length, seed, bos)
+    loaded = _loaded(original, calibration, samples, length, seed, bos)
     low, high = (low_bits, low_group_size), (high_bits, high_group_size)
     _check_groups(original, (low, high), grid)
     plan = plan_estimate(original, loaded.tokens, batch_size, memory)

@@ -5,13 +5,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from bitwright.build import set_num_threads
 from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
 from bitwright.checkpoint.writer import check_apart, completed
 from bitwright.errors import check_choice
-from bitwright.evaluate import Evaluation, check_evaluation, check_text, evaluate
+from bitwright.evaluation import Evaluation, check_evaluation, check_text, evaluate
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import same_inputs
 from bitwright.files.replacing import check_new_file
@@ -28,6 +27,8 @@ from bitwright.ranks import current
 from bitwright.records.card import add_evaluations, made_by, python_call
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
+from bitwright.runs.limits import RunLimits
+from bitwright.spellings import Old, respelled
 from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
 
@@ -58,6 +59,11 @@ class DynamicReport:
     warnings: tuple[str, ...] = ()
 
 
+@respelled(
+    Old("data", "sensitivity_calibration", beside="calibration"),
+    Old("data", "calibration"),
+    Old("evaluate_on", "evaluation"),
+)
 @reports_warnings
 @expands_home
 @same_inputs()
@@ -68,18 +74,18 @@ def dynamic_quantize(
     candidates: Sequence[Candidate] | None = None,
     method: str = "gptq",
     format: FormatName = "mlx",
-    data: TokenSource | None = None,
+    calibration: TokenSource | None = None,
     *,
     sensitivities: str | os.PathLike[str] | Sensitivities | None = None,
+    sensitivity_calibration: TokenSource | None = None,
     sensitivity_samples: int | None = None,
-    calibration: TokenSource | None = None,
     samples: int | None = None,
     length: int | None = None,
     seed: int = 0,
     bos: bool = True,
     grid: Grid | None = None,
     recipe: str | os.PathLike[str] | None = None,
-    evaluate_on: TokenSource | None = None,
+    evaluation: TokenSource | None = None,
     memory: float | None = None,
     overwrite: bool = False,
     resume: bool = True,
@@ -95,19 +101,20 @@ def dynamic_quantize(
         As for `bitwright.quantize`.
     target_bpw, candidates
         See `choose_precisions`.
-    data
-        Text or token ids to estimate the sensitivities on, and to calibrate on unless there is
-        `calibration`.
+    calibration
+        Text or token ids to calibrate on, and to estimate the sensitivities on unless there is
+        `sensitivity_calibration`.
     sensitivities
         Known ones, or a file of them: read if it is there, otherwise written. A new target needs no new
         estimate.
-    sensitivity_samples
-        How many samples of `data` the estimate takes; by default at most 32.
-    calibration, samples, length, seed, bos, grid, memory, overwrite, threads, progress, options
+    sensitivity_calibration, sensitivity_samples
+        Text or token ids to estimate the sensitivities on in place of `calibration`, and how many samples
+        of it; by default at most 32.
+    samples, length, seed, bos, grid, memory, overwrite, threads, progress, options
         As for `bitwright.quantize`.
     recipe
         JSON file to write the layers' precisions to, just before `out` appears.
-    evaluate_on
+    evaluation
         Text or token ids to evaluate the original and the result on, just before `out` appears.
     resume
         Go on where the same call was interrupted. Until its end the sensitivities are kept beside `out`, in
@@ -133,28 +140,28 @@ def dynamic_quantize(
     >>> text = demo / "calibration.txt"
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     report = bitwright.dynamic_quantize(
-    ...         demo, f"{folder}/q", 4.5, [(3, 64), (5, 64)], "rtn", data=text, samples=4, length=64,
+    ...         demo, f"{folder}/q", 4.5, [(3, 64), (5, 64)], "rtn", calibration=text, samples=4, length=64,
     ...         sensitivity_samples=4, progress=False,
     ...     )
     >>> report.recipe.bits_per_weight <= 4.5
     True
     """
     arguments = dict(locals())
-    if threads is not None:
-        set_num_threads(threads)
+    RunLimits(threads=threads).set_threads()
     original = load_model(model)
     check_choice("method", method, [each.name for each in METHODS.values() if each.bits is None])
     given_grid = grid, options.get("scale_dtype")
+    estimated_on: Any = calibration if sensitivity_calibration is None else sensitivity_calibration
     choices = dynamic_choices(original, target_bpw, candidates, format, *given_grid)
     _check_places(out, sensitivities, recipe, overwrite)
     _check_plan(original, format, choices.ends[1], choices.grid, options)
-    known = _known(original, sensitivities, data)
+    known = _known(original, sensitivities, estimated_on)
     reading: dict[str, Any] = {"length": length, "bos": bos, "memory": memory}
-    judged = _Judged(original, evaluate_on, reading)
+    judged = _Judged(original, evaluation, reading)
     estimated = {**reading, "samples": sensitivity_samples, "seed": seed}
     making: dict[str, Any] = {
         **{**reading, "method": method, "format": format, "grid": choices.grid, "seed": seed},
-        "calibration": _calibration(method, data if calibration is None else calibration, options),
+        "calibration": _calibration(method, calibration, options),
         **{"samples": samples, "resume": resume, "overwrite": overwrite, **options},
     }
     with (
@@ -170,11 +177,11 @@ def dynamic_quantize(
             judged.check_memory,
         ]
         if known is None:
-            plans.insert(1, lambda: check_estimate(original, cast(TokenSource, data), **estimated))
+            plans.insert(1, lambda: check_estimate(original, estimated_on, **estimated))
         require_all(plans)
         if known is None:
             known = estimate_sensitivities(
-                *(original, cast(TokenSource, data), *choices.ends[0], *choices.ends[1]),
+                *(original, estimated_on, *choices.ends[0], *choices.ends[1]),
                 **estimated,
                 out=sensitivities if isinstance(sensitivities, str | os.PathLike) else work,
                 resume=resume,
@@ -298,5 +305,5 @@ def _known(
     if known is not None:
         check_model(known, model)
     elif data is None:
-        raise ValueError("data: give text or token ids, or sensitivities that are known")
+        raise ValueError("calibration: give text or token ids, or sensitivities that are known")
     return known

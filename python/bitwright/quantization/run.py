@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from contextvars import ContextVar
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from bitwright.blocks.scaling import AwqOptions
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
 from bitwright.checkpoint.work_folder import WorkFolder
-from bitwright.evaluate import parameter_count
+from bitwright.evaluation import parameter_count
 from bitwright.formats.engine_names import unfused
 from bitwright.loading.model import Model
 from bitwright.methods.method import MethodOptions
@@ -42,6 +42,7 @@ class AllIsWell(Exception):  # noqa: N818 - it is no error
     """Ends a run that was only to be checked."""
 
 
+@dataclass(eq=False)
 class Run:
     """One pass over a model; it holds the weights and statistics of a few layers at a time.
 
@@ -63,34 +64,27 @@ class Run:
         Of the layers' outputs, in which they are refined, too.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        target: Target,
-        options: MethodOptions,
-        awq: AwqOptions,
-        source: StatisticsSource,
-        limits: RunLimits,
-        quantized: Model | None = None,
-        metrics: OutputMetrics | None = None,
-    ) -> None:
-        self.model = model
-        self.target = target
-        self.options = options
-        self.awq = awq
-        self.source = source
-        self.limits = limits
-        self.quantized = quantized
-        self.metrics = metrics
+    model: Model
+    target: Target
+    options: MethodOptions
+    awq: AwqOptions
+    source: StatisticsSource
+    limits: RunLimits
+    quantized: Model | None = None
+    metrics: OutputMetrics | None = None
+
+    def __post_init__(self) -> None:
         self.ranks = current()
         self.output: Output
         self.writer: CheckpointWriter | None = None
         self._layers: Layers
         self._resident: int | None = None
-        self._prefixes = tuple(map(model.block_prefix, range(model.config.num_hidden_layers)))
-        self._packed = model.packed_tensors()
-        self._stacked = model.stacked_tensors()
-        self._left_out = model.left_out(target.format)
+        self._prefixes = tuple(
+            map(self.model.block_prefix, range(self.model.config.num_hidden_layers))
+        )
+        self._packed = self.model.packed_tensors()
+        self._stacked = self.model.stacked_tensors()
+        self._left_out = self.model.left_out(self.target.format)
 
     def write(
         self,

@@ -19,7 +19,7 @@ import numpy as np
 from bitwright.checkpoint import Checkpoint
 from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.errors import printable
-from bitwright.evaluate import Evaluation
+from bitwright.evaluation import Evaluation
 from bitwright.files.links import is_own_file
 from bitwright.files.replacing import replaced
 from bitwright.formats import Format

@@ -4,7 +4,7 @@ from collections import Counter
 
 from rich.console import Console
 
-from bitwright.evaluate import Evaluation
+from bitwright.evaluation import Evaluation
 from bitwright.precision.recipe import Recipe
 from bitwright.precision.sensitivities import Sensitivities, precision_name
 from bitwright.records.reports import (

@@ -33,6 +33,7 @@ from bitwright.records.card import CARD_NAME, made_by, model_card, python_call
 from bitwright.records.reports import ConversionReport, ConvertedLayer
 from bitwright.runs.budget import Budget
 from bitwright.runs.progress import progress_bar
+from bitwright.spellings import Old, respelled
 from bitwright.warned import reports_warnings
 
 FEW = 3  # layers that are in memory together
@@ -45,11 +46,12 @@ Target = FormatName  # or "float"
 Group = tuple[str, ...]  # layers that must have one precision
 
 
+@respelled(Old("source", "model"))
 @reports_warnings
 @expands_home
 @same_inputs()
 def convert(
-    source: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     format: Target,
     *,
@@ -71,7 +73,7 @@ def convert(
 
     Parameters
     ----------
-    source
+    model
         Checkpoint folder or GGUF file, in any format that is read.
     out
         Folder to write; it appears when everything is done, or not at all.
@@ -118,31 +120,31 @@ def convert(
     """
     arguments = dict(locals())
     check_choice("format", format, (*FORMATS, "float"))
-    model = load_model(source)
-    model.warn_of_unused()
+    original = load_model(model)
+    original.warn_of_unused()
     float_dtype = None if dtype is None else np.dtype(dtype)
     if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
     kind = None if format == "float" else FORMATS[format]
-    if not model.quantized_layers() and kind is not None and not kind.own_container:
+    if not original.quantized_layers() and kind is not None and not kind.own_container:
         raise ValueError(
-            f"{model.checkpoint.folder}: is not quantized, so there is nothing to store in the {format} "
+            f"{original.checkpoint.folder}: is not quantized, so there is nothing to store in the {format} "
             f"format; quantize it (bitwright quantize)"
         )
-    conversion = _Conversion(model, kind, float_dtype, allow_unfused)
+    conversion = _Conversion(original, kind, float_dtype, allow_unfused)
     budget = Budget.of(memory)
-    budget.require(budget.base + int(conversion.needed_bytes()), model.checkpoint.folder)
-    files = SafetensorsFiles() if kind is None else kind.files(model.checkpoint)
+    budget.require(budget.base + int(conversion.needed_bytes()), original.checkpoint.folder)
+    files = SafetensorsFiles() if kind is None else kind.files(original.checkpoint)
     metadata = {"format": "pt" if kind is None else kind.metadata}
     shown = progress_bar("converting", progress, "layers")
     with (
         CheckpointWriter(
-            out, overwrite, metadata=metadata, source=model.checkpoint.source, container=files
+            out, overwrite, metadata=metadata, source=original.checkpoint.source, container=files
         ) as writer,
         shown as bar,
         made_by(python_call(convert, arguments)),
     ):
-        writer.inputs.watch_model(model.checkpoint)
+        writer.inputs.watch_model(original.checkpoint)
         task = bar.add_task("", total=2 * len(conversion.layers), figures="comparing grids")
         plan = conversion.plan(lambda: bar.update(task, advance=1))
         if conversion.lost and not allow_requantize:
@@ -150,18 +152,18 @@ def convert(
         bar.update(task, figures="writing")
         output = conversion.write(writer, plan, lambda: bar.update(task, advance=1))
         writer.write_json("config.json", conversion.config(plan))
-        copy_side_files(model.checkpoint, writer)
+        copy_side_files(original.checkpoint, writer)
         report = ConversionReport(
             Path(out),
-            "float" if model.format is None else model.format.name,
+            "float" if original.format is None else original.format.name,
             format,
             tuple(conversion.report),
             output.size_bytes,
-            model.checkpoint.nbytes(),
+            original.checkpoint.nbytes(),
         )
         stored = [each.after for each in report.layers if each.after]
         card = model_card(
-            model.checkpoint,
+            original.checkpoint,
             out,
             kind,
             precisions=[(each.bits, each.group_size or 0) for each in stored],
@@ -195,26 +197,22 @@ class _Choice:
         return (kept if self.keeps_codes else "") + self.precision.words()
 
 
+@dataclass(eq=False)
 class _Conversion:
     """A model, and what becomes of its layers in a format; in float for None."""
 
-    def __init__(
-        self,
-        model: Model,
-        kind: type[Format] | None,
-        dtype: np.dtype[Any] | None,
-        allow_unfused: bool = False,
-    ) -> None:
-        self.model = model
-        self.kind = kind
-        self.dtype = dtype
-        self.allow_unfused = allow_unfused
-        self.layers = model.quantized_layers()
-        self.matrices = {model.embedding_name, model.head_name}
+    model: Model
+    kind: type[Format] | None
+    dtype: np.dtype[Any] | None
+    allow_unfused: bool = False
+
+    def __post_init__(self) -> None:
+        self.layers = self.model.quantized_layers()
+        self.matrices = {self.model.embedding_name, self.model.head_name}
         self.lost: dict[str, _Choice] = {}
         self.report: list[ConvertedLayer] = []
         self.reordered = False
-        self.left_out = set() if kind is None else model.left_out(kind)
+        self.left_out = set() if self.kind is None else self.model.left_out(self.kind)
 
     def needed_bytes(self) -> float:
         """Return the most that layers take while they are compared and written, or float tensors while

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from bitwright.errors import check_choice
-from bitwright.evaluate import bits_per_weight, parameter_count
+from bitwright.evaluation import bits_per_weight, parameter_count
 from bitwright.files.home import expands_home
 from bitwright.formats import Precision
 from bitwright.loading.model import load_model

@@ -24,18 +24,20 @@ from bitwright.quantization.run import Run
 from bitwright.records.card import made_by, python_call
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.limits import RunLimits
+from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import TokenSource
 from bitwright.tools.convert import precision_of
 from bitwright.warned import reports_warnings
 
 
+@respelled(Old("original", "reference"), Old("quantized", "model"))
 @reports_warnings
 @expands_home
 @same_inputs()
 def refine_model(
-    original: str | os.PathLike[str],
-    quantized: str | os.PathLike[str],
+    reference: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     calibration: TokenSource,
     *,
@@ -58,9 +60,9 @@ def refine_model(
 
     Parameters
     ----------
-    original
-        Checkpoint folder in float, what `quantized` was made from.
-    quantized
+    reference
+        Checkpoint folder of the original in float, what `model` was made from.
+    model
         Folder or GGUF file in any format that is read, with groups of consecutive channels.
     out
         Folder to write; it appears when everything is done, or not at all.
@@ -97,17 +99,17 @@ def refine_model(
     start = time.perf_counter()
     limits = RunLimits(memory, resume, overwrite, threads, progress)
     limits.set_threads()
-    model, student = load_model(original), load_model(quantized)
+    original, student = load_model(reference), load_model(model)
     check_apart(Path(os.path.realpath(out)), student.checkpoint.source, "model that is refined")
-    check_pair(model, student)
+    check_pair(original, student)
     layers = student.quantized_layers()
     if student.format is None or not layers:
         raise UnsupportedModelError(
             f"{student.checkpoint.folder}: none of its layers is quantized; quantize it first"
         )
     kind = type(student.format)
-    plan: dict[str, Precision | None] = dict.fromkeys(model.linear_shapes())
-    plan |= dict.fromkeys(model.never_quantized())
+    plan: dict[str, Precision | None] = dict.fromkeys(original.linear_shapes())
+    plan |= dict.fromkeys(original.never_quantized())
     for name, shape in layers.items():
         tensor = student.stored(name, shape)
         if tensor.group_index is not None:
@@ -115,7 +117,7 @@ def refine_model(
                 f"{student.checkpoint.folder}: layer {name} has groups of channels that are not "
                 f"consecutive (act-order); these cannot be refined, but trained (bitwright dwq)"
             )
-        target = model.names.embedding if name == student.embedding_name else name
+        target = original.names.embedding if name == student.embedding_name else name
         plan[target] = precision_of(tensor, kind)
     known = [each for each in plan.values() if each]
     default = Counter(known).most_common(1)[0][0]
@@ -125,17 +127,17 @@ def refine_model(
     if damping is None:
         damping = CORRECTED_DAMPING if drift else DAMPING
     options = MethodOptions(METHODS["rtn"], damping, refine=True, drift=drift)
-    loaded = CalibrationOptions(calibration, samples, length, seed, bos).load(model)
+    loaded = CalibrationOptions(calibration, samples, length, seed, bos).load(original)
     dtype = np.dtype(np.float32)  # each layer's scales keep their own
     run = Run(
-        model,
+        original,
         Target(kind, plan, default, dtype),
         options,
         AwqOptions(),
-        LiveStatistics(model, loaded.tokens, True),
+        LiveStatistics(original, loaded.tokens, True),
         limits,
         student,
     )
-    facts = {"refined from": Path(quantized).name, "grid": default.grid}
+    facts = {"refined from": Path(model).name, "grid": default.grid}
     with made_by(python_call(refine_model, arguments)):
         return run.write(out, start, facts, {"bos": loaded.bos})
