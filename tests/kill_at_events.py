@@ -386,6 +386,7 @@ def commands(inputs: Path) -> Iterator[Command]:
         yield Command(f"quantize to {name}", arguments)
     yield Command("quantize k", ["quantize", wide, *out, "--format", "gguf", "--grid", "k", *read])
     yield Command("quantize fast", [*gptq, "--preset", "fast"])
+    yield Command("quantize high", [*gptq, "--preset", "high"])
     yield Command("quantize best", [*gptq, "--preset", "best", "--bits", "4"])
     experts = ["quantize", str(EXPERTS), *out, "--group-size", "32", *read]
     yield Command("quantize experts", experts)

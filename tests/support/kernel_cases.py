@@ -47,6 +47,7 @@ def linalg_cases() -> list[tuple[str, tuple[Any, ...]]]:
 
 def quantizing_cases() -> list[tuple[str, tuple[Any, ...]]]:
     weight, gram = normal(ROWS, WIDTH), gram_of(WIDTH)
+    metric = np.concatenate([gram_of(16), gram_of(16), gram_of(16)])[:ROWS].copy()
     importance = np.abs(normal(WIDTH))
     order = np.arange(WIDTH, dtype=np.int32)
     upper = _kernels.inverse_factor(gram, order, 0.01)
@@ -65,6 +66,7 @@ def quantizing_cases() -> list[tuple[str, tuple[Any, ...]]]:
             ("quantize_clipped", (weight, gram, rule, 5, 0.5)),
             ("quantize_clipped_by", (weight[:, :32].copy(), rule, shares, squared_codes)),
             ("refine", (weight, gram, *found, rule, 2)),
+            ("refine_two_sided", (weight, gram, metric, *found, rule, 3, 2)),
             ("encode", (weight, found[1], found[2], rule)),
             (
                 "scaled_rounding_change",
@@ -80,6 +82,7 @@ def quantizing_cases() -> list[tuple[str, tuple[Any, ...]]]:
         *block_cases(),
         ("dequantize", (codes, scales, None, offsets, None, empty(ROWS, WIDTH))),
         ("dequantize", (codes, scales, offsets, None, groups, empty(ROWS, WIDTH))),
+        ("add_output_metric", (normal(ROWS, 67), np.abs(normal(ROWS)), empty(67, 32))),
         ("pack", (codes, 4)),
         ("unpack", (_kernels.pack(codes, 4), 4)),
     ]
@@ -170,6 +173,7 @@ def forward_cases(dtype: Any) -> list[tuple[str, tuple[Any, ...]]]:
         cases += [
             ("cross_entropy", (states, targets)),
             ("kl_divergence", (states, floats(ROWS, 67))),
+            ("draw_tokens", (states, RNG.random(ROWS))),
         ]
     return cases
 

@@ -84,6 +84,12 @@ def _batch_bytes(model: Model, length: int, samples: int) -> int:
     return max(peaks)
 
 
+def gradient_operations(tokens: float, out: int, channels: int) -> float:
+    """Return how many floating-point operations a layer's metric takes over so many tokens: two passes
+    forward and one backward, and the sums of products."""
+    return DRAWS * tokens * out * (6.0 * channels + 2.0 * min(out, METRIC_ROWS))
+
+
 class OutputMetrics:
     """The metrics of the outputs of a model's layers, kept in files of a work folder.
 
@@ -207,8 +213,8 @@ class OutputMetrics:
             self._write(
                 part, name, np.zeros((self._shapes[name][0], self._width(name)), np.float32)
             )
-        for samples in self._batches(part):
-            for draw in range(DRAWS):
+        for draw in range(DRAWS):
+            for samples in self._batches(part):
                 self._add(part, samples, draw)
         seals = Seals(self._work.path).of(files_of(folder))
         content: dict[str, object] = json.loads(json.dumps({"seals": seals}))

@@ -12,6 +12,7 @@ import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, calibration_option, method_option
 from bitwright.report.printing import print_inspection
+from bitwright.tools.inspect import FORECAST_PRESETS
 
 
 @click.command("inspect", cls=Command)
@@ -26,7 +27,7 @@ from bitwright.report.printing import print_inspection
 )
 @options.method
 @method_option(
-    "--preset", type=click.Choice(["fast", "default"]), default="default", help="As for quantize."
+    "--preset", type=click.Choice(FORECAST_PRESETS), default="default", help="As for quantize."
 )
 @options.threads
 def inspect(model: Path, as_json: bool, threads: int | None, **given: Any) -> None:

@@ -15,6 +15,7 @@ from bitwright.methods.refine import check_refinable, damped_gram, kernel_grid
 
 SWEEPS, FITS = 10, 4  # over all codes, of which the first fit scales too
 METRIC_ROWS = 256  # of a diagonal block of an output metric, see docs/methods/two_sided.md
+PLANES_SPEED = 0.08  # of nearest planes, next to a large product of matrices (bench/RESULTS.md)
 METRIC_DAMPING = 0.1  # on the diagonal of an output metric whose own has a mean of 1
 
 
@@ -31,6 +32,15 @@ def normalized_metric(sums: NDArray[np.float32]) -> NDArray[np.float32] | None:
     sums *= np.float32(1 / mean)
     sums[diagonal] += np.float32(METRIC_DAMPING)
     return sums if np.isfinite(sums).all() else None
+
+
+def two_sided_operations(out: int, channels: int) -> float:
+    """Return how many floating-point operations two-sided refinement of a layer takes, those of slow
+    kernels as so many more, for the forecast of the time."""
+    rows = min(out, METRIC_ROWS)
+    dense = 2.0 * (1 + FITS) * out * channels**2  # the residual, and what new grids change in it
+    # Of each sweep: slopes in one product, nearest planes in the cache, one row after another.
+    return dense + SWEEPS * out * channels * rows * (2.0 + 1.0 / PLANES_SPEED)
 
 
 def refine_two_sided(

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from bitwright import _kernels
 from bitwright.blocks.drift import drift_rows
+from bitwright.blocks.output_metrics import gradient_operations
 from bitwright.blocks.scaling import CLIPPED_CHANNELS
 from bitwright.checkpoint.work_folder import work_path
 from bitwright.checkpoint.writer import SHARD_BYTES
@@ -25,6 +26,7 @@ from bitwright.grids.tensor import stored_bits
 from bitwright.loading.model import Model
 from bitwright.methods.method import MethodOptions
 from bitwright.methods.refine import ROUNDS
+from bitwright.methods.two_sided import METRIC_ROWS, two_sided_operations
 from bitwright.models.block import Rotation
 from bitwright.models.layout import BlockLayout, Stage
 from bitwright.models.matrix_rows import solved_rows
@@ -103,6 +105,8 @@ class Work:
         Whether such files are what is written.
     seen_bytes
         The largest array of a file of activations.
+    two_sided
+        Whether layers are refined in the metrics of their outputs, too.
     """
 
     model: Model
@@ -115,6 +119,7 @@ class Work:
     known: bool = False
     collects: bool = False
     seen_bytes: int = 0
+    two_sided: bool = False
 
     @property
     def has_grams(self) -> bool:
@@ -350,6 +355,11 @@ def _solve_bytes(
     factor = square if work.options.method.factors_gram else 0
     square = square if own_gram else 0
     refining = 12 * REFINED_ROWS * channels if work.options.refine else 0
+    if work.two_sided:  # a block of rows on each thread; the metric, and a part of its sum
+        out = max(out for out, _ in shapes)
+        at_once = min(out, METRIC_ROWS * _kernels.num_threads())
+        sums = 2 * out * min(METRIC_ROWS, out)
+        refining = max(refining, 4 * at_once * (2 * channels + 3 * METRIC_ROWS)) + 4 * sums
     # What solving works on and then the errors are computed from; clipping reads the weights as they are.
     copies = max(work.options.method.copies, 2 if work.options.refine else 1)
     solving = 4 * (square + factor + weights + copies * largest) + largest + refining
@@ -429,6 +439,9 @@ def _products(work: Work) -> float:
                     operations += solved * 4.0 * out * channels**2
                 if work.options.refine and work.has_grams:
                     operations += solved * (2.0 + 4.0 * ROUNDS) * out * channels**2 / REFINING_SPEED
+                if work.two_sided:
+                    operations += solved * two_sided_operations(out, channels)
+                    operations += gradient_operations(seen * drift / max(tokens, 1), out, channels)
         operations += streams * _attention_products(model, tokens, work.length)
     return operations
 

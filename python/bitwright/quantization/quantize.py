@@ -40,6 +40,7 @@ def run_quantization(
             source,
             options.limits,
             metrics=metrics,
+            two_sided=options.two_sided,
         )
         facts = {
             "preset": options.preset,

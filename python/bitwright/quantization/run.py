@@ -62,6 +62,8 @@ class Run:
         A quantized form of the model whose layers are taken as they are, in place of a method's.
     metrics
         Of the layers' outputs, in which they are refined, too.
+    two_sided
+        Whether there will be metrics, for those who only check.
     """
 
     model: Model
@@ -72,6 +74,7 @@ class Run:
     limits: RunLimits
     quantized: Model | None = None
     metrics: OutputMetrics | None = None
+    two_sided: bool = False
 
     def __post_init__(self) -> None:
         self.ranks = current()
@@ -187,6 +190,7 @@ class Run:
             self.target.scale_dtype,
             known=self.source.is_known,
             seen_bytes=self.source.largest_bytes,
+            two_sided=self.two_sided,
         )
         limits = self.limits
         return tell(plan_run(work, limits.memory, out, timed=limits.progress), limits)

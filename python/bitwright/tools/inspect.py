@@ -19,6 +19,8 @@ from bitwright.quantization.plan import Work, plan_run
 from bitwright.text.samples import DEFAULT_LENGTH
 from bitwright.warned import reports_warnings
 
+FORECAST_PRESETS = ("fast", "default", "high")
+
 
 @dataclass(frozen=True)
 class LayerKind:
@@ -92,7 +94,7 @@ def inspect_model(
     model: str | os.PathLike[str],
     *,
     method: str = "gptq",
-    preset: Literal["fast", "default"] = "default",
+    preset: Literal["fast", "default", "high"] = "default",
     samples: int = 128,
     length: int | None = None,
 ) -> Inspection:
@@ -125,7 +127,7 @@ def inspect_model(
     ('llama', 3, 'self_attn.q_proj', (64, 64))
     """
     check_choice("method", method, METHODS)
-    check_choice("preset", preset, ("fast", "default"))
+    check_choice("preset", preset, FORECAST_PRESETS)
     opened = load_model(model)
     opened.warn_of_unused()
     length = length or min(DEFAULT_LENGTH, opened.positions)
@@ -137,7 +139,7 @@ def inspect_model(
     chosen = METHODS[method]
     tokens = samples * length if chosen.needs_inputs else 0
     config = opened.config
-    improved = preset == "default" and chosen.corrects
+    improved = preset != "fast" and chosen.corrects
     layers = dict.fromkeys(opened.linear_shapes(), Precision(4, 64, "affine"))
     work = Work(
         opened,
@@ -147,6 +149,7 @@ def inspect_model(
         tokens,
         length,
         opened.dtype,
+        two_sided=preset == "high" and improved,
     )
     plan = plan_run(work, memory=math.inf)
     return Inspection(
