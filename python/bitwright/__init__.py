@@ -3,6 +3,7 @@
 from bitwright.process import startup as _startup  # noqa: F401, before all that takes time
 
 # isort: split
+import sys as _sys
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     """Import what is public when it is first asked for, which takes half a second."""
-    if _find_spec(f"bitwright.{name}"):  # a module that nobody has imported yet
+    module = f"bitwright.{name}"
+    if module in _sys.modules or _find_spec(module):  # of which the package has no attribute yet
         raise AttributeError(name)
     found = globals()[name] = getattr(_import_module("bitwright.public"), name)
     return found

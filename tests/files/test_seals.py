@@ -698,7 +698,8 @@ INPUTS: dict[str, Input] = {
     ),
     "text of dynamic": text_input(lambda path, out: dynamic(DEMO, out, calibration=path), "tokens"),
     "calibration of dynamic": text_input(
-        lambda path, out: dynamic(DEMO, out, calibration=path), "calibration"
+        lambda path, out: dynamic(DEMO, out, sensitivity_calibration=TEXT, calibration=path),
+        "calibration",
     ),
     "text of dwq": text_input(train, "tokens"),
     "recipe": (
