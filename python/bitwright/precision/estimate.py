@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bitwright import _kernels
 from bitwright.build import set_num_threads
-from bitwright.checkpoint.fingerprint import model_fingerprint
+from bitwright.checkpoint.fingerprint import model_checksum, model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder
 from bitwright.distill.gradient_memory import final_bytes, sub_block_bytes
@@ -393,6 +393,7 @@ class _Estimate:
             tokens_fingerprint(self.tokens),
             self.loss,
             sum(each["total"] for each in batches),
+            ranks.on_first(lambda: model_checksum(self.original.checkpoint)),
         )
 
     def _stored(self, folder: Path, count: int) -> dict[int, _Batch]:
