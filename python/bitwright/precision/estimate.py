@@ -40,6 +40,7 @@ from bitwright.models.network import HEAD_BYTES, Network, logit_rows
 from bitwright.models.operations import Float, Float32
 from bitwright.precision.recipe import unfit_layers
 from bitwright.precision.sensitivities import Sensitivities, precision_name
+from bitwright.process.memory import give_back
 from bitwright.ranks import current
 from bitwright.runs.budget import Budget
 from bitwright.runs.progress import progress_bar
@@ -382,6 +383,7 @@ class _Estimate:
                 bar.update(task, advance=1)
         for others in ranks.gather({number: known[number] for number in left if number in known}):
             known |= others
+        give_back()  # what batches have taken, before the weights are read once more
         # In order from the first batch to the last, whichever rank computed them and when.
         batches = [known[number] for number in range(count)]
         return Sensitivities(
