@@ -312,9 +312,13 @@ def differences(found: Content, expected: Content, hidden: bool = True) -> list[
 def half_written(
     command: Command, found: Content, started: Content, expected: Content
 ) -> list[str]:
-    """Return what is there of the output, neither as it was nor as it will be."""
+    """Return what is there of the output, neither as it was nor as it will be.
+
+    Temporary folders have other names each time; the repeat has to remove them."""
     files: Content = {
-        path: data for path, data in found.items() if data is not None and not is_hidden(path)
+        path: data
+        for path, data in found.items()
+        if data is not None and not is_hidden(path) and not path.startswith("temporary/")
     }
     wrong = [
         path for path, data in files.items() if data not in (started.get(path), expected.get(path))

@@ -549,7 +549,8 @@ def test_without_checksums_stamps_decide(
     run = interrupted(monkeypatch, name, model, out)
     shutil.copytree(out.parent, tmp_path / "kept")
     run(model, out)
-    assert not read
+    of_the_output = [model / "model.safetensors"]  # which tells of its model
+    assert read == ([] if name == "gptq" else of_the_output)
     shutil.rmtree(out.parent)
     (tmp_path / "kept").rename(out.parent)
     os.utime(model / "model.safetensors")
@@ -832,6 +833,71 @@ def test_models_that_change_between_two_stages_are_named(
     with pytest.raises(CheckpointError, match=r"model\.safetensors: was changed while"):
         dynamic(path.parent, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def by_statistics(model: Path, made: Path, out: Path) -> object:
+    return bitwright.quantize(model, out, "gptq", 3, 32, statistics=made, progress=False)
+
+
+def by_sensitivities(model: Path, made: Path, out: Path) -> object:
+    return bitwright.choose_precisions(
+        model, bitwright.Sensitivities.load(made), 3.7, [(3, 64), (5, 64)]
+    )
+
+
+def targets(model: Path, out: Path) -> object:
+    return bitwright.compute_dwq_targets(model, TEXT, out, samples=4, length=32, k=8)
+
+
+def by_targets(model: Path, made: Path, out: Path) -> object:
+    return targets(model, made)
+
+
+# What writes a file that tells of its model, where the file says so, and what reads it.
+MADE: dict[
+    str, tuple[Callable[[Path, Path], object], str, Callable[[Path, Path, Path], object]]
+] = {
+    "statistics": (collect, "statistics.json", by_statistics),
+    "sensitivities": (sensitivities, "", by_sensitivities),
+    "targets": (targets, "targets.json", by_targets),
+}
+
+
+@pytest.mark.usefixtures("_no_warnings")
+@pytest.mark.parametrize("name", MADE)
+def test_changes_anywhere_in_a_model_are_named_by_other_commands(name: str, tmp_path: Path) -> None:
+    """As far as the file has a checksum; by those of versions that took none they go unnoticed."""
+    (make, manifest, use), made = MADE[name], tmp_path / "made"
+    path = large_model(tmp_path / "model")
+    shutil.copytree(path.parent, tmp_path / "copy")
+    make(path.parent, made)
+    use(tmp_path / "copy", made, tmp_path / "of the same")
+    change_unseen(path)
+    with pytest.raises(BitwrightError, match="have changed since|are not those of"):
+        use(path.parent, made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    content = json.loads((made / manifest).read_text())
+    del content["checksum"]
+    (made / manifest).write_text(json.dumps(content))
+    use(path.parent, made, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("_no_warnings")
+def test_statistics_of_changed_weights_are_not_merged(tmp_path: Path) -> None:
+    path = large_model(tmp_path / "model")
+    parts = [tmp_path / name for name in "abc"]
+    for part, seed in zip(parts[:2], (0, 1), strict=True):
+        tokens = np.random.default_rng(seed).integers(0, 90, (2, 16))
+        bitwright.collect_statistics(path.parent, part, tokens, progress=False)
+    change_unseen(path)
+    tokens = np.random.default_rng(2).integers(0, 90, (2, 16))
+    bitwright.collect_statistics(path.parent, parts[2], tokens, progress=False)
+    assert (
+        bitwright.merge_statistics(parts[:2], tmp_path / "one").checksum
+        == bitwright.Statistics(parts[0]).checksum
+    )
+    with pytest.raises(BitwrightError, match="the model had other weights than when"):
+        bitwright.merge_statistics(parts, tmp_path / "all")
 
 
 @pytest.mark.parametrize("added", [b"\0", b"more than there was"])

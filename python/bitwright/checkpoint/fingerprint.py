@@ -8,6 +8,7 @@ from typing import Any
 
 from bitwright.checkpoint.reader import JSON_LIMIT, Checkpoint
 from bitwright.errors import CheckpointError
+from bitwright.files.inputs import whole_checksum
 from bitwright.files.links import is_own_file
 from bitwright.files.text_file import read_bytes
 
@@ -34,9 +35,37 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
         If a weight file cannot be read.
     """
     known = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
-    for path in sorted({checkpoint.file(name) for name in checkpoint.names()}):
+    for path in _weight_files(checkpoint):
         _add_pieces(known, path)
     return known.hexdigest()[:16]
+
+
+def model_checksum(checkpoint: Checkpoint) -> str:
+    """Return a digest of all bytes of the weight files, which a command reads once for it.
+
+    By it files that outlive a command know their model, beside the fingerprint, which is soon compared.
+
+    Parameters
+    ----------
+    checkpoint
+        An open checkpoint.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits.
+
+    Raises
+    ------
+    CheckpointError
+        If a weight file cannot be read, or changes meanwhile.
+    """
+    checksums = [whole_checksum(path) for path in _weight_files(checkpoint)]
+    return digest(json.dumps(checksums).encode())
+
+
+def _weight_files(checkpoint: Checkpoint) -> list[Path]:
+    return sorted({checkpoint.file(name) for name in checkpoint.names()})
 
 
 def file_stamp(path: Path) -> list[int]:

@@ -11,7 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
+from bitwright.checkpoint.fingerprint import (
+    model_checksum,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
 from bitwright.checkpoint.holes import hole_in_safetensors
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.shard import Shard
@@ -245,7 +249,7 @@ def write_targets(
 
     def missing() -> list[int]:
         """Return the missing files; without a manifest all are missing."""
-        _check_folder(folder, manifest)
+        _check_folder(folder, manifest, teacher)
         shape = tokens.shape[1], int(count)
         return [
             shard
@@ -258,7 +262,9 @@ def write_targets(
         left = missing()
         with output_errors(folder):
             folder.mkdir(exist_ok=True)
-        write_json(folder / MANIFEST, manifest)
+        found = read_manifest(folder)  # whose checksum is that of the files that are there
+        checksum = found.get("checksum") if found else model_checksum(teacher.checkpoint)
+        write_json(folder / MANIFEST, manifest | {"checksum": checksum})
         return left
 
     if ranks.on_first(missing):
@@ -283,7 +289,7 @@ def write_targets(
 
 def check_targets(teacher: Model, samples: Samples, out: Path, k: int, temperature: float) -> None:
     """Raise TargetsError or OutputError where a folder holds anything but the targets of these samples."""
-    _check_folder(out, _manifest(teacher, samples, k, temperature))
+    _check_folder(out, _manifest(teacher, samples, k, temperature), teacher)
 
 
 def _manifest(teacher: Model, samples: Samples, k: int, temperature: float) -> dict[str, Any]:
@@ -315,7 +321,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise TargetsError(f"{error}; remove the folder") from error
 
 
-def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
+def _check_folder(folder: Path, manifest: dict[str, Any], teacher: Model) -> None:
     """Refuse a folder that holds anything but exactly these targets."""
     found = read_manifest(folder)
     if found is None:
@@ -334,6 +340,12 @@ def _check_folder(folder: Path, manifest: dict[str, Any]) -> None:
         alike = key == "bos" and found.get("tokens") == manifest["tokens"]
         if found.get(key) != value and not alike:
             raise TargetsError(_mismatch(folder, key, found.get(key), value))
+    checksum = found.get("checksum")  # which versions before did not take
+    if checksum is not None and checksum != model_checksum(teacher.checkpoint):
+        raise TargetsError(
+            f"{folder}: the weights of {teacher.checkpoint.folder} have changed since these targets were "
+            f"computed; remove the folder or choose another"
+        )
 
 
 def _mismatch(folder: Path, key: str, found: Any, wanted: Any) -> str:

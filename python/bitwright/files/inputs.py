@@ -84,6 +84,25 @@ def note_model(model: ModelFiles) -> None:
         InputFiles().watch_model(model)
 
 
+def whole_checksum(path: Path) -> int:
+    """Return the checksum of a whole file, which a command reads once for it.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not what it was when the command read it first, or cannot be read.
+    """
+    files = InputFiles()
+    files.watch([path])
+    files.check()
+    checksum = files.checksum(path)
+    if checksum is None:
+        raise CheckpointError(
+            f"{path}: was changed or taken away while it was read. Run again when nobody writes to it"
+        )
+    return checksum
+
+
 class InputFiles:
     """The input files of a run: their stamps and checksums, while it runs and when it is resumed.
 
@@ -136,9 +155,15 @@ class InputFiles:
             size = known.stamp.size
             if known.checksum is None and self._read + size <= most:
                 self._read += size
-                known.checksum = _checksum(path, known.stamp)
-                found |= known.checksum is not None
+                found |= self.checksum(path) is not None
         return found
+
+    def checksum(self, path: Path) -> int | None:
+        """Return the checksum of a file that is watched, None if it changes meanwhile or is not there."""
+        known = self._known.get(path)
+        if known is not None and known.checksum is None:
+            known.checksum = _checksum(path, known.stamp)
+        return None if known is None else known.checksum
 
     def check(self) -> None:
         """Raise CheckpointError if a file is there that is not what it was when it was first watched."""

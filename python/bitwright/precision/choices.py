@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
-from bitwright.checkpoint.fingerprint import model_fingerprint
+from bitwright.checkpoint.fingerprint import model_checksum, model_fingerprint
 from bitwright.errors import SensitivityError, check_choice
 from bitwright.files.home import expands_home
 from bitwright.formats import FORMATS, Format, FormatName, Precision
@@ -257,6 +257,8 @@ def _reach(shapes: Mapping[str, tuple[int, int]], choices: Choices) -> tuple[flo
 
 def check_model(sensitivities: Sensitivities, model: Model) -> None:
     known = sensitivities.model == model_fingerprint(model.checkpoint)
+    if known and sensitivities.checksum is not None:
+        known = sensitivities.checksum == model_checksum(model.checkpoint)
     if not known or set(model.linear_shapes()) != set(sensitivities.alignments):
         raise SensitivityError(
             f"sensitivities: are not those of {model.checkpoint.folder}; estimate them again"

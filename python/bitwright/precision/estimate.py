@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
-from bitwright.checkpoint.fingerprint import model_fingerprint
+from bitwright.checkpoint.fingerprint import model_checksum, model_fingerprint
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder
 from bitwright.distill.gradient_memory import final_bytes, sub_block_bytes
@@ -39,6 +39,7 @@ from bitwright.models.network import HEAD_BYTES, Network, logit_rows
 from bitwright.models.operations import Float, Float32
 from bitwright.precision.recipe import unfit_layers
 from bitwright.precision.sensitivities import Sensitivities, precision_name
+from bitwright.process.memory import give_back
 from bitwright.ranks import current
 from bitwright.runs.budget import Budget
 from bitwright.runs.limits import RunLimits
@@ -383,6 +384,7 @@ class _Estimate:
                 bar.update(task, advance=1)
         for others in ranks.gather({number: known[number] for number in left if number in known}):
             known |= others
+        give_back()  # what batches have taken, before the weights are read once more
         # In order from the first batch to the last, whichever rank computed them and when.
         batches = [known[number] for number in range(count)]
         return Sensitivities(
@@ -394,6 +396,7 @@ class _Estimate:
             tokens_fingerprint(self.tokens),
             self.loss,
             sum(each["total"] for each in batches),
+            ranks.on_first(lambda: model_checksum(self.original.checkpoint)),
         )
 
     def _stored(self, folder: Path, count: int) -> dict[int, _Batch]:

@@ -39,6 +39,8 @@ class Sensitivities:
         Whose gradient it is.
     kl_divergence
         Of the model in low precision, in nats per token, on these tokens.
+    checksum
+        Of all weights of the model; None in files of versions that took none.
     """
 
     alignments: Mapping[str, float]
@@ -49,6 +51,7 @@ class Sensitivities:
     tokens: str
     loss: str
     kl_divergence: float
+    checksum: str | None = None
 
     @property
     def per_million(self) -> dict[str, float]:
@@ -69,6 +72,7 @@ class Sensitivities:
         content = {
             "version": VERSION,
             "model": self.model,
+            "checksum": self.checksum,
             "tokens": self.tokens,
             "loss": self.loss,
             "low": precision_name(self.low),
@@ -115,6 +119,7 @@ class Sensitivities:
                 str(content["tokens"]),
                 str(content["loss"]),
                 float(content["kl_divergence"]),
+                None if content.get("checksum") is None else str(content["checksum"]),
             )
             if not alignments or min(parameters.values()) < 1:
                 raise ValueError("no layers")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from bitwright.arrays import require_finite
-from bitwright.checkpoint.fingerprint import digest, model_fingerprint
+from bitwright.checkpoint.fingerprint import digest, model_checksum, model_fingerprint
 from bitwright.checkpoint.holes import hole_in_safetensors
 from bitwright.checkpoint.reader import is_plain_file_name, read_json_object
 from bitwright.checkpoint.work_folder import WorkFolder, again_message, content_of
@@ -70,6 +70,8 @@ class Statistics:
         As given.
     model : str
         Fingerprint of the model that was run.
+    checksum : str or None
+        Of all its weights; None in files of versions that took none.
     tokens : int
         How many tokens it was run on.
     samples : tuple of str
@@ -114,6 +116,8 @@ class Statistics:
                     f"{path}: is of version {shown(manifest['version'])}, this bitwright reads {VERSION}"
                 )
             self.model = _digest_in(manifest["model"])
+            checksum = manifest.get("checksum")
+            self.checksum = None if checksum is None else _digest_in(checksum)
             self.tokens = _count_in("tokens", manifest["tokens"], MOST_TOKENS)
             if not isinstance(manifest["samples"], list) or not manifest["samples"]:
                 raise ValueError("samples")
@@ -196,6 +200,11 @@ class Statistics:
             raise StatisticsError(
                 f"{self.folder}: holds statistics of another model (fingerprint {self.model}) than "
                 f"{model.checkpoint.folder} ({found}); collect them from this one"
+            )
+        if self.checksum is not None and self.checksum != model_checksum(model.checkpoint):
+            raise StatisticsError(
+                f"{self.folder}: the weights of {model.checkpoint.folder} have changed since these "
+                f"statistics were collected; collect them again"
             )
         for name, channels in expected_stages(model):
             stage = self.stages.get(name)
@@ -293,11 +302,13 @@ class StatisticsWriter:
         tokens: int,
         samples: Iterable[str],
         first: tuple[int, ...] | None = None,
+        checksum: str | None = None,
     ) -> None:
         """Write the manifest and move the folder to its place."""
         content = {
             "version": VERSION,
             "model": model,
+            "checksum": checksum,
             "tokens": tokens,
             "samples": list(samples),
             "first": None if first is None else list(first),

@@ -88,6 +88,7 @@ def _checked(parts: Sequence[Statistics], work: WorkFolder, overwrite: bool) -> 
     check_place(work, overwrite)
     first = parts[0]
     of_text = [part for part in parts if part.first is not None]
+    known = next((part for part in parts if part.checksum is not None), first)
     place_of: dict[str, Path] = {}
     for part in parts:
         check_apart(work.out, part.folder, "statistics that are read")
@@ -95,6 +96,11 @@ def _checked(parts: Sequence[Statistics], work: WorkFolder, overwrite: bool) -> 
             raise StatisticsError(
                 f"{part.folder}: holds statistics of another model (fingerprint {part.model}) than "
                 f"{first.folder} ({first.model}); only those of one model can be merged"
+            )
+        if part.checksum not in (None, known.checksum):
+            raise StatisticsError(
+                f"{part.folder}: the model had other weights than when {known.folder} was collected; "
+                f"only statistics of one model can be merged"
             )
         if _channels(part) != _channels(first):
             raise StatisticsError(
@@ -139,7 +145,9 @@ def _write(parts: Sequence[Statistics], work: WorkFolder, overwrite: bool) -> No
     samples = [sample for part in parts for sample in part.samples]
     firsts = {part.first for part in parts}
     first = firsts.pop() if len(firsts) == 1 else None
-    writer.finish(parts[0].model, sum(part.tokens for part in parts), samples, first)
+    checksum = next((part.checksum for part in parts if part.checksum is not None), None)
+    tokens = sum(part.tokens for part in parts)
+    writer.finish(parts[0].model, tokens, samples, first, checksum)
 
 
 def _merged(parts: Sequence[Statistics], name: str) -> Moments | None:

@@ -152,7 +152,7 @@ def _check_new(path: Path, overwrite: bool) -> None:
 
 
 def _needed_bytes(source: Model, samples: int, length: int) -> int:
-    """Return what collecting takes: a stage's inputs of all samples, twice, and the states beside them."""
+    """Return what collecting takes: a stage's inputs of all samples, and the states beside them."""
     tokens, hidden = samples * length, source.config.hidden_size
     chunk = min(tokens, Rotation(length, {}).chunk_rows)
     name = source.embedding_name
@@ -160,7 +160,9 @@ def _needed_bytes(source: Model, samples: int, length: int) -> int:
     for layout in source.layouts:
         left = inner_width(layout)
         most = max((layout.channels(stage) for stage in layout.stages if stage.linears), default=0)
-        floats = tokens * (hidden + left + 2 * most)
+        # The array before, or inputs that are computed; those of a down projection are states themselves.
+        others = most if layout.experts else hidden
+        floats = tokens * (hidden + left + most + others)
         peaks.append(4 * floats + passing_bytes(layout, chunk))
     return max(peaks)
 

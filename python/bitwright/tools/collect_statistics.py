@@ -11,7 +11,7 @@ import numpy as np
 from bitwright.blocks.gathering import advance, head_moments, require_finite_inputs
 from bitwright.blocks.hidden_states import opened_states
 from bitwright.blocks.loop import through_blocks
-from bitwright.checkpoint.fingerprint import digest, model_fingerprint
+from bitwright.checkpoint.fingerprint import digest, model_checksum, model_fingerprint
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.checkpoint.writer import check_apart
 from bitwright.files.home import expands_home
@@ -153,7 +153,8 @@ class _Collecting:
                 self.writer.add(model.names.head, len(moments.gram), moments)
                 self.writer.end_file(HEAD_FILE)
                 digests = [digest(np.ascontiguousarray(sample).data) for sample in tokens]
-                self.writer.finish(fingerprint, tokens.size, digests, self._samples.first)
+                checksum = model_checksum(model.checkpoint)
+                self.writer.finish(fingerprint, tokens.size, digests, self._samples.first, checksum)
             self._ranks.barrier()
 
     def restore(self, state: Mapping[str, Any]) -> None:
