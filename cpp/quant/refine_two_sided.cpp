@@ -15,7 +15,7 @@ namespace {
 constexpr Index lazy_columns = 32;  // whose changes reach each other one by one
 constexpr Index dense_share =
     8;  // where one weight in so many changes, all are pushed in one product
-constexpr double ridge = 1e-5;  // of the diagonal of a grid's normal equations
+constexpr double grid_ridge = 1e-5;  // of the diagonal of a grid's normal equations
 
 using Columns = Eigen::MatrixXf;  // whose columns are contiguous
 
@@ -309,7 +309,7 @@ struct OutputBlock {
     }
 
     Candidate best_affine(const Parabola& of, float scale, float offset) const {
-        const double p = of.p * (1.0 + ridge), r = of.r * (1.0 + ridge);
+        const double p = of.p * (1.0 + grid_ridge), r = of.r * (1.0 + grid_ridge);
         const double determinant = p * r - of.q * of.q;
         if (!(determinant > 0.0)) return {scale, offset, 0.0};
         const double x = (of.a * r - of.b * of.q) / determinant;
@@ -323,18 +323,20 @@ struct OutputBlock {
 
     Candidate best_zero(const Parabola& of, float scale, float zero) const {
         Candidate best{scale, zero, 0.0};
-        const bool fixed = grid.kind == GridKind::symmetric;
         const double mean = -static_cast<double>(scale) * zero;
-        for (float other = fixed ? zero : 0.0f; other <= (fixed ? zero : grid.top()); ++other) {
+        const bool fixed = grid.kind == GridKind::symmetric;
+        const int top = static_cast<int>(fixed ? zero : grid.top());
+        for (int other = fixed ? top : 0; other <= top; ++other) {
             // y = −(s + x) z − m, so that x alone is free.
             const double z = other, at = -scale * z - mean;
             const double curve = of.p - 2.0 * z * of.q + z * z * of.r;
             const double slope = of.a - z * of.b - at * (of.q - z * of.r);
             if (!(curve > 0.0)) continue;
-            const float moved = kept_sign(rounded(scale + slope / (curve * (1.0 + ridge))), scale);
+            const float moved =
+                kept_sign(rounded(scale + slope / (curve * (1.0 + grid_ridge))), scale);
             const double x = static_cast<double>(moved) - scale;
             const double gain = of.gain(x, at - x * z);
-            if (gain > best.gain) best = {moved, other, gain};
+            if (gain > best.gain) best = {moved, static_cast<float>(other), gain};
         }
         return best;
     }
