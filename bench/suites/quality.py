@@ -46,6 +46,7 @@ OURS: dict[str, dict[str, Any]] = {
     "awq": {"method": "awq"},
     "gptq-fast": {"preset": "fast"},
     "gptq": {"preset": "default"},
+    "gptq-high": {"preset": "high"},
     "gptq-best": {"preset": "best"},
     "awq+gptq": {"method": "awq+gptq"},
 }

@@ -71,8 +71,9 @@ class Ranks:
         A matrix product of fewer rows may round otherwise, so in a fixed order the pieces are the same for
         any number of ranks. No piece ends inside of a unit of rows that belong together.
         """
-        mine = self.share(count, FIXED_ROWS if self.fixed_order else unit)
-        step = FIXED_ROWS if self.fixed_order else max(1, len(mine))
+        fixed = -(-FIXED_ROWS // unit) * unit
+        mine = self.share(count, fixed if self.fixed_order else unit)
+        step = fixed if self.fixed_order else max(1, len(mine))
         return [slice(first, min(first + step, mine.stop)) for first in mine[::step]]
 
     def sum(self, array: NDArray[Any]) -> None:

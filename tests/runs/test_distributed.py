@@ -280,6 +280,21 @@ def test_ranks_that_refine_in_a_fixed_order(tmp_path: Path, student: Path) -> No
 
 @pytest.mark.slow
 @needs_mpi
+def test_ranks_refine_in_the_metrics_of_all_gradients(tmp_path: Path) -> None:
+    """Parts of the samples are shared, and blocks of a metric are never cut."""
+    options = quantizing(preset="high", bits=3)
+    spread(2, "quantize", True, out=tmp_path / "2", **options)
+    options["calibration"] = np.asarray(options["calibration"])
+    with spread_over(fixed_order=True):
+        bitwright.quantize(out=tmp_path / "1", **options)
+    assert content(tmp_path / "2") == content(tmp_path / "1")
+    bitwright.quantize(out=tmp_path / "default", **{**options, "preset": "default"})
+    assert content(tmp_path / "1") != content(tmp_path / "default")
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+@needs_mpi
 def test_ranks_collect_the_same_statistics(tmp_path: Path) -> None:
     options = quantizing()
     for count in (2, 3):
