@@ -222,7 +222,7 @@ def test_default_is_refined_and_corrected(tmp_path: Path, format: Any) -> None:
     for option in ("refine", "drift"):
         with pytest.raises(ValueError, match=f"{option}: needs calibration data"):
             bitwright.quantize(DEMO, tmp_path / "d", "rtn", **{option: True})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="preset: expected one of fast, default, best"):
+    with pytest.raises(ValueError, match="preset: expected one of fast, default, high, best"):
         bitwright.quantize(DEMO, tmp_path / "d", preset="slow", **options)  # type: ignore[arg-type]
 
 
