@@ -12,6 +12,7 @@
 namespace bitwright {
 namespace {
 
+constexpr Index plane_sweeps = 3;   // that try nearest planes, which take most of the time
 constexpr Index lazy_columns = 32;  // whose changes reach each other one by one
 constexpr Index dense_share =
     8;  // where one weight in so many changes, all are pushed in one product
@@ -128,7 +129,7 @@ struct OutputBlock {
                 codes(row, j) = static_cast<float>(result.codes(row, group * size + j));
     }
 
-    void sweep(bool fits) {
+    void sweep(bool fits, bool planes) {
         for (Index group = 0; group < in / size; ++group) {
             const Index first = group * size;
             load(group);
@@ -139,7 +140,7 @@ struct OutputBlock {
             if (fits)
                 for (Index row = 0; row < rows; ++row) fit_row(row, group);
             for (Index low = 0; low < size; low += lazy_columns)
-                sweep_codes(first, low, std::min(low + lazy_columns, size));
+                sweep_codes(first, low, std::min(low + lazy_columns, size), planes);
             for (Index row = 0; row < rows; ++row)
                 for (Index j = 0; j < size; ++j)
                     result.codes(row, first + j) = static_cast<std::uint8_t>(codes(row, j));
@@ -163,7 +164,7 @@ struct OutputBlock {
     }
 
     // The codes of columns [low, high) of a group that begins at column `first`.
-    void sweep_codes(Index first, Index low, Index high) {
+    void sweep_codes(Index first, Index low, Index high, bool planes) {
         const auto inner = gram.block(first, first, size, size);
         bool any = false;
         for (Index j = low; j < high; ++j) {
@@ -174,7 +175,7 @@ struct OutputBlock {
             auto slope = slopes.col(j);
             for (Index other = low; other < j; ++other)
                 slope -= inner(other, j) * pushed.col(other - low);
-            if (feedback.size() > 0) any |= round_column(first, j, curvature, moved);
+            if (planes && feedback.size() > 0) any |= round_column(first, j, curvature, moved);
             for (Index row = 0; row < rows; row += lane_count)
                 any |= sweep_lanes(row, j, curvature, moved);
         }
@@ -360,7 +361,7 @@ void refine_two_sided(ConstMatrixView<float> weight, ConstMatrixView<float> gram
                                {result.offsets.data() + first * groups, rows, groups}});
             found(index, 0) = -block.gained;
             for (Index sweep = 0; sweep < sweeps; ++sweep) {
-                block.sweep(sweep < fits);
+                block.sweep(sweep < fits, sweep < plane_sweeps);
                 found(index, sweep + 1) = -block.gained;
             }
         }

@@ -10,9 +10,9 @@ namespace bitwright {
 // `outputs` [out, width] has columns: row i of it is row i of its block. A sweep goes over the
 // groups. In each, the first `fits` sweeps give every row its best scale and bias (or integer
 // zero), given all others and rounded to their dtype. Then come the codes, column by column:
-// nearest planes for a whole column where they gain, and then each code's best value, given all
-// others. weight is [out, in]; objectives [sweeps + 1] receives the objective before and after
-// every sweep.
+// in the first sweeps nearest planes for a whole column where they gain, and then each code's best
+// value, given all others. weight is [out, in]; objectives [sweeps + 1] receives the objective
+// before and after every sweep.
 void refine_two_sided(ConstMatrixView<float> weight, ConstMatrixView<float> gram,
                       ConstMatrixView<float> outputs, const Grid& grid, Index sweeps, Index fits,
                       QuantizedView result, VectorView<double> objectives);

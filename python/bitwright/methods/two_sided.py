@@ -13,7 +13,7 @@ from bitwright.grids.tensor import QuantizedTensor
 from bitwright.methods.gptq import GptqTensor
 from bitwright.methods.refine import check_refinable, damped_gram, kernel_grid
 
-SWEEPS, FITS = 10, 4  # over all codes, of which the first fit scales too
+SWEEPS, FITS = 8, 3  # over all codes, of which the first fit scales too
 METRIC_ROWS = 256  # of a diagonal block of an output metric, see docs/methods/two_sided.md
 PLANES_SPEED = 0.08  # of nearest planes, next to a large product of matrices (bench/RESULTS.md)
 METRIC_DAMPING = 0.1  # on the diagonal of an output metric whose own has a mean of 1
@@ -40,7 +40,7 @@ def two_sided_operations(out: int, channels: int) -> float:
     rows = min(out, METRIC_ROWS)
     dense = 2.0 * (1 + FITS) * out * channels**2  # the residual, and what new grids change in it
     # Of each sweep: slopes in one product, nearest planes in the cache, one row after another.
-    return dense + SWEEPS * out * channels * rows * (2.0 + 1.0 / PLANES_SPEED)
+    return dense + out * channels * rows * (2.0 * SWEEPS + FITS / PLANES_SPEED)
 
 
 def refine_two_sided(
