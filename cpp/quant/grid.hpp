@@ -48,6 +48,18 @@ inline float smallest_scale(ScaleType type) {
     }
 }
 
+inline float round_to(ScaleType type, float value) {
+    return round_to(type, Lanes::Constant(value))[0];
+}
+
+// Where a scale moves to: rounded, and never past zero, where its codes would all mean something
+// else.
+inline float moved_scale(ScaleType type, float scale, float wanted) {
+    const float moved = round_to(type, wanted);
+    const float sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
+    return moved * sign >= smallest_scale(type) ? moved : scale;
+}
+
 // The smallest number of full precision: the scale of groups whose weights are all the same, for
 // which any would do.
 inline float smallest_normal(ScaleType type) {

@@ -271,21 +271,17 @@ struct Refinement {
         Vector<float> step = factored.solve(slopes);
         if (!step.allFinite()) return;
 
-        const float tiny = smallest_scale(grid.scale_type);
         Vector<float> scales(count), offsets(count);
         for (Index group = 0; group < count; ++group) {
             const float scale = result.scales(row, group), offset = result.offsets(row, group);
             const float middle = centre_of(row, group);
-            float moved = rounded(scale + step[group]);
-            // A scale never passes zero: its codes would all mean something else.
-            const float sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
-            if (!(moved * sign >= tiny)) moved = scale;
+            const float moved = moved_scale(grid.scale_type, scale, scale + step[group]);
             step[group] = moved - scale;
             scales[group] = moved;
             offsets[group] = offset;
             if (!affine()) continue;
             const float mean = offset + scale * middle;
-            offsets[group] = rounded(mean + step[count + group] - moved * middle);
+            offsets[group] = round_to(grid.scale_type, mean + step[count + group] - moved * middle);
             step[count + group] = offsets[group] + moved * middle - mean;
         }
         const auto symmetric = system.template selfadjointView<Eigen::Lower>();
@@ -295,10 +291,6 @@ struct Refinement {
         result.scales.row(row) = scales.transpose();
         result.offsets.row(row) = offsets.transpose();
         gains[row] += gain;
-    }
-
-    float rounded(float value) const {
-        return round_to(grid.scale_type, Lanes::Constant(value))[0];
     }
 };
 

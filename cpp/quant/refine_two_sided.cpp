@@ -12,10 +12,9 @@
 namespace bitwright {
 namespace {
 
-constexpr Index plane_sweeps = 3;   // that try nearest planes, which take most of the time
-constexpr Index lazy_columns = 32;  // whose changes reach each other one by one
-constexpr Index dense_share =
-    8;  // where one weight in so many changes, all are pushed in one product
+constexpr Index plane_sweeps = 3;    // that try nearest planes, which take most of the time
+constexpr Index lazy_columns = 32;   // whose changes reach each other one by one
+constexpr Index dense_share = 8;     // of the weights that change, all are pushed in one product
 constexpr double grid_ridge = 1e-5;  // of the diagonal of a grid's normal equations
 
 using Columns = Eigen::MatrixXf;  // whose columns are contiguous
@@ -299,14 +298,8 @@ struct OutputBlock {
         double gain;
     };
 
-    float rounded(double value) const {
-        return round_to(grid.scale_type, Lanes::Constant(static_cast<float>(value)))[0];
-    }
-
-    // A scale never passes zero: its codes would all mean something else.
-    float kept_sign(float moved, float scale) const {
-        const float sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
-        return moved * sign >= smallest_scale(grid.scale_type) ? moved : scale;
+    float moved(float scale, double change) const {
+        return moved_scale(grid.scale_type, scale, static_cast<float>(scale + change));
     }
 
     Candidate best_affine(const Parabola& of, float scale, float offset) const {
@@ -314,12 +307,12 @@ struct OutputBlock {
         const double determinant = p * r - of.q * of.q;
         if (!(determinant > 0.0)) return {scale, offset, 0.0};
         const double x = (of.a * r - of.b * of.q) / determinant;
-        const float moved = kept_sign(rounded(scale + x), scale);
-        const double taken = static_cast<double>(moved) - scale;
+        const float stored = moved(scale, x);
+        const double taken = static_cast<double>(stored) - scale;
         const double y =
             r > 0.0 ? (of.b - taken * of.q) / r : 0.0;  // given the scale that is stored
-        const float shifted = rounded(offset + y);
-        return {moved, shifted, of.gain(taken, static_cast<double>(shifted) - offset)};
+        const float shifted = round_to(grid.scale_type, static_cast<float>(offset + y));
+        return {stored, shifted, of.gain(taken, static_cast<double>(shifted) - offset)};
     }
 
     Candidate best_zero(const Parabola& of, float scale, float zero) const {
@@ -333,11 +326,10 @@ struct OutputBlock {
             const double curve = of.p - 2.0 * z * of.q + z * z * of.r;
             const double slope = of.a - z * of.b - at * (of.q - z * of.r);
             if (!(curve > 0.0)) continue;
-            const float moved =
-                kept_sign(rounded(scale + slope / (curve * (1.0 + grid_ridge))), scale);
-            const double x = static_cast<double>(moved) - scale;
+            const float stored = moved(scale, slope / (curve * (1.0 + grid_ridge)));
+            const double x = static_cast<double>(stored) - scale;
             const double gain = of.gain(x, at - x * z);
-            if (gain > best.gain) best = {moved, static_cast<float>(other), gain};
+            if (gain > best.gain) best = {stored, static_cast<float>(other), gain};
         }
         return best;
     }

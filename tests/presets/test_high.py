@@ -75,3 +75,9 @@ def test_what_is_refused(tmp_path: Path, options: dict[str, Any], message: str) 
     with pytest.raises(ValueError, match=message):
         bitwright.quantize(DEMO, tmp_path / "out", **{**given, **options})
     assert not list(tmp_path.iterdir())
+
+
+def test_best_does_not_say_that_it_is_high(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="preset: high is no part of best"):
+        bitwright.quantize_best(DEMO, tmp_path / "out", calibration=TEXT, preset="high")
+    assert not list(tmp_path.iterdir())

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +13,21 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.blocks.drift import drift_rows
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
-from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder, remove_tree
-from bitwright.distill.gradient_memory import final_bytes, sub_block_bytes
+from bitwright.checkpoint.work_folder import (
+    WorkFolder,
+    read_sealed,
+    remove_tree,
+    write_sealed,
+)
+from bitwright.distill.gradient_memory import batch_step, final_bytes, sub_block_bytes
 from bitwright.distill.losses import DistillationLoss, TopTokens
 from bitwright.errors import CheckpointError, NonFiniteError
-from bitwright.files.replacing import output_errors, write_json
-from bitwright.files.seals import Seals, content_checksum, files_of
+from bitwright.files.replacing import output_errors
+from bitwright.files.seals import Seals, files_of
 from bitwright.loading.model import Model
 from bitwright.methods.two_sided import METRIC_ROWS, normalized_metric
 from bitwright.models.block import Rotation
-from bitwright.models.network import HEAD_BYTES, Network, logit_rows
+from bitwright.models.network import Network
 from bitwright.models.operations import Float, Float32
 from bitwright.ranks import current
 from bitwright.runs.budget import Budget
@@ -58,9 +62,7 @@ def plan_gradients(model: Model, tokens: NDArray[np.int32], memory: float | None
 
     Batches consist of whole chunks of the backward pass, so that every sum is taken in the same order."""
     length = tokens.shape[1]
-    rope = Rotation(length, {})
-    at_once = logit_rows(4 * model.config.vocab_size, HEAD_BYTES)
-    step = math.lcm(length, rope.chunk_rows, rope.tape_rows, at_once) // length
+    step = batch_step(model, length)
     part = -(-len(tokens) // PARTS)
     most = min(part, max(BATCH_SAMPLES, step))
     choices = [most, *range((most - 1) // step * step, 0, -step)]
@@ -139,6 +141,10 @@ class OutputMetrics:
             "seed of the draws": self._seed,
         }
 
+    def fingerprint(self) -> str:
+        """Return a digest of what decides the metrics."""
+        return digest(json.dumps(self.identity()).encode())
+
     def gather(self, resume: bool, progress: bool) -> None:
         """Compute all parts but those that the work folder holds already."""
         ranks, work, identity = current(), self._work, self.identity()
@@ -193,15 +199,8 @@ class OutputMetrics:
 
     def _is_known(self, part: int) -> bool:
         """Tell whether a part is complete and what it was; a damaged one is computed again."""
-        path = self._manifest(part)
-        if not path.is_file():
-            return False
-        try:
-            content = read_json_object(path)
-            is_whole = content.pop(CHECKSUM, None) == content_checksum(content)
-        except CheckpointError:
-            return False
-        return is_whole and Seals(self._work.path).broken(content["seals"], whole=True) is None
+        found = read_sealed(self._manifest(part))
+        return found is not None and Seals(self._work.path).broken(found, whole=True) is None
 
     def _compute(self, part: int) -> None:
         folder = self._folder(part)
@@ -216,9 +215,7 @@ class OutputMetrics:
         for draw in range(DRAWS):
             for samples in self._batches(part):
                 self._add(part, samples, draw)
-        seals = Seals(self._work.path).of(files_of(folder))
-        content: dict[str, object] = json.loads(json.dumps({"seals": seals}))
-        write_json(self._manifest(part), {**content, CHECKSUM: content_checksum(content)})
+        write_sealed(self._manifest(part), Seals(self._work.path).of(files_of(folder)))
 
     def _batches(self, part: int) -> Iterator[range]:
         samples, step = self._parts[part], self._plan.samples
@@ -284,9 +281,3 @@ class _DrawnLoss:
         unused = TopTokens(nothing, nothing.astype(np.float32), np.zeros(len(logits), np.float32))
         loss = DistillationLoss(lambda start, stop: unused, drawn, "cross_entropy")
         return loss(0, logits, gradient)
-
-
-def metrics_identity(metrics: OutputMetrics | None) -> Mapping[str, object]:
-    """Return what of output metrics decides a run's result."""
-    known = None if metrics is None else digest(json.dumps(metrics.identity()).encode())
-    return {"output metrics": known}

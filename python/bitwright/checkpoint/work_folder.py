@@ -17,6 +17,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.errors import (
+    MALFORMED,
     CheckpointError,
     OutputError,
     OutputExistsError,
@@ -43,8 +44,8 @@ CHECKSUM = "checksum"  # of the rest of a state
 INPUTS = "inputs"  # the part of a state that tells what was read
 # The parts of a run that have work folders of their own.
 SENSITIVITIES, GRADIENTS = "sensitivities", "gradients"
-# What the operating system says of folders that cannot be moved as a whole.
 LOCK_SECONDS = 0.1  # for a run that ends meanwhile, and removes its folder
+# What the operating system says of folders that cannot be moved as a whole.
 UNMOVABLE = (errno.EXDEV, errno.EBUSY, errno.EPERM, errno.EACCES)
 _OF_FILE_SYSTEMS = "lost+found"  # what some of them keep at their roots
 
@@ -218,9 +219,7 @@ class WorkFolder:
 
     def _write_state(self) -> None:
         if self._committed:
-            content = {**self._committed, INPUTS: self.inputs.records()}
-            content[CHECKSUM] = content_checksum(content)
-            write_json(self.path / STATE, content)
+            write_sealed(self.path / STATE, {**self._committed, INPUTS: self.inputs.records()})
 
     def require_seals(self, known: Mapping[str, Any], whole: bool = False) -> None:
         """Raise ResumeError if a file that a state counts on is not what it was then."""
@@ -359,12 +358,12 @@ class WorkFolder:
         again = again_message(self.path)
         with malformed_as(ResumeError, f"{place}: is damaged", f"; {again}", CheckpointError):
             found = read_json_object(place)
-            checksum = found.pop(CHECKSUM)
+            is_sealed = _is_sealed(found)
             state: dict[str, Any]
             known, state, inputs = found["identity"], found["state"], found[INPUTS]
             if not all(isinstance(part, dict) for part in (known, state, inputs)):
                 raise ValueError("state")
-            if checksum != content_checksum(found):
+            if not is_sealed:
                 raise ValueError("its checksum is another")
         check_identity(self.path, known, identity)
         check_identity(self.path, *self.inputs.differences(inputs))
@@ -477,6 +476,25 @@ class WorkFolder:
         for parent in self._made_parents:
             with suppress(OSError):  # the output is there, or others have put something there
                 parent.rmdir()
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write what JSON holds, with a checksum of it."""
+    write_json(path, {**content, CHECKSUM: content_checksum(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """Return what `write_sealed` has written; None if that is not there, or damaged."""
+    with suppress(*MALFORMED):  # CheckpointError is one
+        found = read_json_object(path) if path.is_file() else {}
+        if _is_sealed(found):
+            return found
+    return None
+
+
+def _is_sealed(found: dict[str, Any]) -> bool:
+    """Take the checksum away from what was read, and tell whether it is that of the rest."""
+    return bool(found.pop(CHECKSUM) == content_checksum(found))
 
 
 def _write_process(descriptor: int) -> None:

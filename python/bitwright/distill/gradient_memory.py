@@ -14,6 +14,14 @@ from bitwright.models.network import HEAD_BYTES, logit_rows
 KEPT_STATES = 2  # of every block, where a backward pass begins
 
 
+def batch_step(model: Model, length: int) -> int:
+    """Return how many samples consist of whole chunks of every kind that gradients are computed in: batches
+    of multiples of it have their sums in the same order."""
+    rope = Rotation(length, {})
+    at_once = logit_rows(4 * model.config.vocab_size, HEAD_BYTES)
+    return math.lcm(length, rope.chunk_rows, rope.tape_rows, at_once) // length
+
+
 def logits_bytes(model: Model, rows: int, copies: int) -> int:
     """Return what so many copies take of the logits that exist at one time."""
     row = 4 * model.config.vocab_size

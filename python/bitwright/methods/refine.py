@@ -133,12 +133,24 @@ def _refine_damped(
         kernel_grid(tensor),
         rounds,
     )
+    return with_grids(tensor, codes, scales, offsets), objectives
+
+
+def with_grids(
+    tensor: QuantizedTensor,
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    offsets: NDArray[np.float32],
+) -> QuantizedTensor:
+    """Return a tensor with other codes, scales and biases or zeros, rounded to its dtypes already."""
     changed: dict[str, Any] = {"codes": codes, "scales": scales.astype(tensor.scales.dtype)}
     if tensor.biases is not None:
         changed["biases"] = offsets.astype(tensor.biases.dtype)
+    elif tensor.zeros is not None:
+        changed["zeros"] = offsets.astype(tensor.zeros.dtype)
     if isinstance(tensor, GptqTensor):
         changed["column_losses"] = None  # they were those of other codes
-    return replace(tensor, **changed), objectives
+    return replace(tensor, **changed)
 
 
 def _refine_superblocks(
@@ -163,7 +175,7 @@ def _refine_superblocks(
         _kernels.refine(weight, gram, codes, scales, offsets, grid, 1, only)
 
     def errors(codes: NDArray[np.uint8], blocks: SuperBlocks) -> NDArray[np.float64]:
-        change = _k_tensor(tensor, codes, blocks).dequantize()
+        change = with_superblocks(tensor, codes, blocks).dequantize()
         np.subtract(weight, change, out=change)
         return np.maximum(_kernels.row_quadratic_forms(change, gram), 0)
 
@@ -179,12 +191,13 @@ def _refine_superblocks(
         codes[rows] = free[rows]
         blocks = blocks.replaced(rows, fitted)
         objectives.append(float(np.where(rows, tried, kept).sum()))
-    return _k_tensor(tensor, codes, blocks), np.array(objectives)
+    return with_superblocks(tensor, codes, blocks), np.array(objectives)
 
 
-def _k_tensor(
+def with_superblocks(
     tensor: QuantizedTensor, codes: NDArray[np.uint8], blocks: SuperBlocks
 ) -> QuantizedTensor:
+    """Return a tensor of a "k" grid with other codes and superblocks."""
     changed: dict[str, Any] = {"column_losses": None} if isinstance(tensor, GptqTensor) else {}
     return replace(
         tensor,

@@ -1,8 +1,5 @@
 """Refinement in the metrics of a layer's inputs and outputs together."""
 
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,8 +7,13 @@ from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.superblocks import expanded
 from bitwright.grids.tensor import QuantizedTensor
-from bitwright.methods.gptq import GptqTensor
-from bitwright.methods.refine import check_refinable, damped_gram, kernel_grid
+from bitwright.methods.refine import (
+    check_refinable,
+    damped_gram,
+    kernel_grid,
+    with_grids,
+    with_superblocks,
+)
 
 SWEEPS, FITS = 8, 3  # over all codes, of which the first fit scales too
 METRIC_ROWS = 256  # of a diagonal block of an output metric, see docs/methods/two_sided.md
@@ -112,22 +114,15 @@ def refine_two_sided(
             f"output_metric: expected {len(weight)} rows, got shape {output_metric.shape}"
         )
     require_finite(output_metric, "output_metric")
-    codes = tensor.codes.copy()
-    if tensor.superblocks is None:
+    codes, blocks = tensor.codes.copy(), tensor.superblocks
+    if blocks is None:
         scales, offsets = tensor.grids()
     else:
-        (scales, offsets), fits = expanded(tensor.superblocks, tensor.bits), 0
+        (scales, offsets), fits = expanded(blocks, tensor.bits), 0
     with damped_gram(gram, damping, overwrite_gram) as damped:
         objectives = _kernels.refine_two_sided(
             weight, damped, output_metric, codes, scales, offsets, kernel_grid(tensor), sweeps, fits
         )
-    changed: dict[str, Any] = {"codes": codes}
-    if tensor.superblocks is None:
-        changed["scales"] = scales.astype(tensor.scales.dtype)
-        if tensor.biases is not None:
-            changed["biases"] = offsets.astype(tensor.biases.dtype)
-        elif tensor.zeros is not None:
-            changed["zeros"] = offsets.astype(tensor.zeros.dtype)
-    if isinstance(tensor, GptqTensor):
-        changed["column_losses"] = None  # they were those of other codes
-    return replace(tensor, **changed), objectives
+    if blocks is not None:
+        return with_superblocks(tensor, codes, blocks), objectives
+    return with_grids(tensor, codes, scales, offsets), objectives

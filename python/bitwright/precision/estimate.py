@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from bitwright import _kernels
 from bitwright.checkpoint.fingerprint import model_checksum, model_fingerprint
-from bitwright.checkpoint.reader import read_json_object
-from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder
-from bitwright.distill.gradient_memory import final_bytes, sub_block_bytes
+from bitwright.checkpoint.work_folder import WorkFolder, read_sealed, write_sealed
+from bitwright.distill.gradient_memory import batch_step, final_bytes, sub_block_bytes
 from bitwright.distill.losses import LOSSES, DistillationLoss, TopTokens, next_tokens
 from bitwright.distill.targets import DEFAULT_K
 from bitwright.errors import (
@@ -26,16 +25,14 @@ from bitwright.errors import (
 )
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import InputFiles, same_inputs
-from bitwright.files.replacing import check_new_file, write_json
-from bitwright.files.seals import content_checksum
+from bitwright.files.replacing import check_new_file
 from bitwright.formats import Format, Precision
 from bitwright.grids.choice import GridChoice
 from bitwright.grids.tensor import Grid
 from bitwright.loading.model import Model, load_model
 from bitwright.methods.rtn import quantize_rtn
-from bitwright.models.block import Rotation
 from bitwright.models.matrix_rows import MatrixRows
-from bitwright.models.network import HEAD_BYTES, Network, logit_rows
+from bitwright.models.network import Network
 from bitwright.models.operations import Float, Float32
 from bitwright.precision.recipe import unfit_layers
 from bitwright.precision.sensitivities import Sensitivities, precision_name
@@ -282,9 +279,7 @@ def plan_estimate(
     """
     length = tokens.shape[1]
     batch = min(batch_size, len(tokens))
-    rope = Rotation(length, {})
-    at_once = logit_rows(4 * model.config.vocab_size, HEAD_BYTES)
-    step = math.lcm(length, rope.chunk_rows, rope.tape_rows, at_once) // length
+    step = batch_step(model, length)
     every = max(len(layout.linears) for layout in model.layouts)
     # From what is fastest to what takes least.
     choices = [(batch, every)]
@@ -377,9 +372,7 @@ class _Estimate:
                     self.inputs.take_checksums()
                 else:
                     work.keep_checksums()
-                    batch = known[number]
-                    sealed = {**batch, CHECKSUM: content_checksum(batch)}
-                    write_json(work.path / BATCH.format(f"{number + 1:05d}"), sealed)
+                    write_sealed(work.path / BATCH.format(f"{number + 1:05d}"), known[number])
                     work.keep = True
                 bar.update(task, advance=1)
         for others in ranks.gather({number: known[number] for number in left if number in known}):
@@ -404,10 +397,10 @@ class _Estimate:
         known: dict[int, _Batch] = {}
         for number in range(count):
             path = folder / BATCH.format(f"{number + 1:05d}")
-            with suppress(*MALFORMED):  # CheckpointError is one
-                content = read_json_object(path) if path.is_file() else {}
-                if content.pop(CHECKSUM) != content_checksum(content):
-                    continue
+            content = read_sealed(path)
+            if content is None:
+                continue
+            with suppress(*MALFORMED):
                 found = {name: float(content["alignments"][name]) for name in self.shapes}
                 total = float(content["total"])
                 if all(map(math.isfinite, (total, *found.values()))):

@@ -109,6 +109,8 @@ def best_quantization(
     started = time.perf_counter()
     options.limits.set_threads()
     original = load_model(model)
+    if options.two_sided:
+        raise ValueError("preset: high is no part of best yet; take one of the two")
     if options.preset == "best":  # which is what this is: the stages have the default one
         options = replace(options, preset="default")
     recipe = options.precision.recipe

@@ -2,14 +2,17 @@
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
-from bitwright.blocks.output_metrics import OutputMetrics, metric_tokens, plan_gradients
+from bitwright.blocks.output_metrics import (
+    GradientPlan,
+    OutputMetrics,
+    metric_tokens,
+    plan_gradients,
+)
 from bitwright.checkpoint import CheckpointWriter
 from bitwright.checkpoint.work_folder import GRADIENTS, WorkFolder, kept_until_written
-from bitwright.loading.model import Model, load_model
+from bitwright.loading.model import load_model
 from bitwright.quantization.options import QuantizationOptions
 from bitwright.quantization.quantize import check_run, run_quantization
 from bitwright.ranks import current
@@ -24,38 +27,21 @@ def high_quantization(
     the method, refinement and drift correction, each layer being refined in the metric of its outputs,
     too. Until the output is written, the gradients' moments are kept beside it, in
     ``.NAME.gradients.work``."""
-    started = time.perf_counter()
-    options.limits.set_threads()
+    assert options.calibration is not None
+    started, limits = time.perf_counter(), options.limits
+    limits.set_threads()
     original = load_model(model)
-    writer = CheckpointWriter(out, options.limits.overwrite, source=original.checkpoint.source)
-    with one_budget(options.limits.memory):
-        current().on_first(writer.check_place)
-        quiet = replace(options, limits=replace(options.limits, progress=False))
-        require_all(
-            [lambda: check_run(model, out, quiet), lambda: check_gradients(original, options)]
-        )
-        with gathered_metrics(original, out, options) as metrics:
-            report = run_quantization(model, out, options, metrics)
-    return replace(report, seconds=time.perf_counter() - started)
-
-
-def check_gradients(original: Model, options: QuantizationOptions) -> None:
-    """Raise MemoryBudgetError if there is no room for the gradients."""
-    assert options.calibration is not None
     tokens = metric_tokens(options.calibration.load(original).tokens)
-    plan_gradients(original, tokens, options.limits.memory)
+    writer = CheckpointWriter(out, limits.overwrite, source=original.checkpoint.source)
 
+    def plan() -> GradientPlan:
+        return plan_gradients(original, tokens, limits.memory)
 
-@contextmanager
-def gathered_metrics(
-    original: Model, out: str | os.PathLike[str], options: QuantizationOptions
-) -> Iterator[OutputMetrics]:
-    """Yield the metrics of a model's layers' outputs, kept beside the output until that is written."""
-    assert options.calibration is not None
-    calibration, limits = options.calibration, options.limits
-    tokens = metric_tokens(calibration.load(original).tokens)
-    with kept_until_written(WorkFolder(out, GRADIENTS)) as work:
-        plan = plan_gradients(original, tokens, limits.memory)
-        metrics = OutputMetrics(original, tokens, calibration.seed or 0, work, plan)
+    with one_budget(limits.memory), kept_until_written(WorkFolder(out, GRADIENTS)) as work:
+        current().on_first(writer.check_place)
+        quiet = replace(options, limits=replace(limits, progress=False))
+        require_all([lambda: check_run(model, out, quiet), plan])
+        metrics = OutputMetrics(original, tokens, options.calibration.seed or 0, work, plan())
         metrics.gather(limits.resume, limits.progress)
-        yield metrics
+        report = run_quantization(model, out, options, metrics)
+    return replace(report, seconds=time.perf_counter() - started)

@@ -441,7 +441,8 @@ def _products(work: Work) -> float:
                     operations += solved * (2.0 + 4.0 * ROUNDS) * out * channels**2 / REFINING_SPEED
                 if work.two_sided:
                     operations += solved * two_sided_operations(out, channels)
-                    operations += gradient_operations(seen * drift / max(tokens, 1), out, channels)
+                    share = drift_rows(tokens, work.rope) / max(tokens, 1)
+                    operations += gradient_operations(seen * share, out, channels)
         operations += streams * _attention_products(model, tokens, work.length)
     return operations
 

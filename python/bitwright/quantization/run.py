@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bitwright.blocks.loop import through_blocks
-from bitwright.blocks.output_metrics import OutputMetrics, metrics_identity
+from bitwright.blocks.output_metrics import OutputMetrics
 from bitwright.blocks.scaling import AwqOptions
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
@@ -207,7 +207,7 @@ class Run:
             "quantized model": self.quantized and model_fingerprint(self.quantized.checkpoint),
             **dict.fromkeys(("calibration", "activations", "statistics")),
             **self.source.identity(),
-            **metrics_identity(self.metrics),
+            "output metrics": self.metrics and self.metrics.fingerprint(),
             "format": self.target.format.name,
             **self.options.identity(),
             **{name: _named(value) for name, value in asdict(awq).items()},
