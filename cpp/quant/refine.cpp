@@ -2,10 +2,13 @@
 
 #include <Eigen/Cholesky>
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
+#include "linalg/inverse_factor.hpp"
 #include "linalg/product.hpp"
 #include "linalg/sum.hpp"
+#include "quant/group_search.hpp"
 #include "quant/lazy_updates.hpp"
 #include "quant/slab.hpp"
 
@@ -32,11 +35,29 @@ struct GroupSums {
     }
 };
 
+// The inverse factor of each group's part of the gram, empty where that is not positive definite.
+std::vector<Matrix<float>> group_factors(ConstMatrixView<float> gram, Index size) {
+    std::vector<Matrix<float>> factors(static_cast<size_t>(gram.rows() / size));
+    Vector<std::int32_t> order(size);
+    std::iota(order.begin(), order.end(), 0);
+    for (size_t group = 0; group < factors.size(); ++group) {
+        const Index first = static_cast<Index>(group) * size;
+        const Matrix<float> part = gram.block(first, first, size, size);
+        Matrix<float>& factor = factors[group];
+        factor.resize(size, size);
+        MatrixView<float> upper(factor.data(), size, size);
+        if (!inverse_factor({part.data(), size, size}, {order.data(), size}, 0.0f, upper))
+            factor.resize(0, 0);
+    }
+    return factors;
+}
+
 // Of a tile of rows. Columns are contiguous in `residual`, `change` and `steps`, so that 16 rows of
 // one column are one cache line.
 struct Refinement {
     ConstMatrixView<float> weight, gram;
     const GroupSums& sums;
+    const std::vector<Matrix<float>>& factors;  // of groups that may get new grids
     const Grid& grid;
     QuantizedView result;
     Eigen::MatrixXf residual;  // (W − Ŵ) G, [rows padded to 16, in]
@@ -45,10 +66,12 @@ struct Refinement {
     Vector<double> gains;      // by which each row's objective has fallen, [rows]
 
     Refinement(ConstMatrixView<float> weights, ConstMatrixView<float> moments,
-               const GroupSums& group_sums, const Grid& of_groups, QuantizedView quantized)
+               const GroupSums& group_sums, const std::vector<Matrix<float>>& group_factors,
+               const Grid& of_groups, QuantizedView quantized)
         : weight(weights),
           gram(moments),
           sums(group_sums),
+          factors(group_factors),
           grid(of_groups),
           result(quantized),
           residual((weights.rows() + lane_count - 1) / lane_count * lane_count, weights.cols()),
@@ -153,12 +176,14 @@ struct Refinement {
         parallel_for(residual.rows() / lane_count, 4, [&](Index first, Index last) {
             std::vector<float> here(static_cast<size_t>((high - low) * lane_count));
             std::vector<float> codes(here.size());
+            GroupSearch<GridLanes> search(grid);
             for (Index slab = first; slab < last; ++slab)
-                sweep_leaf(slab * lane_count, low, high, here.data(), codes.data());
+                sweep_leaf(slab * lane_count, low, high, here.data(), codes.data(), search);
         });
     }
 
-    void sweep_leaf(Index row, Index low, Index high, float* here, float* codes) {
+    void sweep_leaf(Index row, Index low, Index high, float* here, float* codes,
+                    GroupSearch<GridLanes>& search) {
         const Index count = high - low;
         const auto lanes = [](float* data, Index j) {
             return Eigen::Map<Lanes>(data + j * lane_count);
@@ -170,15 +195,37 @@ struct Refinement {
         GridLanes fitted{};
         Lanes gained = Lanes::Zero();
         Index loaded = -1;
+        steps.block(row, low, lane_count, count).setZero();
+        // Column low + j of Ŵ moves, which changes the residual of columns [low + first, high).
+        const auto move = [&](Index j, const Lanes& step, Index first) {
+            steps.col(low + j).segment<lane_count>(row) += step.matrix();
+            change.col(low + j).segment<lane_count>(row) += step.matrix();
+            const float* row_of_gram = gram.data() + (low + j) * in() + low;
+            for (Index k = first; k < count; ++k) lanes(here, k) -= step * row_of_gram[k];
+        };
+        const auto choose_grid = [&](Index j, Index group) {
+            const auto& factor = factors[static_cast<size_t>(group)];
+            if (factor.size() == 0 ||
+                !search.run(factor, here + j * lane_count, codes + j * lane_count, fitted))
+                return;
+            for (Index k = 0; k < grid.group_size; ++k) {
+                const Lanes now = fitted.decode(lanes(codes, j + k));
+                lanes(codes, j + k) = lanes(search.codes.data(), k);
+                const Lanes step = search.found.decode(lanes(codes, j + k)) - now;
+                move(j + k, (search.gained > 0.0f).select(step, Lanes::Zero()), j);
+            }
+            gained += search.gained;
+            fitted = search.found;
+            store_grid(grid.kind, fitted, row, group, result.scales, result.offsets);
+        };
         for (Index j = 0; j < count; ++j) {
             const Index group = (low + j) / grid.group_size;
             if (group != loaded) {
                 fitted = load_grid(grid.kind, row, group, result.scales, result.offsets);
                 loaded = group;
+                if (!factors.empty()) choose_grid(j, group);
             }
             const float* row_of_gram = gram.data() + (low + j) * in() + low;
-            auto moved = steps.col(low + j).segment<lane_count>(row);
-            moved.setZero();
             if (!(row_of_gram[j] > 0.0f)) continue;
             const Lanes now = fitted.decode(lanes(codes, j));
             // The objective is a parabola in this weight, its minimum at now + residual / G[j, j].
@@ -190,10 +237,8 @@ struct Refinement {
             const Lanes taken = better.select(step, Lanes::Zero());
             lanes(codes, j) = better.select(code, lanes(codes, j));
             if (!better.any()) continue;
-            moved = taken.matrix();
-            change.col(low + j).segment<lane_count>(row) += moved;
             gained += better.select(gain, Lanes::Zero());
-            for (Index k = j + 1; k < count; ++k) lanes(here, k) -= taken * row_of_gram[k];
+            move(j, taken, j + 1);
         }
         const Index rows = std::min<Index>(lane_count, out() - row);
         for (Index lane = 0; lane < rows; ++lane) {
@@ -300,6 +345,10 @@ void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Gr
             Index rounds, bool codes_only, QuantizedView result, VectorView<double> objectives) {
     objectives.setZero();
     const GroupSums sums(gram, grid.group_size);
+    // A sweep has the residual of whole groups at hand where blocks of columns consist of them.
+    const bool chooses = !codes_only && block_columns % grid.group_size == 0;
+    const auto factors =
+        chooses ? group_factors(gram, grid.group_size) : std::vector<Matrix<float>>{};
     const Index in = weight.cols(), groups = result.scales.cols();
     for (Index first = 0; first < weight.rows(); first += tile_rows) {
         const Index rows = std::min(tile_rows, weight.rows() - first);
@@ -308,7 +357,7 @@ void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Gr
             {result.scales.data() + first * groups, rows, groups},
             {result.offsets.data() + first * groups, rows, groups},
         };
-        Refinement state({weight.data() + first * in, rows, in}, gram, sums, grid, part);
+        Refinement state({weight.data() + first * in, rows, in}, gram, sums, factors, grid, part);
         state.start();
         const double before = state.objective();
         objectives[0] += before;
