@@ -55,19 +55,16 @@ struct GroupSearch {
         for (int step = 0; step < steps; ++step) {
             const float shrink =
                 1.0f - (1.0f - last_shrink) * static_cast<float>(step) / (steps - 1);
-            range_grids(grid, low * shrink, high * shrink, [&](const Fitted& candidate) {
+            range_lanes<Fitted>(grid, low * shrink, high * shrink, [&](const Fitted& candidate) {
                 try_grid(candidate);
-                if (grid.kind != GridKind::zero_point) return;
-                for (const float away : {-1.0f, 1.0f}) {
-                    Fitted other = candidate;
-                    other.zero = (candidate.zero + away).max(0.0f).min(grid.top());
-                    try_grid(other);
-                }
+                if constexpr (std::is_same_v<Fitted, GridLanes>) try_zeros(candidate, try_grid);
             });
         }
         gained = (least < error_now * sure).select(error_now - least, 0.0f);
         return (gained > 0.0f).any();
     }
+
+    auto codes_at(Index j) const { return lanes(codes.data(), j); }
 
   private:
     std::vector<float> best_;  // w*
@@ -78,6 +75,17 @@ struct GroupSearch {
     }
     static Eigen::Map<const Lanes> lanes(const float* data, Index j) {
         return Eigen::Map<const Lanes>(data + j * lane_count);
+    }
+
+    // An integer zero may be better one further up or down.
+    template <typename Try>
+    void try_zeros(const Fitted& candidate, const Try& try_grid) const {
+        if (grid.kind != GridKind::zero_point) return;
+        for (const float away : {-1.0f, 1.0f}) {
+            Fitted other = candidate;
+            other.zero = (candidate.zero + away).max(0.0f).min(grid.top());
+            try_grid(other);
+        }
     }
 
     void offer(const Fitted& candidate, const Matrix<float>& upper, Lanes& least) {
@@ -92,7 +100,7 @@ struct GroupSearch {
             error += part.square();
             for (Index k = j + 1; k < size; ++k) lanes(work_, k) -= part * factor[k];
         }
-        BestGrid best{found, least};
+        Best<Fitted> best{found, least};
         const auto better = best.offer(candidate, error);
         if (!better.any()) return;
         found = best.grid;

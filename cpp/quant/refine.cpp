@@ -54,6 +54,7 @@ std::vector<Matrix<float>> group_factors(ConstMatrixView<float> gram, Index size
 
 // Of a tile of rows. Columns are contiguous in `residual`, `change` and `steps`, so that 16 rows of
 // one column are one cache line.
+template <typename Fitted>
 struct Refinement {
     ConstMatrixView<float> weight, gram;
     const GroupSums& sums;
@@ -154,7 +155,7 @@ struct Refinement {
     void for_each_weight(Index row, const float* codes, const MatrixView<float>& scales,
                          const MatrixView<float>& offsets, const Body& body) const {
         for (Index group = 0; group < groups(); ++group) {
-            const GridLanes fitted = load_grid(grid.kind, row, group, scales, offsets);
+            const auto fitted = load_grid<Fitted>(grid, row, group, scales, offsets);
             for (Index j = group * grid.group_size; j < (group + 1) * grid.group_size; ++j)
                 body(j, fitted.decode(Eigen::Map<const Lanes>(codes + j * lane_count)));
         }
@@ -174,79 +175,92 @@ struct Refinement {
 
     void sweep_columns(Index low, Index high) {
         parallel_for(residual.rows() / lane_count, 4, [&](Index first, Index last) {
-            std::vector<float> here(static_cast<size_t>((high - low) * lane_count));
-            std::vector<float> codes(here.size());
-            GroupSearch<GridLanes> search(grid);
-            for (Index slab = first; slab < last; ++slab)
-                sweep_leaf(slab * lane_count, low, high, here.data(), codes.data(), search);
+            const auto size = static_cast<size_t>((high - low) * lane_count);
+            Leaf leaf{0, low, high - low, std::vector<float>(size), std::vector<float>(size)};
+            GroupSearch<Fitted> search(grid);
+            for (Index slab = first; slab < last; ++slab) {
+                leaf.row = slab * lane_count;
+                sweep_leaf(leaf, search);
+            }
         });
     }
 
-    void sweep_leaf(Index row, Index low, Index high, float* here, float* codes,
-                    GroupSearch<GridLanes>& search) {
-        const Index count = high - low;
-        const auto lanes = [](float* data, Index j) {
-            return Eigen::Map<Lanes>(data + j * lane_count);
-        };
-        load_slab(ConstMatrixView<std::uint8_t>(result.codes.data(), out(), in()), row, low, count,
-                  codes);
-        for (Index j = 0; j < count; ++j)
-            lanes(here, j) = residual.col(low + j).segment<lane_count>(row).array();
-        GridLanes fitted{};
+    // Columns [low, low + count) of 16 rows, [count][16].
+    struct Leaf {
+        Index row, low, count;
+        std::vector<float> residual, codes;
+
+        auto residual_at(Index j) { return Eigen::Map<Lanes>(residual.data() + j * lane_count); }
+        auto codes_at(Index j) { return Eigen::Map<Lanes>(codes.data() + j * lane_count); }
+    };
+
+    void sweep_leaf(Leaf& leaf, GroupSearch<Fitted>& search) {
+        const Index row = leaf.row, low = leaf.low;
+        load_slab(ConstMatrixView<std::uint8_t>(result.codes.data(), out(), in()), row, low,
+                  leaf.count, leaf.codes.data());
+        for (Index j = 0; j < leaf.count; ++j)
+            leaf.residual_at(j) = residual.col(low + j).segment<lane_count>(row).array();
+        steps.block(row, low, lane_count, leaf.count).setZero();
+        Fitted fitted{};
         Lanes gained = Lanes::Zero();
         Index loaded = -1;
-        steps.block(row, low, lane_count, count).setZero();
-        // Column low + j of Ŵ moves, which changes the residual of columns [low + first, high).
-        const auto move = [&](Index j, const Lanes& step, Index first) {
-            steps.col(low + j).segment<lane_count>(row) += step.matrix();
-            change.col(low + j).segment<lane_count>(row) += step.matrix();
-            const float* row_of_gram = gram.data() + (low + j) * in() + low;
-            for (Index k = first; k < count; ++k) lanes(here, k) -= step * row_of_gram[k];
-        };
-        const auto choose_grid = [&](Index j, Index group) {
-            const auto& factor = factors[static_cast<size_t>(group)];
-            if (factor.size() == 0 ||
-                !search.run(factor, here + j * lane_count, codes + j * lane_count, fitted))
-                return;
-            for (Index k = 0; k < grid.group_size; ++k) {
-                const Lanes now = fitted.decode(lanes(codes, j + k));
-                lanes(codes, j + k) = lanes(search.codes.data(), k);
-                const Lanes step = search.found.decode(lanes(codes, j + k)) - now;
-                move(j + k, (search.gained > 0.0f).select(step, Lanes::Zero()), j);
-            }
-            gained += search.gained;
-            fitted = search.found;
-            store_grid(grid.kind, fitted, row, group, result.scales, result.offsets);
-        };
-        for (Index j = 0; j < count; ++j) {
+        for (Index j = 0; j < leaf.count; ++j) {
             const Index group = (low + j) / grid.group_size;
             if (group != loaded) {
-                fitted = load_grid(grid.kind, row, group, result.scales, result.offsets);
+                fitted = load_grid<Fitted>(grid, row, group, result.scales, result.offsets);
                 loaded = group;
-                if (!factors.empty()) choose_grid(j, group);
+                if (!factors.empty()) gained += choose_grid(leaf, j, group, fitted, search);
             }
-            const float* row_of_gram = gram.data() + (low + j) * in() + low;
-            if (!(row_of_gram[j] > 0.0f)) continue;
-            const Lanes now = fitted.decode(lanes(codes, j));
+            const float curvature = gram(low + j, low + j);
+            if (!(curvature > 0.0f)) continue;
+            const Lanes slope = leaf.residual_at(j), now = fitted.decode(leaf.codes_at(j));
             // The objective is a parabola in this weight, its minimum at now + residual / G[j, j].
-            const Lanes code = fitted.encode(now + lanes(here, j) / row_of_gram[j], grid.top());
+            const Lanes code = fitted.encode(now + slope / curvature, grid.top());
             const Lanes step = fitted.decode(code) - now;
             // A tie, or a step that rounding turned round, gains nothing.
-            const Lanes gain = step * (2.0f * lanes(here, j) - step * row_of_gram[j]);
+            const Lanes gain = step * (2.0f * slope - step * curvature);
             const auto better = (gain > 0.0f).eval();
-            const Lanes taken = better.select(step, Lanes::Zero());
-            lanes(codes, j) = better.select(code, lanes(codes, j));
+            leaf.codes_at(j) = better.select(code, leaf.codes_at(j));
             if (!better.any()) continue;
             gained += better.select(gain, Lanes::Zero());
-            move(j, taken, j + 1);
+            move(leaf, j, better.select(step, Lanes::Zero()), j + 1);
         }
         const Index rows = std::min<Index>(lane_count, out() - row);
         for (Index lane = 0; lane < rows; ++lane) {
             gains[row + lane] += gained[lane];
-            for (Index j = 0; j < count; ++j)
+            for (Index j = 0; j < leaf.count; ++j)
                 result.codes(row + lane, low + j) =
-                    static_cast<std::uint8_t>(codes[j * lane_count + lane]);
+                    static_cast<std::uint8_t>(leaf.codes_at(j)[lane]);
         }
+    }
+
+    // Column low + j of Ŵ moves, which changes the residual of columns low + first and on.
+    void move(Leaf& leaf, Index j, const Lanes& step, Index first) {
+        const Index column = leaf.low + j;
+        steps.col(column).segment<lane_count>(leaf.row) += step.matrix();
+        change.col(column).segment<lane_count>(leaf.row) += step.matrix();
+        const float* row_of_gram = gram.data() + column * in() + leaf.low;
+        for (Index k = first; k < leaf.count; ++k) leaf.residual_at(k) -= step * row_of_gram[k];
+    }
+
+    // A new grid and new codes for the group that begins at column low + j, in the rows where that
+    // gains; returns what.
+    Lanes choose_grid(Leaf& leaf, Index j, Index group, Fitted& fitted,
+                      GroupSearch<Fitted>& search) {
+        const auto& factor = factors[static_cast<size_t>(group)];
+        const Index at = j * lane_count;
+        if (factor.size() == 0 ||
+            !search.run(factor, leaf.residual.data() + at, leaf.codes.data() + at, fitted))
+            return Lanes::Zero();
+        for (Index k = 0; k < grid.group_size; ++k) {
+            const Lanes now = fitted.decode(leaf.codes_at(j + k));
+            leaf.codes_at(j + k) = search.codes_at(k);
+            const Lanes step = search.found.decode(leaf.codes_at(j + k)) - now;
+            move(leaf, j + k, (search.gained > 0.0f).select(step, Lanes::Zero()), j);
+        }
+        fitted = search.found;
+        store_grid(grid, fitted, leaf.row, group, result.scales, result.offsets);
+        return search.gained;
     }
 
     // Scales and biases in closed form. With c̄ the middle code (or the zero), ŵ = s (c − c̄) + m.
@@ -291,8 +305,32 @@ struct Refinement {
 
     void centre(Index row, float* codes) const {
         for (Index j = 0; j < in(); ++j)
-            codes[j] =
-                static_cast<float>(result.codes(row, j)) - centre_of(row, j / grid.group_size);
+            if constexpr (std::is_same_v<Fitted, TableLanes>)
+                codes[j] = grid.table.points[result.codes(row, j)];
+            else
+                codes[j] =
+                    static_cast<float>(result.codes(row, j)) - centre_of(row, j / grid.group_size);
+    }
+
+    // Where scales are so few that rounding moves them far, each takes its best one given all
+    // others.
+    Vector<float> stored_steps(Index row, const Matrix<float>& system,
+                               const Vector<float>& slopes) const {
+        constexpr int sweeps = 3;
+        Vector<float> step = Vector<float>::Zero(groups());
+        const auto symmetric = system.template selfadjointView<Eigen::Lower>();
+        Vector<float> left = slopes;
+        for (int sweep = 0; sweep < sweeps; ++sweep)
+            for (Index group = 0; group < groups(); ++group) {
+                const float curve = system(group, group), scale = result.scales(row, group);
+                if (!(curve > 0.0f)) continue;
+                const float wanted = scale + step[group] + left[group] / curve;
+                const float change = moved_scale(grid, scale, wanted) - scale - step[group];
+                if (!(change * (2.0f * left[group] - change * curve) > 0.0f)) continue;
+                step[group] += change;
+                left -= symmetric * (change * Vector<float>::Unit(groups(), group));
+            }
+        return step;
     }
 
     // The system's lower triangle holds the normal equations of one row.
@@ -315,12 +353,13 @@ struct Refinement {
         if (factored.info() != Eigen::Success) return;
         Vector<float> step = factored.solve(slopes);
         if (!step.allFinite()) return;
+        if (has_few_scales(grid.scale_type)) step = stored_steps(row, system, slopes);
 
         Vector<float> scales(count), offsets(count);
         for (Index group = 0; group < count; ++group) {
             const float scale = result.scales(row, group), offset = result.offsets(row, group);
             const float middle = centre_of(row, group);
-            const float moved = moved_scale(grid.scale_type, scale, scale + step[group]);
+            const float moved = moved_scale(grid, scale, scale + step[group]);
             step[group] = moved - scale;
             scales[group] = moved;
             offsets[group] = offset;
@@ -339,10 +378,10 @@ struct Refinement {
     }
 };
 
-}  // namespace
-
-void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Grid& grid,
-            Index rounds, bool codes_only, QuantizedView result, VectorView<double> objectives) {
+template <typename Fitted>
+void refine_lanes(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Grid& grid,
+                  Index rounds, bool codes_only, QuantizedView result,
+                  VectorView<double> objectives) {
     objectives.setZero();
     const GroupSums sums(gram, grid.group_size);
     // A sweep has the residual of whole groups at hand where blocks of columns consist of them.
@@ -357,7 +396,8 @@ void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Gr
             {result.scales.data() + first * groups, rows, groups},
             {result.offsets.data() + first * groups, rows, groups},
         };
-        Refinement state({weight.data() + first * in, rows, in}, gram, sums, factors, grid, part);
+        Refinement<Fitted> state({weight.data() + first * in, rows, in}, gram, sums, factors, grid,
+                                 part);
         state.start();
         const double before = state.objective();
         objectives[0] += before;
@@ -369,6 +409,15 @@ void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Gr
             objectives[round + 1] += before - sum(state.gains);
         }
     }
+}
+
+}  // namespace
+
+void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Grid& grid,
+            Index rounds, bool codes_only, QuantizedView result, VectorView<double> objectives) {
+    with_lanes(grid, [&]<typename Fitted>(Fitted) {
+        refine_lanes<Fitted>(weight, gram, grid, rounds, codes_only, result, objectives);
+    });
 }
 
 }  // namespace bitwright

@@ -44,6 +44,10 @@ BLOCKS: dict[str, np.dtype[Any]] = {
     "Q6_K": np.dtype(
         [("ql", "u1", (128,)), ("qh", "u1", (64,)), ("scales", "i1", (16,)), ("d", "<f2")]
     ),
+    "IQ4_NL": np.dtype([("d", "<f2"), ("points", "u1", (16,))]),  # types are told by their fields
+    "IQ4_XS": np.dtype(
+        [("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", (4,)), ("qs", "u1", (128,))]
+    ),
 }
 """The tensor types that are read and written, as ggml's structs: one element is one block of weights."""
 
@@ -60,6 +64,8 @@ TYPE_IDS = {
     "Q4_K": 12,
     "Q5_K": 13,
     "Q6_K": 14,
+    "IQ4_NL": 20,
+    "IQ4_XS": 23,
     "BF16": 30,
 }
 
@@ -86,7 +92,7 @@ _NAMES_OF_IDS = {number: name for name, number in TYPE_IDS.items()}
 TYPE_NAMES = {dtype: name for name, dtype in BLOCKS.items()}
 _UNREAD_TYPES = {
     **{9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"},
-    **{20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32"},
+    **{21: "IQ3_S", 22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32"},
     **{27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"},
 }
 _INCOMPLETE = "The download is incomplete or damaged: fetch the file again"
@@ -112,7 +118,7 @@ def weights_per_block(dtype: np.dtype[Any]) -> int:
     """
     if dtype.names is None:
         return 1
-    return 256 if TYPE_NAMES[dtype].endswith("_K") else 32
+    return 256 if TYPE_NAMES[dtype].endswith(("_K", "IQ4_XS")) else 32
 
 
 @dataclass(frozen=True)

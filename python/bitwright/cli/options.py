@@ -18,6 +18,7 @@ from bitwright.cli.parameters import Bits, GroupSize, Model, Override, Precision
 from bitwright.files.home import expanded
 from bitwright.files.links import follow_links
 from bitwright.formats import FORMATS
+from bitwright.grids.tables import TABLES
 from bitwright.grids.tensor import GRIDS
 from bitwright.methods.registry import METHODS
 
@@ -131,8 +132,8 @@ candidates = precision_option(
 )
 grid = precision_option(
     "--grid",
-    type=click.Choice([*GRIDS, "k"]),
-    help="By default the format's first; k is GGUF's Q2_K to Q6_K.",
+    type=click.Choice([*GRIDS, "k", *TABLES]),
+    help="By default the format's first; k is GGUF's Q2_K to Q6_K, and iq4_nl and iq4_xs are its types.",
 )
 ends = together(
     precision_option("--embedding-bits", type=Bits(), help="Quantize the embedding too."),

@@ -15,6 +15,7 @@ from bitwright.checkpoint.gguf_writer import GgufFiles
 from bitwright.errors import CheckpointError
 from bitwright.formats.format import Format, Precision
 from bitwright.formats.loading_code import PROMPT, Code, shell_word
+from bitwright.grids.tables import TABLES, has_superblocks
 from bitwright.grids.tensor import K_GRIDS, SUPERBLOCK, Grid, QuantizedTensor, SuperBlocks
 
 BLOCK = 32
@@ -26,6 +27,8 @@ TYPES: dict[tuple[Grid, int], str] = {
     ("affine", 5): "Q5_1",
     ("symmetric", 8): "Q8_0",
     **{("k", bits): f"Q{bits}_K" for bits in K_GRIDS},
+    ("iq4_nl", 4): "IQ4_NL",
+    ("iq4_xs", 4): "IQ4_XS",
 }
 GRIDS_OF_TYPES = {name: key for key, name in TYPES.items()}
 Blocks = NDArray[Any]
@@ -38,7 +41,7 @@ class GgufFormat(Format):
     bits = (2, 3, 4, 5, 6, 8)
     group_sizes = (16, 32)
     whole_row = False
-    grids = ("k", "affine", "symmetric")
+    grids = ("k", "affine", "symmetric", "iq4_nl", "iq4_xs")
     scale_dtypes = (HALF,)
     embeddings = True
     stacks_experts = True
@@ -88,11 +91,11 @@ class GgufFormat(Format):
 
     @classmethod
     def fits(cls, channels: int, precision: Precision) -> bool:
-        return channels % (SUPERBLOCK if precision.grid == "k" else BLOCK) == 0
+        return channels % (SUPERBLOCK if has_superblocks(precision.grid) else BLOCK) == 0
 
     @classmethod
     def group_words(cls, precision: Precision, channels: int) -> str:
-        block = SUPERBLOCK if precision.grid == "k" else BLOCK
+        block = SUPERBLOCK if has_superblocks(precision.grid) else BLOCK
         return (
             f"{TYPES.get((precision.grid, precision.bits), precision.words())}'s blocks of {block}"
         )
@@ -100,7 +103,7 @@ class GgufFormat(Format):
     @classmethod
     def change_that_fits(cls, channels: int, precision: Precision) -> dict[str, int]:
         """The type of 8 bits has no superblocks: llama.cpp falls back to it, too."""
-        return {"bits": 8} if precision.grid == "k" and channels % BLOCK == 0 else {}
+        return {"bits": 8} if has_superblocks(precision.grid) and channels % BLOCK == 0 else {}
 
     @classmethod
     def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
@@ -116,15 +119,16 @@ class GgufFormat(Format):
                 f"{name}: {TYPES[grid, bits]} has groups of {size}, not {precision.group_for(shape[1])}"
             )
         if not cls.fits(shape[1], precision):
-            block = SUPERBLOCK if grid == "k" else BLOCK
+            block = SUPERBLOCK if has_superblocks(grid) else BLOCK
             raise ValueError(
                 f"{name}: {TYPES[grid, bits]} stores rows of multiples of {block} weights, not "
-                f"{shape[1]}" + ("; grids affine and symmetric need 32" if grid == "k" else "")
+                f"{shape[1]}"
+                + ("; grids affine and symmetric need 32" if has_superblocks(grid) else "")
             )
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
-        grid = tensor.grid if tensor.superblocks is None else "k"
+        grid = tensor.stored_grid
         kind = TYPES.get((grid, tensor.bits))
         if kind is None or tensor.group_index is not None or tensor.group_size % 16:
             raise ValueError(
@@ -169,10 +173,12 @@ class GgufFormat(Format):
         grid, bits = GRIDS_OF_TYPES[TYPE_NAMES[blocks.dtype]]
         packed = np.ascontiguousarray(blocks).view(np.uint8)
         fields: dict[str, Any] = {"superblocks": None, "biases": None}
-        if grid == "k":
-            codes, d, scale_codes, dmin, min_codes = _kernels.unpack_superblocks(packed, bits)
+        if has_superblocks(grid):
+            codes, d, scale_codes, dmin, min_codes = _kernels.unpack_superblocks(
+                packed, bits, grid in TABLES
+            )
             superblocks = SuperBlocks(d, scale_codes, dmin, min_codes)
-            scales, grid = superblocks.scales(), K_GRIDS[bits].grid
+            scales, grid = superblocks.scales(), K_GRIDS[bits].grid if grid == "k" else grid
             fields = {"superblocks": superblocks, "biases": superblocks.biases()}
         else:
             codes, scales, fields["biases"] = _kernels.unpack_blocks(packed, bits, grid == "affine")
@@ -219,6 +225,7 @@ def _pack_superblocks(kind: str, tensor: QuantizedTensor, grid: SuperBlocks) -> 
         grid.dmin,
         grid.min_codes,
         tensor.bits,
+        tensor.table is not None,
     )
     return packed.view(BLOCKS[kind])
 
