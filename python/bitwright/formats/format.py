@@ -119,7 +119,10 @@ class Format:
 
     @classmethod
     def with_bits(cls, default: Precision, bits: int) -> Precision:
-        """Return the precision of a layer that only differs in its bits."""
+        """Return the precision of a layer that only differs in its bits, as far as its grid has them."""
+        if default.grid in TABLES and bits != default.bits:
+            grid = cls.default_grid(bits, ())
+            return Precision(bits, cls.default_group_size(bits, grid), grid)
         return replace(default, bits=bits)
 
     @classmethod
