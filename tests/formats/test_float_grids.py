@@ -28,6 +28,7 @@ CONTAINERS = [
     ("compressed-tensors", "mxfp4"),
     ("compressed-tensors", "nvfp4"),
     ("gguf", "mxfp4"),
+    ("gguf", "nvfp4"),
 ]
 by_container = pytest.mark.parametrize(("format", "grid"), CONTAINERS)
 

@@ -27,7 +27,7 @@ from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES, weights_per_block
 from bitwright.distill.student import PACE, Student, TrainedSuperBlocks
 from bitwright.errors import CheckpointError
 from bitwright.formats.gguf import TYPES, GgufFormat
-from bitwright.grids.tables import E8M0, TABLES, has_superblocks
+from bitwright.grids.tables import TABLES, has_superblocks
 from bitwright.grids.tensor import GRIDS, K_GRIDS, SUPERBLOCK, Grid, SuperBlocks
 from bitwright.models.network import Network
 
@@ -58,8 +58,14 @@ def random_tensor(grid: Grid, bits: int, out: int, blocks: int, seed: int) -> Qu
     groups, super_groups = (out, channels // size), (out, channels // SUPERBLOCK)
     superblocks: SuperBlocks | None = None
     biases: Array | None = None
-    if grid == "mxfp4":
-        scales: Array = rng.integers(0, 255, groups, np.uint8).view(E8M0)
+    if grid == "nvfp4":
+        size, channels = 16, 64 * blocks
+        groups = out, channels // size
+    if grid in ("mxfp4", "nvfp4"):
+        dtype = TABLES[grid].scale_dtype
+        scales: Array = rng.integers(0, 255 if grid == "mxfp4" else 0x7F, groups, np.uint8).view(
+            dtype
+        )
     elif codes is None:
         scales = random_halves(rng, groups)
         biases = random_halves(rng, groups) if base == "affine" else None
@@ -219,7 +225,7 @@ def test_random_bytes_are_read_as_the_reference_reads_them(
     for name in {"d", "dmin", "m"} & set(dtype.names or ()):
         array[name] = random_halves(rng, (out, blocks))
     if "e" in (dtype.names or ()):
-        array["e"] %= 255  # the last is no number
+        array["e"] %= 255 if grid == "mxfp4" else 0x7F  # the last is no number
     tensor = unpacked(array)
     wanted = quants.dequantize(array.view(np.uint8).reshape(out, -1), kind)
     assert wanted.dtype == np.float32

@@ -49,6 +49,7 @@ BLOCKS: dict[str, np.dtype[Any]] = {
         [("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", (4,)), ("qs", "u1", (128,))]
     ),
     "MXFP4": np.dtype([("e", "u1"), ("qs", "u1", (16,))]),
+    "NVFP4": np.dtype([("e", "u1", (4,)), ("qs", "u1", (32,))]),
 }
 """The tensor types that are read and written, as ggml's structs: one element is one block of weights."""
 
@@ -69,6 +70,7 @@ TYPE_IDS = {
     "IQ4_XS": 23,
     "BF16": 30,
     "MXFP4": 39,
+    "NVFP4": 40,
 }
 
 _MAGIC = b"GGUF"
@@ -111,7 +113,7 @@ def weights_per_block(dtype: np.dtype[Any]) -> int:
     Returns
     -------
     int
-        1, 32 or 256.
+        1, 32, 64 or 256.
 
     Examples
     --------
@@ -120,7 +122,8 @@ def weights_per_block(dtype: np.dtype[Any]) -> int:
     """
     if dtype.names is None:
         return 1
-    return 256 if TYPE_NAMES[dtype].endswith(("_K", "IQ4_XS")) else 32
+    name = TYPE_NAMES[dtype]
+    return 256 if name.endswith(("_K", "IQ4_XS")) else 64 if name == "NVFP4" else 32
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ FILE_TYPES = {
         "IQ4_NL": 25,
         "IQ4_XS": 30,
         "MXFP4": 38,
+        "NVFP4": 39,
         "BF16": 32,
     },
 }
