@@ -58,8 +58,16 @@ def random_tensor(grid: Grid, bits: int, out: int, blocks: int, seed: int) -> Qu
     groups, super_groups = (out, channels // size), (out, channels // SUPERBLOCK)
     superblocks: SuperBlocks | None = None
     biases: Array | None = None
-    if codes is None:
-        scales: Array = random_halves(rng, groups)
+    if grid == "nvfp4":
+        size, channels = 16, 64 * blocks
+        groups = out, channels // size
+    if grid in ("mxfp4", "nvfp4"):
+        dtype = TABLES[grid].scale_dtype
+        scales: Array = rng.integers(0, 255 if grid == "mxfp4" else 0x7F, groups, np.uint8).view(
+            dtype
+        )
+    elif codes is None:
+        scales = random_halves(rng, groups)
         biases = random_halves(rng, groups) if base == "affine" else None
     else:
         low, high = codes
@@ -216,6 +224,8 @@ def test_random_bytes_are_read_as_the_reference_reads_them(
     array = array.reshape(out, blocks)
     for name in {"d", "dmin", "m"} & set(dtype.names or ()):
         array[name] = random_halves(rng, (out, blocks))
+    if "e" in (dtype.names or ()):
+        array["e"] %= 255 if grid == "mxfp4" else 0x7F  # the last is no number
     tensor = unpacked(array)
     wanted = quants.dequantize(array.view(np.uint8).reshape(out, -1), kind)
     assert wanted.dtype == np.float32

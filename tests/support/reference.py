@@ -409,6 +409,20 @@ def pack_blocks(
     codes: Array, d: Array, m: Array | None, bits: int, kind: str | None = None
 ) -> Array:
     """Return ggml's blocks of 32 weights; each field by itself."""
+    if kind == "MXFP4":  # floats by sign and size, and powers of two by their exponents
+        blocks = np.zeros(d.shape, BLOCKS[kind])
+        blocks["e"] = d.view(np.uint8)
+        floats = np.where(codes < 8, 15 - codes, codes - 8).astype(np.uint8)
+        blocks["qs"] = _merged(floats.reshape(*d.shape, 32), 4, 16)
+        return blocks
+    if kind == "NVFP4":  # four groups of 16
+        blocks = np.zeros((len(d), d.shape[1] // 4), BLOCKS[kind])
+        blocks["e"] = d.view(np.uint8).reshape(*blocks.shape, 4)
+        floats = np.where(codes < 8, 15 - codes, codes - 8).astype(np.uint8)
+        blocks["qs"] = _merged(floats.reshape(*blocks.shape, 4, 16), 4, 8).reshape(
+            *blocks.shape, 32
+        )
+        return blocks
     if kind == "IQ4_NL":
         return pack_blocks(codes, d, m, bits).view(BLOCKS[kind])
     kind = f"Q{bits}_{0 if m is None else 1}"
@@ -428,6 +442,12 @@ def pack_blocks(
 
 def unpack_blocks(blocks: Array, bits: int) -> Array:
     """Return the codes of `pack_blocks`."""
+    if "e" in (blocks.dtype.names or ()):
+        width = 16 if blocks["e"].ndim == 2 else 8
+        floats = _split(blocks["qs"].reshape(len(blocks), -1, width), 4, width).reshape(
+            len(blocks), -1
+        )
+        return np.where(floats < 8, floats + 8, 15 - floats).astype(np.uint8)
     if "points" in (blocks.dtype.names or ()):
         blocks = blocks.view(BLOCKS["Q4_0"])
     if bits == 8:

@@ -48,6 +48,8 @@ BLOCKS: dict[str, np.dtype[Any]] = {
     "IQ4_XS": np.dtype(
         [("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", (4,)), ("qs", "u1", (128,))]
     ),
+    "MXFP4": np.dtype([("e", "u1"), ("qs", "u1", (16,))]),
+    "NVFP4": np.dtype([("e", "u1", (4,)), ("qs", "u1", (32,))]),
 }
 """The tensor types that are read and written, as ggml's structs: one element is one block of weights."""
 
@@ -67,6 +69,8 @@ TYPE_IDS = {
     "IQ4_NL": 20,
     "IQ4_XS": 23,
     "BF16": 30,
+    "MXFP4": 39,
+    "NVFP4": 40,
 }
 
 _MAGIC = b"GGUF"
@@ -93,7 +97,7 @@ TYPE_NAMES = {dtype: name for name, dtype in BLOCKS.items()}
 _UNREAD_TYPES = {
     **{9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"},
     **{21: "IQ3_S", 22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32"},
-    **{27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"},
+    **{27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0"},
 }
 _INCOMPLETE = "The download is incomplete or damaged: fetch the file again"
 
@@ -109,7 +113,7 @@ def weights_per_block(dtype: np.dtype[Any]) -> int:
     Returns
     -------
     int
-        1, 32 or 256.
+        1, 32, 64 or 256.
 
     Examples
     --------
@@ -118,7 +122,8 @@ def weights_per_block(dtype: np.dtype[Any]) -> int:
     """
     if dtype.names is None:
         return 1
-    return 256 if TYPE_NAMES[dtype].endswith(("_K", "IQ4_XS")) else 32
+    name = TYPE_NAMES[dtype]
+    return 256 if name.endswith(("_K", "IQ4_XS")) else 64 if name == "NVFP4" else 32
 
 
 @dataclass(frozen=True)

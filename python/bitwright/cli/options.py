@@ -14,12 +14,17 @@ from bitwright.cli.grouped import (
     precision_option,
     run_option,
 )
-from bitwright.cli.parameters import Bits, GroupSize, Model, Override, Precisions
+from bitwright.cli.parameters import (
+    Bits,
+    GroupSize,
+    Model,
+    Override,
+    Precisions,
+    PrecisionWords,
+)
 from bitwright.files.home import expanded
 from bitwright.files.links import follow_links
 from bitwright.formats import FORMATS
-from bitwright.grids.tables import TABLES
-from bitwright.grids.tensor import GRIDS
 from bitwright.methods.registry import METHODS
 
 PATH = click.Path(path_type=Path)
@@ -115,7 +120,12 @@ chosen_tokens = together(samples(128), length(1), seed, bos())
 # Precision
 
 bits = precision_option(
-    "-b", "--bits", type=Bits(), default=4, help="Bits per code: 2, 3, 4, 5, 6 or 8."
+    "-b",
+    "--bits",
+    type=PrecisionWords(),
+    default="4",
+    help="Bits per code (2, 3, 4, 5, 6 or 8), with or without a group size, as in 4:64; or a grid or type, "
+    "as for --grid.",
 )
 group_size = precision_option(
     "-g",
@@ -127,13 +137,17 @@ group_size = precision_option(
 candidates = precision_option(
     "--candidates",
     type=Precisions(),
-    help="BITS:GROUP_SIZE,… to choose from for each layer; group size -1 is the whole row. By default "
-    "what the format has near the target.",
+    help="BITS:GROUP_SIZE,… to choose from for each layer, or types of one grid, such as Q3_K,Q4_K; group "
+    "size -1 is the whole row. By default what the format has near the target.",
 )
 grid = precision_option(
     "--grid",
-    type=click.Choice([*GRIDS, "k", *TABLES]),
-    help="By default the format's first; k is GGUF's Q2_K to Q6_K, and iq4_nl and iq4_xs are its types.",
+    "--type",
+    "grid",
+    type=PrecisionWords(),
+    metavar="PRECISION",
+    help="What codes stand for, by default the format's first: affine, zero_point, symmetric, or k (GGUF's "
+    "Q2_K to Q6_K); iq4_nl or iq4_xs; mxfp4 or nvfp4; or a type of GGUF, such as Q4_K.",
 )
 ends = together(
     precision_option("--embedding-bits", type=Bits(), help="Quantize the embedding too."),
@@ -153,8 +167,8 @@ exceptions = together(
         "overrides",
         multiple=True,
         type=Override(),
-        metavar="GLOB=bits:B,group_size:G",
-        help="Other settings for these layers; the last match wins.",
+        metavar="GLOB=PRECISION",
+        help="Another precision for these layers, as for --bits; the last match wins.",
     ),
     allow_unfused,
 )

@@ -1,12 +1,15 @@
 """Types of what the command's options and arguments take, each checked as it is read."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from bitwright.checkpoint.reader import require_model
 from bitwright.files.home import expanded
+from bitwright.formats.spelling import Spelling, combined
 from bitwright.grids.tensor import BITS
 from bitwright.precision.sensitivities import parse_precision
 
@@ -45,6 +48,62 @@ class Bits(click.ParamType[int]):
         return int(value)
 
 
+class PrecisionWords(click.ParamType[Spelling]):
+    """A precision as people write it."""
+
+    name = "precision"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Spelling:
+        if isinstance(value, Spelling):
+            return value
+        try:
+            return Spelling.parse(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def say_together(ctx: click.Context) -> None:
+    """Turn what bits, group size and grid of a command say into numbers and a name; UsageError where two
+    of them that were typed contradict each other."""
+    names = ("bits", "grid", "group_size")
+    candidates = ctx.params.get("candidates") or ()
+    if candidates and isinstance(candidates[0], Spelling):
+        ctx.params["candidates"] = tuple(
+            (each.bits, None if each.group_size == -1 else each.group_size) for each in candidates
+        )
+    given = {name: ctx.params[name] for name in names if ctx.params.get(name) is not None}
+    if not candidates and not any(isinstance(each, Spelling) for each in given.values()):
+        return
+    if isinstance(given.get("group_size"), int):
+        given["group_size"] = Spelling.of("group_size", given["group_size"])
+    typed = {
+        f"--{name.replace('_', '-')}": each
+        for name, each in given.items()
+        if isinstance(each, Spelling)
+        and ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    grids = {
+        f"--candidates {each.text}": Spelling(None, "auto", each.grid, each.text)
+        for each in candidates
+        if isinstance(each, Spelling)
+    }
+    try:
+        if "bits" not in ctx.params and "--grid" in typed and typed["--grid"].bits is not None:
+            raise ValueError(
+                f"--grid: {typed['--grid'].text} has bits of its own, which --candidates say"
+            )
+        said = combined({**typed, **grids})
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if said.bits is None and isinstance(given.get("bits"), Spelling):
+        said = replace(said, bits=given["bits"].bits)
+    for name in names:
+        if name in ctx.params:
+            ctx.params[name] = getattr(said, name)
+
+
 class GroupSize(click.ParamType[int | str]):
     """A number, or ``auto``."""
 
@@ -56,41 +115,48 @@ class GroupSize(click.ParamType[int | str]):
         return "auto" if value == "auto" else click.INT.convert(value, param, ctx)
 
 
-class Override(click.ParamType[tuple[str, dict[str, int]]]):
-    """``GLOB=bits:B,group_size:G``."""
+class Override(click.ParamType[tuple[str, dict[str, int | str]]]):
+    """``GLOB=PRECISION``, or as it was: ``GLOB=bits:B,group_size:G``."""
 
     name = "override"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, dict[str, int]]:
+    ) -> tuple[str, dict[str, int | str]]:
         if isinstance(value, tuple):
             return value
-        pattern, _, changes = value.rpartition("=")
+        pattern, equals, changes = value.rpartition("=")
         try:
-            pairs = (change.split(":") for change in changes.split(","))
-            return pattern, {key: int(number) for key, number in pairs}
-        except ValueError:
-            self.fail(f"{value!r} is not of the form GLOB=bits:B,group_size:G", param, ctx)
+            if not equals:
+                raise ValueError("it is not of the form GLOB=PRECISION")
+            if changes.startswith(("bits:", "group_size:")):
+                pairs = (change.split(":") for change in changes.split(","))
+                return pattern, {key: int(number) for key, number in pairs}
+            return pattern, Spelling.parse(changes).changes()
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
 
 
-class Precisions(click.ParamType[tuple[tuple[int, int | None], ...]]):
-    """``BITS:GROUP_SIZE``, one or several with commas between them."""
+class Precisions(click.ParamType[tuple[Spelling, ...]]):
+    """``BITS:GROUP_SIZE``, or grids and types that have both; one or several with commas between them."""
 
     name = "precisions"
 
     def __init__(self, one: bool = False) -> None:
         self.one = one
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[tuple[int, int | None], ...]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if isinstance(value, tuple):
             return value
         try:
-            found = tuple(parse_precision(part) for part in value.split(","))
+            found = tuple(Spelling.parse(part) for part in value.split(","))
+            for each in found:
+                if each.bits is None or each.group_size == "auto":
+                    raise ValueError(f"{each.text!r} is not of the form BITS:GROUP_SIZE")
         except ValueError as error:
             self.fail(str(error), param, ctx)
         if self.one and len(found) > 1:
             self.fail(f"{value!r} is more than one", param, ctx)
+        if self.one:
+            return tuple(parse_precision(part) for part in value.split(","))
         return found

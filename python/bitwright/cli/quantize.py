@@ -129,7 +129,9 @@ from bitwright.report.tables import print_sentence
 )
 @options.resumable
 @options.threads
-def quantize(backend: str, overrides: tuple[tuple[str, dict[str, int]], ...], **given: Any) -> None:
+def quantize(
+    backend: str, overrides: tuple[tuple[str, dict[str, int | str]], ...], **given: Any
+) -> None:
     """Quantize the checkpoint folder MODEL.
 
     Globs match full layer names, such as model.layers.0.self_attn.q_proj.

@@ -13,7 +13,7 @@ from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES
 from bitwright.checkpoint.gguf_writer import GgufFiles
 from bitwright.errors import CheckpointError
-from bitwright.formats.format import Format, Precision
+from bitwright.formats.format import Format, Precision, read_scales
 from bitwright.formats.loading_code import PROMPT, Code, shell_word
 from bitwright.grids.tables import TABLES, has_superblocks
 from bitwright.grids.tensor import K_GRIDS, SUPERBLOCK, Grid, QuantizedTensor, SuperBlocks
@@ -29,7 +29,10 @@ TYPES: dict[tuple[Grid, int], str] = {
     **{("k", bits): f"Q{bits}_K" for bits in K_GRIDS},
     ("iq4_nl", 4): "IQ4_NL",
     ("iq4_xs", 4): "IQ4_XS",
+    ("mxfp4", 4): "MXFP4",
+    ("nvfp4", 4): "NVFP4",
 }
+FLOATS: tuple[Grid, ...] = ("mxfp4", "nvfp4")
 GRIDS_OF_TYPES = {name: key for key, name in TYPES.items()}
 Blocks = NDArray[Any]
 
@@ -41,7 +44,7 @@ class GgufFormat(Format):
     bits = (2, 3, 4, 5, 6, 8)
     group_sizes = (16, 32)
     whole_row = False
-    grids = ("k", "affine", "symmetric", "iq4_nl", "iq4_xs")
+    grids = ("k", "affine", "symmetric", "iq4_nl", "iq4_xs", *FLOATS)
     scale_dtypes = (HALF,)
     embeddings = True
     stacks_experts = True
@@ -75,6 +78,8 @@ class GgufFormat(Format):
 
     @classmethod
     def default_group_size(cls, bits: int, grid: Grid) -> int:
+        if grid in TABLES:
+            return super().default_group_size(bits, grid)
         return K_GRIDS[bits].group_size if grid == "k" and bits in K_GRIDS else BLOCK
 
     @classmethod
@@ -91,11 +96,11 @@ class GgufFormat(Format):
 
     @classmethod
     def fits(cls, channels: int, precision: Precision) -> bool:
-        return channels % (SUPERBLOCK if has_superblocks(precision.grid) else BLOCK) == 0
+        return channels % _block(precision.grid) == 0
 
     @classmethod
     def group_words(cls, precision: Precision, channels: int) -> str:
-        block = SUPERBLOCK if has_superblocks(precision.grid) else BLOCK
+        block = _block(precision.grid)
         return (
             f"{TYPES.get((precision.grid, precision.bits), precision.words())}'s blocks of {block}"
         )
@@ -119,7 +124,7 @@ class GgufFormat(Format):
                 f"{name}: {TYPES[grid, bits]} has groups of {size}, not {precision.group_for(shape[1])}"
             )
         if not cls.fits(shape[1], precision):
-            block = SUPERBLOCK if has_superblocks(grid) else BLOCK
+            block = _block(grid)
             raise ValueError(
                 f"{name}: {TYPES[grid, bits]} stores rows of multiples of {block} weights, not "
                 f"{shape[1]}"
@@ -135,6 +140,8 @@ class GgufFormat(Format):
                 f"{name}: the gguf format stores no {tensor.bits} bits with {grid} grids in groups of "
                 f"{tensor.group_size}"
             )
+        if grid in FLOATS:
+            return {f"{name}.weight": _pack_floats(kind, tensor)}
         return {
             f"{name}.weight": _pack_superblocks(kind, tensor, tensor.superblocks)
             if tensor.superblocks is not None
@@ -171,6 +178,8 @@ class GgufFormat(Format):
                 )
         scales: NDArray[Any]
         grid, bits = GRIDS_OF_TYPES[TYPE_NAMES[blocks.dtype]]
+        if grid in FLOATS:
+            return _unpacked_floats(blocks, grid, f"{checkpoint.file(tensor)}: tensor {tensor}")
         packed = np.ascontiguousarray(blocks).view(np.uint8)
         fields: dict[str, Any] = {"superblocks": None, "biases": None}
         if has_superblocks(grid):
@@ -215,6 +224,40 @@ def _pack_blocks(kind: str, name: str, tensor: QuantizedTensor) -> Blocks:
         tensor.bits,
     )
     return packed.view(BLOCKS[kind])
+
+
+def _block(grid: Grid) -> int:
+    """Return the weights of a block."""
+    return SUPERBLOCK if has_superblocks(grid) else 2 * BLOCK if grid == "nvfp4" else BLOCK
+
+
+def _pack_floats(kind: str, tensor: QuantizedTensor) -> Blocks:
+    """Return blocks of floats: of each group the first half in lower nibbles, the other in upper ones."""
+    count = tensor.shape[1] // _block(tensor.grid)
+    blocks = np.empty((len(tensor.codes), count), BLOCKS[kind])
+    floats = TABLES[tensor.grid].floats[tensor.codes]
+    halves = floats.reshape(*blocks.shape, -1, 2, tensor.group_size // 2)
+    blocks["e"] = tensor.scales.view(np.uint8).reshape(blocks["e"].shape)
+    blocks["qs"] = (halves[..., 0, :] | halves[..., 1, :] << 4).reshape(blocks["qs"].shape)
+    return blocks
+
+
+def _unpacked_floats(blocks: Blocks, grid: Grid, where: str) -> QuantizedTensor:
+    table, rows = TABLES[grid], len(blocks)
+    scales = np.ascontiguousarray(blocks["e"]).reshape(rows, -1)
+    if grid == "nvfp4":
+        scales &= 0x7F  # other readers do not look at signs
+    pairs = blocks["qs"].reshape(*scales.shape, -1)
+    floats = np.concatenate([pairs & 15, pairs >> 4], axis=-1).reshape(rows, -1)
+    return QuantizedTensor(
+        codes=table.codes_of_floats[floats],
+        scales=read_scales(scales, table, where),
+        biases=None,
+        zeros=None,
+        bits=table.bits,
+        group_size=floats.shape[1] // scales.shape[1],
+        grid=grid,
+    )
 
 
 def _pack_superblocks(kind: str, tensor: QuantizedTensor, grid: SuperBlocks) -> Blocks:

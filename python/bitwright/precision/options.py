@@ -1,24 +1,30 @@
 """The options of precision: bits, groups, format and grid."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from numpy.typing import DTypeLike
 
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize
+from bitwright.formats.spelling import Spelling, combined
 from bitwright.grids.tensor import Grid
 from bitwright.loading.model import Model
 from bitwright.methods.method import Method
-from bitwright.precision.recipe import Recipe, check_recipe, plan_layers
+from bitwright.precision.recipe import Overrides, Recipe, check_recipe, plan_layers
 from bitwright.precision.target import Target
+
+USUAL_BITS = 4  # where neither bits nor a grid that has its own say otherwise
 
 
 @dataclass(frozen=True)
 class PrecisionOptions:
-    """Bits, groups and format of a run; see `bitwright.quantize` for the meaning of each."""
+    """Bits, groups and format of a run; see `bitwright.quantize` for the meaning of each.
 
-    bits: int = 4
+    Bits and grid may be written as `Spelling` reads them; here they are numbers and names.
+    """
+
+    bits: int = USUAL_BITS
     group_size: GroupSize = "auto"
     format: FormatName = "mlx"
     grid: Grid | None = None
@@ -27,9 +33,21 @@ class PrecisionOptions:
     head_bits: int | None = None
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    overrides: Mapping[str, Mapping[str, int]] | None = field(default=None)
+    overrides: Overrides | None = field(default=None)
     recipe: str | os.PathLike[str] | Recipe | None = None
     allow_unfused: bool = False
+
+    def __post_init__(self) -> None:
+        said: dict[str, Spelling] = {}
+        if self.grid is not None:
+            said["grid"] = Spelling.parse(self.grid)
+        if self.bits != USUAL_BITS or "grid" not in said or said["grid"].bits is None:
+            said["bits"] = Spelling.of("bits", self.bits)
+        if self.group_size != "auto":
+            said["group_size"] = Spelling.of("group_size", self.group_size)
+        found = combined(said)
+        for name in ("bits", "group_size", "grid"):
+            object.__setattr__(self, name, getattr(found, name))
 
     @property
     def kind(self) -> type[Format]:
@@ -52,7 +70,7 @@ class PrecisionOptions:
         recipe = found.recipe if isinstance(found.recipe, Recipe) else Recipe.load(found.recipe)
         check_recipe(recipe, model)
         bits, group_size = recipe.most_common
-        overrides = recipe.overrides() | dict(found.overrides or {})
+        overrides: Overrides = {**recipe.overrides(), **(found.overrides or {})}
         return replace(found, bits=bits, group_size=group_size, overrides=overrides)
 
     def target(self, model: Model, method: Method) -> Target:
