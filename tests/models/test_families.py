@@ -367,6 +367,12 @@ def changed_copy(source: Path, folder: Path, **changes: Any) -> Path:
     ("source", "changes", "message"),
     [
         ("llama-yarn", {"model_type": "mamba"}, "'mamba'.*supported are: deepseek_v2.*starcoder2"),
+        ("llama-yarn", {"model_type": "qwen3_omni"}, "supported are:.*nearest.* is qwen3"),
+        (
+            "qwen3_vl",
+            {"text_config": {"model_type": "qwen4"}},
+            "text_config.model_type.*qwen3_vl_text",
+        ),
         (
             "llama-yarn",
             {"hidden_act": "swish7"},

@@ -69,6 +69,9 @@ def settle_names(checkpoint: Checkpoint, names: Names) -> None:
         # Either all parts of a multimodal model share a prefix, or none does.
         others = (name for name in stored if name.startswith("model.") and name not in renamed)
         renamed |= {name: name.removeprefix("model.") for name in others}
+    elif base.startswith("model.") and base != "model.":
+        others = (name for name in stored if not name.startswith("model.") and name not in renamed)
+        renamed |= {name: f"model.{name}" for name in others if re.search(_KINDS[1][0], name)}
     checkpoint.rename(renamed)
     checkpoint.config = _with_names(checkpoint.config, renamed)
 

@@ -1,7 +1,9 @@
 """A decoder family as data. The defaults are Llama's pattern, which most families follow, so each states
 only where it differs."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from bitwright.models.fold import FoldKind
 from bitwright.models.keys import ConfigRules
@@ -22,7 +24,8 @@ class Attention:
     """Linears of attention with a query, key and value per head; names within the block.
 
     Where ``fused`` is set, it holds the rows of all three, queries first, and stands for them.
-    ``query_norm`` and ``key_norm`` are norms before the rotation, over each head or over ``whole`` rows.
+    ``query_norm`` and ``key_norm`` are norms before the rotation, or after it (``norms_last``), over each
+    head or over ``whole`` rows.
     """
 
     query: str = "self_attn.q_proj"
@@ -33,6 +36,7 @@ class Attention:
     query_norm: str | None = None
     key_norm: str | None = None
     whole: bool = False
+    norms_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,20 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Tensors of all experts of a layer as the family's files have them; names within the block.
+
+    ``gate_up`` is ``[experts, 2 · size, hidden]`` with the gate's rows first, ``down`` ``[experts, hidden,
+    size]``. The last two axes may be swapped, which shapes say; ``transposed`` is believed where they do
+    not.
+    """
+
+    gate_up: str
+    down: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Experts:
     """Tensors of a mixture of experts; names within the block.
 
@@ -75,8 +93,9 @@ class Experts:
     ----------
     router
         The linear whose outputs rank the experts.
-    correction
-        Bias added to the scores for choosing experts, not for weighing them, if any.
+    correction, correction_axes
+        Bias added to the scores for choosing experts, not for weighing them, if any, and the axes that
+        its shape has before that of the experts.
     prefix
         Prefix of an expert's names, up to its index.
     mlp
@@ -85,15 +104,24 @@ class Experts:
         The shared expert, which every token passes, and the linear of its gate, if there are any.
     stacked
         Prefix of gate_proj, up_proj and down_proj where MLX stores all experts in one tensor.
+    stack
+        The stacks of the family's own files; None: ``gate_up_proj`` and ``down_proj`` under the prefix.
     """
 
     router: str = "mlp.gate"
     correction: str | None = None
+    correction_axes: tuple[int, ...] = ()
     prefix: str = "mlp.experts"
     mlp: Mlp = field(default_factory=lambda: Mlp("gate_proj", "up_proj", "down_proj"))
     shared: Mlp | None = None
     shared_gate: str | None = None
     stacked: str = "mlp.switch_mlp"
+    stack: Stack | None = None
+
+    @property
+    def own_stack(self) -> Stack:
+        """The stacks, under these names or those of transformers."""
+        return self.stack or Stack(f"{self.prefix}.gate_up_proj", f"{self.prefix}.down_proj")
 
 
 @dataclass(frozen=True)
@@ -130,3 +158,78 @@ class Architecture:
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
     norm_kind: FoldKind = "rms_norm"
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A family that is another one with a few changes.
+
+    Parameters
+    ----------
+    model_types
+        Its values of ``model_type``.
+    of
+        The ``model_type`` of the other.
+    rules
+        Fields of `ConfigRules`: mappings and lists of keys are added to the other's, the rest replaces. An
+        ellipsis in place of a value takes a key away.
+    parts
+        Fields of `Architecture` that replace the other's.
+    """
+
+    model_types: tuple[str, ...]
+    of: str
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+    def of_family(self, other: Architecture) -> Architecture:
+        """Return the description of this family."""
+        rules = extended(other.rules, self.rules)
+        return replace(other, model_types=self.model_types, rules=rules, **self.parts)
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model of several kinds of input whose text part is a decoder of another family.
+
+    Parameters
+    ----------
+    model_types
+        Its values of ``model_type``.
+    texts
+        Those that its text part may have; the first is meant where config.json does not say.
+    names
+        Of the decoder's tensors; the first are written.
+    harmless
+        Keys of config.json that are about the other parts.
+    section
+        The object in config.json that describes the text part.
+    """
+
+    model_types: tuple[str, ...]
+    texts: tuple[str, ...]
+    names: tuple[Names, ...]
+    harmless: tuple[str, ...] = ()
+    section: str = "text_config"
+
+    def around(self, text: Architecture) -> Architecture:
+        """Return the description of the whole with this text part."""
+        rules = extended(text.rules, {"section": self.section, "harmless": self.harmless})
+        return replace(text, model_types=self.model_types, rules=rules, names=self.names)
+
+
+def extended(rules: ConfigRules, changes: Mapping[str, Any]) -> ConfigRules:
+    """Return rules with mappings and lists of keys added, and other fields replaced."""
+    known: dict[str, Any] = {}
+    for name, value in changes.items():
+        before = getattr(rules, name)
+        if isinstance(before, Mapping):
+            known[name] = {k: v for k, v in {**before, **value}.items() if v is not ...}
+        else:
+            known[name] = (*before, *value) if name in ("harmless", "overlooked") else value
+    return replace(rules, **known)
+
+
+def beside(part: str, head: str = "lm_head") -> Names:
+    """Return the names of a decoder that is one part of a model, such as ``model.language_model``."""
+    return Names(f"{part}.embed_tokens", f"{part}.layers.{{}}", f"{part}.norm", head)

@@ -272,15 +272,23 @@ class DecoderBlock:
             query, key, value = self.operations.split(
                 self.operations.linear(names.fused, states), widths
             )
-        width = None if names.whole else config.head_dim
-        if names.query_norm is not None:
-            query = self.operations.norm(names.query_norm, query, width)
-        if names.key_norm is not None:
-            key = self.operations.norm(names.key_norm, key, width)
+        if not names.norms_last:
+            query, key = self._norm_heads(names, query, key)
         if config.rotates[self.index]:
             self._rotate(query, heads, 0, rope)
             self._rotate(key, key_heads, 0, rope)
+        if names.norms_last:
+            query, key = self._norm_heads(names, query, key)
         return self._attend(query, key, value, rope)
+
+    def _norm_heads(self, names: Attention, query: Float, key: Float) -> tuple[Float, Float]:
+        """Return queries and keys after their norms, if they have any."""
+        width = None if names.whole else self.config.head_dim
+        if names.query_norm is not None and self.config.head_norms:
+            query = self.operations.norm(names.query_norm, query, width)
+        if names.key_norm is not None and self.config.head_norms:
+            key = self.operations.norm(names.key_norm, key, width)
+        return query, key
 
     def _to_latents(self, states: Float, chunk: ChunkStates) -> None:
         names, operations = cast(LatentAttention, self.architecture.attention), self.operations
@@ -316,6 +324,8 @@ class DecoderBlock:
             "window": config.sliding_window or 0 if sliding else 0,
             "softcap": config.attention_softcap or 0.0,
         }
+        if rope.query_scale is not None:
+            query = self.operations.scale_positions(query, rope.query_scale)
         return self.operations.attend(query, key, value, rule, config.num_attention_heads)
 
     def _rotate(self, states: Float, heads: int, first: int, rope: "Rotation") -> None:
@@ -371,10 +381,12 @@ class DecoderBlock:
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """Rotary tables ``[length, rotary_dim / 2]``, cosines and sines, for samples of one length."""
+    """Rotary tables ``[length, rotary_dim / 2]``, cosines and sines, for samples of one length, and factors
+    of queries ``[length]`` if they have any."""
 
     length: int
     tables: Mapping[LayerType, tuple[Float, Float]]
+    query_scale: Float | None = None
 
     @property
     def chunk_rows(self) -> int:

@@ -65,7 +65,8 @@ class RopeConfig:
     """RoPE parameters.
 
     The fields carry the names that config.json gives them, except ``theta`` (``rope_theta``).
-    Which of them matter depends on ``rope_type``; ``None`` means not given.
+    Which of them matter depends on ``rope_type``; ``None`` means not given. ``position_scale``
+    (``llama_4_scaling_beta``) is by how much queries grow beyond the original length.
     """
 
     rope_type: str = "default"
@@ -82,6 +83,7 @@ class RopeConfig:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    position_scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,13 @@ class ExpertsConfig:
 class ModelConfig:
     """A decoder's sizes and choices; build it with `from_dict`.
 
-    ``dtype`` is None where config.json names none: the stored tensors decide then. ``raw`` is
-    config.json as it was read, for keys of single families.
+    ``family`` is the key of its `Architecture`: ``model_type``, of a model of several kinds of input also
+    that of its text part. ``dtype`` is None where config.json names none: the stored tensors decide
+    then. ``raw`` is config.json as it was read, for keys of single families.
     """
 
     model_type: str
+    family: str
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -140,6 +144,7 @@ class ModelConfig:
     interleaved: bool
     max_position_embeddings: int
     tie_word_embeddings: bool
+    head_norms: bool
     query_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -194,7 +199,7 @@ class ModelConfig:
         >>> ModelConfig.from_dict({"model_type": "llama"}, Path("config.json"), rules).head_dim
         128
         """
-        model_type, rules, top = _opened(raw, source, families)
+        family, rules, top = _opened(raw, source, families)
         hidden_size = top.integer("hidden_size")
         layers = top.integer("num_hidden_layers", most=MOST_LAYERS)
         heads = top.integer("num_attention_heads")
@@ -208,9 +213,10 @@ class ModelConfig:
         attention_scale = (head_dim if scalar is None else scalar) ** -0.5
         if latent is not None:
             attention_scale *= _latent_scale(rope)
-        sparse = tuple(rules.is_sparse(top, layer) for layer in range(layers))
+        sparse = _sparse(top, rules, layers)
         return cls(
-            model_type=model_type,
+            model_type=raw["model_type"],
+            family=family,
             hidden_size=hidden_size,
             intermediate_size=top.integer("intermediate_size"),
             num_hidden_layers=layers,
@@ -225,6 +231,7 @@ class ModelConfig:
             interleaved=top.flag(rules.interleaved),
             max_position_embeddings=top.integer("max_position_embeddings"),
             tie_word_embeddings=top.boolean("tie_word_embeddings"),
+            head_norms=top.flag(rules.head_norms),
             query_bias=top.flag(rules.query_bias),
             output_bias=top.flag(rules.output_bias),
             mlp_bias=top.flag(rules.mlp_bias),
@@ -249,10 +256,11 @@ class ModelConfig:
 def _opened(
     raw: Mapping[str, Any], source: Path, families: Mapping[str, ConfigRules]
 ) -> tuple[str, ConfigRules, Keys]:
-    """Return the model type, the rules of its family, and the checked keys that describe the decoder."""
+    """Return the family, its rules, and the checked keys that describe the decoder."""
     outer = Keys(raw, source)
-    model_type = outer.choice("model_type", sorted(families))
-    rules = families[model_type]
+    model_type = outer.choice("model_type", sorted({name.partition("/")[0] for name in families}))
+    family = _family(outer, model_type, families)
+    rules = families[family]
     values = dict(raw)
     if rules.section is not None:
         section = outer.section(rules.section)
@@ -263,7 +271,20 @@ def _opened(
     name = f"{rules.section}." if rules.section else ""
     top = Keys(values, source, name, _LLAMA_DEFAULTS | dict(rules.defaults), rules)
     check_keys(top, understood_keys(rules), model_type)
-    return model_type, rules, top
+    return family, rules, top
+
+
+def _family(outer: Keys, model_type: str, families: Mapping[str, ConfigRules]) -> str:
+    """Return the family of a model type and, if it is a wrapper's, of its text part."""
+    if model_type in families:
+        return model_type
+    wrapped = [name for name in families if name.startswith(f"{model_type}/")]
+    text = outer.section(families[wrapped[0]].section or "")
+    if text is None or text.get("model_type") is None:
+        return wrapped[0]
+    texts = [name.partition("/")[2] for name in wrapped]
+    said = text.choice("model_type", texts if model_type not in texts else [*texts, model_type])
+    return f"{model_type}/{said}" if said in texts else wrapped[0]
 
 
 def _head_sizes(
@@ -290,7 +311,9 @@ def _head_sizes(
                 f'"num_attention_heads", {heads}, and there is no "head_dim"'
             )
         head_dim = head_dim or hidden_size // heads
-        rotary_dim = int(head_dim * _partial_rotary_factor(top))
+        rotary_dim = top.optional_integer("rotary_dim") or int(
+            head_dim * _partial_rotary_factor(top)
+        )
     if heads * (head_dim + (latent.value_dim if latent else 0)) > _MOST_HEAD_CHANNELS:
         raise top.wrong(
             "num_attention_heads", f"together heads have at most {_MOST_HEAD_CHANNELS} channels"
@@ -307,7 +330,10 @@ def understood_keys(rules: ConfigRules) -> set[str]:
     """Return the keys that are read for a family, in all their spellings."""
     keys = {*_LLAMA_DEFAULTS, *rules.defaults}
     spelled = {each for key in keys for each in (*SPELLINGS.get(key, ()), key)}
-    return spelled - {*rules.spellings} | {*rules.spellings.values(), rules.section or "model_type"}
+    own: set[str] = set()
+    for said in rules.spellings.values():
+        own |= {said} if isinstance(said, str) else {*said}
+    return spelled - {*rules.spellings} | own | {rules.section or "model_type"}
 
 
 def _dtype(top: Keys) -> np.dtype[Any] | None:
@@ -394,6 +420,16 @@ def _latent_scale(rope: RopeConfig) -> float:
     return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
 
 
+def _sparse(top: Keys, rules: ConfigRules, layers: int) -> tuple[bool, ...]:
+    """Return which layers have experts."""
+    types = top.get("mlp_layer_types")
+    if types is None:
+        return tuple(rules.is_sparse(top, layer) for layer in range(layers))
+    if not isinstance(types, list) or len(types) != layers or not {*types} <= {"dense", "sparse"}:
+        raise top.wrong("mlp_layer_types", f'must be a list of {layers} times "dense" or "sparse"')
+    return tuple(each == "sparse" for each in types)
+
+
 def _experts(top: Keys, rules: ConfigRules) -> ExpertsConfig:
     count = top.integer("num_experts", most=_MOST_EXPERTS)
     chosen = top.integer("num_experts_per_tok")
@@ -440,6 +476,8 @@ def _ropes(
         or Keys({}, top.source, "rope_parameters.")
     )
     sliding_theta = top.optional_number("rope_local_base_freq")
+    if top.rules.two_ropes:
+        sliding_theta = top.number("rope_theta")
     if not any(isinstance(value, dict) for value in rope.values.values()):
         if sliding_theta is not None and rope.name == "rope_parameters." and rope.values:
             raise UnsupportedModelError(
@@ -466,7 +504,7 @@ def _ropes(
 
 
 def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) -> RopeConfig:
-    check_rope_keys(rope)
+    check_rope_keys(rope, top.rules.rope_keys)
     theta = rope.number("rope_theta", top.number("rope_theta"))
     if theta <= 1:
         raise CheckpointError(f'{top.source}: "rope_theta" is {theta}, but must be more than 1')
@@ -477,6 +515,11 @@ def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) 
         rope_type = rope.choice(type_key, ROPE_TYPES, "default")
     if rope_type == "default":
         return RopeConfig(theta=theta)
+    if rope_type == "dynamic" and "alpha" in top.rules.rope_keys and rope.get("alpha") is not None:
+        # Hunyuan's: the base grows by a fixed factor, whatever the length.
+        return RopeConfig(
+            theta=theta * rope.number("alpha") ** (rotary_dim / max(1, rotary_dim - 2))
+        )
     if rope_type in ("linear", "dynamic"):
         return RopeConfig(rope_type, theta, rope.number("factor"))
     # A length beside the rope section wins over the one inside, as in transformers.
@@ -513,6 +556,7 @@ def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) 
         mscale=rope.optional_number("mscale", zero=True),
         mscale_all_dim=rope.optional_number("mscale_all_dim", zero=True),
         truncate=rope.boolean("truncate", True),
+        position_scale=rope.number("llama_4_scaling_beta", 0.0, zero=True),
     )
 
 

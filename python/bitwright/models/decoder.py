@@ -16,7 +16,7 @@ from bitwright.models.config import LayerType, ModelConfig, RopeConfig
 from bitwright.models.layout import BlockLayout
 from bitwright.models.matrix_rows import MatrixRows
 from bitwright.models.operations import BlockWeights, Float, Float32, Operations
-from bitwright.models.rope import rope_tables
+from bitwright.models.rope import query_scale, rope_tables
 
 
 class WeightSource(Protocol):
@@ -175,6 +175,7 @@ class Decoder(WeightSource):
                 kind: (cosines.astype(dtype, copy=False), sines.astype(dtype, copy=False))
                 for kind, (cosines, sines) in tables.items()
             },
+            query_scale(config.rope, length, dtype),
         )
 
     def check_ids(self, input_ids: ArrayLike) -> NDArray[np.int32]:

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bitwright.models.architecture import Architecture, Attention, Experts, LatentAttention, Mlp
+from bitwright.models.architecture import (
+    Architecture,
+    Attention,
+    Experts,
+    LatentAttention,
+    Mlp,
+    Stack,
+)
 from bitwright.models.config import ModelConfig
 from bitwright.models.fold import FoldKind
 
@@ -96,8 +103,11 @@ class ExpertPlace:
 
     prefix: str  # of the names, up to the expert's index
     stacked: str  # prefix of the role where MLX stores all experts in one tensor
+    stack: Stack  # of the family's own files
     index: int
     role: Role
+    size: int  # channels between up and down
+    hidden: int
 
     @property
     def stacked_name(self) -> str:
@@ -116,7 +126,7 @@ class BlockLayout:
     stages: tuple[Stage, ...]
     linears: Mapping[str, tuple[int, int]]
     floats: Mapping[str, tuple[int, int]]
-    vectors: Mapping[str, tuple[int]]
+    vectors: Mapping[str, tuple[int, ...]]
     groups: tuple[ScaleGroup, ...]
     never_clipped: tuple[str, ...]
     experts: Mapping[str, ExpertPlace]
@@ -160,7 +170,7 @@ class _Builder:
         self.stages: list[Stage] = []
         self.linears: dict[str, tuple[int, int]] = {}
         self.floats: dict[str, tuple[int, int]] = {}
-        self.vectors: dict[str, tuple[int]] = {}
+        self.vectors: dict[str, tuple[int, ...]] = {}
         self.groups: list[ScaleGroup] = []
         self.never_clipped: tuple[str, ...] = ()
         self.experts: dict[str, ExpertPlace] = {}
@@ -192,7 +202,7 @@ class _Builder:
             value, self.never_clipped = names.fused, (names.fused,)
             outputs = range(queries + keys, queries + 2 * keys)
         for norm, width in ((names.query_norm, queries), (names.key_norm, keys)):
-            if norm is not None:
+            if norm is not None and config.head_norms:
                 self.vectors[f"{norm}.weight"] = (width if names.whole else config.head_dim,)
         self._linear(names.output, (hidden, queries), config.output_bias)
         norm = self._norm(self.architecture.attention_norm)
@@ -267,7 +277,7 @@ class _Builder:
         floats = [names.router]
         readers: list[str] = []
         if names.correction is not None:
-            self.vectors[names.correction] = (config.count,)
+            self.vectors[names.correction] = (*names.correction_axes, config.count)
         mlps: list[tuple[int | None, Mlp, int]] = []
         if names.shared is not None and config.shared_size:
             mlps.append((None, names.shared, config.shared_size))
@@ -282,7 +292,15 @@ class _Builder:
                 "down": prefix + names.mlp.down,
             }
             for role, name in roles.items():
-                self.experts[name] = ExpertPlace(names.prefix, names.stacked, expert, role)
+                self.experts[name] = ExpertPlace(
+                    names.prefix,
+                    names.stacked,
+                    names.own_stack,
+                    expert,
+                    role,
+                    config.intermediate_size,
+                    self.config.hidden_size,
+                )
             own = Mlp(roles["gate"], roles["up"], roles["down"])
             mlps.append((expert, own, config.intermediate_size))
         down_groups = []

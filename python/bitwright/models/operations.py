@@ -86,6 +86,11 @@ class Operations:
         """Rotate the states by their positions, in place."""
         _kernels.rotate(states, *tables, heads, first, interleaved)
 
+    def scale_positions(self, states: Float, factors: Float) -> Float:
+        """Return the states of whole samples, each times the factor of its position."""
+        result: Float = states * np.resize(factors, len(states))[:, None]
+        return result
+
     def attend(
         self, query: Float, key: Float, value: Float, rule: Mapping[str, Any], heads: int
     ) -> Float:

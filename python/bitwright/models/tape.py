@@ -115,6 +115,15 @@ class Tape(Operations):
             )
         )
 
+    def scale_positions(self, states: Float, factors: Float) -> Float:
+        result = super().scale_positions(states, factors)
+        self._steps.append(
+            lambda: self._give(
+                states, super(Tape, self).scale_positions(self._required(result), factors)
+            )
+        )
+        return result
+
     def attend(
         self, query: Float, key: Float, value: Float, rule: Mapping[str, Any], heads: int
     ) -> Float:
