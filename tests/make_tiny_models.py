@@ -73,6 +73,15 @@ SIGMOID_EXPERTS = SMALL_EXPERTS | {
     "topk_group": 1,
     "routed_scaling_factor": 1.5,
 }
+DELTA = {
+    "head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 TOWER = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -366,6 +375,59 @@ VARIANTS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
             "attention_multiplier": 0.2,
             "residual_multiplier": 0.7,
             "logits_scaling": 2.5,
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        torch.bfloat16,
+        SMALL
+        | SMALL_EXPERTS
+        | {"head_dim": 8, "sliding_window": 9, "swiglu_limit": 1.5, "intermediate_size": 32},
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        torch.bfloat16,
+        SMALL
+        | SMALL_EXPERTS
+        | DELTA
+        | {"mlp_only_layers": [0], "shared_expert_intermediate_size": 32},
+    ),
+    "qwen3_5": (
+        "qwen3_5",
+        torch.bfloat16,
+        {
+            "text_config": {**SMALL_SHAPE, **DELTA},
+            "vision_config": {**QWEN_TOWER, "out_hidden_size": 32},
+        },
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        torch.bfloat16,
+        {
+            "text_config": {
+                **SMALL_SHAPE,
+                **SMALL_EXPERTS,
+                **DELTA,
+                "shared_expert_intermediate_size": 32,
+            },
+            "vision_config": {**QWEN_TOWER, "out_hidden_size": 32},
+        },
+    ),
+    "lfm2": (
+        "lfm2",
+        torch.bfloat16,
+        SMALL
+        | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16, "conv_bias": True},
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        torch.bfloat16,
+        SMALL
+        | SMALL_EXPERTS
+        | {
+            "num_dense_layers": 1,
+            "layer_types": ["full_attention", "conv"],
+            "routed_scaling_factor": 1.5,
         },
     ),
 }

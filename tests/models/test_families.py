@@ -477,5 +477,10 @@ def test_layouts_name_every_tensor() -> None:
                 if stack.startswith(prefix):
                     named -= {f"{layer.removeprefix(prefix)}.weight" for layer in layers}
                     named.add(stack.removeprefix(prefix))
+            for name in {*named}:  # biases of stacked experts
+                place = model.experts.get(prefix + name.removesuffix(".bias"))
+                if place is not None and name.endswith(".bias"):
+                    named -= {name}
+                    named.add(f"{place.stacked_name}.bias".removeprefix(prefix))
             assert stored == {prefix + name for name in named}
             assert layout == block_layout(model.architecture, model.config, index)

@@ -55,7 +55,8 @@ def all_vectors(model: bitwright.Model) -> dict[str, tuple[int, ...]]:
         model.block_prefix(index) + name: shape
         for index, layout in enumerate(model.layouts)
         for name, shape in layout.vectors.items()
-        if not name.endswith("correction_bias")  # which only chooses
+        # Biases that only choose, and what belongs to neither norms nor linears.
+        if not name.endswith(("correction_bias", "sinks", "A_log", "dt_bias")) and len(shape) == 1
     }
     for name in model.final_operations().vectors:
         names[name] = (model.config.hidden_size,)

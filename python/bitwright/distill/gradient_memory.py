@@ -83,12 +83,16 @@ def _per_token(model: Model, index: int, stages: Iterable[Stage]) -> float:
             kept = layout.channels(stage)
         if stage.kind == "attention":
             attention = cast(Attention, names.attention)
-            kept += outputs + queries
+            kept += outputs + (3 if attention.gated else 1) * queries
             if attention.fused is not None:  # and taken apart
                 kept, changes = kept + outputs, 2 * outputs
             kept += queries if attention.query_norm is not None else 0
             kept += keys if attention.key_norm is not None else 0
             changes += queries + (2 * queries if keys < queries else 0)
+        elif stage.kind == "delta":  # mixed, convolved, taken apart, normed, recurred, gated
+            kept, changes = kept + 6 * outputs, 2 * outputs
+        elif stage.kind == "convolution":
+            kept, changes = kept + 3 * outputs, 2 * outputs
         elif stage.kind in ("latent", "latent_query"):
             kept += 2 * outputs
         elif stage.kind == "latent_attention":

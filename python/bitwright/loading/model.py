@@ -18,6 +18,7 @@ from bitwright.formats import Format, detect_format
 from bitwright.formats.stored import is_float
 from bitwright.grids.tensor import QuantizedTensor
 from bitwright.loading.absorbed import join_absorbed
+from bitwright.loading.biases import split_biases
 from bitwright.loading.contents import (
     has_own_head,
     is_stored,
@@ -66,9 +67,10 @@ class _Part:
         """Read the matrix in its stored dtype."""
         if self.index is None:
             return checkpoint.read(self.tensor)
-        if not self.transposed:
+        if not self.transposed and (self.rows is None or self.rows.step is None):
             return checkpoint.read_part(self.tensor, self.index, self.rows)
-        whole = checkpoint.read_part(self.tensor, self.index).T
+        whole = checkpoint.read_part(self.tensor, self.index)
+        whole = whole.T if self.transposed else whole
         return whole if self.rows is None else whole[self.rows]
 
 
@@ -98,6 +100,9 @@ class Model(Decoder):
         if isinstance(self.architecture.attention, LatentAttention):
             blocks = map(self.block_prefix, range(self.config.num_hidden_layers))
             join_absorbed(checkpoint, self.architecture.attention, blocks, self.format)
+        if self.architecture.experts is not None:
+            blocks = map(self.block_prefix, range(self.config.num_hidden_layers))
+            split_biases(checkpoint, self.architecture.experts, blocks)
         if self.config.tie_word_embeddings and has_own_head(checkpoint, self.names):
             warn_of_head(checkpoint, self.names.head)
             checkpoint.config = untied(checkpoint.config)
@@ -202,7 +207,7 @@ class Model(Decoder):
             used |= {prefix + name for name in layout.vectors}
         for place in self.experts.values():
             layers.add(place.stacked_name)
-            used |= {place.stack.gate_up, place.stack.down}
+            used |= {place.stack.gate_up, place.stack.down, f"{place.stacked_name}.bias"}
         used |= {f"{layer}.{part}" for layer in layers for part in parts}
         inner = self.names.embedding.rpartition(".")[0].removesuffix(".model")
         decoder = (f"{inner}.", f"{self.names.head.partition('.')[0]}.")
@@ -305,6 +310,11 @@ class Model(Decoder):
 
     def vector(self, name: str, shape: tuple[int, ...]) -> Float32:
         """Return tensor `name` in float32; raises as `weight`."""
+        place = self.experts.get(name.removesuffix(".bias"))
+        if place is not None and name not in self.checkpoint:
+            biases = self._floats(_Part(f"{place.stacked_name}.bias"), self._all_biases(shape))
+            own: Float32 = biases[place.index]
+            return own
         return self._floats(_Part(name), shape)
 
     def rows(self, name: str) -> MatrixRows:
@@ -405,6 +415,8 @@ class Model(Decoder):
             rows = (
                 slice(0, place.size) if place.role == "gate" else slice(place.size, 2 * place.size)
             )
+            if stack.interleaved:
+                rows = slice(int(place.role == "up"), None, 2)
         return _Part(tensor, place.index, rows, self._is_transposed(place))
 
     def _is_transposed(self, place: ExpertPlace) -> bool:
@@ -441,7 +453,14 @@ class Model(Decoder):
         for name, shape in (*layout.linears.items(), *layout.floats.items()):
             self._check_matrix(prefix + name, shape)
 
+    def _all_biases(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        experts = self.config.experts
+        return shape if experts is None else (experts.count, *shape)
+
     def _check_vector(self, tensor: str, extent: tuple[int, ...]) -> None:
+        place = self.experts.get(tensor.removesuffix(".bias"))
+        if place is not None and tensor not in self.checkpoint:
+            tensor, extent = f"{place.stacked_name}.bias", self._all_biases(extent)
         self._check_shape(tensor, self.checkpoint.shape(tensor), extent)
         self._check_floats(tensor)
 

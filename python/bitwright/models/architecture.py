@@ -3,7 +3,7 @@ only where it differs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from bitwright.models.fold import FoldKind
 from bitwright.models.keys import ConfigRules
@@ -25,7 +25,8 @@ class Attention:
 
     Where ``fused`` is set, it holds the rows of all three, queries first, and stands for them.
     ``query_norm`` and ``key_norm`` are norms before the rotation, or after it (``norms_last``), over each
-    head or over ``whole`` rows.
+    head or over ``whole`` rows. Where the query is ``gated``, each of its heads is followed by a gate of
+    the head's output. ``sinks`` are scores per head of a token without a value.
     """
 
     query: str = "self_attn.q_proj"
@@ -37,6 +38,8 @@ class Attention:
     key_norm: str | None = None
     whole: bool = False
     norms_last: bool = False
+    gated: bool = False
+    sinks: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,38 @@ class LatentAttention:
 
 
 @dataclass(frozen=True)
+class GatedDelta:
+    """The gated delta-net (arXiv:2412.06464) in place of attention; names within the block.
+
+    ``inputs`` are queries, keys and values, which a short convolution passes, and the gate of the output:
+    one linear for all, of each key head its share of the four in turn, or one for the first three and
+    another for the gate. ``controls`` are strengths and decays, in one linear or two. These stay in float:
+    they are small, and all later tokens feel them.
+    """
+
+    inputs: tuple[str, ...] = ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z")
+    controls: tuple[str, ...] = ("linear_attn.in_proj_b", "linear_attn.in_proj_a")
+    convolution: str = "linear_attn.conv1d"
+    decay: str = "linear_attn.A_log"
+    step: str = "linear_attn.dt_bias"
+    norm: str = "linear_attn.norm"
+    output: str = "linear_attn.out_proj"
+
+
+@dataclass(frozen=True)
+class ShortConvolution:
+    """A convolution over the last tokens between two gates, in place of attention (LFM 2); names within
+    the block. ``inputs`` holds the rows of both gates and of what is convolved, in their order."""
+
+    inputs: str = "conv.in_proj"
+    convolution: str = "conv.conv"
+    output: str = "conv.out_proj"
+
+
+Mixer: TypeAlias = GatedDelta | ShortConvolution
+
+
+@dataclass(frozen=True)
 class Mlp:
     """Linears of an MLP. Without a ``gate`` it is activation(up), otherwise activation(gate) · up. Where
     ``fused`` is set, it holds the rows of both, the gate's first, and stands for them."""
@@ -76,13 +111,17 @@ class Stack:
     """Tensors of all experts of a layer as the family's files have them; names within the block.
 
     ``gate_up`` is ``[experts, 2 · size, hidden]`` with the gate's rows first, ``down`` ``[experts, hidden,
-    size]``. The last two axes may be swapped, which shapes say; ``transposed`` is believed where they do
-    not.
+    size]``; ``interleaved`` takes rows of gate and up in turn. The last two axes may be swapped, which
+    shapes say; ``transposed`` is believed where they do not. Biases are ``gate_up_bias`` ``[experts, 2 ·
+    size]``, with rows as those of the weights, and ``down_bias``.
     """
 
     gate_up: str
     down: str
     transposed: bool = False
+    interleaved: bool = False
+    gate_up_bias: str | None = None
+    down_bias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,8 +130,8 @@ class Experts:
 
     Parameters
     ----------
-    router
-        The linear whose outputs rank the experts.
+    router, router_bias
+        The linear whose outputs rank the experts, and whether it has a bias.
     correction, correction_axes
         Bias added to the scores for choosing experts, not for weighing them, if any, and the axes that
         its shape has before that of the experts.
@@ -109,6 +148,7 @@ class Experts:
     """
 
     router: str = "mlp.gate"
+    router_bias: bool = False
     correction: str | None = None
     correction_axes: tuple[int, ...] = ()
     prefix: str = "mlp.experts"
@@ -139,6 +179,8 @@ class Architecture:
         other prefixes, too.
     attention, mlp, experts
         The parts of its blocks; ``rules`` says which layers have experts.
+    mixers
+        What some layers have in place of attention, by their ``layer_types``.
     attention_norm, mlp_norm
         Norms before attention and MLP, None where they read the hidden states as they are.
     attention_post_norm, mlp_post_norm
@@ -153,6 +195,7 @@ class Architecture:
     attention: Attention | LatentAttention = field(default_factory=Attention)
     mlp: Mlp = field(default_factory=Mlp)
     experts: Experts | None = None
+    mixers: Mapping[str, Mixer] = field(default_factory=dict)
     attention_norm: str | None = "input_layernorm"
     mlp_norm: str | None = "post_attention_layernorm"
     attention_post_norm: str | None = None

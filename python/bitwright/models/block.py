@@ -8,13 +8,28 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.models.architecture import Architecture, Attention, Experts, LatentAttention, Mlp
-from bitwright.models.config import ExpertsConfig, LatentConfig, LayerType, ModelConfig
+from bitwright.models.architecture import (
+    Architecture,
+    Attention,
+    Experts,
+    GatedDelta,
+    LatentAttention,
+    Mlp,
+    ShortConvolution,
+)
+from bitwright.models.config import (
+    ExpertsConfig,
+    LatentConfig,
+    LayerType,
+    ModelConfig,
+    RecurrenceConfig,
+)
 from bitwright.models.layout import SUB_BLOCK_STARTS, BlockLayout, Stage
 from bitwright.models.operations import BlockWeights, Float, Operations
 from bitwright.models.routing import Routes
 from bitwright.models.tape import OnLinear, Tape
 
+DELTA_EPSILON = 1e-6  # of the squared lengths of a delta-net's queries and keys
 MOST_CHUNK_TOKENS, MOST_TAPE_TOKENS = 1024, 512
 Observer = Callable[[int, Stage, Float], None]
 
@@ -76,7 +91,7 @@ class DecoderBlock:
     def stage_input(self, stage: Stage, chunk: ChunkStates) -> Float:
         """Return the input of the stage's linears, ``[tokens, in]``."""
         match stage.kind:
-            case "attention" | "latent" | "mlp" | "router":
+            case "attention" | "latent" | "delta" | "convolution" | "mlp" | "router":
                 if stage.norm is None:
                     return chunk.hidden
                 return self.operations.norm(stage.norm, chunk.hidden)
@@ -101,6 +116,10 @@ class DecoderBlock:
         match stage.kind:
             case "attention":
                 chunk.inner["inner"] = self._attention(states, rope)
+            case "delta":
+                chunk.inner["inner"] = self._delta(stage, states, rope.length)
+            case "convolution":
+                chunk.inner["inner"] = self._convolution(stage, states, rope.length)
             case "latent":
                 self._to_latents(states, chunk)
             case "latent_query":
@@ -272,6 +291,9 @@ class DecoderBlock:
             query, key, value = self.operations.split(
                 self.operations.linear(names.fused, states), widths
             )
+        gate = None
+        if names.gated:
+            query, gate = self.operations.split_heads(query, heads, [config.head_dim] * 2)
         if not names.norms_last:
             query, key = self._norm_heads(names, query, key)
         if config.rotates[self.index]:
@@ -279,7 +301,9 @@ class DecoderBlock:
             self._rotate(key, key_heads, 0, rope)
         if names.norms_last:
             query, key = self._norm_heads(names, query, key)
-        return self._attend(query, key, value, rope)
+        sinks = None if names.sinks is None else self.weights[names.sinks]
+        output = self._attend(query, key, value, rope, sinks)
+        return output if gate is None else self.operations.gate(gate, output, "sigmoid")
 
     def _norm_heads(self, names: Attention, query: Float, key: Float) -> tuple[Float, Float]:
         """Return queries and keys after their norms, if they have any."""
@@ -289,6 +313,46 @@ class DecoderBlock:
         if names.key_norm is not None and self.config.head_norms:
             key = self.operations.norm(names.key_norm, key, width)
         return query, key
+
+    def _delta(self, stage: Stage, states: Float, length: int) -> Float:
+        names = cast(GatedDelta, self.architecture.mixers[self.config.layer_types[self.index]])
+        sizes, operations = cast(RecurrenceConfig, self.config.recurrence), self.operations
+        shared, heads = sizes.heads // sizes.key_heads, sizes.key_heads
+        keys, values = heads * sizes.key_dim, sizes.heads * sizes.value_dim
+        made = [operations.linear(name, states) for name in (*names.inputs, *names.controls)]
+        if len(names.inputs) == 1:
+            widths = [sizes.key_dim] * 2 + [shared * sizes.value_dim] * 2
+            *three, gate = operations.split_heads(made[0], heads, widths)
+            made = [
+                operations.join(three),
+                gate,
+                *operations.split_heads(made[1], heads, [shared] * 2),
+            ]
+        mixed, gate, strength, step = made
+        mixed = operations.activate(operations.convolve(names.convolution, mixed, length), "silu")
+        query, key, value = operations.split(mixed, [keys, keys, values])
+        # Divided by their lengths; queries by the root of their width, too.
+        width = sizes.key_dim
+        query = operations.even_norm(query, width, 1 / width, DELTA_EPSILON / width)
+        key = operations.even_norm(key, width, width**-0.5, DELTA_EPSILON / width)
+        decay = operations.decays(step, names.decay, names.step)
+        parts = [query, key, value, decay, operations.sigmoid(strength)]
+        rule = {"length": length, "heads": sizes.heads, "key_heads": heads, "corrects": True}
+        output = operations.recurrence(parts, rule)
+        output = operations.norm(names.norm, output, sizes.value_dim, kind="rms_norm")
+        return operations.gate(gate, output, "silu")
+
+    def _convolution(self, stage: Stage, states: Float, length: int) -> Float:
+        names = cast(
+            ShortConvolution, self.architecture.mixers[self.config.layer_types[self.index]]
+        )
+        operations = self.operations
+        all_three = operations.linear(names.inputs, states)
+        first, second, value = operations.split(all_three, [self.config.hidden_size] * 3)
+        convolved = operations.convolve(
+            names.convolution, operations.multiply(first, value), length
+        )
+        return operations.multiply(second, convolved)
 
     def _to_latents(self, states: Float, chunk: ChunkStates) -> None:
         names, operations = cast(LatentAttention, self.architecture.attention), self.operations
@@ -314,7 +378,9 @@ class DecoderBlock:
         key, value = self.operations.latent_keys(both, turned, latent.plain_dim, heads)
         return self._attend(query, key, value, rope)
 
-    def _attend(self, query: Float, key: Float, value: Float, rope: "Rotation") -> Float:
+    def _attend(
+        self, query: Float, key: Float, value: Float, rope: "Rotation", sinks: Float | None = None
+    ) -> Float:
         config = self.config
         sliding = config.layer_types[self.index] == "sliding_attention"
         rule = {
@@ -323,6 +389,7 @@ class DecoderBlock:
             "scale": config.attention_scale,
             "window": config.sliding_window or 0 if sliding else 0,
             "softcap": config.attention_softcap or 0.0,
+            "sinks": sinks,
         }
         if rope.query_scale is not None:
             query = self.operations.scale_positions(query, rope.query_scale)
@@ -343,6 +410,10 @@ class DecoderBlock:
             if names.gate is None:
                 return operations.activate(up, activation)
             gate = operations.linear(names.gate, states)
+        if self.config.swiglu_limit:
+            return operations.clamped_gate(
+                gate, up, self.config.swiglu_alpha, self.config.swiglu_limit
+            )
         return operations.gate(gate, up, activation)
 
     def _route(self, states: Float) -> Routes:

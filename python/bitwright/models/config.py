@@ -22,7 +22,7 @@ from bitwright.models.keys import (
     as_integer,
 )
 
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu", "relu2")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 MODEL_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -30,7 +30,7 @@ MODEL_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 OTHER_FLOATS = ("float64", "float8_e4m3fn", "float8_e5m2")  # that are read, and not written
-LayerType = Literal["full_attention", "sliding_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "linear_attention", "conv", "mamba"]
 _LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 QUANTIZATION_KEYS = ("quantization", "quantization_config", "compression_config")
 SEPARATE_FILES = ("quantize_config.json", "quant_config.json")
@@ -98,6 +98,18 @@ class LatentConfig:
 
 
 @dataclass(frozen=True)
+class RecurrenceConfig:
+    """Sizes of a gated delta-net or a Mamba-2 mixer: heads of values and of keys, channels of each, and the
+    tokens that the convolution sees."""
+
+    heads: int
+    key_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+
+
+@dataclass(frozen=True)
 class ExpertsConfig:
     """Sizes of a mixture of experts, and how its router chooses.
 
@@ -123,9 +135,10 @@ class ExpertsConfig:
 class ModelConfig:
     """A decoder's sizes and choices; build it with `from_dict`.
 
-    ``family`` is the key of its `Architecture`: ``model_type``, of a model of several kinds of input also
-    that of its text part. ``dtype`` is None where config.json names none: the stored tensors decide
-    then. ``raw`` is config.json as it was read, for keys of single families.
+    ``convolved`` is how many tokens a short convolution sees; ``swiglu_limit`` clamps the MLP's gate and
+    up (0: it does not). ``family`` is the key of its `Architecture`: ``model_type``, of a model of several
+    kinds of input also that of its text part. ``dtype`` is None where config.json names none: the stored
+    tensors decide then. ``raw`` is config.json as it was read, for keys of single families.
     """
 
     model_type: str
@@ -160,6 +173,11 @@ class ModelConfig:
     residual_scale: float
     logits_divisor: float
     latent: LatentConfig | None
+    recurrence: RecurrenceConfig | None
+    convolved: int
+    convolution_bias: bool
+    swiglu_alpha: float
+    swiglu_limit: float
     experts: ExpertsConfig | None
     dtype: np.dtype[Any] | None
     raw: Mapping[str, Any] = field(repr=False)
@@ -218,7 +236,9 @@ class ModelConfig:
             model_type=raw["model_type"],
             family=family,
             hidden_size=hidden_size,
-            intermediate_size=top.integer("intermediate_size"),
+            intermediate_size=(
+                rules.mlp_width(top) if rules.mlp_width else top.integer("intermediate_size")
+            ),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=key_value_heads,
@@ -247,6 +267,11 @@ class ModelConfig:
             residual_scale=top.number("residual_multiplier", 1.0),
             logits_divisor=top.number("logits_scaling", 1.0),
             latent=latent,
+            recurrence=_recurrence(top),
+            convolved=top.integer("conv_L_cache", 0, zero=True),
+            convolution_bias=top.flag("conv_bias"),
+            swiglu_alpha=top.number("swiglu_alpha", 1.0),
+            swiglu_limit=top.number("swiglu_limit", 0.0, zero=True),
             experts=_experts(top, rules) if any(sparse) else None,
             dtype=_dtype(top),
             raw=raw,
@@ -372,9 +397,12 @@ def _layer_types(
     top: Keys, rules: ConfigRules, layers: int, sliding_window: int | None
 ) -> tuple[LayerType, ...]:
     slides = [sliding_window is not None and rules.slides(top, each) for each in range(layers)]
-    computed: tuple[LayerType, ...] = tuple(
-        "sliding_attention" if each else "full_attention" for each in slides
+    computed = tuple(
+        cast(LayerType, rules.layer_kind(top, layer))
+        or ("sliding_attention" if each else "full_attention")
+        for layer, each in enumerate(slides)
     )
+    known = (*_LAYER_TYPES, *rules.layer_kinds)
     types = top.values.get("layer_types")
     if types is None:
         return computed
@@ -382,10 +410,10 @@ def _layer_types(
         raise top.wrong("layer_types", f"must be a list of {layers} strings")
     types = ["full_attention" if each == "attention" else each for each in types]
     for each in types:
-        if each not in _LAYER_TYPES:
+        if each not in known:
             raise UnsupportedModelError(
                 f"{top.source}: {top.quoted('layer_types')} holds {shown(each)}, which is not "
-                f"supported; supported are: {', '.join(_LAYER_TYPES)}"
+                f"supported; supported are: {', '.join(known)}"
             )
     if "layer_types" not in rules.defaults:
         if types != list(computed):
@@ -400,6 +428,23 @@ def _layer_types(
     if "sliding_attention" in types and top.get("use_sliding_window") is False:
         raise top.wrong("use_sliding_window", 'must be true: "layer_types" asks for windows')
     return tuple(cast(LayerType, each) for each in types)
+
+
+def _recurrence(top: Keys) -> RecurrenceConfig | None:
+    if top.get("linear_num_value_heads") is None:
+        return None
+    heads, key_heads = top.integer("linear_num_value_heads"), top.integer("linear_num_key_heads")
+    if heads % key_heads:
+        raise top.wrong(
+            "linear_num_value_heads", f"must be a multiple of {key_heads}, the key heads"
+        )
+    return RecurrenceConfig(
+        heads=heads,
+        key_heads=key_heads,
+        key_dim=top.integer("linear_key_head_dim"),
+        value_dim=top.integer("linear_value_head_dim"),
+        taps=top.integer("linear_conv_kernel_dim"),
+    )
 
 
 def _latent(top: Keys) -> LatentConfig:

@@ -60,6 +60,13 @@ class ConfigRules:
         RoPE parameters that are computed with for this family alone.
     two_ropes
         Whether layers with windows have a rotation of their own, which no scaling changes.
+    mlp_width
+        The channels between up and down, where ``intermediate_size`` is not their number.
+    layer_kind
+        The type of a layer where ``layer_types`` does not say it and it has no attention; see
+        `Architecture.mixers`.
+    layer_kinds
+        The types of layers without attention.
     rotates
         Whether a layer applies RoPE to queries and keys.
     is_sparse
@@ -93,6 +100,9 @@ class ConfigRules:
     head_norms: bool | str = True
     rope_keys: tuple[str, ...] = ()
     two_ropes: bool = False
+    mlp_width: "Callable[[Keys], int] | None" = None
+    layer_kind: "Callable[[Keys, int], str | None]" = lambda _keys, _layer: None
+    layer_kinds: tuple[str, ...] = ()
     rotates: "Callable[[Keys, int], bool]" = lambda _keys, _layer: True
     is_sparse: "Callable[[Keys, int], bool]" = lambda _keys, _layer: False
     topk_methods: tuple[str, ...] = ()

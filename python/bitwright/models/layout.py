@@ -8,8 +8,10 @@ from bitwright.models.architecture import (
     Architecture,
     Attention,
     Experts,
+    GatedDelta,
     LatentAttention,
     Mlp,
+    ShortConvolution,
     Stack,
 )
 from bitwright.models.config import ModelConfig
@@ -20,6 +22,8 @@ StageKind = Literal[
     "latent",  # down to the latents, and queries where those have none
     "latent_query",
     "latent_attention",  # keys and values from their latent, and attention itself
+    "delta",  # a gated delta-net up to its output
+    "convolution",  # a short convolution between its gates
     "attention_output",
     "mlp",
     "mlp_output",
@@ -30,7 +34,8 @@ StageKind = Literal[
     "expert_output",
 ]
 Role = Literal["gate", "up", "down"]
-SUB_BLOCK_STARTS = ("attention", "latent", "mlp", "router")  # stages that read the hidden states
+SUB_BLOCK_STARTS = ("attention", "latent", "delta", "convolution", "mlp", "router")
+# The stages that read the hidden states.
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,12 @@ class BlockLayout:
 def block_layout(architecture: Architecture, config: ModelConfig, index: int) -> BlockLayout:
     """Return the layout of block `index`."""
     builder = _Builder(architecture, config)
-    if isinstance(architecture.attention, LatentAttention):
+    mixer = architecture.mixers.get(config.layer_types[index])
+    if isinstance(mixer, GatedDelta):
+        builder.add_delta(mixer)
+    elif isinstance(mixer, ShortConvolution):
+        builder.add_convolution(mixer)
+    elif isinstance(architecture.attention, LatentAttention):
         builder.add_latent_attention(architecture.attention)
     else:
         builder.add_attention(architecture.attention)
@@ -193,7 +203,8 @@ class _Builder:
         outputs = None
         if names.fused is None:
             linears: tuple[str, ...] = (names.query, names.key, names.value)
-            for name, width in zip(linears, (queries, keys, keys), strict=True):
+            wide = 2 * queries if names.gated else queries
+            for name, width in zip(linears, (wide, keys, keys), strict=True):
                 self._linear(name, (width, hidden), config.query_bias)
             value, self.never_clipped = names.value, (names.query, names.key)
         else:
@@ -204,6 +215,8 @@ class _Builder:
         for norm, width in ((names.query_norm, queries), (names.key_norm, keys)):
             if norm is not None and config.head_norms:
                 self.vectors[f"{norm}.weight"] = (width if names.whole else config.head_dim,)
+        if names.sinks is not None:
+            self.vectors[names.sinks] = (config.num_attention_heads,)
         self._linear(names.output, (hidden, queries), config.output_bias)
         norm = self._norm(self.architecture.attention_norm)
         self._norm(self.architecture.attention_post_norm)
@@ -256,6 +269,44 @@ class _Builder:
         self.never_clipped = (*linears, names.query_up)
         self._norm(self.architecture.attention_post_norm)
 
+    def add_delta(self, names: GatedDelta) -> None:
+        sizes, hidden = self.config.recurrence, self.config.hidden_size
+        if sizes is None:
+            raise ValueError("gated delta-net: the config has no sizes for it")
+        keys, values = sizes.key_heads * sizes.key_dim, sizes.heads * sizes.value_dim
+        widths = [2 * keys + values, values]
+        for name, width in zip(
+            names.inputs, widths if len(names.inputs) > 1 else [sum(widths)], strict=True
+        ):
+            self._linear(name, (width, hidden), False)
+        for name in names.controls:
+            self.floats[name] = (2 * sizes.heads // len(names.controls), hidden)
+        self.vectors[f"{names.convolution}.weight"] = (2 * keys + values, 1, sizes.taps)
+        self.vectors[names.decay] = self.vectors[names.step] = (sizes.heads,)
+        self.vectors[f"{names.norm}.weight"] = (sizes.value_dim,)
+        self._linear(names.output, (hidden, values), False)
+        self._mixer_stages("delta", names.inputs, names.output, names.controls)
+
+    def add_convolution(self, names: ShortConvolution) -> None:
+        config, hidden = self.config, self.config.hidden_size
+        self._linear(names.inputs, (3 * hidden, hidden), config.convolution_bias)
+        self.vectors[f"{names.convolution}.weight"] = (hidden, 1, config.convolved)
+        if config.convolution_bias:
+            self.vectors[f"{names.convolution}.bias"] = (hidden,)
+        self._linear(names.output, (hidden, hidden), config.convolution_bias)
+        self._mixer_stages("convolution", (names.inputs,), names.output)
+        # The output is the second part, times what the others are convolved to.
+        rows = range(hidden, 2 * hidden)
+        self.groups.append(ScaleGroup(names.inputs, "linear", (names.output,), outputs=rows))
+
+    def _mixer_stages(
+        self, kind: StageKind, inputs: tuple[str, ...], output: str, floats: tuple[str, ...] = ()
+    ) -> None:
+        norm = self._norm(self.architecture.attention_norm)
+        self._norm(self.architecture.attention_post_norm)
+        self.stages += [Stage(kind, inputs, norm), Stage("attention_output", (output,))]
+        self._norm_group(norm, inputs, floats)
+
     def add_mlp(self, names: Mlp) -> None:
         norm = self._norm(self.architecture.mlp_norm)
         self._norm(self.architecture.mlp_post_norm)
@@ -274,6 +325,8 @@ class _Builder:
             raise ValueError("experts: the config has no sizes for them, or the norms do not fit")
         self.stages.append(Stage("router", (), norm))
         self.floats[names.router] = (config.count, self.config.hidden_size)
+        if names.router_bias:
+            self.vectors[f"{names.router}.bias"] = (config.count,)
         floats = [names.router]
         readers: list[str] = []
         if names.correction is not None:
@@ -336,7 +389,7 @@ class _Builder:
         if names.fused is not None:
             rows = range(size, 2 * size)
             self.groups.append(ScaleGroup(names.fused, "linear", (names.down,), outputs=rows))
-        elif names.gate is not None:
+        elif names.gate is not None and not self.config.swiglu_limit:
             self.groups.append(ScaleGroup(names.up, "linear", (names.down,)))
 
     def _norm_group(

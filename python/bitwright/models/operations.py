@@ -65,20 +65,73 @@ class Operations:
         """Add a linear's outputs to the hidden states."""
         _kernels.linear(states, self.weights[f"{name}.weight"], self.bias(name), hidden, True)
 
-    def norm(self, name: str, states: Float, width: int | None = None) -> Float:
-        """Return the states normalized, over each piece of so many channels or over all."""
+    def norm(
+        self,
+        name: str,
+        states: Float,
+        width: int | None = None,
+        *,
+        kind: str | None = None,
+        epsilon: float | None = None,
+    ) -> Float:
+        """Return the states normalized, over each piece of so many channels or over all; kind and epsilon
+        are the block's unless others are given."""
         weight, bias = self.weights[f"{name}.weight"], self.bias(name)
         rows = states if width is None else states.reshape(-1, width)
-        return apply_norm(self.norm_kind, rows, weight, bias, self.epsilon).reshape(states.shape)
+        normed = apply_norm(
+            kind or self.norm_kind, rows, weight, bias, self.epsilon if epsilon is None else epsilon
+        )
+        return normed.reshape(states.shape)
 
     def latent_norm(self, name: str, states: Float) -> Float:
         """Return latents normalized."""
-        return apply_norm("rms_norm", states, self.weights[f"{name}.weight"], None, LATENT_EPSILON)
+        return self.norm(name, states, kind="rms_norm", epsilon=LATENT_EPSILON)
+
+    def even_norm(self, states: Float, width: int, gain: float, epsilon: float) -> Float:
+        """Return each piece of so many channels divided by its root mean square, times a gain."""
+        gains = np.full(width, gain, states.dtype)
+        normed = apply_norm("rms_norm", states.reshape(-1, width), gains, None, epsilon)
+        return normed.reshape(states.shape)
 
     def split(self, states: Float, widths: Sequence[int]) -> list[Float]:
         """Return the channels in parts of these widths, each an array of its own."""
         parts = np.split(states, np.cumsum(widths)[:-1], axis=1)
         return [np.ascontiguousarray(part) for part in parts]
+
+    def join(self, parts: Sequence[Float]) -> Float:
+        """Return the channels of several arrays side by side."""
+        return np.concatenate(parts, axis=1)
+
+    def split_heads(self, states: Float, heads: int, widths: Sequence[int]) -> list[Float]:
+        """Return the channels of every head in parts of these widths, those of all heads side by side."""
+        each = states.reshape(len(states), heads, sum(widths))
+        parts = np.split(each, np.cumsum(widths)[:-1], axis=2)
+        return [np.ascontiguousarray(part).reshape(len(states), -1) for part in parts]
+
+    def convolve(self, name: str, states: Float, length: int) -> Float:
+        """Return the causal convolution of each channel within samples of a length."""
+        output = np.empty_like(states)
+        _kernels.convolve(states, self.taps(name), self.bias(name), length, output)
+        return output
+
+    def taps(self, name: str) -> Float:
+        """Return the weights of a convolution ``[channels, tokens]``."""
+        weight = self.weights[f"{name}.weight"]
+        return weight.reshape(len(weight), -1)
+
+    def decays(self, states: Float, rate: str, step: str) -> Float:
+        """Return the logarithms of decays, −exp(rate) · softplus(states + step)."""
+        steps = np.logaddexp(states + self.weights[step], states.dtype.type(0))
+        return np.asarray(-np.exp(self.weights[rate]) * steps)
+
+    def recurrence(self, parts: Sequence[Float], rule: Mapping[str, Any]) -> Float:
+        """Return the outputs of a recurrence from queries, keys, values, decays and strengths; `rule` holds
+        the kernel's other arguments."""
+        output = np.empty_like(parts[2])
+        names = ("query", "key", "value", "decay", "strength")
+        inputs: dict[str, Any] = {**dict(zip(names, parts, strict=True)), **rule}
+        _kernels.recurrence(out=output, **inputs)
+        return output
 
     def rotate(
         self, states: Float, tables: tuple[Float, Float], heads: int, first: int, interleaved: bool
@@ -121,6 +174,15 @@ class Operations:
         """Return activation(gate) · up, in the gate's place."""
         _kernels.activate_multiply(gate, up, activation)
         return gate
+
+    def clamped_gate(self, gate: Float, up: Float, alpha: float, limit: float) -> Float:
+        """Return gpt-oss' gated unit, in the gate's place."""
+        _kernels.clamped_swiglu(gate, up, alpha, limit)
+        return gate
+
+    def multiply(self, states: Float, others: Float) -> Float:
+        """Return the products of two arrays."""
+        return np.asarray(states * others)
 
     def sigmoid(self, states: Float) -> Float:
         """Return 1 / (1 + exp(−states))."""
