@@ -284,6 +284,7 @@ VARIANTS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
                 "head_dim": 8,
                 "rope_parameters": INTERLEAVED,
             },
+            "tie_word_embeddings": False,
             "vision_config": {**QWEN_TOWER, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
         },
     ),

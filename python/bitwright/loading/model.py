@@ -29,6 +29,7 @@ from bitwright.loading.contents import (
     warn_of_unused,
     without_harmless,
 )
+from bitwright.loading.shifted import undo_shifts
 from bitwright.models import ARCHITECTURES
 from bitwright.models.architecture import LatentAttention
 from bitwright.models.config import (
@@ -100,6 +101,8 @@ class Model(Decoder):
         if isinstance(self.architecture.attention, LatentAttention):
             blocks = map(self.block_prefix, range(self.config.num_hidden_layers))
             join_absorbed(checkpoint, self.architecture.attention, blocks, self.format)
+        blocks = map(self.block_prefix, range(self.config.num_hidden_layers))
+        undo_shifts(checkpoint, self.architecture, blocks, self.names.final_norm)
         if self.architecture.experts is not None:
             blocks = map(self.block_prefix, range(self.config.num_hidden_layers))
             split_biases(checkpoint, self.architecture.experts, blocks)
@@ -237,6 +240,10 @@ class Model(Decoder):
         if format.refuses_unknown and self.architecture.rules.section is None:
             # Engines take other defaults than transformers, or none.
             config.setdefault("tie_word_embeddings", self.tied)
+        elif format.refuses_unknown and isinstance(config.get("text_config"), dict):
+            tied = {"tie_word_embeddings": self.tied}
+            if self.config.model_type != "gemma3":  # for which engines look for the head
+                config |= {"text_config": {**config["text_config"], **tied}, **tied}
         for key in ("dtype", "torch_dtype"):
             if config.get(key) in OTHER_FLOATS:
                 config[key] = str(self.dtype)

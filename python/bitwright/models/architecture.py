@@ -11,12 +11,14 @@ from bitwright.models.keys import ConfigRules
 
 @dataclass(frozen=True)
 class Names:
-    """Names of the tensors around the blocks, without ``.weight``; ``block`` takes the index."""
+    """Names of the tensors around the blocks, without ``.weight``; ``block`` takes the index, and ``tower``
+    is what MLX calls vision_tower, where other files do not."""
 
     embedding: str = "model.embed_tokens"
     block: str = "model.layers.{}"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    tower: str | None = None
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,6 @@ def extended(rules: ConfigRules, changes: Mapping[str, Any]) -> ConfigRules:
     return replace(rules, **known)
 
 
-def beside(part: str, head: str = "lm_head") -> Names:
+def beside(part: str, head: str = "lm_head", tower: str | None = None) -> Names:
     """Return the names of a decoder that is one part of a model, such as ``model.language_model``."""
-    return Names(f"{part}.embed_tokens", f"{part}.layers.{{}}", f"{part}.norm", head)
+    return Names(f"{part}.embed_tokens", f"{part}.layers.{{}}", f"{part}.norm", head, tower)

@@ -1,6 +1,6 @@
 """dots.llm1: DeepSeek V3's router and experts behind Qwen 3's attention."""
 
-from bitwright.models.architecture import Relative
+from bitwright.models.architecture import Experts, Mlp, Relative
 
 FAMILIES = (
     Relative(
@@ -28,6 +28,17 @@ FAMILIES = (
             "head_norms": True,
             "output_bias": "attention_bias",
             "slides": lambda keys, layer: layer >= keys.integer("max_window_layers", zero=True),
+        },
+        parts={
+            "experts": Experts(
+                correction="mlp.gate.e_score_correction_bias",
+                shared=Mlp(
+                    "mlp.shared_experts.gate_proj",
+                    "mlp.shared_experts.up_proj",
+                    "mlp.shared_experts.down_proj",
+                ),
+                stacked="mlp.experts",
+            )
         },
     ),
 )

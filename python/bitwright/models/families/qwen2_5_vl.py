@@ -7,7 +7,7 @@ FAMILIES = (
     Wrapper(
         model_types=("qwen2_5_vl",),
         texts=("qwen2_5_vl_text",),
-        names=(beside("model.language_model"), beside("model")),
+        names=(beside("model.language_model", tower="model.visual"), beside("model")),
         harmless=(
             "vision_config",
             "image_token_id",

@@ -24,7 +24,7 @@ FAMILIES = (
     Wrapper(
         model_types=("qwen2_vl",),
         texts=("qwen2_vl_text",),
-        names=(beside("model.language_model"), beside("model")),
+        names=(beside("model.language_model", tower="model.visual"), beside("model")),
         harmless=(
             "vision_config",
             "image_token_id",

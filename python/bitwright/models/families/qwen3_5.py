@@ -39,7 +39,10 @@ FAMILIES = (
     Wrapper(
         model_types=("qwen3_5",),
         texts=("qwen3_5_text",),
-        names=(beside("model.language_model"), beside("language_model.model")),
+        names=(
+            beside("model.language_model", tower="model.visual"),
+            beside("language_model.model"),
+        ),
         harmless=(
             "vision_config",
             "image_token_id",

@@ -27,7 +27,10 @@ FAMILIES = (
     Wrapper(
         model_types=("qwen3_5_moe",),
         texts=("qwen3_5_moe_text",),
-        names=(beside("model.language_model"), beside("language_model.model")),
+        names=(
+            beside("model.language_model", tower="model.visual"),
+            beside("language_model.model"),
+        ),
         harmless=(
             "vision_config",
             "image_token_id",

@@ -17,7 +17,10 @@ FAMILIES = (
     Wrapper(
         model_types=("qwen3_vl",),
         texts=("qwen3_vl_text",),
-        names=(beside("model.language_model"), beside("language_model.model")),
+        names=(
+            beside("model.language_model", tower="model.visual"),
+            beside("language_model.model"),
+        ),
         harmless=(
             "vision_config",
             "image_token_id",
