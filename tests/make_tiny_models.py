@@ -82,6 +82,14 @@ DELTA = {
     "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention"],
 }
+SCAN = {
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_d_head": 8,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+}
 TOWER = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -431,6 +439,51 @@ VARIANTS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
             "routed_scaling_factor": 1.5,
         },
     ),
+    "bamba": (
+        "bamba",
+        torch.bfloat16,
+        SMALL | SCAN | {"mamba_n_groups": 1, "attn_layer_indices": [1]},
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        torch.bfloat16,
+        SMALL | SMALL_EXPERTS | {"intermediate_size": 32, "shared_intermediate_size": 64},
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        torch.bfloat16,
+        SMALL
+        | SCAN
+        | {
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 64,
+            "layer_types": ["linear_attention", "full_attention"],
+            "residual_multiplier": 0.7,
+        },
+    ),
+    "granitemoehybrid-experts": (
+        "granitemoehybrid",
+        torch.bfloat16,
+        SMALL
+        | SCAN
+        | SMALL_EXPERTS
+        | {
+            "intermediate_size": 32,
+            "shared_intermediate_size": 64,
+            "layer_types": ["full_attention", "linear_attention"],
+            "position_embedding_type": "rope",
+        },
+    ),
+    "stablelm": ("stablelm", torch.bfloat16, SMALL | {"use_qkv_bias": True}),
+    "glm": ("glm", torch.bfloat16, SMALL | {"head_dim": 8}),
+    "helium": ("helium", torch.bfloat16, SMALL | {"head_dim": 8}),
+    "cwm": (
+        "cwm",
+        torch.bfloat16,
+        SMALL | {"head_dim": 8, "sliding_window": 9, "rope_parameters": LLAMA3},
+    ),
+    "arcee": ("arcee", torch.bfloat16, SMALL | {"head_dim": 8, "mlp_bias": True}),
 }
 
 

@@ -89,7 +89,10 @@ def _per_token(model: Model, index: int, stages: Iterable[Stage]) -> float:
             kept += queries if attention.query_norm is not None else 0
             kept += keys if attention.key_norm is not None else 0
             changes += queries + (2 * queries if keys < queries else 0)
-        elif stage.kind == "delta":  # mixed, convolved, taken apart, normed, recurred, gated
+        elif stage.kind in (
+            "delta",
+            "mamba",
+        ):  # convolved, taken apart, weighed, recurred, gated, normed
             kept, changes = kept + 6 * outputs, 2 * outputs
         elif stage.kind == "convolution":
             kept, changes = kept + 3 * outputs, 2 * outputs

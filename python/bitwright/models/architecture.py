@@ -94,7 +94,24 @@ class ShortConvolution:
     output: str = "conv.out_proj"
 
 
-Mixer: TypeAlias = GatedDelta | ShortConvolution
+@dataclass(frozen=True)
+class Mamba:
+    """The mixer of Mamba-2 (arXiv:2405.21060) in place of attention; names within the block.
+
+    ``inputs`` holds the rows of the output's gate, of the values, keys and queries, which a short
+    convolution passes, and of the steps.
+    """
+
+    inputs: str = "mamba.in_proj"
+    convolution: str = "mamba.conv1d"
+    decay: str = "mamba.A_log"
+    step: str = "mamba.dt_bias"
+    skip: str = "mamba.D"
+    norm: str = "mamba.norm"
+    output: str = "mamba.out_proj"
+
+
+Mixer: TypeAlias = GatedDelta | ShortConvolution | Mamba
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from bitwright.models.architecture import (
     Experts,
     GatedDelta,
     LatentAttention,
+    Mamba,
     Mlp,
     ShortConvolution,
 )
@@ -91,7 +92,7 @@ class DecoderBlock:
     def stage_input(self, stage: Stage, chunk: ChunkStates) -> Float:
         """Return the input of the stage's linears, ``[tokens, in]``."""
         match stage.kind:
-            case "attention" | "latent" | "delta" | "convolution" | "mlp" | "router":
+            case "attention" | "latent" | "delta" | "convolution" | "mamba" | "mlp" | "router":
                 if stage.norm is None:
                     return chunk.hidden
                 return self.operations.norm(stage.norm, chunk.hidden)
@@ -118,6 +119,8 @@ class DecoderBlock:
                 chunk.inner["inner"] = self._attention(states, rope)
             case "delta":
                 chunk.inner["inner"] = self._delta(stage, states, rope.length)
+            case "mamba":
+                chunk.inner["inner"] = self._mamba(states, rope.length)
             case "convolution":
                 chunk.inner["inner"] = self._convolution(stage, states, rope.length)
             case "latent":
@@ -353,6 +356,30 @@ class DecoderBlock:
             names.convolution, operations.multiply(first, value), length
         )
         return operations.multiply(second, convolved)
+
+    def _mamba(self, states: Float, length: int) -> Float:
+        names = cast(Mamba, self.architecture.mixers[self.config.layer_types[self.index]])
+        sizes, operations = cast(RecurrenceConfig, self.config.recurrence), self.operations
+        values, keys = sizes.heads * sizes.value_dim, sizes.key_heads * sizes.key_dim
+        made = operations.linear(names.inputs, states)
+        widths = [values, values + 2 * keys, sizes.heads]
+        gate, mixed, raw = operations.split(made, widths)
+        mixed = operations.activate(operations.convolve(names.convolution, mixed, length), "silu")
+        value, key, query = operations.split(mixed, [values, keys, keys])
+        step = operations.spread(operations.steps(raw, names.step), sizes.value_dim)
+        decay = operations.decays(raw, names.decay, names.step)
+        parts = [query, key, operations.multiply(value, step), decay, np.ones_like(decay)]
+        rule = {
+            "length": length,
+            "heads": sizes.heads,
+            "key_heads": sizes.key_heads,
+            "corrects": False,
+        }
+        output = operations.recurrence(parts, rule)
+        output = operations.skip(output, value, names.skip, sizes.value_dim)
+        output = operations.gate(gate, output, "silu")
+        output = operations.even_norm(output, values // sizes.key_heads, 1.0, operations.epsilon)
+        return operations.scale_channels(f"{names.norm}.weight", output)
 
     def _to_latents(self, states: Float, chunk: ChunkStates) -> None:
         names, operations = cast(LatentAttention, self.architecture.attention), self.operations

@@ -176,6 +176,7 @@ class ModelConfig:
     recurrence: RecurrenceConfig | None
     convolved: int
     convolution_bias: bool
+    projection_bias: bool
     swiglu_alpha: float
     swiglu_limit: float
     experts: ExpertsConfig | None
@@ -269,7 +270,8 @@ class ModelConfig:
             latent=latent,
             recurrence=_recurrence(top),
             convolved=top.integer("conv_L_cache", 0, zero=True),
-            convolution_bias=top.flag("conv_bias"),
+            convolution_bias=top.flag(rules.convolution_bias),
+            projection_bias=top.flag(rules.projection_bias),
             swiglu_alpha=top.number("swiglu_alpha", 1.0),
             swiglu_limit=top.number("swiglu_limit", 0.0, zero=True),
             experts=_experts(top, rules) if any(sparse) else None,
@@ -431,6 +433,8 @@ def _layer_types(
 
 
 def _recurrence(top: Keys) -> RecurrenceConfig | None:
+    if top.get("mamba_n_heads") is not None:
+        return _mamba(top)
     if top.get("linear_num_value_heads") is None:
         return None
     heads, key_heads = top.integer("linear_num_value_heads"), top.integer("linear_num_key_heads")
@@ -444,6 +448,24 @@ def _recurrence(top: Keys) -> RecurrenceConfig | None:
         key_dim=top.integer("linear_key_head_dim"),
         value_dim=top.integer("linear_value_head_dim"),
         taps=top.integer("linear_conv_kernel_dim"),
+    )
+
+
+def _mamba(top: Keys) -> RecurrenceConfig:
+    heads, groups = top.integer("mamba_n_heads"), top.integer("mamba_n_groups")
+    width = top.get("mamba_d_head")
+    if width in (None, "auto"):
+        width = int(top.number("mamba_expand") * top.integer("hidden_size")) // heads
+    else:
+        width = top.integer("mamba_d_head")
+    if heads % groups:
+        raise top.wrong("mamba_n_heads", f"must be a multiple of {groups}, the groups")
+    return RecurrenceConfig(
+        heads=heads,
+        key_heads=groups,
+        key_dim=top.integer("mamba_d_state"),
+        value_dim=width,
+        taps=top.integer("mamba_d_conv"),
     )
 
 

@@ -49,6 +49,8 @@ class ConfigRules:
     query_bias, output_bias, mlp_bias
         Whether linears have biases, or the key that says so: query, key and value; attention's output;
         the MLP's.
+    convolution_bias, projection_bias
+        The same for short convolutions, and for the linears around them.
     interleaved
         Whether rotary pairs are neighbours rather than half a head apart, or the key that says so.
     slides
@@ -93,6 +95,8 @@ class ConfigRules:
     spellings: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     section: str | None = None
     query_bias: bool | str = "attention_bias"
+    convolution_bias: bool | str = "conv_bias"
+    projection_bias: bool | str = "conv_bias"
     output_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = False
     interleaved: bool | str = False

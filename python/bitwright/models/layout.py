@@ -10,6 +10,7 @@ from bitwright.models.architecture import (
     Experts,
     GatedDelta,
     LatentAttention,
+    Mamba,
     Mlp,
     ShortConvolution,
     Stack,
@@ -24,6 +25,7 @@ StageKind = Literal[
     "latent_attention",  # keys and values from their latent, and attention itself
     "delta",  # a gated delta-net up to its output
     "convolution",  # a short convolution between its gates
+    "mamba",  # a Mamba-2 mixer up to its output
     "attention_output",
     "mlp",
     "mlp_output",
@@ -34,7 +36,7 @@ StageKind = Literal[
     "expert_output",
 ]
 Role = Literal["gate", "up", "down"]
-SUB_BLOCK_STARTS = ("attention", "latent", "delta", "convolution", "mlp", "router")
+SUB_BLOCK_STARTS = ("attention", "latent", "delta", "convolution", "mamba", "mlp", "router")
 # The stages that read the hidden states.
 
 
@@ -162,6 +164,8 @@ def block_layout(architecture: Architecture, config: ModelConfig, index: int) ->
         builder.add_delta(mixer)
     elif isinstance(mixer, ShortConvolution):
         builder.add_convolution(mixer)
+    elif isinstance(mixer, Mamba):
+        builder.add_mamba(mixer)
     elif isinstance(architecture.attention, LatentAttention):
         builder.add_latent_attention(architecture.attention)
     else:
@@ -289,15 +293,33 @@ class _Builder:
 
     def add_convolution(self, names: ShortConvolution) -> None:
         config, hidden = self.config, self.config.hidden_size
-        self._linear(names.inputs, (3 * hidden, hidden), config.convolution_bias)
+        self._linear(names.inputs, (3 * hidden, hidden), config.projection_bias)
         self.vectors[f"{names.convolution}.weight"] = (hidden, 1, config.convolved)
         if config.convolution_bias:
             self.vectors[f"{names.convolution}.bias"] = (hidden,)
-        self._linear(names.output, (hidden, hidden), config.convolution_bias)
+        self._linear(names.output, (hidden, hidden), config.projection_bias)
         self._mixer_stages("convolution", (names.inputs,), names.output)
         # The output is the second part, times what the others are convolved to.
         rows = range(hidden, 2 * hidden)
         self.groups.append(ScaleGroup(names.inputs, "linear", (names.output,), outputs=rows))
+
+    def add_mamba(self, names: Mamba) -> None:
+        sizes, config = self.config.recurrence, self.config
+        if sizes is None:
+            raise ValueError("Mamba: the config has no sizes for it")
+        values = sizes.heads * sizes.value_dim
+        mixed = values + 2 * sizes.key_heads * sizes.key_dim
+        width = values + mixed + sizes.heads
+        self._linear(names.inputs, (width, config.hidden_size), config.projection_bias)
+        self.vectors[f"{names.convolution}.weight"] = (mixed, 1, sizes.taps)
+        if config.convolution_bias:
+            self.vectors[f"{names.convolution}.bias"] = (mixed,)
+        for name in (names.decay, names.step, names.skip):
+            self.vectors[name] = (sizes.heads,)
+        self.vectors[f"{names.norm}.weight"] = (values,)
+        self._linear(names.output, (config.hidden_size, values), config.projection_bias)
+        self._mixer_stages("mamba", (names.inputs,), names.output)
+        self.groups.append(ScaleGroup(names.norm, "rms_norm", (names.output,)))
 
     def _mixer_stages(
         self, kind: StageKind, inputs: tuple[str, ...], output: str, floats: tuple[str, ...] = ()

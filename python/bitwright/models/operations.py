@@ -124,6 +124,22 @@ class Operations:
         steps = np.logaddexp(states + self.weights[step], states.dtype.type(0))
         return np.asarray(-np.exp(self.weights[rate]) * steps)
 
+    def steps(self, states: Float, step: str) -> Float:
+        """Return softplus(states + step)."""
+        return np.asarray(np.logaddexp(states + self.weights[step], states.dtype.type(0)))
+
+    def spread(self, states: Float, width: int) -> Float:
+        """Return every channel so many times, one after the other."""
+        return np.repeat(states, width, axis=1)
+
+    def scale_channels(self, name: str, states: Float) -> Float:
+        """Return each channel times its gain."""
+        return np.asarray(states * self.weights[name])
+
+    def skip(self, output: Float, states: Float, name: str, width: int) -> Float:
+        """Return the output plus the states, those of each head times its factor."""
+        return np.asarray(output + states * np.repeat(self.weights[name], width))
+
     def recurrence(self, parts: Sequence[Float], rule: Mapping[str, Any]) -> Float:
         """Return the outputs of a recurrence from queries, keys, values, decays and strengths; `rule` holds
         the kernel's other arguments."""

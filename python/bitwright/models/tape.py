@@ -172,6 +172,50 @@ class Tape(Operations):
         self._steps.append(backward)
         return result
 
+    def steps(self, states: Float, step: str) -> Float:
+        result = super().steps(states, step)
+
+        def backward() -> None:
+            slope = 1 / (1 + np.exp(-(states + self.weights[step])))
+            self._give(states, self._required(result) * slope)
+
+        self._steps.append(backward)
+        return result
+
+    def spread(self, states: Float, width: int) -> Float:
+        result = super().spread(states, width)
+
+        def step() -> None:
+            above = self._required(result).reshape(len(states), -1, width)
+            self._give(states, above.sum(axis=2))
+
+        self._steps.append(step)
+        return result
+
+    def scale_channels(self, name: str, states: Float) -> Float:
+        result = super().scale_channels(name, states)
+
+        def step() -> None:
+            above = self._required(result)
+            known = self._vector_gradients.get(name)
+            if known is not None:
+                known += (above * states).sum(axis=0)
+            self._give(states, above * self.weights[name])
+
+        self._steps.append(step)
+        return result
+
+    def skip(self, output: Float, states: Float, name: str, width: int) -> Float:
+        result = super().skip(output, states, name, width)
+
+        def step() -> None:
+            above = self._required(result)
+            self._give(states, above * np.repeat(self.weights[name], width))
+            self._give(output, above)
+
+        self._steps.append(step)
+        return result
+
     def recurrence(self, parts: Sequence[Float], rule: Mapping[str, Any]) -> Float:
         output = super().recurrence(parts, rule)
 
