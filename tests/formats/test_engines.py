@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_models import new_spelling
 from safetensors.numpy import load_file
-from shared_data import ARCH, TESTS, TINY
+from shared_data import ARCH, OWN, TESTS, TINY
 
 import bitwright
 from bitwright.cli.main import cli
@@ -105,7 +105,7 @@ def multimodal_model(family: str, spelling: str) -> Case:
 
 
 CASES = {
-    **{f"tiny-{folder.name}": (text_model, (folder,)) for folder in TINY if folder not in NESTED},
+    **{f"tiny-{folder.name}": (text_model, (folder,)) for folder in OWN if folder not in NESTED},
     **{f"arch-{folder.name}": (text_model, (folder,)) for folder in ARCH},
     **{
         f"{family}-{spelling}": (multimodal_model, (family, spelling))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from shared_data import ARCH, SHARED, TESTS, TINY
+from shared_data import ARCH, OWN, SHARED, TESTS, TINY
 
 import bitwright
 from bitwright.blocks.scaling import AwqOptions, ScaledBlock, observe_block
@@ -28,6 +28,9 @@ from bitwright.runs.states import ChunkPlan, States
 pytestmark = pytest.mark.usefixtures("all_processors")
 
 FOLDERS = [*TINY, *ARCH]
+by_own_folder = pytest.mark.parametrize(
+    "folder", [*OWN, *ARCH], ids=lambda folder: f"{folder.parent.name}-{folder.name}"
+)
 by_folder = pytest.mark.parametrize(
     "folder", FOLDERS, ids=lambda folder: f"{folder.parent.name}-{folder.name}"
 )
@@ -90,7 +93,7 @@ def calibration(model: bitwright.Model, samples: int = 24) -> np.ndarray[Any, An
     return np.random.default_rng(1).integers(0, model.config.vocab_size, (samples, 64))
 
 
-@by_folder
+@by_own_folder
 @pytest.mark.slow
 def test_gptq_is_closer_than_rounding_and_reads_back(folder: Path, tmp_path: Path) -> None:
     original = bitwright.load_model(folder)
@@ -120,7 +123,7 @@ def odd_linears(model: bitwright.Model) -> list[str]:
     return [name for name, shape in model.linear_shapes().items() if any(n % 32 for n in shape)]
 
 
-@by_folder
+@by_own_folder
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["awq", "awq+gptq"])
 def test_awq_runs_and_reads_back(folder: Path, method: Any, tmp_path: Path) -> None:

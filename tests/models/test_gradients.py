@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from shared_data import ARCH, TINY
+from shared_data import ARCH, OWN, TINY
 
 import bitwright
 from bitwright import _kernels
@@ -65,7 +65,7 @@ def all_vectors(model: bitwright.Model) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    "folder", [*TINY, *ARCH], ids=lambda folder: f"{folder.parent.name}-{folder.name}"
+    "folder", [*OWN, *ARCH], ids=lambda folder: f"{folder.parent.name}-{folder.name}"
 )
 def test_gradients_of_a_whole_model(folder: Path) -> None:
     model = bitwright.load_model(folder)

@@ -44,6 +44,12 @@ _ASKED: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         "sliding_window_pattern": _pattern(config.get("sliding_window_pattern")),
     },
     "glm4_moe": lambda config: {"head_dim": _head_dim(config), "rope_scaling": {}},
+    "granitemoehybrid": lambda config: {
+        "layer_types": [
+            {"linear_attention": "mamba", "full_attention": "attention"}.get(each, each)
+            for each in config.get("layer_types") or config.get("layers_block_type") or []
+        ],
+    },
     "internlm3": lambda config: {
         "bias": config.get("mlp_bias"),
         "qkv_bias": config.get("attention_bias"),
@@ -213,7 +219,7 @@ class MlxFormat(Format):
         spelled = {key: value for key, value in old.items() if value is not None} | dict(config)
         asked = _ASKED.get(str(config.get("model_type")))
         for key, value in ({} if asked is None else asked(config)).items():
-            if config.get(key) is None or isinstance(value, str):
+            if config.get(key) is None or isinstance(value, str | list):
                 spelled[key] = value
         if isinstance(config.get("text_config"), dict):
             spelled["text_config"] = cls.spell(config["text_config"])
