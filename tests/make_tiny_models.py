@@ -484,9 +484,31 @@ VARIANTS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
         SMALL | {"head_dim": 8, "sliding_window": 9, "rope_parameters": LLAMA3},
     ),
     "arcee": ("arcee", torch.bfloat16, SMALL | {"head_dim": 8, "mlp_bias": True}),
+    "gemma4": (
+        "gemma4",
+        torch.bfloat16,
+        {
+            "text_config": {
+                **SMALL_SHAPE,
+                "head_dim": 8,
+                "global_head_dim": 16,
+                "num_global_key_value_heads": 1,
+                "attention_k_eq_v": True,
+                "sliding_window": 9,
+                "hidden_size_per_layer_input": 0,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "vision_config": {
+                **TOWER,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "patch_size": 4,
+                "position_embedding_size": 8,
+            },
+            "audio_config": None,
+        },
+    ),
 }
-
-
 OFFSET = ("gemma2", "gemma3", "qwen3_next", "qwen3_5")  # whose norms multiply by 1 + weight
 
 
@@ -502,6 +524,8 @@ def make(name: str) -> None:
         if key.endswith(("norm.weight", "bias")):
             offset = 1.0 if "norm.w" in key and not model_type.startswith(OFFSET) else 0.0
             torch.nn.init.normal_(parameter, offset, 0.2)
+        if key.endswith("layer_scalar"):
+            torch.nn.init.constant_(parameter, 0.8)
     folder = DATA / name
     shutil.rmtree(folder, ignore_errors=True)
     made.to(dtype).save_pretrained(folder)

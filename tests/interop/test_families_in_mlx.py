@@ -27,6 +27,7 @@ FAMILIES = {
     "qwen2_5_vl": 1e-4,
     "qwen3_vl": 1e-4,
     "qwen3_vl_moe": 1e-4,
+    "gemma4": 1e-4,
     "glm4_moe": 1e-4,
     "glm4_moe_lite": 2e-4,
     "solar_open": 1e-4,
@@ -46,7 +47,9 @@ def test_logits_are_those_of_mlx_lm(tmp_path: Path) -> None:
         shapes = bitwright.load_model(source).linear_shapes()
         odd = [layer for layer, shape in shapes.items() if shape[1] % 32]
         bitwright.quantize(source, tmp_path / name, "rtn", 8, 32, exclude=odd, progress=False)
-    printed = run_client("mlx", "mlx_logits.py", *(tmp_path / name for name in FAMILIES))
+    printed = run_client(
+        "mlx", "mlx_logits.py", "--float32", *(tmp_path / name for name in FAMILIES)
+    )
     lines = [line for line in printed.splitlines() if line.startswith('{"logits"')]
     for (name, close), line in zip(FAMILIES.items(), lines, strict=True):
         found = np.array(json.loads(line)["logits"])

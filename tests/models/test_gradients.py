@@ -56,7 +56,7 @@ def all_vectors(model: bitwright.Model) -> dict[str, tuple[int, ...]]:
         for index, layout in enumerate(model.layouts)
         for name, shape in layout.vectors.items()
         # Biases that only choose, and what belongs to neither norms nor linears.
-        if not name.endswith(("correction_bias", "sinks", "A_log", "dt_bias", ".D"))
+        if not name.endswith(("correction_bias", "sinks", "A_log", "dt_bias", ".D", "layer_scalar"))
         and len(shape) == 1
     }
     for name in model.final_operations().vectors:

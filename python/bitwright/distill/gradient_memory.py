@@ -68,7 +68,7 @@ def tape_bytes(model: Model, index: int, stages: Iterable[Stage], length: int, r
 
 def _per_token(model: Model, index: int, stages: Iterable[Stage]) -> float:
     """Return how many numbers per token operations remember, with the most that their gradients add."""
-    layout, config, names = model.layouts[index], model.config, model.architecture
+    layout, config, names = model.layouts[index], model.config.at(index), model.architecture
     hidden, experts = config.hidden_size, config.experts
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim

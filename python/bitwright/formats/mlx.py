@@ -43,6 +43,11 @@ _ASKED: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         "rope_scaling": {},
         "sliding_window_pattern": _pattern(config.get("sliding_window_pattern")),
     },
+    "gemma4_text": lambda config: {
+        f"global_{name}" if name == "head_dim" else "num_global_key_value_heads": value
+        for layer in list((config.get("per_layer_config") or {}).values())[:1]
+        for name, value in layer.items()
+    },
     "glm4_moe": lambda config: {"head_dim": _head_dim(config), "rope_scaling": {}},
     "granitemoehybrid": lambda config: {
         "layer_types": [
@@ -207,11 +212,12 @@ class MlxFormat(Format):
         if isinstance(rope, dict):
             full = rope.get("full_attention", rope)
             old["rope_theta"] = full.get("rope_theta")
-            if full.get("rope_type", "default") != "default":
+            by_share = full.get("rope_type") == "proportional"  # which has no older spelling
+            if full.get("rope_type", "default") != "default" and not by_share:
                 old["rope_scaling"] = {**full, "type": full["rope_type"]}
             if isinstance(rope.get("sliding_attention"), dict):
                 old["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
-            old["partial_rotary_factor"] = full.get("partial_rotary_factor")
+            old["partial_rotary_factor"] = None if by_share else full.get("partial_rotary_factor")
         old["num_experts"] = config.get("num_local_experts")
         types = config.get("layer_types")
         if isinstance(types, list) and "linear_attention" in types and "full_attention" in types:

@@ -28,7 +28,8 @@ class Attention:
     Where ``fused`` is set, it holds the rows of all three, queries first, and stands for them.
     ``query_norm`` and ``key_norm`` are norms before the rotation, or after it (``norms_last``), over each
     head or over ``whole`` rows. Where the query is ``gated``, each of its heads is followed by a gate of
-    the head's output. ``sinks`` are scores per head of a token without a value.
+    the head's output. With a ``value_norm`` values are normed over each head, without a gain. ``sinks``
+    are scores per head of a token without a value.
     """
 
     query: str = "self_attn.q_proj"
@@ -41,6 +42,7 @@ class Attention:
     whole: bool = False
     norms_last: bool = False
     gated: bool = False
+    value_norm: bool = False
     sinks: str | None = None
 
 
@@ -206,6 +208,8 @@ class Architecture:
         Norms of the outputs of attention and MLP, before they are added to the hidden states, if any.
     norm_kind
         Of all norms.
+    layer_scale
+        The factor of the hidden states after a block, if any.
     """
 
     model_types: tuple[str, ...]
@@ -220,6 +224,7 @@ class Architecture:
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
     norm_kind: FoldKind = "rms_norm"
+    layer_scale: str | None = None
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,8 @@ class DecoderBlock:
             case "shared_output" | "expert_output":
                 self._add_weighed(stage, states, chunk)
                 chunk.inner.pop("inner", None)
+        if stage is self.stages[-1] and self.architecture.layer_scale is not None:
+            self.operations.scale_all(self.architecture.layer_scale, chunk.hidden)
 
     def adds_linearly(self, stage: Stage) -> bool:
         """Tell whether a stage adds the outputs of its one linear to the hidden states as they are."""
@@ -285,16 +287,16 @@ class DecoderBlock:
         config, names = self.config, cast(Attention, self.architecture.attention)
         heads, key_heads = config.num_attention_heads, config.num_key_value_heads
         if names.fused is None:
-            query, key, value = (
-                self.operations.linear(name, states)
-                for name in (names.query, names.key, names.value)
-            )
+            query, key = (self.operations.linear(each, states) for each in (names.query, names.key))
+            value = key if config.keys_are_values else self.operations.linear(names.value, states)
         else:
             widths = [count * config.head_dim for count in (heads, key_heads, key_heads)]
             query, key, value = self.operations.split(
                 self.operations.linear(names.fused, states), widths
             )
         gate = None
+        if names.value_norm:
+            value = self.operations.even_norm(value, config.head_dim, 1.0, config.norm_eps)
         if names.gated:
             query, gate = self.operations.split_heads(query, heads, [config.head_dim] * 2)
         if not names.norms_last:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -23,7 +23,7 @@ from bitwright.models.keys import (
 )
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu", "relu2")
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 MODEL_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -66,7 +66,9 @@ class RopeConfig:
 
     The fields carry the names that config.json gives them, except ``theta`` (``rope_theta``).
     Which of them matter depends on ``rope_type``; ``None`` means not given. ``position_scale``
-    (``llama_4_scaling_beta``) is by how much queries grow beyond the original length.
+    (``llama_4_scaling_beta``) is by how much queries grow beyond the original length, ``share``
+    (``partial_rotary_factor``) how many pairs turn at all with type "proportional", and ``rotary_dim`` how
+    many channels are rotated, where layers differ.
     """
 
     rope_type: str = "default"
@@ -84,6 +86,8 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     position_scale: float = 0.0
+    share: float = 1.0
+    rotary_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,13 @@ class ModelConfig:
     experts: ExpertsConfig | None
     dtype: np.dtype[Any] | None
     raw: Mapping[str, Any] = field(repr=False)
+    keys_are_values: bool = False
+    layer_sizes: tuple[Mapping[str, Any], ...] = ()
+
+    def at(self, layer: int) -> Self:
+        """Return the configuration of one layer, where sizes differ."""
+        sizes = self.layer_sizes[layer] if self.layer_sizes else {}
+        return replace(self, **sizes, layer_sizes=()) if sizes else self
 
     @classmethod
     def from_dict(
@@ -232,6 +243,14 @@ class ModelConfig:
         attention_scale = (head_dim if scalar is None else scalar) ** -0.5
         if latent is not None:
             attention_scale *= _latent_scale(rope)
+        sizes = _layer_sizes(top, rules, layer_types)
+        widths = [
+            each["head_dim"]
+            for each, kind in zip(sizes, layer_types, strict=False)
+            if kind == "full_attention" and "head_dim" in each
+        ]
+        if widths:
+            rope = replace(rope, rotary_dim=widths[0])
         sparse = _sparse(top, rules, layers)
         return cls(
             model_type=raw["model_type"],
@@ -277,6 +296,7 @@ class ModelConfig:
             experts=_experts(top, rules) if any(sparse) else None,
             dtype=_dtype(top),
             raw=raw,
+            layer_sizes=sizes,
         )
 
 
@@ -298,6 +318,13 @@ def _opened(
     name = f"{rules.section}." if rules.section else ""
     top = Keys(values, source, name, _LLAMA_DEFAULTS | dict(rules.defaults), rules)
     check_keys(top, understood_keys(rules), model_type)
+    for key, computed in rules.uncomputed.items():
+        if top.get(key) not in computed:
+            raise UnsupportedModelError(
+                f"{source}: {top.quoted(key)} is {shown(top.get(key))}, which is not computed for "
+                f"{model_type}; what is: {', '.join(map(shown, computed))}. transformers does: quantize by "
+                f"--backend transformers or bitwright.quantize_with_transformers"
+            )
     return family, rules, top
 
 
@@ -487,6 +514,17 @@ def _latent_scale(rope: RopeConfig) -> float:
     return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
 
 
+def _layer_sizes(
+    top: Keys, rules: ConfigRules, layer_types: tuple[LayerType, ...]
+) -> tuple[Mapping[str, Any], ...]:
+    if rules.layer_sizes is None:
+        return ()
+    return tuple(
+        rules.layer_sizes(top, layer, kind == "full_attention")
+        for layer, kind in enumerate(layer_types)
+    )
+
+
 def _sparse(top: Keys, rules: ConfigRules, layers: int) -> tuple[bool, ...]:
     """Return which layers have experts."""
     types = top.get("mlp_layer_types")
@@ -561,7 +599,10 @@ def _ropes(
         rope.section(each) or Keys({}, top.source, f"{rope.name}{each}.") for each in _LAYER_TYPES
     ]
     for each in sections:
-        if each.number("partial_rotary_factor", 1.0) != 1:
+        if (
+            each.number("partial_rotary_factor", 1.0) != 1
+            and each.get("rope_type") != "proportional"
+        ):
             raise UnsupportedModelError(
                 f"{top.source}: {each.quoted('partial_rotary_factor')} is not 1, which is not supported"
             )
@@ -582,6 +623,11 @@ def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) 
         rope_type = rope.choice(type_key, ROPE_TYPES, "default")
     if rope_type == "default":
         return RopeConfig(theta=theta)
+    if rope_type == "proportional":
+        share = rope.number("partial_rotary_factor", 1.0)
+        if share > 1:
+            raise rope.wrong("partial_rotary_factor", "must be at most 1")
+        return RopeConfig(rope_type, theta, rope.number("factor", 1.0), share=share)
     if rope_type == "dynamic" and "alpha" in top.rules.rope_keys and rope.get("alpha") is not None:
         # Hunyuan's: the base grows by a fixed factor, whatever the length.
         return RopeConfig(

@@ -114,7 +114,7 @@ class Decoder(WeightSource):
             return known.weight(prefix + linear, shape)
 
         weights = BlockWeights(read, {})
-        return DecoderBlock(weights, layout, self.architecture, self.config, index)
+        return DecoderBlock(weights, layout, self.architecture, self.config.at(index), index)
 
     def embed(
         self, ids: NDArray[np.int32], matrix: NDArray[Any] | MatrixRows | None = None
@@ -166,7 +166,9 @@ class Decoder(WeightSource):
             "sliding_attention": config.sliding_rope,
         }
         tables = {
-            kind: rope_tables(rope, config.rotary_dim, length, config.max_position_embeddings)
+            kind: rope_tables(
+                rope, rope.rotary_dim or config.rotary_dim, length, config.max_position_embeddings
+            )
             for kind, rope in ropes.items()
         }
         return Rotation(

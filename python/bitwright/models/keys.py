@@ -64,6 +64,8 @@ class ConfigRules:
         Whether layers with windows have a rotation of their own, which no scaling changes.
     mlp_width
         The channels between up and down, where ``intermediate_size`` is not their number.
+    layer_sizes
+        Fields of `ModelConfig` that differ in a layer, given whether it has full attention.
     layer_kind
         The type of a layer where ``layer_types`` does not say it and it has no attention; see
         `Architecture.mixers`.
@@ -79,6 +81,8 @@ class ConfigRules:
     harmless, refused, disputed
         Keys that are not computed with, beside those of every family; see
         `bitwright.models.config_keys`.
+    uncomputed
+        Keys with values that are computed; others, a default included, are refused.
     overlooked
         Keys that transformers declares for the family and does not compute with: a warning names them.
     meanings
@@ -105,6 +109,7 @@ class ConfigRules:
     rope_keys: tuple[str, ...] = ()
     two_ropes: bool = False
     mlp_width: "Callable[[Keys], int] | None" = None
+    layer_sizes: "Callable[[Keys, int, bool], dict[str, Any]] | None" = None
     layer_kind: "Callable[[Keys, int], str | None]" = lambda _keys, _layer: None
     layer_kinds: tuple[str, ...] = ()
     rotates: "Callable[[Keys, int], bool]" = lambda _keys, _layer: True
@@ -113,6 +118,7 @@ class ConfigRules:
     harmless: tuple[str, ...] = ()
     refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     disputed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    uncomputed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     overlooked: tuple[str, ...] = ()
     meanings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     router_scores: Literal["softmax", "sigmoid"] = "softmax"

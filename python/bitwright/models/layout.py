@@ -158,7 +158,7 @@ class BlockLayout:
 
 def block_layout(architecture: Architecture, config: ModelConfig, index: int) -> BlockLayout:
     """Return the layout of block `index`."""
-    builder = _Builder(architecture, config)
+    builder = _Builder(architecture, config.at(index))
     mixer = architecture.mixers.get(config.layer_types[index])
     if isinstance(mixer, GatedDelta):
         builder.add_delta(mixer)
@@ -174,6 +174,8 @@ def block_layout(architecture: Architecture, config: ModelConfig, index: int) ->
         builder.add_experts(architecture.experts)
     else:
         builder.add_mlp(architecture.mlp)
+    if architecture.layer_scale is not None:
+        builder.vectors[architecture.layer_scale] = (1,)
     return builder.layout()
 
 
@@ -207,8 +209,10 @@ class _Builder:
         outputs = None
         if names.fused is None:
             linears: tuple[str, ...] = (names.query, names.key, names.value)
+            if config.keys_are_values:
+                linears = linears[:2]
             wide = 2 * queries if names.gated else queries
-            for name, width in zip(linears, (wide, keys, keys), strict=True):
+            for name, width in zip(linears, (wide, keys, keys)[: len(linears)], strict=True):
                 self._linear(name, (width, hidden), config.query_bias)
             value, self.never_clipped = names.value, (names.query, names.key)
         else:
@@ -229,8 +233,9 @@ class _Builder:
             Stage("attention_output", (names.output,)),
         ]
         self._norm_group(norm, linears)
-        # Attention mixes tokens but not channels: a scale passes through it.
-        self.groups.append(ScaleGroup(value, "linear", (names.output,), outputs=outputs))
+        # Attention mixes tokens but not channels: a scale passes through it, but through no norm.
+        if not names.value_norm:
+            self.groups.append(ScaleGroup(value, "linear", (names.output,), outputs=outputs))
 
     def add_latent_attention(self, names: LatentAttention) -> None:
         config, hidden, latent = self.config, self.config.hidden_size, self.config.latent

@@ -149,6 +149,10 @@ class Operations:
         _kernels.recurrence(out=output, **inputs)
         return output
 
+    def scale_all(self, name: str, hidden: Float) -> None:
+        """Multiply the hidden states by a factor, in place."""
+        hidden *= self.weights[name]
+
     def rotate(
         self, states: Float, tables: tuple[Float, Float], heads: int, first: int, interleaved: bool
     ) -> None:

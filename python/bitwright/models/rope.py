@@ -67,6 +67,10 @@ def rope_frequencies(
         elif rope.rope_type == "yarn":
             frequencies = _yarn(periods, rope, original, rotary_dim)
             attention_factor = _yarn_attention_factor(rope)
+        elif rope.rope_type == "proportional":
+            turning = int(rope.share * rotary_dim // 2)
+            frequencies = np.where(np.arange(rotary_dim // 2) < turning, frequencies, np.float32(0))
+            frequencies = frequencies / np.float32(rope.factor)
         elif rope.rope_type == "longrope":
             factors = rope.long_factor if length > original else rope.short_factor
             frequencies = np.float32(1) / (np.asarray(factors, np.float32) * periods)

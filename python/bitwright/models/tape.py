@@ -233,6 +233,12 @@ class Tape(Operations):
         self._steps.append(step)
         return output
 
+    def scale_all(self, name: str, hidden: Float) -> None:
+        def step() -> None:  # the caller has the product, as it has sums
+            self._gradients[id(hidden)] *= self.weights[name]
+
+        self._steps.append(step)
+
     def rotate(
         self, states: Float, tables: tuple[Float, Float], heads: int, first: int, interleaved: bool
     ) -> None:

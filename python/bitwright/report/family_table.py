@@ -23,6 +23,8 @@ IN_MLX_LM = frozenset(
         "gemma2",
         "gemma3",
         "gemma3_text",
+        "gemma4",
+        "gemma4_text",
         "glm4",
         "glm4_moe",
         "glm4_moe_lite",
