@@ -619,6 +619,8 @@ def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) 
     type_key = "type" if rope.get("rope_type") is None else "rope_type"
     if rope.get(type_key) == "su" or (rope.get(type_key) == "yarn" and rope.get("short_factor")):
         rope_type = "longrope"  # as early Phi-3 models call it
+    elif str(rope.get(type_key)) in top.rules.meanings.get("rope_type", {}):
+        rope_type = top.rules.meanings["rope_type"][rope.get(type_key)]
     else:
         rope_type = rope.choice(type_key, ROPE_TYPES, "default")
     if rope_type == "default":

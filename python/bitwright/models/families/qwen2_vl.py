@@ -18,7 +18,7 @@ FAMILIES = (
                 "rope_theta": 1000000.0,
                 "max_window_layers": 80,
             },
-            "meanings": {"rope_type": {"mrope": "default"}, "type": {"mrope": "default"}},
+            "meanings": {"rope_type": {"mrope": "default"}},
         },
     ),
     Wrapper(
