@@ -508,6 +508,13 @@ VARIANTS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
             "audio_config": None,
         },
     ),
+    "cohere": ("cohere", torch.bfloat16, SMALL | {"logit_scale": 0.5}),
+    "cohere2": (
+        "cohere2",
+        torch.bfloat16,
+        SMALL | {"head_dim": 8, "sliding_window": 9, "num_hidden_layers": 4},
+    ),
+    "stablelm-parallel": ("stablelm", torch.bfloat16, SMALL | {"use_parallel_residual": True}),
 }
 OFFSET = ("gemma2", "gemma3", "qwen3_next", "qwen3_5")  # whose norms multiply by 1 + weight
 

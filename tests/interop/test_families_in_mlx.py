@@ -19,6 +19,7 @@ FAMILIES = {
     "qwen3_5_moe": 1e-1,
     "lfm2": 1e-4,
     "lfm2_moe": 1e-4,
+    "cohere2": 1e-4,
     "exaone4": 1e-4,
     "hunyuan_v1_dense": 1e-4,
     "minimax_m2": 1e-4,

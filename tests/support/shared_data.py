@@ -38,6 +38,8 @@ KIN = [
     "seed_oss",
     "solar_open",
     "stablelm",
+    "stablelm-parallel",
+    "cohere",
     "bamba",
     "mistral3-ministral3",
     "hunyuan_v1_dense",

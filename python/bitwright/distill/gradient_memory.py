@@ -86,6 +86,8 @@ def _per_token(model: Model, index: int, stages: Iterable[Stage]) -> float:
             kept += outputs + (3 if attention.gated else 1) * queries
             if attention.fused is not None:  # and taken apart
                 kept, changes = kept + outputs, 2 * outputs
+            if stage.mlp is not None:  # in parallel
+                kept, changes = kept + config.intermediate_size, changes + config.intermediate_size
             kept += queries if attention.query_norm is not None else 0
             kept += keys if attention.key_norm is not None else 0
             changes += queries + (2 * queries if keys < queries else 0)

@@ -104,6 +104,8 @@ class DecoderBlock:
                 return chunk.inner["normed"]
             case "expert":
                 return self.operations.gather(chunk.inner["normed"], chunk.routed(stage.expert))
+            case "mlp_output" if "product" in chunk.inner:
+                return chunk.inner["product"]
             case _:
                 return chunk.inner["inner"]
 
@@ -117,6 +119,8 @@ class DecoderBlock:
         match stage.kind:
             case "attention":
                 chunk.inner["inner"] = self._attention(states, rope)
+                if stage.mlp is not None:  # in parallel
+                    chunk.inner["product"] = self._gated(stage.mlp, states)
             case "delta":
                 chunk.inner["inner"] = self._delta(stage, states, rope.length)
             case "mamba":
@@ -140,6 +144,7 @@ class DecoderBlock:
             case "mlp_output":
                 self._add(stage, states, chunk.hidden, self.architecture.mlp_post_norm)
                 chunk.inner.pop("inner", None)
+                chunk.inner.pop("product", None)
             case "shared_output" | "expert_output":
                 self._add_weighed(stage, states, chunk)
                 chunk.inner.pop("inner", None)

@@ -161,6 +161,7 @@ class ModelConfig:
     interleaved: bool
     max_position_embeddings: int
     tie_word_embeddings: bool
+    parallel: bool
     head_norms: bool
     query_bias: bool
     output_bias: bool
@@ -271,6 +272,7 @@ class ModelConfig:
             interleaved=top.flag(rules.interleaved),
             max_position_embeddings=top.integer("max_position_embeddings"),
             tie_word_embeddings=top.boolean("tie_word_embeddings"),
+            parallel=top.flag(rules.parallel),
             head_norms=top.flag(rules.head_norms),
             query_bias=top.flag(rules.query_bias),
             output_bias=top.flag(rules.output_bias),
@@ -285,7 +287,7 @@ class ModelConfig:
             final_softcap=top.optional_number("final_logit_softcapping"),
             embedding_scale=_embedding_scale(top, hidden_size),
             residual_scale=top.number("residual_multiplier", 1.0),
-            logits_divisor=top.number("logits_scaling", 1.0),
+            logits_divisor=top.number("logits_scaling", 1.0) / top.number("logit_scale", 1.0),
             latent=latent,
             recurrence=_recurrence(top),
             convolved=top.integer("conv_L_cache", 0, zero=True),

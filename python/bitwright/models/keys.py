@@ -56,6 +56,8 @@ class ConfigRules:
     slides
         Whether a layer attends to the last ``sliding_window`` tokens only, where ``layer_types`` does not
         say so.
+    parallel
+        Whether attention and MLP read the same normed states, or the key that says so.
     head_norms
         Whether queries and keys are normed where the family has such norms, or the key that says so.
     rope_keys
@@ -105,6 +107,7 @@ class ConfigRules:
     mlp_bias: bool | str = False
     interleaved: bool | str = False
     slides: "Callable[[Keys, int], bool]" = lambda _keys, _layer: False
+    parallel: bool | str = False
     head_norms: bool | str = True
     rope_keys: tuple[str, ...] = ()
     two_ropes: bool = False

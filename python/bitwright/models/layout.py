@@ -1,7 +1,7 @@
 """The stages, tensors and scale groups of one decoder block, from an `Architecture` and a config."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bitwright.models.architecture import (
@@ -140,12 +140,13 @@ class BlockLayout:
 
     @property
     def sub_blocks(self) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
-        """The stages of attention, and those of the MLP or experts."""
-        first = next(
+        """The stages of attention, and those of the MLP or experts: none where both are parallel."""
+        starts = (
             number
             for number, stage in enumerate(self.stages)
             if stage.kind in SUB_BLOCK_STARTS and number > 0
         )
+        first = next(starts, len(self.stages))
         return self.stages[:first], self.stages[first:]
 
     def channels(self, stage: Stage) -> int:
@@ -170,7 +171,9 @@ def block_layout(architecture: Architecture, config: ModelConfig, index: int) ->
         builder.add_latent_attention(architecture.attention)
     else:
         builder.add_attention(architecture.attention)
-    if config.is_sparse[index] and architecture.experts is not None:
+    if config.parallel:
+        builder.add_parallel_mlp(architecture.mlp)
+    elif config.is_sparse[index] and architecture.experts is not None:
         builder.add_experts(architecture.experts)
     else:
         builder.add_mlp(architecture.mlp)
@@ -343,6 +346,16 @@ class _Builder:
             Stage("mlp_output", (names.down,), mlp=names),
         ]
         self._norm_group(norm, linears)
+        self._down_group(names, self.config.intermediate_size)
+
+    def add_parallel_mlp(self, names: Mlp) -> None:
+        """Add an MLP whose first linears read what attention reads: they are linears of its stage."""
+        linears = self._mlp(names, self.config.intermediate_size)
+        stages = self.stages
+        stages[0] = replace(stages[0], linears=(*stages[0].linears, *linears), mlp=names)
+        stages.append(Stage("mlp_output", (names.down,), mlp=names))
+        group = self.groups[0]
+        self.groups[0] = replace(group, layers=(*group.layers, *linears))
         self._down_group(names, self.config.intermediate_size)
 
     def add_experts(self, names: Experts) -> None:

@@ -236,6 +236,8 @@ def apply_norm(
 ) -> Float:
     """Return `states` ``[tokens, channels]`` normalized; see `fold_scale` for the kinds."""
     normed = np.empty_like(states)
+    if kind == "biasless_layer_norm":
+        bias = np.zeros_like(weight)
     if bias is not None:
         _kernels.layer_norm(states, weight, bias, epsilon, normed)
     else:

@@ -80,7 +80,7 @@ class Tape(Operations):
         normed = super().norm(name, states, width, kind=kind, epsilon=epsilon)
         channels = states.shape[1] if width is None else width
         kernel = _kernels.rms_norm_backward
-        if f"{name}.bias" in self.vectors:
+        if f"{name}.bias" in self.vectors or (kind or self.norm_kind) == "biasless_layer_norm":
             kernel = _kernels.layer_norm_backward
         self._steps.append(
             lambda: self._norm_backward(

@@ -15,6 +15,8 @@ from bitwright.models.architecture import (
 # tests/interop/test_families_in_mlx.py.
 IN_MLX_LM = frozenset(
     [
+        "cohere",
+        "cohere2",
         "deepseek_v2",
         "deepseek_v3",
         "ernie4_5",
