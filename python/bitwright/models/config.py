@@ -613,18 +613,21 @@ def _ropes(
     return full, _rope(top, local, max_position_embeddings, rotary_dim)
 
 
+def _rope_type(top: Keys, rope: Keys) -> str:
+    key = "type" if rope.get("rope_type") is None else "rope_type"
+    said = rope.get(key)
+    if said == "su" or (said == "yarn" and rope.get("short_factor")):
+        return "longrope"  # as early Phi-3 models call it
+    meant = top.rules.meanings.get("rope_type", {}).get(str(said))
+    return rope.choice(key, ROPE_TYPES, "default") if meant is None else meant
+
+
 def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) -> RopeConfig:
     check_rope_keys(rope, top.rules.rope_keys)
     theta = rope.number("rope_theta", top.number("rope_theta"))
     if theta <= 1:
         raise CheckpointError(f'{top.source}: "rope_theta" is {theta}, but must be more than 1')
-    type_key = "type" if rope.get("rope_type") is None else "rope_type"
-    if rope.get(type_key) == "su" or (rope.get(type_key) == "yarn" and rope.get("short_factor")):
-        rope_type = "longrope"  # as early Phi-3 models call it
-    elif str(rope.get(type_key)) in top.rules.meanings.get("rope_type", {}):
-        rope_type = top.rules.meanings["rope_type"][rope.get(type_key)]
-    else:
-        rope_type = rope.choice(type_key, ROPE_TYPES, "default")
+    rope_type = _rope_type(top, rope)
     if rope_type == "default":
         return RopeConfig(theta=theta)
     if rope_type == "proportional":
