@@ -515,6 +515,24 @@ VARIANTS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
         SMALL | {"head_dim": 8, "sliding_window": 9, "num_hidden_layers": 4},
     ),
     "stablelm-parallel": ("stablelm", torch.bfloat16, SMALL | {"use_parallel_residual": True}),
+    "mistral3-mistral4": (
+        "mistral3",
+        torch.bfloat16,
+        {
+            "text_config": {
+                **SMALL_SHAPE,
+                **SIGMOID_EXPERTS,
+                **LATENT_SIZES,
+                "model_type": "mistral4",
+                "num_key_value_heads": 4,
+                "first_k_dense_replace": 1,
+                "rope_parameters": {**SCALED, "mscale": 1.0, "mscale_all_dim": 0.8},
+            },
+            "vision_config": {**TOWER, "model_type": "pixtral", "head_dim": 16},
+            "image_token_index": 63,
+            "vision_feature_layer": -1,
+        },
+    ),
 }
 OFFSET = ("gemma2", "gemma3", "qwen3_next", "qwen3_5")  # whose norms multiply by 1 + weight
 

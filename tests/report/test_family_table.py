@@ -25,7 +25,7 @@ def test_parts_are_named() -> None:
     assert "latent attention" in rows["deepseek_v3"]
     assert "with sinks" in rows["gpt_oss"]
     assert "short convolution" in rows["lfm2"]
-    assert "`mistral`, `ministral3`" in rows["mistral3"]
+    assert "`mistral`, `ministral3`, `mistral4`" in rows["mistral3"]
     assert "| all |" in rows["llama"]
     assert "all but gguf" in rows["qwen3_next"]
     assert "llama.cpp" not in rows["qwen3_next"]

@@ -40,6 +40,7 @@ KIN = [
     "stablelm",
     "stablelm-parallel",
     "cohere",
+    "mistral3-mistral4",
     "bamba",
     "mistral3-ministral3",
     "hunyuan_v1_dense",

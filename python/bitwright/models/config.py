@@ -245,13 +245,7 @@ class ModelConfig:
         if latent is not None:
             attention_scale *= _latent_scale(rope)
         sizes = _layer_sizes(top, rules, layer_types)
-        widths = [
-            each["head_dim"]
-            for each, kind in zip(sizes, layer_types, strict=False)
-            if kind == "full_attention" and "head_dim" in each
-        ]
-        if widths:
-            rope = replace(rope, rotary_dim=widths[0])
+        rope = _sized(rope, sizes, layer_types)
         sparse = _sparse(top, rules, layers)
         return cls(
             model_type=raw["model_type"],
@@ -269,14 +263,8 @@ class ModelConfig:
             rope=rope,
             sliding_rope=sliding_rope,
             rotary_dim=rotary_dim,
-            interleaved=top.flag(rules.interleaved),
             max_position_embeddings=top.integer("max_position_embeddings"),
             tie_word_embeddings=top.boolean("tie_word_embeddings"),
-            parallel=top.flag(rules.parallel),
-            head_norms=top.flag(rules.head_norms),
-            query_bias=top.flag(rules.query_bias),
-            output_bias=top.flag(rules.output_bias),
-            mlp_bias=top.flag(rules.mlp_bias),
             hidden_act=top.choice("hidden_act", ACTIVATIONS),
             layer_types=layer_types,
             rotates=tuple(rules.rotates(top, layer) for layer in range(layers)),
@@ -290,15 +278,11 @@ class ModelConfig:
             logits_divisor=top.number("logits_scaling", 1.0) / top.number("logit_scale", 1.0),
             latent=latent,
             recurrence=_recurrence(top),
-            convolved=top.integer("conv_L_cache", 0, zero=True),
-            convolution_bias=top.flag(rules.convolution_bias),
-            projection_bias=top.flag(rules.projection_bias),
-            swiglu_alpha=top.number("swiglu_alpha", 1.0),
-            swiglu_limit=top.number("swiglu_limit", 0.0, zero=True),
             experts=_experts(top, rules) if any(sparse) else None,
             dtype=_dtype(top),
             raw=raw,
             layer_sizes=sizes,
+            **_choices(top, rules),
         )
 
 
@@ -514,6 +498,38 @@ def _latent_scale(rope: RopeConfig) -> float:
     if rope.rope_type == "default" or not rope.mscale_all_dim or rope.factor <= 1:
         return 1.0
     return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
+
+
+def _choices(top: Keys, rules: ConfigRules) -> dict[str, Any]:
+    """Return what is there or not, and the numbers of single parts."""
+    flags = (
+        "parallel",
+        "head_norms",
+        "query_bias",
+        "output_bias",
+        "mlp_bias",
+        "interleaved",
+        "convolution_bias",
+        "projection_bias",
+    )
+    return {
+        **{name: top.flag(getattr(rules, name)) for name in flags},
+        "convolved": top.integer("conv_L_cache", 0, zero=True),
+        "swiglu_alpha": top.number("swiglu_alpha", 1.0),
+        "swiglu_limit": top.number("swiglu_limit", 0.0, zero=True),
+    }
+
+
+def _sized(
+    rope: RopeConfig, sizes: tuple[Mapping[str, Any], ...], layer_types: tuple[LayerType, ...]
+) -> RopeConfig:
+    """Return the rotation of layers with full attention, for heads of their size."""
+    widths = [
+        each["head_dim"]
+        for each, kind in zip(sizes, layer_types, strict=False)
+        if kind == "full_attention" and "head_dim" in each
+    ]
+    return replace(rope, rotary_dim=widths[0]) if widths else rope
 
 
 def _layer_sizes(

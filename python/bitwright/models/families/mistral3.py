@@ -1,11 +1,11 @@
-"""Mistral 3: a Mistral or Ministral 3 that sees images."""
+"""Mistral 3: a Mistral, Ministral 3 or Mistral Small 4 that sees images."""
 
 from bitwright.models.architecture import Wrapper, beside
 
 FAMILIES = (
     Wrapper(
         model_types=("mistral3",),
-        texts=("mistral", "ministral3"),
+        texts=("mistral", "ministral3", "mistral4"),
         names=(
             beside("language_model.model", "language_model.lm_head"),
             beside("model.language_model"),
