@@ -433,7 +433,7 @@ SLIDING, FULL = "sliding_attention", "full_attention"
                 "normalization_function": "rmsnorm",
             },
             {
-                "layer_types": ("mamba", FULL),
+                "layer_types": ("linear_attention", FULL),
                 "rotates": (False, False),
                 "experts": None,
                 "intermediate_size": 80,

@@ -380,7 +380,11 @@ def changed_copy(source: Path, folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        ("llama-yarn", {"model_type": "mamba"}, "'mamba'.*supported are: deepseek_v2.*starcoder2"),
+        (
+            "llama-yarn",
+            {"model_type": "mamba"},
+            "'mamba'.*supported are: .*deepseek_v2.*starcoder2",
+        ),
         ("llama-yarn", {"model_type": "qwen3_omni"}, "supported are:.*nearest.* is qwen3"),
         (
             "qwen3_vl",

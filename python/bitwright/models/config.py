@@ -30,7 +30,7 @@ MODEL_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 OTHER_FLOATS = ("float64", "float8_e4m3fn", "float8_e5m2")  # that are read, and not written
-LayerType = Literal["full_attention", "sliding_attention", "linear_attention", "conv", "mamba"]
+LayerType = Literal["full_attention", "sliding_attention", "linear_attention", "conv"]
 _LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 QUANTIZATION_KEYS = ("quantization", "quantization_config", "compression_config")
 SEPARATE_FILES = ("quantize_config.json", "quant_config.json")
@@ -423,7 +423,10 @@ def _layer_types(
         return computed
     if not isinstance(types, list) or len(types) != layers:
         raise top.wrong("layer_types", f"must be a list of {layers} strings")
-    types = ["full_attention" if each == "attention" else each for each in types]
+    meant = {"attention": "full_attention"}
+    if "linear_attention" in rules.layer_kinds:
+        meant["mamba"] = "linear_attention"
+    types = [meant.get(each, each) if isinstance(each, str) else each for each in types]
     for each in types:
         if each not in known:
             raise UnsupportedModelError(

@@ -5,7 +5,7 @@ from bitwright.models.keys import ConfigRules, Keys
 
 
 def _kind(keys: Keys, layer: int) -> str | None:
-    return None if layer in keys.integers("attn_layer_indices") else "mamba"
+    return None if layer in keys.integers("attn_layer_indices") else "linear_attention"
 
 
 FAMILIES = (
@@ -45,10 +45,10 @@ FAMILIES = (
             convolution_bias="mamba_conv_bias",
             projection_bias="mamba_proj_bias",
             layer_kind=_kind,
-            layer_kinds=("mamba", "linear_attention"),
+            layer_kinds=("linear_attention",),
         ),
         names=(Names(final_norm="model.final_layernorm"),),
-        mixers={"mamba": Mamba(), "linear_attention": Mamba()},
+        mixers={"linear_attention": Mamba()},
         mlp=Mlp("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),
         mlp_norm="pre_ff_layernorm",
     ),
