@@ -257,6 +257,8 @@ class Checkpoint:
         dtype: str,
         shape: tuple[int, ...],
         make: "Callable[[Checkpoint], NDArray[Any]]",
+        *,
+        kept: bool = False,
     ) -> None:
         """Replace some tensors by one that is computed from them when it is read.
 
@@ -268,10 +270,13 @@ class Checkpoint:
             Of the new tensor; the dtype by its safetensors name.
         make : callable
             Returns the new tensor, given a checkpoint with the parts.
+        kept : bool
+            Whether the parts stay, for others that are made of them.
         """
         whole = copy.copy(self)
         first = whole._tensors[next(iter(parts))]
-        self._tensors = {each: place for each, place in whole._tensors.items() if each not in parts}
+        gone = () if kept else parts
+        self._tensors = {each: place for each, place in whole._tensors.items() if each not in gone}
         self._tensors[name] = _Tensor(first.file, dtype, shape, name)
         self._names = sorted(self._tensors)
         self._made = {**self._made, name: lambda: make(whole)}
