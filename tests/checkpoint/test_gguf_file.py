@@ -140,6 +140,8 @@ def test_rows_of_queries_and_keys_become_neighbours() -> None:
 def test_blocks_are_laid_out_as_in_ggml() -> None:
     quants = pytest.importorskip("gguf.constants")
     for name, dtype in BLOCKS.items():
+        if name == "Q2_0":  # which is newer than the package
+            continue
         number = quants.GGMLQuantizationType[name]
         assert number == TYPE_IDS[name]
         assert (weights_per_block(dtype), dtype.itemsize) == quants.GGML_QUANT_SIZES[number]
@@ -206,7 +208,7 @@ def test_a_part_of_stacked_experts_is_read_alone(tmp_path: Path) -> None:
             checkpoint.read_part(name, 4)
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", [each for each in BLOCKS if each != "Q2_0"])
 def test_tensors_are_where_the_reference_finds_them(kind: str, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     random = np.random.default_rng(0)
@@ -428,7 +430,14 @@ HUGE = 1 << 60
         (header(2 * (text(b"a") + struct.pack("<II", 4, 1)), 2), "'a' is there twice"),
         (header(struct.pack("<Q", HUGE), 1), "should follow"),
         (header(text(b"\xff") + struct.pack("<II", 4, 1), 1), "valid name"),
-        (header(text(b"split.count") + struct.pack("<IH", 2, 3), 1), "llama-gguf-split"),
+        (
+            header(text(b"split.count") + struct.pack("<IH", 2, 3), 1),
+            "part 1 of 3, but its name says",
+        ),
+        (
+            header(text(b"split.no") + struct.pack("<IH", 2, 3), 1),
+            "'split.no' and 'split.count'|3 and 1",
+        ),
         (header(text(b"general.alignment") + struct.pack("<II", 4, 0), 1), "multiple of 8"),
         (header(tensors=2 * tensor(b"t", 4), tensor_count=2), "'t' is there twice"),
         (header(tensors=tensor(b"t"), tensor_count=1), "0 axes"),
@@ -436,7 +445,8 @@ HUGE = 1 << 60
         (header(tensors=tensor(b"t", 0, 4), tensor_count=1), "shape"),
         (header(tensors=tensor(b"t", HUGE, HUGE), tensor_count=1), "'t', .* bytes"),
         (header(tensors=tensor(b"t", 40, kind=2), tensor_count=1), "blocks of 32"),
-        (header(tensors=tensor(b"t", 32, kind=20), tensor_count=1), "'t' is of type IQ4_NL"),
+        (header(tensors=tensor(b"t", 32, kind=9), tensor_count=1), "'t' is of type Q8_1"),
+        (header(tensors=tensor(b"t", 32, kind=23), tensor_count=1), "blocks of 256"),
         (header(tensors=tensor(b"t", 32, kind=99), tensor_count=1), "'t' is of type number 99"),
         (header(tensors=tensor(b"t", 4, offset=8), tensor_count=1), "'t', 16 bytes"),
         (header(tensors=tensor(b"t", 4, offset=HUGE), tensor_count=1), "'t', 16 bytes"),

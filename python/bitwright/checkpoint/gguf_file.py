@@ -13,12 +13,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright import _kernels
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 
 ALIGNMENT = 32
 BLOCKS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
+    "F64": np.dtype("<f8"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "Q4_0": np.dtype([("d", "<f2"), ("qs", "u1", (16,))]),
     "Q4_1": np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", (16,))]),
@@ -45,7 +47,27 @@ BLOCKS: dict[str, np.dtype[Any]] = {
         [("ql", "u1", (128,)), ("qh", "u1", (64,)), ("scales", "i1", (16,)), ("d", "<f2")]
     ),
 }
-"""The tensor types that are read and written, as ggml's structs: one element is one block of weights."""
+"""The tensor types, as ggml's structs: one element is one block of weights."""
+
+DECODED = {  # number, weights and bytes of a block
+    "IQ2_XXS": (16, 256, 66),
+    "IQ2_XS": (17, 256, 74),
+    "IQ3_XXS": (18, 256, 98),
+    "IQ1_S": (19, 256, 50),
+    "IQ4_NL": (20, 32, 18),
+    "IQ3_S": (21, 256, 110),
+    "IQ2_S": (22, 256, 82),
+    "IQ4_XS": (23, 256, 136),
+    "IQ1_M": (29, 256, 56),
+    "TQ1_0": (34, 256, 54),
+    "TQ2_0": (35, 256, 66),
+    "MXFP4": (39, 32, 17),
+    "NVFP4": (40, 64, 36),
+    "Q1_0": (41, 128, 18),
+    "Q2_0": (42, 64, 18),
+}
+# The field has the type's name, so that each type has a dtype of its own.
+BLOCKS |= {name: np.dtype([(name, "u1", (size,))]) for name, (_, _, size) in DECODED.items()}
 
 TYPE_IDS = {
     "F32": 0,
@@ -60,7 +82,9 @@ TYPE_IDS = {
     "Q4_K": 12,
     "Q5_K": 13,
     "Q6_K": 14,
+    "F64": 28,
     "BF16": 30,
+    **{name: number for name, (number, _, _) in DECODED.items()},
 }
 
 _MAGIC = b"GGUF"
@@ -84,11 +108,8 @@ _SCALARS: dict[int, np.dtype[Any]] = {
 _SCALAR_IDS = {dtype: number for number, dtype in _SCALARS.items()}
 _NAMES_OF_IDS = {number: name for name, number in TYPE_IDS.items()}
 TYPE_NAMES = {dtype: name for name, dtype in BLOCKS.items()}
-_UNREAD_TYPES = {
-    **{9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"},
-    **{20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32"},
-    **{27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"},
-}
+# Q8_1 and Q8_K are those of activations; llama.cpp decodes neither.
+_UNREAD_TYPES = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64"}
 _INCOMPLETE = "The download is incomplete or damaged: fetch the file again"
 
 
@@ -103,16 +124,37 @@ def weights_per_block(dtype: np.dtype[Any]) -> int:
     Returns
     -------
     int
-        1, 32 or 256.
+        1, 32, 64, 128 or 256.
 
     Examples
     --------
     >>> weights_per_block(BLOCKS["Q4_K"])
     256
     """
-    if dtype.names is None:
-        return 1
-    return 256 if TYPE_NAMES[dtype].endswith("_K") else 32
+    name = TYPE_NAMES[dtype]
+    if name in DECODED:
+        return DECODED[name][1]
+    return 1 if dtype.names is None else 256 if name.endswith("_K") else 32
+
+
+def decoded(blocks: NDArray[Any]) -> NDArray[Any]:
+    """Return the weights of blocks of a type that no grid here holds.
+
+    Parameters
+    ----------
+    blocks : numpy.ndarray
+        Of one of `BLOCKS`, with one axis or more.
+
+    Returns
+    -------
+    numpy.ndarray
+        Float32, its last axis weights instead of blocks; arrays of other types come back as they are.
+    """
+    name = TYPE_NAMES[blocks.dtype]
+    if name not in DECODED:
+        return blocks
+    rows = np.ascontiguousarray(blocks).view(np.uint8).reshape(math.prod(blocks.shape[:-1]), -1)
+    return _kernels.decode_blocks(rows, name).reshape(*blocks.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -127,6 +169,14 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes of its data, without padding."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def read_as(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """The dtype and shape of the array that it is read as, see `decoded`."""
+        if TYPE_NAMES[self.dtype] not in DECODED:
+            return self.dtype, self.shape
+        *outer, last = self.shape
+        return np.dtype(np.float32), (*outer, last * weights_per_block(self.dtype))
 
 
 def tensor_offsets(tensors: Sequence[TensorInfo]) -> list[int]:
@@ -256,18 +306,23 @@ class Header:
         tensors, values = self._counts()
         for _ in range(values):
             self._add_value()
-        parts = self.metadata.get("split.count", 1)
-        if type(parts) is not int or parts > 1:
-            raise UnsupportedModelError(
-                f"{path}: is one of {shown(parts)} files that hold the model together. Join them with "
-                f"llama-gguf-split --merge, and give the result"
-            )
         alignment = self.metadata.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment % 8:
             raise self.damaged(f'"general.alignment" is {shown(alignment)}, not a multiple of 8')
         offsets = [self._add_tensor() for _ in range(tensors)]
         start = _aligned(self.position, alignment)
         self._place_tensors(start, alignment, offsets)
+
+    def split(self) -> tuple[int, int]:
+        """Return which of how many files that hold the model together this is; the first is 0."""
+        counts = [self.metadata.get("split.no", 0), self.metadata.get("split.count", 1)]
+        number, count = (each if type(each) is int else -1 for each in counts)
+        count = count or 1  # which llama.cpp writes to say that there are no others
+        if not 0 <= number < count:
+            raise self.damaged(
+                f'"split.no" and "split.count" are {shown(counts[0])} and {shown(counts[1])}'
+            )
+        return number, count
 
     def places(self) -> dict[str, tuple[int, int]]:
         """Return where in the file each tensor begins, and how many bytes it has."""

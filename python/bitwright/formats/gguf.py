@@ -152,14 +152,14 @@ class GgufFormat(Format):
         tensor = f"{name}.weight"
         if tensor not in checkpoint:
             return None
-        blocks = checkpoint.read(tensor)
-        if blocks.dtype.names is None:
+        if (parts := checkpoint.dtype(tensor).names) is None:
             return None
+        blocks = checkpoint.read(tensor)
         if blocks.ndim != 2:
             raise CheckpointError(
                 f"{checkpoint.file(tensor)}: tensor {tensor} has {blocks.ndim} axes, expected 2"
             )
-        for field in {"d", "dmin", "m"} & set(blocks.dtype.names):
+        for field in {"d", "dmin", "m"} & set(parts):
             if not np.isfinite(blocks[field]).all():
                 raise CheckpointError(
                     f"{checkpoint.file(tensor)}: tensor {tensor} has scales that are NaN or infinite. "

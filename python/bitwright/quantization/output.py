@@ -223,7 +223,7 @@ class Output:
             layer_bits_per_weight=8 * self._layer_bytes / self._layer_weights,
             bits_per_weight=8 * self.size_bytes / parameters,
             size_bytes=self.size_bytes,
-            original_bytes=checkpoint.nbytes(),
+            original_bytes=checkpoint.stored_bytes(),
             calibration_tokens=tokens,
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(),

@@ -75,7 +75,8 @@ def _float_model(place: str | os.PathLike[str], allow_requantize: bool) -> Model
     model = load_model(place)
     model.warn_of_unused()
     declared = model.checkpoint.config != float_config(model.checkpoint.config)
-    if model.format and (declared or model.quantized_layers()) and not allow_requantize:
+    packed = declared or model.quantized_layers() or model.checkpoint.decoded_type()
+    if model.format and packed and not allow_requantize:
         raise ValueError(
             f"{model.checkpoint.folder}: is quantized already ({model.format.name}); start from the "
             f"original, or say that it may be rounded again: allow_requantize (--allow-requantize). "

@@ -18,6 +18,7 @@ import numpy as np
 
 from bitwright.checkpoint import Checkpoint
 from bitwright.checkpoint.gguf import GgufCheckpoint
+from bitwright.checkpoint.gguf_parts import stem_of
 from bitwright.errors import printable
 from bitwright.evaluation import Evaluation
 from bitwright.files.links import is_own_file
@@ -414,7 +415,7 @@ def _base_model(source: Checkpoint, card: Mapping[str, list[str]]) -> str | None
     loaded = source.config.get("_name_or_path")
     if isinstance(loaded, str) and "/" in loaded and loaded not in parents:
         names.append(loaded)
-    names.append(source.path.stem if isinstance(source, GgufCheckpoint) else place.name)
+    names.append(stem_of(source.path) if isinstance(source, GgufCheckpoint) else place.name)
     return next((name for name in names if _HUB_NAME.fullmatch(name)), None)
 
 

@@ -127,6 +127,12 @@ def convert(
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
     kind = None if format == "float" else FORMATS[format]
     if not original.quantized_layers() and kind is not None and not kind.own_container:
+        if decoded := original.checkpoint.decoded_type():
+            raise ValueError(
+                f"{original.checkpoint.folder}: has tensors of the type {decoded}, which the {format} "
+                f"format cannot hold; convert to float, or round them again (bitwright quantize "
+                f"--allow-requantize)"
+            )
         raise ValueError(
             f"{original.checkpoint.folder}: is not quantized, so there is nothing to store in the {format} "
             f"format; quantize it (bitwright quantize)"
@@ -159,7 +165,7 @@ def convert(
             format,
             tuple(conversion.report),
             output.size_bytes,
-            original.checkpoint.nbytes(),
+            original.checkpoint.stored_bytes(),
         )
         stored = [each.after for each in report.layers if each.after]
         card = model_card(
