@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from clients import run_client
 from safetensors.numpy import load_file, save_file
-from shared_data import SHARED, needs_shared
+from shared_data import SHARED, TESTS, needs_shared
 from test_interop import check_loads
 
 import bitwright
@@ -125,3 +125,13 @@ def test_gguf(tmp_path: Path, kind: str) -> None:
 def test_llama_cpp(tmp_path: Path, kind: str) -> None:
     model = SHARED / "models" / "small"
     check(tmp_path, "llamacpp", "make_with_llamacpp.py", model, "model.gguf", "--type", kind)
+
+
+def test_mixtures_of_types_are_llama_quantizes() -> None:
+    """The table that tests/formats/test_gguf_mix.py compares with."""
+    path = TESTS / "data" / "llama_quantize_types.json"
+    known = json.loads(path.read_text())
+    found = json.loads(run_client("llamacpp", "types_with_llamacpp.py", path))
+    assert {key: found[key] for key in ("client", "letters", "types")} == {
+        key: known[key] for key in ("client", "letters", "types")
+    }

@@ -87,9 +87,22 @@ TYPE_IDS = {
     **{name: number for name, (number, _, _) in DECODED.items()},
 }
 
+FILE_TYPES = {
+    **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10},
+    **{"Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16},
+    **{"Q5_K_M": 17, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "Q2_K_S": 21, "IQ3_XS": 22},
+    **{"IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28},
+    **{"IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37},
+    **{"MXFP4_MOE": 38, "Q1_0": 40, "Q2_0": 41},
+}
+"""llama.cpp's number of each mixture of types (llama_ftype)."""
+
+FILE_TYPE_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
 _MAGIC = b"GGUF"
 _VERSION = 3
 _HEADER_LIMIT = 256 << 20  # bytes; the headers of the largest public models are below 20 MB
+_FIRST_VALUES = 1024  # bytes with the values that may be written again
 _MOST_AXES = 4
 _STRING, _ARRAY = 8, 9
 _SCALARS: dict[int, np.dtype[Any]] = {
@@ -231,6 +244,26 @@ def write_header(file: BinaryIO, metadata: Mapping[str, Any], tensors: Sequence[
     start = _aligned(header.tell(), ALIGNMENT)
     file.write(header.getvalue().ljust(start, b"\0"))
     return start
+
+
+def overwrite_values(file: BinaryIO, values: Mapping[str, Any]) -> None:
+    """Write other numbers of the same types in place of some that a header holds.
+
+    Parameters
+    ----------
+    file : binary file
+        Open to be read and written.
+    values : mapping
+        As for `write_header`; those that are not among the first of the header are passed over.
+    """
+    file.seek(0)
+    known = file.read(_FIRST_VALUES)
+    for key, value in values.items():
+        number, content = _encoded(value)
+        start = _string(key) + struct.pack("<I", number)
+        if (place := known.find(start)) >= 0:
+            file.seek(place + len(start))
+            file.write(content)
 
 
 def _aligned(length: int, alignment: int) -> int:

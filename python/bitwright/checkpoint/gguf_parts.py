@@ -4,9 +4,11 @@ import os
 import re
 from pathlib import Path
 
+from bitwright.checkpoint.reader import Checkpoint
 from bitwright.errors import CheckpointNotFoundError
 
 MOST_PARTS = 1000  # the largest public models are in some dozens of files
+_FLOATS = re.compile(r"-(F32|F16|BF16)$", re.IGNORECASE)
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -31,6 +33,13 @@ def stem_of(path: Path) -> str:
     """
     match = _PART.fullmatch(path.name)
     return match[1] if match else path.stem
+
+
+def named_after(checkpoint: Checkpoint) -> str:
+    """Return what the files that are made of a checkpoint are named after: its folder, or its file without
+    number and type of floats."""
+    path = Path(os.path.abspath(checkpoint.source))
+    return _FLOATS.sub("", stem_of(path)) if path.suffix == ".gguf" else path.name
 
 
 def parts_of(path: Path) -> list[Path]:

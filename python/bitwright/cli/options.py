@@ -14,7 +14,15 @@ from bitwright.cli.grouped import (
     precision_option,
     run_option,
 )
-from bitwright.cli.parameters import Bits, GroupSize, Model, Override, Precisions
+from bitwright.cli.parameters import (
+    Bits,
+    GroupSize,
+    Model,
+    Override,
+    Precisions,
+    Size,
+    TensorType,
+)
 from bitwright.files.home import expanded
 from bitwright.files.links import follow_links
 from bitwright.formats import FORMATS
@@ -133,6 +141,34 @@ grid = precision_option(
     "--grid",
     type=click.Choice([*GRIDS, "k"]),
     help="By default the format's first; k is GGUF's Q2_K to Q6_K.",
+)
+mixture = together(
+    precision_option(
+        "--type",
+        metavar="NAME",
+        help="A mixture of types by llama.cpp's name, such as Q4_K_M, in place of --bits (gguf).",
+    ),
+    precision_option(
+        "--pure", is_flag=True, help="The type of most tensors for all of them (gguf)."
+    ),
+    precision_option(
+        "--tensor-type",
+        "tensor_types",
+        multiple=True,
+        type=TensorType(),
+        metavar="PATTERN=TYPE",
+        help="Another type for tensors in whose GGUF names this regular expression is found.",
+    ),
+    precision_option(
+        "--token-embedding-type", metavar="TYPE", help="That of the embedding (gguf)."
+    ),
+    precision_option("--output-tensor-type", metavar="TYPE", help="That of the head (gguf)."),
+)
+split_max_size = file_option(
+    "--split-max-size",
+    type=Size(),
+    metavar="SIZE",
+    help="Write several GGUF files, with tensors of at most so many bytes in each, such as 2G or 500M.",
 )
 ends = together(
     precision_option("--embedding-bits", type=Bits(), help="Quantize the embedding too."),

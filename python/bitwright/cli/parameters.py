@@ -1,10 +1,12 @@
 """Types of what the command's options and arguments take, each checked as it is read."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 
+from bitwright.checkpoint.gguf_file import FILE_TYPE_ALIASES, FILE_TYPES
 from bitwright.checkpoint.reader import require_model
 from bitwright.files.home import expanded
 from bitwright.grids.tensor import BITS
@@ -34,15 +36,20 @@ class Model(click.ParamType[Path]):
         return path
 
 
-class Bits(click.ParamType[int]):
-    """One of the supported numbers of bits."""
+class Bits(click.ParamType[int | str]):
+    """One of the supported numbers of bits; where there is an option --type its names, too."""
 
     name = "bits"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if str(value) not in map(str, BITS):
-            self.fail(f"{value!r} is not one of {', '.join(map(str, BITS))}", param, ctx)
-        return int(value)
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        if str(value) in map(str, BITS):
+            return int(value)
+        named = str(value).upper() in (*FILE_TYPES, *FILE_TYPE_ALIASES)
+        if named and ctx is not None and any(each.name == "type" for each in ctx.command.params):
+            return str(value)
+        self.fail(f"{value!r} is not one of {', '.join(map(str, BITS))}", param, ctx)
 
 
 class GroupSize(click.ParamType[int | str]):
@@ -72,6 +79,37 @@ class Override(click.ParamType[tuple[str, dict[str, int]]]):
             return pattern, {key: int(number) for key, number in pairs}
         except ValueError:
             self.fail(f"{value!r} is not of the form GLOB=bits:B,group_size:G", param, ctx)
+
+
+class TensorType(click.ParamType[tuple[str, str]]):
+    """``PATTERN=TYPE``."""
+
+    name = "tensor type"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        pattern, _, kind = value.rpartition("=")
+        if not pattern or not kind:
+            self.fail(f"{value!r} is not of the form PATTERN=TYPE", param, ctx)
+        return pattern, kind
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes, such as ``2G``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+)([KMG]?)", value, re.IGNORECASE | re.ASCII)
+        if match is None or int(match[1]) == 0:
+            self.fail(f"{value!r} is not a number of bytes such as 2G or 500M", param, ctx)
+        units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+        return int(match[1]) * units[match[2].upper()]
 
 
 class Precisions(click.ParamType[tuple[tuple[int, int | None], ...]]):

@@ -31,6 +31,7 @@ from bitwright.report.tables import print_sentence
 @options.model
 @options.out
 @options.format("mlx")
+@options.split_max_size
 @options.overwrite
 @file_option("--allow-requantize", is_flag=True, help="Take a MODEL that is quantized already.")
 @options.links
@@ -48,6 +49,7 @@ from bitwright.report.tables import print_sentence
     "original.",
 )
 @options.bits
+@options.mixture
 @options.group_size
 @options.grid
 @precision_option(
@@ -134,6 +136,7 @@ def quantize(backend: str, overrides: tuple[tuple[str, dict[str, int]], ...], **
 
     Globs match full layer names, such as model.layers.0.self_attn.q_proj.
     """
+    _settle_type(given)
     run: Callable[..., bitwright.QuantizationReport] = bitwright.quantize
     if backend == "transformers":
         run = bitwright.quantize_with_transformers
@@ -143,6 +146,8 @@ def quantize(backend: str, overrides: tuple[tuple[str, dict[str, int]], ...], **
                 option = name.replace("_", "-")
                 raise click.UsageError(f"--{option} is not an option of --backend transformers")
             del given[name]
+    if "tensor_types" in given:
+        given["tensor_types"] = dict(given["tensor_types"])
     report = run(overrides=dict(overrides), **given)
     console = Console()
     print_report(report, console)
@@ -154,3 +159,12 @@ def quantize(backend: str, overrides: tuple[tuple[str, dict[str, int]], ...], **
             f"{raised[0].name}: {raised[0].damping:g}. More calibration data would help.",
             console,
         )
+
+
+def _settle_type(given: dict[str, Any]) -> None:
+    """Take a mixture's name that was given as bits for what it is; refuse to be told twice."""
+    source = click.get_current_context().get_parameter_source("bits")
+    if given["type"] is not None and source is ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"--type {given['type']} says the bits of every layer; omit --bits")
+    if isinstance(given["bits"], str):
+        given["type"], given["bits"] = given["bits"], 4

@@ -127,6 +127,11 @@ class QuantizationOptions:
         """Raise ValueError unless there are the inputs that a method asks for."""
         if self.preset in ("high", "best") and self.calibration is None:
             raise ValueError(f"calibration: preset {self.preset} needs text or token ids")
+        if self.preset == "best" and self.precision.type is not None:
+            raise ValueError(
+                f"preset: best chooses the precision of every layer itself; take another beside the type "
+                f"{self.precision.type}"
+            )
         if self.preset == "high" and not self.method.refine:
             raise ValueError(
                 f"preset: high refines what the method has found, which {self.method.method.name} "

@@ -158,7 +158,7 @@ class Run:
             self.limits.overwrite,
             metadata={"format": kind.metadata},
             source=checkpoint.source,
-            container=kind.files(checkpoint),
+            container=kind.files(checkpoint, self.target.file),
             work=work,
         )
 
@@ -276,7 +276,15 @@ class Run:
             self.writer.write_json("config.json", config)
             copy_side_files(model.checkpoint, self.writer)
             differ = bool(unfused(kind, self.target.plan))
-            card = model_card(model.checkpoint, out, kind, [report], facts=facts, unfused=differ)
+            card = model_card(
+                model.checkpoint,
+                out,
+                kind,
+                [report],
+                facts=facts,
+                unfused=differ,
+                file=self.target.file,
+            )
             self.writer.write_text(CARD_NAME, card)
         return report
 

@@ -19,6 +19,7 @@ import numpy as np
 from bitwright.checkpoint import Checkpoint
 from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.gguf_parts import stem_of
+from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import printable
 from bitwright.evaluation import Evaluation
 from bitwright.files.links import is_own_file
@@ -146,6 +147,7 @@ def model_card(
     precisions: Precisions = (),
     facts: Mapping[str, object] | None = None,
     unfused: bool = False,
+    file: FileOptions | None = None,
 ) -> str:
     """Return the model card of a folder.
 
@@ -165,6 +167,8 @@ def model_card(
         More rows of the table of facts, such as ``{"preset": "fast"}``; None is left out.
     unfused
         Whether layers differ that vLLM computes as one module, so that it does not load the folder.
+    file
+        How the weight files are named.
 
     Returns
     -------
@@ -206,7 +210,7 @@ def model_card(
     parts += _figures(reports)
     place = without_place(os.fspath(out))
     loading = Format.loading if format is None else format.loading
-    codes = loading(place, len(stored) > 1, unfused)
+    codes = loading(place, len(stored) > 1, unfused, file)
     parts += ["## Loading", *(_block(code.language, code.text) for code in codes)]
     original = source.path if isinstance(source, GgufCheckpoint) else source.folder
     known = base if base is not None and "/" in base else without_place(str(original))

@@ -257,7 +257,7 @@ class StatisticsWriter:
         path, waiting = self._folder / name, self._folder / _DATA
         with output_errors(path):
             with open(waiting, "rb") as data, open(path, "wb") as file:
-                SafetensorsFiles().write(file, self._waiting, data, {})
+                SafetensorsFiles().write(file, 0, self._waiting, data, {})
             synchronize(path)
             waiting.unlink()
         self._files[name], self._open, self._waiting = self._open, {}, []
