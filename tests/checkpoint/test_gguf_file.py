@@ -367,7 +367,11 @@ def test_a_tokenizer_is_needed(tmp_path: Path) -> None:
     ("changes", "match"),
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"model_type": "granite"}, "granite"),
+        (
+            {"model_type": "deepseek_v2", "num_key_value_heads": 4, "num_experts_per_tok": 2},
+            "deepseek_v2",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1]}, "without rotation"),
         ({"model_type": "qwen2", "head_dim": 32}, "as wide as"),
         ({"model_type": "qwen3", "attention_bias": True}, "biases"),
         ({"model_type": "gemma", "hidden_act": "gelu", "tie_word_embeddings": False}, "tie_word"),

@@ -279,7 +279,8 @@ def _encoded(value: Any) -> tuple[int, bytes]:
     """Return the number of a value's type, and its bytes."""
     if isinstance(value, str):
         return _STRING, _string(value)
-    if isinstance(value, list) and value and isinstance(value[0], str):
+    if isinstance(value, list) and (not value or isinstance(value[0], str)):
+        # Of lists that may be empty, those of merges, llama.cpp asks for strings.
         content = b"".join(map(_string, value))
         return _ARRAY, struct.pack("<IQ", _STRING, len(value)) + content
     if isinstance(value, list):

@@ -41,6 +41,11 @@ from bitwright.report.tables import print_sentence
     type=options.PATH,
     help="Folder from bitwright statistics, in place of --calibration; without drift correction.",
 )
+@calibration_option(
+    "--imatrix",
+    type=options.PATH,
+    help="Importance matrix of llama.cpp: rounds by it, without text; beside --calibration the embedding.",
+)
 @options.chosen_tokens
 @calibration_option(
     "--propagate",

@@ -116,7 +116,7 @@ class PrecisionOptions:
         overrides = recipe.overrides() | dict(found.overrides or {})
         return replace(found, bits=bits, group_size=group_size, overrides=overrides)
 
-    def target(self, model: Model, method: Method) -> Target:
+    def target(self, model: Model, method: Method, has_imatrix: bool = False) -> Target:
         """Return what the layers of a model are stored in; of options that are `for_model`.
 
         Raises
@@ -124,7 +124,7 @@ class PrecisionOptions:
         ValueError
             If a pattern matches no layer, or the format or the method does not have what is asked for.
         """
-        kind, mix = self.kind, self.mix()
+        kind, mix = self.kind, self.mix(has_imatrix)
         default = kind.precision(self.bits, self.group_size, self.grid, model.input_channels())
         default = default if mix is None else kind.default_of(mix)
         plan = plan_layers(

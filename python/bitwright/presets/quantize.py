@@ -60,6 +60,7 @@ def quantize(
     activation_method: ActivationMethod = "rms",
     activations: str | os.PathLike[str] | None = None,
     statistics: str | os.PathLike[str] | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
     propagate: Literal["quantized", "original"] | None = None,
     embedding_bits: int | None = None,
     head_bits: int | None = None,
@@ -151,6 +152,10 @@ def quantize(
     statistics
         Folder of statistics of the same model (see `collect_statistics`) in place of `calibration`. They
         are those of the original's layers, so there is no drift correction.
+    imatrix
+        An importance matrix of llama.cpp (see `export_imatrix`), GGUF or .dat: what is known of inputs
+        where nothing else is. Without `calibration` every layer is rounded by it, with a search for the
+        range of each group; beside it, the embedding is.
     propagate
         What feeds the next layers: the ``"quantized"`` ones (default) or the ``"original"`` ones.
     embedding_bits, head_bits

@@ -155,8 +155,13 @@ class Output:
         self.add(target or name, array)
 
     def add(self, name: str, array: NDArray[Any]) -> None:
-        """Write a tensor."""
-        if self._writer is not None:
+        """Write a tensor; of experts in float, where the format has nothing but stacks, a part of one."""
+        place = self._experts.get(name.removesuffix(".weight"))
+        if self._writer is not None and place is not None and self.format.own_container:
+            stack = self.format.name_written(f"{place.stacked_name}.weight", self._nested)
+            self._writer.add_part(stack, array, place.index, self._stack_size)
+            self.size_bytes += array.nbytes
+        elif self._writer is not None:
             self._writer.add(self.format.name_written(name, self._nested), array)
             self.size_bytes += array.nbytes
 

@@ -4,11 +4,16 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from bitwright.blocks.output_metrics import OutputMetrics
 from bitwright.loading.model import Model, load_model
 from bitwright.models.config import float_config
-from bitwright.quantization.known import ActivationStatistics, FolderStatistics
+from bitwright.quantization.known import (
+    ActivationStatistics,
+    FolderStatistics,
+    ImatrixStatistics,
+)
 from bitwright.quantization.live import LiveStatistics
 from bitwright.quantization.options import QuantizationOptions
 from bitwright.quantization.run import AllIsWell, Run, only_checking
@@ -16,6 +21,8 @@ from bitwright.quantization.source import NoStatistics, StatisticsSource
 from bitwright.records.reports import QuantizationReport
 from bitwright.statistics.activation_file import ActivationFile
 from bitwright.statistics.folder import Statistics
+from bitwright.statistics.imatrix import ImportanceMatrix, ModelImportance
+from bitwright.warned import warn
 
 
 def run_quantization(
@@ -30,7 +37,13 @@ def run_quantization(
     options.limits.set_threads()
     original = _float_model(model, options.allow_requantize)
     precision = options.precision.for_model(original, options.method.method)
-    target = precision.target(original, options.method.method)
+    importance = None
+    if options.imatrix is not None:
+        importance = ModelImportance(ImportanceMatrix.load(options.imatrix), original)
+        _tell_of_missing(importance)
+    target = precision.target(original, options.method.method, importance is not None)
+    if importance is not None:
+        target = replace(target, file=replace(target.file, keys=importance.matrix.keys()))
     with _source(original, options) as (source, bos):
         run = Run(
             original,
@@ -41,6 +54,7 @@ def run_quantization(
             options.limits,
             metrics=metrics,
             two_sided=options.two_sided,
+            importance=importance,
         )
         facts = {
             "preset": options.preset,
@@ -101,4 +115,14 @@ def _source(
         loaded = options.calibration.load(model)
         yield LiveStatistics(model, loaded.tokens, options.propagates), loaded.bos
     else:
-        yield NoStatistics(), None
+        yield NoStatistics() if options.imatrix is None else ImatrixStatistics(), None
+
+
+def _tell_of_missing(importance: ModelImportance) -> None:
+    """Warn of tensors whose rounding nothing weighs."""
+    if importance.missing:
+        count, some = len(importance.missing), ", ".join(importance.missing[:3])
+        warn(
+            f"{importance.matrix.path}: has nothing of {count} tensors of the model, such as {some}; these "
+            f"are rounded without weights"
+        )

@@ -34,6 +34,7 @@ from bitwright.records.reports import QuantizationReport
 from bitwright.runs.journal import Journal, kept_when_interrupted
 from bitwright.runs.limits import RunLimits
 from bitwright.runs.states import States
+from bitwright.statistics.imatrix import ModelImportance
 
 only_checking: ContextVar[bool] = ContextVar("only_checking", default=False)
 
@@ -64,6 +65,8 @@ class Run:
         Of the layers' outputs, in which they are refined, too.
     two_sided
         Whether there will be metrics, for those who only check.
+    importance
+        Of the inputs of layers of which nothing else is known.
     """
 
     model: Model
@@ -75,6 +78,7 @@ class Run:
     quantized: Model | None = None
     metrics: OutputMetrics | None = None
     two_sided: bool = False
+    importance: ModelImportance | None = None
 
     def __post_init__(self) -> None:
         self.ranks = current()
@@ -134,7 +138,8 @@ class Run:
         """Quantize the embedding if it is planned, and prepare the source."""
         name, table = self.model.names.embedding, None
         if state is None and self._layers.is_planned(name):
-            own = self._layers.known_solver(name, None) or self._layers.rounding()
+            layers = self._layers
+            own = layers.known_solver(name, None) or layers.weighted(name) or layers.rounding()
             table = self._layers.quantize_matrix(name, self.model.embedding_name, own)
         self.source.begin(self._layers, journal, state, table, self._resident)
 
@@ -175,6 +180,7 @@ class Run:
             self.output,
             self.quantized,
             self.metrics,
+            self.importance,
         )
 
     def _planned(self, out: Path) -> RunPlan:
@@ -207,6 +213,7 @@ class Run:
             "quantized model": self.quantized and model_fingerprint(self.quantized.checkpoint),
             **dict.fromkeys(("calibration", "activations", "statistics")),
             **self.source.identity(),
+            "importance matrix": self.importance and self.importance.matrix.fingerprint(),
             "output metrics": self.metrics and self.metrics.fingerprint(),
             "format": self.target.format.name,
             **self.options.identity(),
@@ -298,8 +305,12 @@ class Run:
             layers = self._stacked.get(name, [target.removesuffix(".weight")])
             if all(map(self._layers.is_planned, layers)):
                 continue
-            if name in self._stacked and any(
-                self._layers.is_planned(layer) or f"{layer}.weight" in changed for layer in layers
+            if name in self._stacked and (
+                self.target.format.own_container  # which has stacks of another kind
+                or any(
+                    self._layers.is_planned(layer) or f"{layer}.weight" in changed
+                    for layer in layers
+                )
             ):
                 for layer in layers:
                     if not self._layers.is_planned(layer):

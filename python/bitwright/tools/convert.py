@@ -218,6 +218,7 @@ class _Conversion:
         self.lost: dict[str, _Choice] = {}
         self.report: list[ConvertedLayer] = []
         self.reordered = False
+        self.stacked = self.model.stacked_tensors()
         self.left_out = set() if self.kind is None else self.model.left_out(self.kind)
 
     def needed_bytes(self) -> float:
@@ -557,16 +558,25 @@ class _Conversion:
             require_finite(stored, f"{target} as {self.dtype}")
         return stored, error
 
-    def _cast(self, array: NDArray[Any], name: str) -> NDArray[Any]:
+    def _cast(
+        self, array: NDArray[Any], name: str, dtype: np.dtype[Any] | None = None
+    ) -> NDArray[Any]:
+        dtype = dtype or self.dtype
         with np.errstate(over="ignore"):
-            cast = array.astype(self.dtype)
-        require_finite(cast, f"{name} as {self.dtype}")
+            cast = array.astype(dtype)
+        require_finite(cast, f"{name} as {dtype}")
         return cast
 
     def _carry(self, output: Output, name: str) -> None:
         """Write a float tensor; a tied matrix once."""
         model, target = self.model, self.model.written_name(name)
         if target is None or name in self.left_out:
+            return
+        if self.kind is not None and self.kind.own_container and name in self.stacked:
+            dtype = self.dtype or model.stored_dtype(name)
+            for layer in self.stacked[name]:
+                weight = model.weight(layer, model.linear_shapes()[layer])
+                output.add(f"{layer}.weight", self._cast(weight, layer, dtype))
             return
         if self.dtype is not None and is_float(model.checkpoint.dtype(name)):
             output.add(target, self._cast(model.checkpoint.read(name), name))
