@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.checkpoint.gguf_general import general_metadata
 from bitwright.checkpoint.gguf_names import GGUF_FAMILIES, GgufFamily, GgufNames
 from bitwright.checkpoint.gguf_tokenizer import tokenizer_metadata
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
@@ -138,7 +139,7 @@ def gguf_metadata(config: Mapping[str, Any], folder: Path, file_type: int) -> di
     return {
         "general.architecture": names.architecture,
         "general.type": "model",
-        "general.name": folder.resolve().name,
+        **general_metadata(folder),
         "general.file_type": file_type,
         "general.quantization_version": _QUANTIZATION_VERSION,
         **{f"{names.architecture}.{key}": value for key, value in values.items()},

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,7 @@ from bitwright.checkpoint.gguf_file import (
     weights_per_block,
     write_header,
 )
+from bitwright.checkpoint.gguf_general import size_label
 from bitwright.checkpoint.gguf_metadata import gguf_metadata
 from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames
 from bitwright.checkpoint.writer import FileOptions, StoredTensor
@@ -86,6 +88,10 @@ class GgufFiles:
         number = self._options.type and np.uint32(FILE_TYPES[self._options.type])
         file_type = {"general.file_type": _file_type(infos) if number is None else number}
         said = {**self._metadata, **file_type, **self._options.keys}
+        if not self.part_bytes:  # or nobody knows yet
+            said.setdefault("general.size_label", size_label(infos))
+        if any(info.dtype.names for info in infos):
+            said["general.quantized_by"] = f"bitwright {version('bitwright')}"
         if self.part_bytes:  # what is not known yet comes first, where it is found again
             said = _split(part, 1, 0) if part else {**_split(part, 1, 0), **file_type, **said}
         start = write_header(file, said, infos)

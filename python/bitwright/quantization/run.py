@@ -17,6 +17,7 @@ from bitwright.blocks.output_metrics import OutputMetrics
 from bitwright.blocks.scaling import AwqOptions
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
+from bitwright.checkpoint.front_matter import CARD_NAME
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.evaluation import parameter_count
 from bitwright.formats.engine_names import unfused
@@ -29,7 +30,7 @@ from bitwright.quantization.plan import RunPlan, Work, plan_run, tell
 from bitwright.quantization.small_weights import warn_of_small_weights
 from bitwright.quantization.source import StatisticsSource
 from bitwright.ranks import current
-from bitwright.records.card import CARD_NAME, model_card
+from bitwright.records.card import model_card
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.journal import Journal, kept_when_interrupted
 from bitwright.runs.limits import RunLimits

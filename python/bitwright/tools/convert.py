@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bitwright.arrays import require_finite
 from bitwright.checkpoint import CheckpointWriter, SafetensorsFiles, copy_side_files
+from bitwright.checkpoint.front_matter import CARD_NAME
 from bitwright.errors import check_choice
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import same_inputs
@@ -29,7 +30,7 @@ from bitwright.models.matrix_rows import piece_rows
 from bitwright.precision.target import as_written
 from bitwright.quantization.output import Output, QuantizedLayer
 from bitwright.quantization.small_weights import MOST_LOST, largest_of, require_kept
-from bitwright.records.card import CARD_NAME, made_by, model_card, python_call
+from bitwright.records.card import made_by, model_card, python_call
 from bitwright.records.reports import ConversionReport, ConvertedLayer
 from bitwright.runs.budget import Budget
 from bitwright.runs.progress import progress_bar
