@@ -112,6 +112,8 @@ ConstVectorView<Scalar> vector(const py::object& object, const char* name, Index
     return {static_cast<const Scalar*>(array.data()), array.shape(0)};
 }
 
+constexpr Index every_code = 256;  // what tables of points have an entry for
+
 template <typename Scalar>
 const Scalar* optional_vector(const py::object& object, const char* name, Index size) {
     return object.is_none() ? nullptr : vector<Scalar>(object, name, size).data();

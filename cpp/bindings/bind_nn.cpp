@@ -79,7 +79,8 @@ void bind_linear(py::module_& module) {
         "linear_backward_groups",
         [](const py::object& gradient, const py::object& input, const py::object& codes,
            const py::object& groups, const py::object& scale_gradients,
-           const py::object& bias_gradients) {
+           const py::object& bias_gradients, const py::object& points) {
+            const float* of_codes = optional_vector<float>(points, "points", every_code);
             with_floats(gradient, [&]<typename Scalar>(Scalar) {
                 const auto g = matrix<Scalar>(gradient, "gradient");
                 const auto x = matrix<Scalar>(input, "input", g.rows());
@@ -92,11 +93,11 @@ void bind_linear(py::module_& module) {
                     throw py::value_error("groups: expected indices from 0 to " +
                                           std::to_string(scales.cols() - 1));
                 const py::gil_scoped_release release;
-                linear_backward_groups(g, x, c, of, scales, biases);
+                linear_backward_groups(g, x, c, of, of_codes, scales, biases);
             });
         },
         py::arg("gradient"), py::arg("input"), py::arg("codes"), py::arg("groups"),
-        py::arg("scale_gradients"), py::arg("bias_gradients"));
+        py::arg("scale_gradients"), py::arg("bias_gradients"), py::arg("points") = py::none());
 }
 
 void bind_norms(py::module_& module) {

@@ -19,14 +19,38 @@ GridKind kind_named(const std::string& name) {
     if (name == "affine") return GridKind::affine;
     if (name == "zero_point") return GridKind::zero_point;
     if (name == "symmetric") return GridKind::symmetric;
-    throw py::value_error("kind: expected affine, zero_point or symmetric, got " + name);
+    if (name == "table") return GridKind::table;
+    throw py::value_error("kind: expected affine, zero_point, symmetric or table, got " + name);
 }
 
 ScaleType scale_type_named(const std::string& name) {
     if (name == "float32") return ScaleType::float32;
     if (name == "float16") return ScaleType::float16;
     if (name == "bfloat16") return ScaleType::bfloat16;
-    throw py::value_error("scale_dtype: expected float32, float16 or bfloat16, got " + name);
+    if (name == "float8_e8m0fnu") return ScaleType::e8m0;
+    if (name == "float8_e4m3fn") return ScaleType::e4m3;
+    throw py::value_error(
+        "scale_dtype: expected float32, float16, bfloat16, float8_e8m0fnu or "
+        "float8_e4m3fn, got " +
+        name);
+}
+
+// Points [2^bits] and the bounds [2^bits − 1] between them.
+Table table_of(int bits, const py::object& points, const py::object& bounds, bool either_sign,
+               float unit) {
+    const Index count = Index{1} << bits;
+    const auto p = vector<float>(points, "points", count);
+    const auto b = vector<float>(bounds, "bounds", count - 1);
+    if (!std::is_sorted(p.begin(), p.end()) || !std::is_sorted(b.begin(), b.end()))
+        throw py::value_error("points: expected points and bounds that rise");
+    if (!(p[0] < 0.0f && p[count - 1] > 0.0f) || !p.allFinite())
+        throw py::value_error("points: expected finite points on both sides of zero");
+    if (!(unit > 0.0f && std::isfinite(unit)))
+        throw py::value_error("unit: expected a positive number, got " + std::to_string(unit));
+    Table table{static_cast<int>(count), either_sign, unit, {}, {}};
+    std::copy(p.begin(), p.end(), table.points.begin());
+    std::copy(b.begin(), b.end(), table.bounds.begin());
+    return table;
 }
 
 void bind_grid(py::module_& module) {
@@ -34,17 +58,24 @@ void bind_grid(py::module_& module) {
     py::class_<Grid>(module, "Grid", py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)),
                      "What a method quantizes to: how each group of weights is coded.")
         .def(py::init([](int bits, Index group_size, const std::string& kind,
-                         const std::string& scale_dtype, bool search) {
+                         const std::string& scale_dtype, bool search, const py::object& points,
+                         const py::object& bounds, bool either_sign, float unit) {
                  if (bits < 2 || bits > 8)
                      throw py::value_error("bits: expected 2 to 8, got " + std::to_string(bits));
                  if (group_size < 1)
                      throw py::value_error("group_size: expected at least 1, got " +
                                            std::to_string(group_size));
-                 return Grid{kind_named(kind), scale_type_named(scale_dtype), bits, group_size,
-                             search};
+                 const GridKind of_kind = kind_named(kind);
+                 const Table table = of_kind == GridKind::table
+                                         ? table_of(bits, points, bounds, either_sign, unit)
+                                         : Table{};
+                 return Grid{of_kind, scale_type_named(scale_dtype), bits, group_size, search,
+                             table};
              }),
              py::arg("bits"), py::arg("group_size"), py::arg("kind"),
-             py::arg("scale_dtype") = "float32", py::arg("search") = false);
+             py::arg("scale_dtype") = "float32", py::arg("search") = false,
+             py::arg("points") = py::none(), py::arg("bounds") = py::none(),
+             py::arg("either_sign") = false, py::arg("unit") = 1.0f);
 }
 
 // The number of groups in a row.
@@ -299,7 +330,9 @@ struct Superblocks {
     py::tuple arrays() const { return py::make_tuple(d, scale_codes, dmin, min_codes); }
 };
 
-KGrid k_grid(int bits) {
+KGrid k_grid(int bits, bool table) {
+    if (table && bits != 4) throw py::value_error("bits: tables with superblocks have 4");
+    if (table) return KGrid::iq4_xs();
     if (bits < 2 || bits > 6)
         throw py::value_error("bits: expected 2 to 6, got " + std::to_string(bits));
     return KGrid::of(bits);
@@ -317,8 +350,8 @@ void bind_superblocks(py::module_& module) {
     module.def(
         "fit_superblocks",
         [](const py::object& scales, const py::object& offsets, const py::object& importance,
-           int bits) -> py::object {
-            const KGrid grid = k_grid(bits);
+           int bits, bool table) -> py::object {
+            const KGrid grid = k_grid(bits, table);
             const auto h = vector<float>(importance, "importance");
             const Index blocks = blocks_in(h.size(), superblock_size),
                         groups = blocks * grid.groups();
@@ -333,13 +366,15 @@ void bind_superblocks(py::module_& module) {
             }
             return held ? py::object(result.arrays()) : py::none();
         },
-        py::arg("scales"), py::arg("offsets"), py::arg("importance"), py::arg("bits"));
+        py::arg("scales"), py::arg("offsets"), py::arg("importance"), py::arg("bits"),
+        py::arg("table") = false);
 
     module.def(
         "closed_form",
         [](const py::object& weight, const py::object& codes, const py::object& importance,
-           int bits) {
-            const KGrid grid = k_grid(bits);
+           int bits, const py::object& points) {
+            const float* of_codes = optional_vector<float>(points, "points", every_code);
+            const KGrid grid = k_grid(bits, of_codes != nullptr);
             const auto w = matrix<float>(weight, "weight");
             const auto c = matrix<std::uint8_t>(codes, "codes", w.rows(), w.cols());
             const auto h = vector<float>(importance, "importance", w.cols());
@@ -349,22 +384,23 @@ void bind_superblocks(py::module_& module) {
             const auto s = view(scales), o = view(offsets);
             {
                 const py::gil_scoped_release release;
-                closed_form(w, c, h, grid, s, o);
+                closed_form(w, c, h, grid, of_codes, s, o);
             }
             return py::make_tuple(scales, offsets);
         },
-        py::arg("weight"), py::arg("codes"), py::arg("importance"), py::arg("bits"));
+        py::arg("weight"), py::arg("codes"), py::arg("importance"), py::arg("bits"),
+        py::arg("points") = py::none());
 
     module.def(
         "pack_superblocks",
         [](const py::object& codes, const py::object& d, const py::object& scale_codes,
-           const py::object& dmin, const py::object& min_codes, int bits) {
-            const KGrid grid = k_grid(bits);
+           const py::object& dmin, const py::object& min_codes, int bits, bool table) {
+            const KGrid grid = k_grid(bits, table);
             const auto c = matrix<std::uint8_t>(codes, "codes");
             const Index blocks = blocks_in(c.cols(), superblock_size);
             const auto grids =
                 Superblocks{d, scale_codes, dmin, min_codes}.checked(c.rows(), blocks, grid);
-            auto packed = new_matrix<std::uint8_t>(c.rows(), blocks * superblock_bytes(bits));
+            auto packed = new_matrix<std::uint8_t>(c.rows(), blocks * superblock_bytes(grid));
             const auto target = view(packed);
             {
                 const py::gil_scoped_release release;
@@ -373,14 +409,14 @@ void bind_superblocks(py::module_& module) {
             return packed;
         },
         py::arg("codes"), py::arg("d"), py::arg("scale_codes"), py::arg("dmin"),
-        py::arg("min_codes"), py::arg("bits"));
+        py::arg("min_codes"), py::arg("bits"), py::arg("table") = false);
 
     module.def(
         "unpack_superblocks",
-        [](const py::object& blocks, int bits) {
-            const KGrid grid = k_grid(bits);
+        [](const py::object& blocks, int bits, bool table) {
+            const KGrid grid = k_grid(bits, table);
             const auto packed = matrix<std::uint8_t>(blocks, "blocks");
-            const Index count = blocks_in(packed.cols(), superblock_bytes(bits));
+            const Index count = blocks_in(packed.cols(), superblock_bytes(grid));
             auto codes = new_matrix<std::uint8_t>(packed.rows(), count * superblock_size);
             const auto c = view(codes);
             const auto result = Superblocks::empty(packed.rows(), count, grid);
@@ -392,7 +428,7 @@ void bind_superblocks(py::module_& module) {
             return py::make_tuple(codes, result.d, result.scale_codes, result.dmin,
                                   result.min_codes);
         },
-        py::arg("blocks"), py::arg("bits"));
+        py::arg("blocks"), py::arg("bits"), py::arg("table") = false);
 }
 
 void check_block_bits(int bits) {
@@ -478,7 +514,9 @@ void bind_codes(py::module_& module) {
     module.def(
         "dequantize",
         [](const py::object& codes, const py::object& scales, const py::object& zeros,
-           const py::object& biases, const py::object& groups, const py::object& out) {
+           const py::object& biases, const py::object& groups, const py::object& out,
+           const py::object& points) {
+            const float* of_codes = optional_vector<float>(points, "points", every_code);
             const auto c = matrix<std::uint8_t>(codes, "codes");
             const auto s = matrix<float>(scales, "scales", c.rows());
             const auto offsets = [&](const py::object& object, const char* name) -> const float* {
@@ -497,10 +535,10 @@ void bind_codes(py::module_& module) {
                                       " columns of codes");
             auto w = writable_matrix<float>(out, "out", c.rows(), c.cols());
             const py::gil_scoped_release release;
-            dequantize(c, s, z, b, g, w);
+            dequantize(c, s, z, b, g, of_codes, w);
         },
         py::arg("codes"), py::arg("scales"), py::arg("zeros"), py::arg("biases"), py::arg("groups"),
-        py::arg("out"));
+        py::arg("out"), py::arg("points") = py::none());
 
     const auto check_bits = [](int bits) {
         if (bits != 2 && bits != 3 && bits != 4 && bits != 5 && bits != 6 && bits != 8)

@@ -40,7 +40,7 @@ void linear_backward_weight(ConstMatrixView<Scalar> gradient, ConstMatrixView<Sc
 template <typename Scalar>
 void linear_backward_groups(ConstMatrixView<Scalar> gradient, ConstMatrixView<Scalar> input,
                             ConstMatrixView<std::uint8_t> codes,
-                            ConstVectorView<std::int32_t> group_of,
+                            ConstVectorView<std::int32_t> group_of, const float* points,
                             MatrixView<Scalar> scale_gradients, MatrixView<Scalar> bias_gradients) {
     const Index out = codes.rows(), channels = codes.cols();
     const Index tile = std::clamp<Index>(tile_bytes / (channels * Index{sizeof(Scalar)}), 64,
@@ -55,6 +55,9 @@ void linear_backward_groups(ConstMatrixView<Scalar> gradient, ConstMatrixView<Sc
                 const std::uint8_t* bytes = codes.data() + (first + row) * channels;
                 Scalar* values = code.data();  // Eigen's cast from bytes is not vectorized
                 for (Index j = 0; j < channels; ++j) values[j] = static_cast<Scalar>(bytes[j]);
+                if (points)
+                    for (Index j = 0; j < channels; ++j)
+                        values[j] = static_cast<Scalar>(points[bytes[j]]);
                 // Runs of one group, which is nearly always one run per group.
                 for (Index start = 0, stop; start < channels; start = stop) {
                     const std::int32_t group = group_of[start];
@@ -85,7 +88,7 @@ BITWRIGHT_LINEAR_OF(double, double)
                                          MatrixView<Scalar>);                              \
     template void linear_backward_groups(                                                  \
         ConstMatrixView<Scalar>, ConstMatrixView<Scalar>, ConstMatrixView<std::uint8_t>,   \
-        ConstVectorView<std::int32_t>, MatrixView<Scalar>, MatrixView<Scalar>);
+        ConstVectorView<std::int32_t>, const float*, MatrixView<Scalar>, MatrixView<Scalar>);
 BITWRIGHT_LINEAR(float)
 BITWRIGHT_LINEAR(double)
 

@@ -25,11 +25,12 @@ void linear_backward_weight(ConstMatrixView<Scalar> gradient, ConstMatrixView<Sc
 
 // The same for a quantized weight, w = scale · code + bias: of each group of an output row
 // scale_gradients [out, groups] += Σ code · dw and bias_gradients [out, groups] += Σ dw, where dw =
-// gradientᵀ · input exists for some rows at a time. `group_of` [in] names each channel's group.
+// gradientᵀ · input exists for some rows at a time. `group_of` [in] names each channel's group, and
+// `points` [256], where not null, what codes stand for.
 template <typename Scalar>
 void linear_backward_groups(ConstMatrixView<Scalar> gradient, ConstMatrixView<Scalar> input,
                             ConstMatrixView<std::uint8_t> codes,
-                            ConstVectorView<std::int32_t> group_of,
+                            ConstVectorView<std::int32_t> group_of, const float* points,
                             MatrixView<Scalar> scale_gradients, MatrixView<Scalar> bias_gradients);
 
 }  // namespace bitwright

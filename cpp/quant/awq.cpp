@@ -80,22 +80,24 @@ void scaled_rounding_change(ConstMatrixView<float> weight, ConstVectorView<float
     const Index slabs = (weight.rows() + lane_count - 1) / lane_count, size = grid.group_size;
     // An error of the scaled weight is divided by the scale again.
     const Eigen::VectorXf scaled_importance = importance.array() / scale.array().square();
-    parallel_for(slabs, 1, [&](Index first, Index last) {
-        std::vector<float> slab(static_cast<size_t>(size * lane_count));
-        for (Index row = first * lane_count; row < last * lane_count; row += lane_count) {
-            for (Index start = 0; start < weight.cols(); start += size) {
-                load_slab(weight, row, start, size, slab.data());
-                for (Index i = 0; i < size; ++i) lanes(slab, i) *= scale[start + i];
-                const GridLanes fitted =
-                    fit_grid(grid, slab.data(), scaled_importance.data() + start, size);
-                for (Index i = 0; i < size; ++i) {
-                    const Lanes scaled = lanes(slab, i);
-                    const Lanes rounded = fitted.decode(fitted.encode(scaled, grid.top()));
-                    store_column(Lanes((rounded - scaled) / scale[start + i]), row, start + i,
-                                 change);
+    with_lanes(grid, [&]<typename Fitted>(Fitted) {
+        parallel_for(slabs, 1, [&](Index first, Index last) {
+            std::vector<float> slab(static_cast<size_t>(size * lane_count));
+            for (Index row = first * lane_count; row < last * lane_count; row += lane_count) {
+                for (Index start = 0; start < weight.cols(); start += size) {
+                    load_slab(weight, row, start, size, slab.data());
+                    for (Index i = 0; i < size; ++i) lanes(slab, i) *= scale[start + i];
+                    const auto fitted = fit_lanes<Fitted>(grid, slab.data(),
+                                                          scaled_importance.data() + start, size);
+                    for (Index i = 0; i < size; ++i) {
+                        const Lanes scaled = lanes(slab, i);
+                        const Lanes rounded = fitted.decode(fitted.encode(scaled, grid.top()));
+                        store_column(Lanes((rounded - scaled) / scale[start + i]), row, start + i,
+                                     change);
+                    }
                 }
             }
-        }
+        });
     });
 }
 
@@ -105,32 +107,37 @@ void quantize_clipped(ConstMatrixView<float> weight, ConstMatrixView<float> gram
     Eigen::VectorXf shares(steps);
     for (int step = 0; step < steps; ++step)
         shares[step] = 1.0f - (1.0f - least) * static_cast<float>(step) / static_cast<float>(steps);
-    fit_groups(weight, grid, result, [&](const float* slab, Index, Index group) {
-        std::vector<float> error(static_cast<size_t>(size * lane_count));
-        const auto value = [&](Index i) { return Eigen::Map<const Lanes>(slab + i * lane_count); };
-        Lanes low = value(0), high = low;
-        for (Index i = 1; i < size; ++i) {
-            low = low.min(value(i));
-            high = high.max(value(i));
-        }
-        BestGrid best{span_grid(grid, low, high)};
-        BestRange<Lanes> range{low, high};
-        const auto try_range = [&](const Lanes& bottom, const Lanes& top) {
-            range_grids(grid, bottom, top, [&](const GridLanes& candidate) {
-                const GridError error_of{candidate, grid.top()};
-                for (Index i = 0; i < size; ++i) lanes(error, i) = error_of(value(i));
-                range.keep(
-                    best.offer(candidate, block_form(gram, group * size, size, error.data())),
-                    bottom, top);
-            });
-        };
-        // Small scales are rounded by several percent: the other way, too.
-        const auto round_otherwise = [&] {
-            const Lanes stretch = other_rounding(grid, low, high);
-            if ((stretch != 1.0f).any()) try_range(low * stretch, high * stretch);
-        };
-        search_ranges(low, high, shares, range, try_range, round_otherwise);
-        return best.grid;
+    with_lanes(grid, [&]<typename Fitted>(Fitted) {
+        fit_groups(weight, grid, result, [&](const float* slab, Index, Index group) {
+            std::vector<float> error(static_cast<size_t>(size * lane_count));
+            const auto value = [&](Index i) {
+                return Eigen::Map<const Lanes>(slab + i * lane_count);
+            };
+            Lanes low = value(0), high = low;
+            for (Index i = 1; i < size; ++i) {
+                low = low.min(value(i));
+                high = high.max(value(i));
+            }
+            Best<Fitted> best{spanned<Fitted>(grid, low, high)};
+            BestRange<Lanes> range{low, high};
+            const auto try_range = [&](const Lanes& bottom, const Lanes& top) {
+                range_lanes<Fitted>(grid, bottom, top, [&](const Fitted& candidate) {
+                    const ErrorOf<Fitted> error_of{candidate, grid.top()};
+                    for (Index i = 0; i < size; ++i) lanes(error, i) = error_of(value(i));
+                    range.keep(
+                        best.offer(candidate, block_form(gram, group * size, size, error.data())),
+                        bottom, top);
+                });
+            };
+            // Small scales are rounded by several percent: the other way, too.
+            const auto round_otherwise = [&] {
+                if constexpr (std::is_same_v<Fitted, TableLanes>) return;
+                const Lanes stretch = other_rounding(grid, low, high);
+                if ((stretch != 1.0f).any()) try_range(low * stretch, high * stretch);
+            };
+            search_ranges(low, high, shares, range, try_range, round_otherwise);
+            return best.grid;
+        });
     });
 }
 
@@ -158,10 +165,12 @@ void quantize_clipped_by(ConstMatrixView<float> weight, const Grid& grid,
             lows.head(live) = bottom.segment(row, live);
             highs.head(live) = top.segment(row, live);
             int count = 0;
-            range_grids(grid, lows, highs, [&](const GridLanes& spanning) {
-                if (count++ != number) return;
-                exists = true;
-                store_grid(grid.kind, spanning, row, 0, candidate.scales, candidate.offsets);
+            with_lanes(grid, [&]<typename Fitted>(Fitted) {
+                range_lanes<Fitted>(grid, lows, highs, [&](const Fitted& spanning) {
+                    if (count++ != number) return;
+                    exists = true;
+                    store_grid(grid, spanning, row, 0, candidate.scales, candidate.offsets);
+                });
             });
         }
         return exists;

@@ -106,8 +106,11 @@ Layout layout_of_blocks(int bits, bool affine) {
     return {head + 20, 0, bias, {{{head + 4, 4, 16, 0, 32}, {head, 1, 1, 4, 32}}}, {}};
 }
 
-Layout layout_of_superblocks(int bits) {
-    switch (bits) {
+Layout layout_of_superblocks(const KGrid& grid) {
+    // Sixteen bits of the upper parts of scales, then their lower parts.
+    if (grid.table)
+        return {136, 0, -1, {{{8, 4, 16, 0, 256}}}, {{{4, 4, 1, 0, 8}, {2, 2, 1, 4, 8}}}};
+    switch (grid.bits) {
         case 2:
             return {84, 80, 82, {{{16, 2, 32, 0, 256}}}, {{{0, 4, 16, 0, 32}}}};
         case 3:
@@ -150,8 +153,9 @@ void unpack_six_bits(const std::uint8_t* packed, std::uint8_t* values) {
     }
 }
 
-bool has_six_bits(const KGrid& grid) { return grid.bits == 4 || grid.bits == 5; }
-int scale_bias(const KGrid& grid) { return grid.bits == 3 ? 32 : 0; }  // what makes codes unsigned
+bool has_six_bits(const KGrid& grid) { return !grid.table && (grid.bits == 4 || grid.bits == 5); }
+// What makes codes unsigned.
+int scale_bias(const KGrid& grid) { return grid.bits == 3 || grid.table ? 32 : 0; }
 
 // body(row, block, bytes of the block)
 template <typename Bytes, typename Body>
@@ -176,7 +180,7 @@ Eigen::half load_half(const std::uint8_t* bytes) {
 }  // namespace
 
 Index block_bytes(int bits, bool affine) { return layout_of_blocks(bits, affine).bytes; }
-Index superblock_bytes(int bits) { return layout_of_superblocks(bits).bytes; }
+Index superblock_bytes(const KGrid& grid) { return layout_of_superblocks(grid).bytes; }
 
 void pack_blocks(ConstMatrixView<std::uint8_t> codes, ConstMatrixView<Eigen::half> d,
                  ConstMatrixView<Eigen::half> m, int bits, MatrixView<std::uint8_t> blocks) {
@@ -208,7 +212,7 @@ void unpack_blocks(ConstMatrixView<std::uint8_t> blocks, int bits, MatrixView<st
 
 void pack_superblocks(ConstMatrixView<std::uint8_t> codes, const SuperblocksView& grids,
                       const KGrid& grid, MatrixView<std::uint8_t> blocks) {
-    const Layout layout = layout_of_superblocks(grid.bits);
+    const Layout layout = layout_of_superblocks(grid);
     const Index groups = grid.groups();
     const int bias = scale_bias(grid);
     each_block(layout, blocks, [&](Index row, Index block, std::uint8_t* bytes) {
@@ -234,7 +238,7 @@ void pack_superblocks(ConstMatrixView<std::uint8_t> codes, const SuperblocksView
 
 void unpack_superblocks(ConstMatrixView<std::uint8_t> blocks, const KGrid& grid,
                         MatrixView<std::uint8_t> codes, SuperblocksView grids) {
-    const Layout layout = layout_of_superblocks(grid.bits);
+    const Layout layout = layout_of_superblocks(grid);
     const Index groups = grid.groups();
     const int bias = scale_bias(grid);
     each_block(layout, blocks, [&](Index row, Index block, const std::uint8_t* bytes) {

@@ -9,7 +9,7 @@ constexpr Index weights_per_block = 32;  // of the types that have no superblock
 
 // The bytes of a block, with a bias beside its scale if it is affine, and of a superblock.
 Index block_bytes(int bits, bool affine);
-Index superblock_bytes(int bits);
+Index superblock_bytes(const KGrid& grid);
 
 // Codes [out, in] of 4, 5 or 8 bits with one scale d and, for affine grids, one bias m for every 32
 // weights, both [out, in / 32], to blocks [out, in / 32 · block_bytes]. m is empty where there is

@@ -16,6 +16,7 @@ namespace {
 // The state of one solve. `work` holds W with its columns in the order of quantization, column
 // after column, rows contiguous, so that a slab of 16 rows of one column is one cache line. A
 // column that is quantized holds that of E instead.
+template <typename Fitted>
 struct Solve {
     Eigen::MatrixXf work;                 // [out padded to 16, in]
     ConstMatrixView<float> upper;         // U [in, in]
@@ -66,15 +67,16 @@ struct Solve {
         for (Index j = 0; j < count; ++j)
             lanes(weights, j) = work.col(low + j).segment<lane_count>(row).array();
 
-        GridLanes fitted{};
+        Fitted fitted{};
         Index loaded = -1;
         for (Index j = 0; j < count; ++j) {
             const Index group = order[low + j] / group_size;
             if (grids == GridsFrom::progress && (low + j) % group_size == 0) {
-                fitted = fit_grid(grid, weights + j * lane_count, importance_here + j, group_size);
-                store_grid(grid.kind, fitted, row, group, result.scales, result.offsets);
+                fitted = fit_lanes<Fitted>(grid, weights + j * lane_count, importance_here + j,
+                                           group_size);
+                store_grid(grid, fitted, row, group, result.scales, result.offsets);
             } else if (grids != GridsFrom::progress && group != loaded) {
-                fitted = load_grid(grid.kind, row, group, result.scales, result.offsets);
+                fitted = load_grid<Fitted>(grid, row, group, result.scales, result.offsets);
                 loaded = group;
             }
             // Q[:, j] = quant(W[:, j])
@@ -97,33 +99,32 @@ struct Solve {
     }
 };
 
-}  // namespace
-
-template <typename Weight>
-void quantize_gptq(ConstMatrixView<Weight> weight, ConstMatrixView<float> upper,
-                   ConstVectorView<std::int32_t> order, ConstVectorView<float> importance,
-                   const Grid& grid, Index block, GridsFrom grids, QuantizedView result,
-                   VectorView<double> losses) {
+template <typename Fitted, typename Weight>
+void solve_gptq(ConstMatrixView<Weight> weight, ConstMatrixView<float> upper,
+                ConstVectorView<std::int32_t> order, ConstVectorView<float> importance,
+                const Grid& grid, Index block, GridsFrom grids, QuantizedView result,
+                VectorView<double> losses) {
     const Index out = weight.rows(), in = weight.cols(), group_size = grid.group_size;
     const Index padded = (out + lane_count - 1) / lane_count * lane_count;
     block = std::min(block, in);
     // A group fitted on the way must lie within one block, where its weights are up to date.
     if (grids == GridsFrom::progress) block = (block + group_size - 1) / group_size * group_size;
-    Solve solve{Eigen::MatrixXf(padded, in), upper, order, importance, grid, block, grids, result};
+    Solve<Fitted> solve{
+        Eigen::MatrixXf(padded, in), upper, order, importance, grid, block, grids, result};
 
     parallel_for(padded / lane_count, 1, [&](Index first, Index last) {
         std::vector<float> slab(static_cast<size_t>(in * lane_count));
         for (Index row = first * lane_count; row < last * lane_count; row += lane_count) {
             load_slab(weight, row, 0, in, slab.data());
             for (Index j = 0; j < in; ++j)
-                solve.work.col(j).segment<lane_count>(row) =
+                solve.work.col(j).template segment<lane_count>(row) =
                     Eigen::Map<Lanes>(slab.data() + Index{order[j]} * lane_count).matrix();
             if (grids != GridsFrom::original) continue;
             for (Index group = 0; group < result.scales.cols(); ++group) {
                 const Index start = group * group_size;
-                const GridLanes fitted = fit_grid(grid, slab.data() + start * lane_count,
-                                                  importance.data() + start, group_size);
-                store_grid(grid.kind, fitted, row, group, result.scales, result.offsets);
+                const auto fitted = fit_lanes<Fitted>(grid, slab.data() + start * lane_count,
+                                                      importance.data() + start, group_size);
+                store_grid(grid, fitted, row, group, result.scales, result.offsets);
             }
         }
     });
@@ -134,6 +135,18 @@ void quantize_gptq(ConstMatrixView<Weight> weight, ConstMatrixView<float> upper,
     parallel_for(in, 64, [&](Index first, Index last) {
         for (Index j = first; j < last; ++j)
             losses[order[j]] = dot(solve.work.col(j).head(out), solve.work.col(j).head(out));
+    });
+}
+
+}  // namespace
+
+template <typename Weight>
+void quantize_gptq(ConstMatrixView<Weight> weight, ConstMatrixView<float> upper,
+                   ConstVectorView<std::int32_t> order, ConstVectorView<float> importance,
+                   const Grid& grid, Index block, GridsFrom grids, QuantizedView result,
+                   VectorView<double> losses) {
+    with_lanes(grid, [&]<typename Fitted>(Fitted) {
+        solve_gptq<Fitted>(weight, upper, order, importance, grid, block, grids, result, losses);
     });
 }
 

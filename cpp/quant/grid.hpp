@@ -3,9 +3,12 @@
 // one per lane: `Lanes` is one weight of each of 16 rows.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <type_traits>
 
-#include "linalg/matrix.hpp"
+#include "quant/scale_type.hpp"
+#include "quant/table.hpp"
 
 namespace bitwright {
 
@@ -13,60 +16,10 @@ enum class GridKind {
     affine,      // w = s·c + b        b a float (MLX, GGUF Q4_1)
     zero_point,  // w = s·(c − z)      z an integer in 0 .. 2^bits − 1 (GPTQ, AWQ)
     symmetric,   // w = s·(c − z)      z = 2^(bits − 1)
+    table,       // w = s·T[c]         T a sorted table (GGUF's IQ4 types, E2M1, E4M3)
 };
 
-enum class ScaleType {
-    float32,
-    float16,
-    bfloat16
-};  // the dtype that scales and biases are stored in
-
-constexpr int lane_count = 16;
-using Lanes = Eigen::Array<float, lane_count, 1>;
-
-inline Lanes round_to(ScaleType type, const Lanes& values) {
-    switch (type) {
-        case ScaleType::float16:
-            return values.cast<Eigen::half>().cast<float>();
-        case ScaleType::bfloat16:
-            return values.cast<Eigen::bfloat16>().cast<float>();
-        default:
-            return values;
-    }
-}
-
-// The smallest number above zero that the dtype holds, a subnormal one: no scale is less, since
-// codes are quotients by it.
-inline float smallest_scale(ScaleType type) {
-    switch (type) {
-        case ScaleType::float16:
-            return 0x1p-24f;
-        case ScaleType::bfloat16:
-            return 0x1p-133f;
-        default:
-            return 0x1p-149f;
-    }
-}
-
-inline float round_to(ScaleType type, float value) {
-    return round_to(type, Lanes::Constant(value))[0];
-}
-
-// Where a scale moves to: rounded, and never past zero, where its codes would all mean something
-// else.
-inline float moved_scale(ScaleType type, float scale, float wanted) {
-    const float moved = round_to(type, wanted);
-    const float sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
-    return moved * sign >= smallest_scale(type) ? moved : scale;
-}
-
-// The smallest number of full precision: the scale of groups whose weights are all the same, for
-// which any would do.
-inline float smallest_normal(ScaleType type) {
-    return type == ScaleType::float16 ? 0x1p-14f : 0x1p-126f;
-}
-
-// All three grids are w = s·(c − z) + b: affine has z = 0, the other two b = 0.
+// All grids but tables are w = s·(c − z) + b: affine has z = 0, the other two b = 0.
 struct GridLanes {
     Lanes scale, zero, bias;
 
@@ -78,6 +31,15 @@ struct GridLanes {
             .min(top);
     }
     Lanes decode(const Lanes& code) const { return scale * (code - zero) + bias; }
+
+    // The same for a single row of them.
+    float encode(Index lane, float weight, float top) const {
+        const float steps = std::rint((weight - bias[lane]) / scale[lane]);
+        return std::clamp(steps + zero[lane], 0.0f, top);
+    }
+    float decode(Index lane, float code) const {
+        return scale[lane] * (code - zero[lane]) + bias[lane];
+    }
 };
 
 // What a method quantizes to.
@@ -87,9 +49,29 @@ struct Grid {
     int bits;
     Index group_size;  // consecutive input channels that share a scale
     bool search;       // weighted-MSE search of the range, otherwise plain min-max
+    Table table{};     // of GridKind::table
 
     float top() const { return static_cast<float>((1 << bits) - 1); }
 };
+
+// body(of) with a GridLanes or TableLanes, whichever is the grid's: what is hot is compiled for
+// each.
+template <typename Body>
+void with_lanes(const Grid& grid, const Body& body) {
+    if (grid.kind == GridKind::table)
+        body(TableLanes{});
+    else
+        body(GridLanes{});
+}
+
+// Where a scale moves to: rounded, and never past zero, where its codes would all mean something
+// else.
+inline float moved_scale(const Grid& grid, float scale, float wanted) {
+    const float unit = grid.table.unit;
+    const float moved = round_to(grid.scale_type, wanted / unit) * unit;
+    const float sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
+    return moved * sign >= smallest_scale(grid.scale_type) * unit ? moved : scale;
+}
 
 constexpr float mlx_floor = 1e-7f;  // MLX's own rounding has no smaller scale
 
@@ -177,20 +159,24 @@ void range_grids(const Grid& grid, const Lanes& low, const Lanes& high, Try&& tr
 }
 
 // The best of the grids that were tried, lane by lane; `grid` to begin with.
-struct BestGrid {
-    GridLanes grid;
+template <typename Fitted>
+struct Best {
+    Fitted grid;
     Lanes error = Lanes::Constant(INFINITY);
 
     // Returns where the candidate is better than all before it.
-    auto offer(const GridLanes& candidate, const Lanes& candidate_error) {
+    auto offer(const Fitted& candidate, const Lanes& candidate_error) {
         const auto better = (candidate_error < error).eval();
         error = better.select(candidate_error, error);
         grid.scale = better.select(candidate.scale, grid.scale);
-        grid.zero = better.select(candidate.zero, grid.zero);
-        grid.bias = better.select(candidate.bias, grid.bias);
+        if constexpr (std::is_same_v<Fitted, GridLanes>) {
+            grid.zero = better.select(candidate.zero, grid.zero);
+            grid.bias = better.select(candidate.bias, grid.bias);
+        }
         return better;
     }
 };
+using BestGrid = Best<GridLanes>;
 
 // What rounding to a grid takes from a weight. As encode() and decode(), with one division for all
 // weights of a group instead of one for each: a tie that falls the other way does not change the
@@ -310,5 +296,107 @@ inline GridLanes fit_grid(const Grid& grid, const float* weights, const float* i
                     faint.select(Lanes::Constant(-INFINITY), Lanes::Constant(INFINITY)));
     return found.grid;
 }
+
+// The scale of a table that is stored for one of `sign`: none that is not zero becomes zero.
+inline TableLanes table_lanes(const Grid& grid, const Lanes& scale) {
+    const Lanes stored = grid.table.stored_scale(grid.scale_type, scale);
+    const Lanes least = smallest_scale(grid.scale_type) * grid.table.unit * scale.sign();
+    return {(stored == 0.0f).select(least, stored), &grid.table};
+}
+
+// The tables that a search over ranges tries for [low, high].
+template <typename Try>
+void range_tables(const Grid& grid, const Lanes& low, const Lanes& high, Try&& try_grid) {
+    try_grid(table_lanes(grid, grid.table.spanning_scale(low, high, false)));
+    if (!grid.table.either_sign) return;
+    try_grid(table_lanes(grid, grid.table.spanning_scale(low, high, true)));
+}
+
+struct TableError {
+    const TableLanes& grid;
+    float top;
+
+    Lanes operator()(const Lanes& weight) const {
+        return grid.decode(grid.encode(weight, top)) - weight;
+    }
+};
+
+// As fit_grid. The least error need not be where the ends of the table are those of the range, so
+// larger ranges are tried, too, and at last the scale that is best for the codes that were found.
+[[gnu::noinline]] inline TableLanes fit_table(const Grid& grid, const float* weights,
+                                              const float* importance, Index count) {
+    constexpr int steps = 24, refits = 2;
+    constexpr float first_stretch = 1.2f, last_shrink = 0.45f;
+    const auto weight = [&](Index i) { return Eigen::Map<const Lanes>(weights + i * lane_count); };
+    Lanes low = Lanes::Zero(), high = low;
+    for (Index i = 0; i < count; ++i) {
+        if (importance[i] == 0.0f) continue;
+        low = low.min(weight(i));
+        high = high.max(weight(i));
+    }
+    const Table& table = grid.table;
+    const Lanes largest = (high > -low).select(high, -low);
+    const Lanes unit = (largest > 0.0f).select(largest, 1.0f);  // of which squares are in range
+    Lanes spanning = table.spanning_scale(low, high, false);
+    if (table.either_sign) {  // the table's larger end for the larger weight
+        const Lanes other = table.spanning_scale(low, high, true);
+        spanning = (other.abs() < spanning).select(other, spanning);
+    }
+    Best<TableLanes> found{table_lanes(grid, spanning)};
+    if (!grid.search) return found.grid;
+
+    const auto try_grid = [&](const TableLanes& candidate) {
+        const TableError error_of{candidate, grid.top()};
+        Lanes error = Lanes::Zero();
+        for (Index i = 0; i < count; ++i)
+            error += importance[i] * (error_of(weight(i)) / unit).square();
+        found.offer(candidate, error);
+    };
+    for (int step = 0; step < steps; ++step) {
+        const float factor =
+            first_stretch - (first_stretch - last_shrink) * static_cast<float>(step) / (steps - 1);
+        range_tables(grid, low * factor, high * factor, try_grid);
+    }
+    for (int refit = 0; refit < refits; ++refit) {
+        Lanes slope = Lanes::Zero(), curve = Lanes::Zero();
+        for (Index i = 0; i < count; ++i) {
+            const Lanes point = table.decode(found.grid.encode(weight(i), grid.top()));
+            slope += importance[i] * point * (weight(i) / unit);
+            curve += importance[i] * point.square();
+        }
+        try_grid(table_lanes(grid, (curve > 0.0f).select(slope / curve * unit, 0.0f)));
+    }
+    try_grid(TableLanes{Lanes::Zero(), &table});
+    return found.grid;
+}
+
+// By what a grid is made of, GridLanes or TableLanes.
+template <typename Fitted>
+Fitted fit_lanes(const Grid& grid, const float* weights, const float* importance, Index count) {
+    if constexpr (std::is_same_v<Fitted, TableLanes>)
+        return fit_table(grid, weights, importance, count);
+    else
+        return fit_grid(grid, weights, importance, count);
+}
+
+template <typename Fitted, typename Try>
+void range_lanes(const Grid& grid, const Lanes& low, const Lanes& high, Try&& try_grid) {
+    if constexpr (std::is_same_v<Fitted, TableLanes>)
+        range_tables(grid, low, high, try_grid);
+    else
+        range_grids(grid, low, high, try_grid);
+}
+
+// What a search begins with.
+template <typename Fitted>
+Fitted spanned(const Grid& grid, const Lanes& low, const Lanes& high) {
+    if constexpr (std::is_same_v<Fitted, TableLanes>)
+        return table_lanes(grid, grid.table.spanning_scale(low, high, false));
+    else
+        return span_grid(grid, low, high);
+}
+
+template <typename Fitted>
+using ErrorOf = std::conditional_t<std::is_same_v<Fitted, TableLanes>, TableError, GridError>;
 
 }  // namespace bitwright

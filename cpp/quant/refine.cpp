@@ -34,6 +34,7 @@ struct GroupSums {
 
 // Of a tile of rows. Columns are contiguous in `residual`, `change` and `steps`, so that 16 rows of
 // one column are one cache line.
+template <typename Fitted>
 struct Refinement {
     ConstMatrixView<float> weight, gram;
     const GroupSums& sums;
@@ -131,7 +132,7 @@ struct Refinement {
     void for_each_weight(Index row, const float* codes, const MatrixView<float>& scales,
                          const MatrixView<float>& offsets, const Body& body) const {
         for (Index group = 0; group < groups(); ++group) {
-            const GridLanes fitted = load_grid(grid.kind, row, group, scales, offsets);
+            const auto fitted = load_grid<Fitted>(grid, row, group, scales, offsets);
             for (Index j = group * grid.group_size; j < (group + 1) * grid.group_size; ++j)
                 body(j, fitted.decode(Eigen::Map<const Lanes>(codes + j * lane_count)));
         }
@@ -167,13 +168,13 @@ struct Refinement {
                   codes);
         for (Index j = 0; j < count; ++j)
             lanes(here, j) = residual.col(low + j).segment<lane_count>(row).array();
-        GridLanes fitted{};
+        Fitted fitted{};
         Lanes gained = Lanes::Zero();
         Index loaded = -1;
         for (Index j = 0; j < count; ++j) {
             const Index group = (low + j) / grid.group_size;
             if (group != loaded) {
-                fitted = load_grid(grid.kind, row, group, result.scales, result.offsets);
+                fitted = load_grid<Fitted>(grid, row, group, result.scales, result.offsets);
                 loaded = group;
             }
             const float* row_of_gram = gram.data() + (low + j) * in() + low;
@@ -246,8 +247,32 @@ struct Refinement {
 
     void centre(Index row, float* codes) const {
         for (Index j = 0; j < in(); ++j)
-            codes[j] =
-                static_cast<float>(result.codes(row, j)) - centre_of(row, j / grid.group_size);
+            if constexpr (std::is_same_v<Fitted, TableLanes>)
+                codes[j] = grid.table.points[result.codes(row, j)];
+            else
+                codes[j] =
+                    static_cast<float>(result.codes(row, j)) - centre_of(row, j / grid.group_size);
+    }
+
+    // Where scales are so few that rounding moves them far, each takes its best one given all
+    // others.
+    Vector<float> stored_steps(Index row, const Matrix<float>& system,
+                               const Vector<float>& slopes) const {
+        constexpr int sweeps = 3;
+        Vector<float> step = Vector<float>::Zero(groups());
+        const auto symmetric = system.template selfadjointView<Eigen::Lower>();
+        Vector<float> left = slopes;
+        for (int sweep = 0; sweep < sweeps; ++sweep)
+            for (Index group = 0; group < groups(); ++group) {
+                const float curve = system(group, group), scale = result.scales(row, group);
+                if (!(curve > 0.0f)) continue;
+                const float wanted = scale + step[group] + left[group] / curve;
+                const float change = moved_scale(grid, scale, wanted) - scale - step[group];
+                if (!(change * (2.0f * left[group] - change * curve) > 0.0f)) continue;
+                step[group] += change;
+                left -= symmetric * (change * Vector<float>::Unit(groups(), group));
+            }
+        return step;
     }
 
     // The system's lower triangle holds the normal equations of one row.
@@ -270,12 +295,13 @@ struct Refinement {
         if (factored.info() != Eigen::Success) return;
         Vector<float> step = factored.solve(slopes);
         if (!step.allFinite()) return;
+        if (has_few_scales(grid.scale_type)) step = stored_steps(row, system, slopes);
 
         Vector<float> scales(count), offsets(count);
         for (Index group = 0; group < count; ++group) {
             const float scale = result.scales(row, group), offset = result.offsets(row, group);
             const float middle = centre_of(row, group);
-            const float moved = moved_scale(grid.scale_type, scale, scale + step[group]);
+            const float moved = moved_scale(grid, scale, scale + step[group]);
             step[group] = moved - scale;
             scales[group] = moved;
             offsets[group] = offset;
@@ -294,10 +320,10 @@ struct Refinement {
     }
 };
 
-}  // namespace
-
-void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Grid& grid,
-            Index rounds, bool codes_only, QuantizedView result, VectorView<double> objectives) {
+template <typename Fitted>
+void refine_lanes(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Grid& grid,
+                  Index rounds, bool codes_only, QuantizedView result,
+                  VectorView<double> objectives) {
     objectives.setZero();
     const GroupSums sums(gram, grid.group_size);
     const Index in = weight.cols(), groups = result.scales.cols();
@@ -308,7 +334,7 @@ void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Gr
             {result.scales.data() + first * groups, rows, groups},
             {result.offsets.data() + first * groups, rows, groups},
         };
-        Refinement state({weight.data() + first * in, rows, in}, gram, sums, grid, part);
+        Refinement<Fitted> state({weight.data() + first * in, rows, in}, gram, sums, grid, part);
         state.start();
         const double before = state.objective();
         objectives[0] += before;
@@ -320,6 +346,15 @@ void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Gr
             objectives[round + 1] += before - sum(state.gains);
         }
     }
+}
+
+}  // namespace
+
+void refine(ConstMatrixView<float> weight, ConstMatrixView<float> gram, const Grid& grid,
+            Index rounds, bool codes_only, QuantizedView result, VectorView<double> objectives) {
+    with_lanes(grid, [&]<typename Fitted>(Fitted) {
+        refine_lanes<Fitted>(weight, gram, grid, rounds, codes_only, result, objectives);
+    });
 }
 
 }  // namespace bitwright

@@ -22,6 +22,7 @@ using Columns = Eigen::MatrixXf;  // whose columns are contiguous
 Index padded(Index rows) { return (rows + lane_count - 1) / lane_count * lane_count; }
 
 // One diagonal block of O with its rows, which are independent of all others.
+template <typename Fitted>
 struct OutputBlock {
     ConstMatrixView<float> gram;
     const Grid& grid;
@@ -38,7 +39,7 @@ struct OutputBlock {
     Columns slopes;  // O Δ G
     Columns codes, change;
     Columns pushed;  // O times the changes of the lazy columns
-    std::vector<GridLanes> grids;
+    std::vector<Fitted> grids;
     Vector<float> wanted, target, code, step, reached;  // of one column
 
     OutputBlock(ConstMatrixView<float> weight, ConstMatrixView<float> moments,
@@ -106,22 +107,18 @@ struct OutputBlock {
     }
 
     float decoded(Index row, float point) const {
-        const GridLanes& fitted = grids[static_cast<size_t>(row / lane_count)];
-        const Index lane = row % lane_count;
-        return fitted.scale[lane] * (point - fitted.zero[lane]) + fitted.bias[lane];
+        return grids[static_cast<size_t>(row / lane_count)].decode(row % lane_count, point);
     }
 
     float encoded(Index row, float value) const {
-        const GridLanes& fitted = grids[static_cast<size_t>(row / lane_count)];
-        const Index lane = row % lane_count;
-        const float steps = std::rint((value - fitted.bias[lane]) / fitted.scale[lane]);
-        return std::clamp(steps + fitted.zero[lane], 0.0f, grid.top());
+        return grids[static_cast<size_t>(row / lane_count)].encode(row % lane_count, value,
+                                                                   grid.top());
     }
 
     void load(Index group) {
         for (Index row = 0; row < rows; row += lane_count)
             grids[static_cast<size_t>(row / lane_count)] =
-                load_grid(grid.kind, row, group, result.scales, result.offsets);
+                load_grid<Fitted>(grid, row, group, result.scales, result.offsets);
         codes.setZero();
         for (Index row = 0; row < rows; ++row)
             for (Index j = 0; j < size; ++j)
@@ -218,7 +215,7 @@ struct OutputBlock {
     // The codes of 16 rows in one column, one after another where several are better changed.
     template <typename Moved>
     bool sweep_lanes(Index row, Index j, float curvature, Moved& moved) {
-        const GridLanes& fitted = grids[static_cast<size_t>(row / lane_count)];
+        const Fitted& fitted = grids[static_cast<size_t>(row / lane_count)];
         const Lanes steepness = curvature * diagonal_lanes(row);
         const Lanes inverse = (steepness > 0.0f).select(steepness.inverse(), 0.0f);
         bool any = false;
@@ -264,7 +261,10 @@ struct OutputBlock {
     void fit_row(Index row, Index group) {
         const Index first = group * size;
         const auto inner = gram.block(first, first, size, size);
-        const Eigen::RowVectorXf code = codes.row(row), slope = slopes.row(row);
+        Eigen::RowVectorXf code = codes.row(row);
+        if constexpr (std::is_same_v<Fitted, TableLanes>)
+            for (Index j = 0; j < size; ++j) code[j] = grid.table.decode(code[j]);
+        const Eigen::RowVectorXf slope = slopes.row(row);
         const Eigen::RowVectorXf weighed = code * inner;
         const auto weight = static_cast<double>(diagonal[row]);
         const Eigen::RowVectorXf ones = Eigen::RowVectorXf::Ones(size);
@@ -283,8 +283,8 @@ struct OutputBlock {
         gained += best.gain;
         result.scales(row, group) = best.scale;
         result.offsets(row, group) = best.offset;
-        grids[static_cast<size_t>(row / lane_count)] = load_grid(
-            grid.kind, row / lane_count * lane_count, group, result.scales, result.offsets);
+        grids[static_cast<size_t>(row / lane_count)] = load_grid<Fitted>(
+            grid, row / lane_count * lane_count, group, result.scales, result.offsets);
         const Eigen::RowVectorXf step =
             (static_cast<float>(x) * code.array() + static_cast<float>(y)).matrix();
         change.row(row) += step;
@@ -299,7 +299,7 @@ struct OutputBlock {
     };
 
     float moved(float scale, double change) const {
-        return moved_scale(grid.scale_type, scale, static_cast<float>(scale + change));
+        return moved_scale(grid, scale, static_cast<float>(scale + change));
     }
 
     Candidate best_affine(const Parabola& of, float scale, float offset) const {
@@ -318,7 +318,7 @@ struct OutputBlock {
     Candidate best_zero(const Parabola& of, float scale, float zero) const {
         Candidate best{scale, zero, 0.0};
         const double mean = -static_cast<double>(scale) * zero;
-        const bool fixed = grid.kind == GridKind::symmetric;
+        const bool fixed = grid.kind != GridKind::zero_point;
         const int top = static_cast<int>(fixed ? zero : grid.top());
         for (int other = fixed ? top : 0; other <= top; ++other) {
             // y = −(s + x) z − m, so that x alone is free.
@@ -343,20 +343,22 @@ void refine_two_sided(ConstMatrixView<float> weight, ConstMatrixView<float> gram
     const Index width = outputs.cols(), in = weight.cols(), groups = result.scales.cols();
     const Index blocks = (weight.rows() + width - 1) / width;
     Matrix<double> found(blocks, sweeps + 1);
-    parallel_for(blocks, 1, [&](Index begin, Index end) {
-        for (Index index = begin; index < end; ++index) {
-            const Index first = index * width, rows = std::min(width, weight.rows() - first);
-            OutputBlock block({weight.data() + first * in, rows, in}, gram,
-                              {outputs.data() + first * width, rows, width}, grid,
-                              {{result.codes.data() + first * in, rows, in},
-                               {result.scales.data() + first * groups, rows, groups},
-                               {result.offsets.data() + first * groups, rows, groups}});
-            found(index, 0) = -block.gained;
-            for (Index sweep = 0; sweep < sweeps; ++sweep) {
-                block.sweep(sweep < fits, sweep < plane_sweeps);
-                found(index, sweep + 1) = -block.gained;
+    with_lanes(grid, [&]<typename Fitted>(Fitted) {
+        parallel_for(blocks, 1, [&](Index begin, Index end) {
+            for (Index index = begin; index < end; ++index) {
+                const Index first = index * width, rows = std::min(width, weight.rows() - first);
+                OutputBlock<Fitted> block({weight.data() + first * in, rows, in}, gram,
+                                          {outputs.data() + first * width, rows, width}, grid,
+                                          {{result.codes.data() + first * in, rows, in},
+                                           {result.scales.data() + first * groups, rows, groups},
+                                           {result.offsets.data() + first * groups, rows, groups}});
+                found(index, 0) = -block.gained;
+                for (Index sweep = 0; sweep < sweeps; ++sweep) {
+                    block.sweep(sweep < fits, sweep < plane_sweeps);
+                    found(index, sweep + 1) = -block.gained;
+                }
             }
-        }
+        });
     });
     objectives.setZero();
     for (Index index = 0; index < blocks; ++index) objectives += found.row(index).transpose();

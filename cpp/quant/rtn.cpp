@@ -7,15 +7,19 @@ template <typename Weight>
 void quantize_rtn(ConstMatrixView<Weight> weight, ConstVectorView<float> importance,
                   const Grid& grid, QuantizedView result) {
     const Index size = grid.group_size;
-    fit_groups(weight, grid, result, [&](const float* slab, Index, Index group) {
-        return fit_grid(grid, slab, importance.data() + group * size, size);
+    with_lanes(grid, [&]<typename Fitted>(Fitted) {
+        fit_groups(weight, grid, result, [&](const float* slab, Index, Index group) {
+            return fit_lanes<Fitted>(grid, slab, importance.data() + group * size, size);
+        });
     });
 }
 
 void encode(ConstMatrixView<float> weight, ConstMatrixView<float> scales,
             ConstMatrixView<float> offsets, const Grid& grid, MatrixView<std::uint8_t> codes) {
-    round_groups(weight, grid, codes, [&](const float*, Index row, Index group) {
-        return load_grid(grid.kind, row, group, scales, offsets);
+    with_lanes(grid, [&]<typename Fitted>(Fitted) {
+        round_groups(weight, grid, codes, [&](const float*, Index row, Index group) {
+            return load_grid<Fitted>(grid, row, group, scales, offsets);
+        });
     });
 }
 

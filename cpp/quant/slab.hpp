@@ -29,23 +29,40 @@ void store_column(const Lanes& values, Index row, Index column, MatrixView<Scala
         matrix(row + lane, column) = static_cast<Scalar>(values[lane]);
 }
 
-inline void store_grid(GridKind kind, const GridLanes& lanes, Index row, Index group,
-                       MatrixView<float>& scales, MatrixView<float>& offsets) {
+template <typename Fitted>
+void store_grid(const Grid& grid, const Fitted& lanes, Index row, Index group,
+                MatrixView<float>& scales, MatrixView<float>& offsets) {
     store_column(lanes.scale, row, group, scales);
-    store_column(kind == GridKind::affine ? lanes.bias : lanes.zero, row, group, offsets);
+    if constexpr (std::is_same_v<Fitted, TableLanes>)
+        store_column(Lanes(Lanes::Zero()), row, group, offsets);
+    else
+        store_column(grid.kind == GridKind::affine ? lanes.bias : lanes.zero, row, group, offsets);
 }
 
-// scales and offsets are maps [out, groups].
 template <typename Map>
-GridLanes load_grid(GridKind kind, Index row, Index group, const Map& scales, const Map& offsets) {
+GridLanes load_affine(const Grid& grid, Index row, Index group, const Map& scales,
+                      const Map& offsets) {
     GridLanes lanes{Lanes::Ones(), Lanes::Zero(), Lanes::Zero()};
-    Lanes& offset = kind == GridKind::affine ? lanes.bias : lanes.zero;
+    Lanes& offset = grid.kind == GridKind::affine ? lanes.bias : lanes.zero;
     const Index rows = std::min<Index>(lane_count, scales.rows() - row);
     for (Index lane = 0; lane < rows; ++lane) {
         lanes.scale[lane] = scales(row + lane, group);
         offset[lane] = offsets(row + lane, group);
     }
     return lanes;
+}
+
+// scales and offsets are maps [out, groups].
+template <typename Fitted, typename Map>
+Fitted load_grid(const Grid& grid, Index row, Index group, const Map& scales, const Map& offsets) {
+    if constexpr (std::is_same_v<Fitted, TableLanes>) {
+        TableLanes lanes{Lanes::Zero(), &grid.table};
+        for (Index lane = 0; lane < std::min<Index>(lane_count, scales.rows() - row); ++lane)
+            lanes.scale[lane] = scales(row + lane, group);
+        return lanes;
+    } else {
+        return load_affine(grid, row, group, scales, offsets);
+    }
 }
 
 // Rounds every group of the weight to the grid that grid_of(slab, row, group) returns for 16 rows
@@ -59,7 +76,7 @@ void round_groups(const ConstMatrixView<Weight>& weight, const Grid& grid,
         for (Index row = first * lane_count; row < last * lane_count; row += lane_count) {
             for (Index group = 0; group < weight.cols() / size; ++group) {
                 load_slab(weight, row, group * size, size, slab.data());
-                const GridLanes fitted = grid_of(slab.data(), row, group);
+                const auto fitted = grid_of(slab.data(), row, group);
                 for (Index i = 0; i < size; ++i) {
                     const Eigen::Map<const Lanes> values(slab.data() + i * lane_count);
                     store_column(fitted.encode(values, grid.top()), row, group * size + i, codes);
@@ -74,8 +91,8 @@ template <typename Weight, typename Fit>
 void fit_groups(const ConstMatrixView<Weight>& weight, const Grid& grid, QuantizedView& result,
                 const Fit& fit) {
     round_groups(weight, grid, result.codes, [&](const float* slab, Index row, Index group) {
-        const GridLanes fitted = fit(slab, row, group);
-        store_grid(grid.kind, fitted, row, group, result.scales, result.offsets);
+        const auto fitted = fit(slab, row, group);
+        store_grid(grid, fitted, row, group, result.scales, result.offsets);
         return fitted;
     });
 }

@@ -184,11 +184,11 @@ template <int size, bool affine>
 void closed_form_of(const ConstMatrixView<float>& weight,
                     const ConstMatrixView<std::uint8_t>& codes,
                     const ConstVectorView<float>& importance, const KGrid& grid,
-                    MatrixView<float>& scales, MatrixView<float>& offsets) {
+                    const float* points, MatrixView<float>& scales, MatrixView<float>& offsets) {
     using Group = Eigen::Array<float, size, 1>;
     const float unit = std::max(importance.maxCoeff(), 1e-30f);
     const Eigen::ArrayXf costs = (importance.array() / unit).max(1e-12f);
-    const float zero = static_cast<float>(1 << (grid.bits - 1));
+    const float zero = points ? 0.0f : static_cast<float>(1 << (grid.bits - 1));
     parallel_for(weight.rows(), fitted_rows, [&](Index begin, Index end) {
         for (Index row = begin; row < end; ++row)
             for (Index group = 0; group < scales.cols(); ++group) {
@@ -200,6 +200,8 @@ void closed_form_of(const ConstMatrixView<float>& weight,
                 };
                 const Group w = here(weight), cost = costs.segment<size>(group * size);
                 Group c = here(codes);
+                if (points)
+                    c = c.unaryExpr([&](float code) { return points[static_cast<int>(code)]; });
                 const float total = pairwise_sum(cost);
                 const float centre = affine ? pairwise_sum(Group(cost * c)) / total : zero;
                 c -= centre;
@@ -229,20 +231,24 @@ KGrid KGrid::of(int bits) {
 
 bool fit_superblocks(ConstMatrixView<float> scales, ConstMatrixView<float> biases,
                      ConstVectorView<float> importance, const KGrid& grid, SuperblocksView result) {
+    if (!grid.affine && grid.group_size == 32)
+        return fit_all<32, false>(scales, biases, importance, grid, result);
     if (!grid.affine) return fit_all<16, false>(scales, biases, importance, grid, result);
     if (grid.group_size == 16) return fit_all<16, true>(scales, biases, importance, grid, result);
     return fit_all<32, true>(scales, biases, importance, grid, result);
 }
 
 void closed_form(ConstMatrixView<float> weight, ConstMatrixView<std::uint8_t> codes,
-                 ConstVectorView<float> importance, const KGrid& grid, MatrixView<float> scales,
-                 MatrixView<float> offsets) {
-    if (!grid.affine)
-        closed_form_of<16, false>(weight, codes, importance, grid, scales, offsets);
+                 ConstVectorView<float> importance, const KGrid& grid, const float* points,
+                 MatrixView<float> scales, MatrixView<float> offsets) {
+    if (!grid.affine && grid.group_size == 32)
+        closed_form_of<32, false>(weight, codes, importance, grid, points, scales, offsets);
+    else if (!grid.affine)
+        closed_form_of<16, false>(weight, codes, importance, grid, points, scales, offsets);
     else if (grid.group_size == 16)
-        closed_form_of<16, true>(weight, codes, importance, grid, scales, offsets);
+        closed_form_of<16, true>(weight, codes, importance, grid, points, scales, offsets);
     else
-        closed_form_of<32, true>(weight, codes, importance, grid, scales, offsets);
+        closed_form_of<32, true>(weight, codes, importance, grid, points, scales, offsets);
 }
 
 }  // namespace bitwright

@@ -7,14 +7,16 @@ namespace bitwright {
 
 constexpr Index superblock_size = 256;  // weights that share the scale of their scales
 
-// What the bits of a "k" grid stand for, Q2_K to Q6_K.
+// What the bits of a "k" grid stand for, Q2_K to Q6_K; and IQ4_XS, a table with superblocks.
 struct KGrid {
     int bits;
     Index group_size;
-    bool affine;    // w = scale·c − min, otherwise w = scale·(c − 2^(bits − 1))
+    bool affine;    // w = scale·c − min, otherwise w = scale·(c − 2^(bits − 1)) or scale·T[c]
     int low, high;  // the least and the largest code of a scale
+    bool table = false;
 
     static KGrid of(int bits);  // 2 to 6
+    static KGrid iq4_xs() { return {4, 32, false, -32, 31, true}; }
     Index groups() const { return superblock_size / group_size; }
 };
 
@@ -38,7 +40,7 @@ bool fit_superblocks(ConstMatrixView<float> scales, ConstMatrixView<float> biase
 // that are given, weight and codes [out, in] and importance [in]; of symmetric grids the offsets
 // are the zeros. Where all codes of a group are the same, which says nothing, the scale is NaN.
 void closed_form(ConstMatrixView<float> weight, ConstMatrixView<std::uint8_t> codes,
-                 ConstVectorView<float> importance, const KGrid& grid, MatrixView<float> scales,
-                 MatrixView<float> offsets);
+                 ConstVectorView<float> importance, const KGrid& grid, const float* points,
+                 MatrixView<float> scales, MatrixView<float> offsets);
 
 }  // namespace bitwright

@@ -25,6 +25,10 @@ class Grid:
         kind: str,
         scale_dtype: str = "float32",
         search: bool = False,
+        points: _Float32 | None = None,
+        bounds: _Float32 | None = None,
+        either_sign: bool = False,
+        unit: float = 1.0,
     ) -> None: ...
 
 def blas() -> str: ...
@@ -84,10 +88,14 @@ def refine_two_sided(
 ) -> NDArray[np.float64]: ...
 def add_output_metric(gradient: _Float32, weight: _Float32, sum: _Float32) -> None: ...
 def fit_superblocks(
-    scales: _Float32, offsets: _Float32, importance: _Float32, bits: int
+    scales: _Float32, offsets: _Float32, importance: _Float32, bits: int, table: bool = False
 ) -> _Superblocks | None: ...
 def closed_form(
-    weight: _Float32, codes: _Codes, importance: _Float32, bits: int
+    weight: _Float32,
+    codes: _Codes,
+    importance: _Float32,
+    bits: int,
+    points: _Float32 | None = None,
 ) -> tuple[_Float32, _Float32]: ...
 def pack_superblocks(
     codes: _Codes,
@@ -96,9 +104,10 @@ def pack_superblocks(
     dmin: _Half | None,
     min_codes: _Codes | None,
     bits: int,
+    table: bool = False,
 ) -> _Codes: ...
 def unpack_superblocks(
-    blocks: _Codes, bits: int
+    blocks: _Codes, bits: int, table: bool = False
 ) -> tuple[_Codes, _Half, _Int8, _Half | None, _Codes | None]: ...
 def pack_blocks(codes: _Codes, d: _Half, m: _Half | None, bits: int) -> _Codes: ...
 def unpack_blocks(
@@ -113,6 +122,7 @@ def dequantize(
     biases: _Float32 | None,
     groups: _Int32 | None,
     out: _Float32,
+    points: _Float32 | None = None,
 ) -> None: ...
 def pack(codes: _Codes, bits: int) -> NDArray[np.uint32]: ...
 def unpack(words: NDArray[np.uint32], bits: int) -> _Codes: ...
@@ -131,6 +141,7 @@ def linear_backward_groups(
     groups: _Int32,
     scale_gradients: _Float,
     bias_gradients: _Float,
+    points: _Float32 | None = None,
 ) -> None: ...
 def rms_norm(input: _Float, weight: _Float, epsilon: float, out: _Float) -> None: ...
 def rms_norm_backward(

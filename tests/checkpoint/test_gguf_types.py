@@ -87,10 +87,10 @@ def test_codebooks_have_all_vectors(name: str) -> None:
 
 
 def test_names_and_sizes_are_checked() -> None:
-    with pytest.raises(ValueError, match="no type of blocks is called Q9"):
-        _kernels.decode_blocks(np.zeros((1, 18), np.uint8), "Q9")
+    with pytest.raises(ValueError, match="no type of blocks is called IQ4_NL"):
+        _kernels.decode_blocks(np.zeros((1, 18), np.uint8), "IQ4_NL")
     with pytest.raises(ValueError, match="no whole number of blocks of 18"):
-        _kernels.decode_blocks(np.zeros((1, 19), np.uint8), "IQ4_NL")
+        _kernels.decode_blocks(np.zeros((1, 19), np.uint8), "Q2_0")
     with pytest.raises(ValueError, match="no codebook is called IQ4_NL"):
         _kernels.codebook("IQ4_NL")
 

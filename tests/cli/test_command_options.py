@@ -111,7 +111,7 @@ def test_options_of_one_type_have_one_name() -> None:
         read = [each.name for each in command.params if isinstance(each.type, Model)]
         assert read in ([], ["model"], ["model", "reference"]), name
     bits = {long(each) for _, each in OPTIONS if isinstance(each.type, Bits)}
-    assert bits == {"--bits", "--embedding-bits", "--head-bits"}
+    assert bits == {"--embedding-bits", "--head-bits"}
 
 
 def test_one_name_has_one_type_and_one_place() -> None:

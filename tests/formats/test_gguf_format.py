@@ -27,7 +27,8 @@ from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES, weights_per_block
 from bitwright.distill.student import PACE, Student, TrainedSuperBlocks
 from bitwright.errors import CheckpointError
 from bitwright.formats.gguf import TYPES, GgufFormat
-from bitwright.grids.tensor import K_GRIDS, SUPERBLOCK, Grid, SuperBlocks
+from bitwright.grids.tables import TABLES, has_superblocks
+from bitwright.grids.tensor import GRIDS, K_GRIDS, SUPERBLOCK, Grid, SuperBlocks
 from bitwright.models.network import Network
 
 Array = NDArray[Any]
@@ -52,15 +53,16 @@ def random_tensor(grid: Grid, bits: int, out: int, blocks: int, seed: int) -> Qu
     rng = np.random.default_rng(seed)
     kind = K_GRIDS[bits] if grid == "k" else None
     size, base = (kind.group_size, kind.grid) if kind else (32, grid)
-    channels = blocks * (SUPERBLOCK if kind else 32)
+    codes = kind.scale_codes if kind else TABLES[grid].scale_codes if grid in TABLES else None
+    channels = blocks * (SUPERBLOCK if codes else 32)
     groups, super_groups = (out, channels // size), (out, channels // SUPERBLOCK)
     superblocks: SuperBlocks | None = None
     biases: Array | None = None
-    if kind is None:
+    if codes is None:
         scales: Array = random_halves(rng, groups)
         biases = random_halves(rng, groups) if base == "affine" else None
     else:
-        low, high = kind.scale_codes
+        low, high = codes
         superblocks = SuperBlocks(
             random_halves(rng, super_groups), rng.integers(low, high + 1, groups).astype(np.int8)
         )
@@ -149,7 +151,8 @@ def test_blocks_have_the_bytes_of_numpy(
     tensor = random_tensor(grid, bits, out, blocks, seed)
     packed = GgufFormat.pack("layer", tensor)["layer.weight"]
     if tensor.superblocks is not None:
-        wanted = reference.pack_superblocks(tensor.codes, tensor.superblocks, bits)
+        kind = TYPES[grid, bits]
+        wanted = reference.pack_superblocks(tensor.codes, tensor.superblocks, bits, kind)
         codes, superblocks = reference.unpack_superblocks(packed, bits)
         for field in fields(SuperBlocks):
             mine, theirs = (getattr(each, field.name) for each in (tensor.superblocks, superblocks))
@@ -157,7 +160,8 @@ def test_blocks_have_the_bytes_of_numpy(
             if mine is not None:
                 assert mine.tobytes() == theirs.tobytes()
     else:
-        wanted = reference.pack_blocks(tensor.codes, tensor.scales, tensor.biases, bits)
+        parts = (tensor.codes, tensor.scales, tensor.biases)
+        wanted = reference.pack_blocks(*parts, bits, TYPES[grid, bits])
         codes = reference.unpack_blocks(packed, bits)
     assert (packed.dtype, packed.shape) == (wanted.dtype, wanted.shape)
     assert packed.tobytes() == wanted.tobytes()
@@ -195,7 +199,7 @@ def test_every_bit_comes_back(grid: Grid, bits: int, out: int, blocks: int, seed
     assert array.dtype == dtype
     assert array.shape == (out, tensor.shape[1] // weights_per_block(dtype))
     assert_identical(unpacked(array), tensor)
-    if grid == "k":
+    if has_superblocks(grid):
         assert array.nbytes == tensor.nbytes
     assert packed(unpacked(array)).tobytes() == array.tobytes()
 
@@ -226,7 +230,7 @@ def test_random_bytes_are_read_as_the_reference_reads_them(
 
 
 @pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize(("grid", "bits"), [key for key in TYPES if key[0] != "k"])
+@pytest.mark.parametrize(("grid", "bits"), [key for key in TYPES if key[0] in GRIDS])
 def test_larger_groups_are_blocks_with_one_scale(grid: Grid, bits: int, size: int) -> None:
     weight = np.random.default_rng(0).standard_normal((5, 256), dtype=np.float32)
     tensor = bitwright.quantize_rtn(weight, bits, size, grid=grid, scale_dtype=np.float16)
@@ -238,7 +242,7 @@ def test_larger_groups_are_blocks_with_one_scale(grid: Grid, bits: int, size: in
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-@pytest.mark.parametrize(("grid", "bits"), [key for key in TYPES if key[0] != "k"])
+@pytest.mark.parametrize(("grid", "bits"), [key for key in TYPES if key[0] in GRIDS])
 def test_scales_of_other_dtypes_are_stored_if_float16_holds_them(
     grid: Grid, bits: int, dtype: Any
 ) -> None:

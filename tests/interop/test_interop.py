@@ -110,6 +110,8 @@ def test_demo_model(tmp_path: Path, client: str) -> None:
             [
                 {"method": "rtn", "format": "gguf", "bits": 4, "embedding_bits": 6},
                 {"method": "rtn", "format": "gguf", "bits": 2},
+                {"format": "gguf", "grid": "iq4_xs", "embedding_bits": 4},
+                {"method": "rtn", "format": "gguf", "grid": "iq4_nl"},
             ],
         ),
     ],

@@ -405,8 +405,12 @@ def _fit_codes(
     return d, codes
 
 
-def pack_blocks(codes: Array, d: Array, m: Array | None, bits: int) -> Array:
+def pack_blocks(
+    codes: Array, d: Array, m: Array | None, bits: int, kind: str | None = None
+) -> Array:
     """Return ggml's blocks of 32 weights; each field by itself."""
+    if kind == "IQ4_NL":
+        return pack_blocks(codes, d, m, bits).view(BLOCKS[kind])
     kind = f"Q{bits}_{0 if m is None else 1}"
     blocks = np.zeros(d.shape, BLOCKS[kind])
     blocks["d"] = d
@@ -424,6 +428,8 @@ def pack_blocks(codes: Array, d: Array, m: Array | None, bits: int) -> Array:
 
 def unpack_blocks(blocks: Array, bits: int) -> Array:
     """Return the codes of `pack_blocks`."""
+    if "points" in (blocks.dtype.names or ()):
+        blocks = blocks.view(BLOCKS["Q4_0"])
     if bits == 8:
         codes = blocks["qs"].view(np.uint8) ^ 0x80
     else:
@@ -433,15 +439,21 @@ def unpack_blocks(blocks: Array, bits: int) -> Array:
     return np.ascontiguousarray(codes.reshape(len(blocks), -1))
 
 
-def pack_superblocks(codes: Array, grid: SuperBlocks, bits: int) -> Array:
+def pack_superblocks(codes: Array, grid: SuperBlocks, bits: int, kind: str | None = None) -> Array:
     """Return ggml's superblocks of 256 weights; each field by itself."""
-    blocks = np.zeros(grid.d.shape, BLOCKS[f"Q{bits}_K"])
+    blocks = np.zeros(grid.d.shape, BLOCKS[kind or f"Q{bits}_K"])
     codes = codes.reshape(*blocks.shape, SUPERBLOCK)
     scales = grid.scale_codes.reshape(*blocks.shape, -1)
     blocks["d"] = grid.d
     if grid.dmin is not None and grid.min_codes is not None:
         blocks["dmin"], mins = grid.dmin, grid.min_codes.reshape(*blocks.shape, -1)
-    if bits == 2:
+    if kind == "IQ4_XS":
+        unsigned = (scales + np.int8(32)).view(np.uint8)
+        blocks["scales_l"] = _merged(unsigned & 15, 4, 1)
+        places = np.arange(0, 16, 2, dtype=np.uint16)
+        blocks["scales_h"] = ((unsigned >> 4).astype(np.uint16) << places).sum(-1, dtype=np.uint16)
+        blocks["qs"] = _merged(codes, 4, 16)
+    elif bits == 2:
         blocks["scales"] = scales.view(np.uint8) | mins << 4
         blocks["qs"] = _merged(codes, 2, 32)
     elif bits == 3:
@@ -463,7 +475,12 @@ def pack_superblocks(codes: Array, grid: SuperBlocks, bits: int) -> Array:
 def unpack_superblocks(blocks: Array, bits: int) -> tuple[Array, SuperBlocks]:
     """Return the codes and superblocks of `pack_superblocks`."""
     mins = None
-    if bits == 2:
+    if "scales_h" in (blocks.dtype.names or ()):
+        upper = blocks["scales_h"][..., None] >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+        lower = _split(blocks["scales_l"], 4, 1)
+        scales = (lower | upper.astype(np.uint8) << 4).view(np.int8) - np.int8(32)
+        codes = _split(blocks["qs"], 4, 16)
+    elif bits == 2:
         scales, mins = blocks["scales"] & 15, blocks["scales"] >> 4
         codes = _split(blocks["qs"], 2, 32)
     elif bits == 3:

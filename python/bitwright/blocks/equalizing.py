@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.blocks.scaling import AwqOptions, ScaledBlock
 from bitwright.grids.choice import GridChoice, smallest_scale
-from bitwright.grids.tensor import K_GRIDS
+from bitwright.grids.tables import has_superblocks
 from bitwright.loading.model import Model
 from bitwright.models.architecture import Attention
 from bitwright.models.block import DecoderBlock, Rotation
@@ -106,7 +106,7 @@ class _Size:
 
 def is_coarse(weight: Float32 | Pieces, choice: GridChoice) -> bool:
     """Tell whether more than half of a layer's energy is in groups whose scales are coarse in float16."""
-    limit = COARSE * smallest_scale(FLOAT16) * (2**choice.bits - 1) / 2
+    limit = COARSE * smallest_scale(FLOAT16) * choice.steps / 2
     energy, count = 0.0, 0
     for part in _parts(weight):
         energy += _kernels.inner_product(part, part)
@@ -145,9 +145,9 @@ def size_of(weight: Float32 | Pieces, choice: GridChoice | None = None) -> _Size
         count += part.size
     size = _Size(float(unit) * math.sqrt(squares / count), largest)
     if choice is not None:
-        size.enough = NORMAL * (2**choice.bits - 1) / WIDTH
+        size.enough = NORMAL * choice.steps / WIDTH
         # A scale may be a code itself, times the number that is stored.
-        parts = K_GRIDS[choice.bits].scale_codes[1] if choice.grid == "k" else MARGIN
+        parts = choice.scale_codes[1] if choice.scale_codes is not None else MARGIN
         size.wanted = size.enough * parts
         size.coarse = is_coarse(weight, choice)
     return size
@@ -160,7 +160,7 @@ def most_power(largest: float) -> int:
 
 def has_float16_scales(choice: GridChoice) -> bool:
     """Tell whether the numbers that scales are made of are float16."""
-    return choice.scale_dtype == FLOAT16 or choice.grid == "k"
+    return choice.scale_dtype == FLOAT16 or has_superblocks(choice.grid)
 
 
 def equalize(

@@ -46,6 +46,10 @@ BLOCKS: dict[str, np.dtype[Any]] = {
     "Q6_K": np.dtype(
         [("ql", "u1", (128,)), ("qh", "u1", (64,)), ("scales", "i1", (16,)), ("d", "<f2")]
     ),
+    "IQ4_NL": np.dtype([("d", "<f2"), ("points", "u1", (16,))]),  # types are told by their fields
+    "IQ4_XS": np.dtype(
+        [("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", (4,)), ("qs", "u1", (128,))]
+    ),
 }
 """The tensor types, as ggml's structs: one element is one block of weights."""
 
@@ -54,10 +58,8 @@ DECODED = {  # number, weights and bytes of a block
     "IQ2_XS": (17, 256, 74),
     "IQ3_XXS": (18, 256, 98),
     "IQ1_S": (19, 256, 50),
-    "IQ4_NL": (20, 32, 18),
     "IQ3_S": (21, 256, 110),
     "IQ2_S": (22, 256, 82),
-    "IQ4_XS": (23, 256, 136),
     "IQ1_M": (29, 256, 56),
     "TQ1_0": (34, 256, 54),
     "TQ2_0": (35, 256, 66),
@@ -82,6 +84,8 @@ TYPE_IDS = {
     "Q4_K": 12,
     "Q5_K": 13,
     "Q6_K": 14,
+    "IQ4_NL": 20,
+    "IQ4_XS": 23,
     "F64": 28,
     "BF16": 30,
     **{name: number for name, (number, _, _) in DECODED.items()},
@@ -147,7 +151,7 @@ def weights_per_block(dtype: np.dtype[Any]) -> int:
     name = TYPE_NAMES[dtype]
     if name in DECODED:
         return DECODED[name][1]
-    return 1 if dtype.names is None else 256 if name.endswith("_K") else 32
+    return 1 if dtype.names is None else 256 if name.endswith(("_K", "IQ4_XS")) else 32
 
 
 def decoded(blocks: NDArray[Any]) -> NDArray[Any]:

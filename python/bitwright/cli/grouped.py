@@ -108,8 +108,10 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; model cards that are written tell it."""
+        from bitwright.cli.parameters import say_together
         from bitwright.records.card import made_by
 
+        say_together(ctx)
         command = ctx.meta.get(COMMAND)
         with nullcontext() if command is None else made_by(command):
             return super().invoke(ctx)

@@ -20,13 +20,13 @@ from bitwright.cli.parameters import (
     Model,
     Override,
     Precisions,
+    PrecisionWords,
     Size,
     TensorType,
 )
 from bitwright.files.home import expanded
 from bitwright.files.links import follow_links
 from bitwright.formats import FORMATS
-from bitwright.grids.tensor import GRIDS
 from bitwright.methods.registry import METHODS
 
 PATH = click.Path(path_type=Path)
@@ -122,7 +122,12 @@ chosen_tokens = together(samples(128), length(1), seed, bos())
 # Precision
 
 bits = precision_option(
-    "-b", "--bits", type=Bits(), default=4, help="Bits per code: 2, 3, 4, 5, 6 or 8."
+    "-b",
+    "--bits",
+    type=PrecisionWords(),
+    default="4",
+    help="Bits per code (2, 3, 4, 5, 6 or 8), with or without a group size, as in 4:64; or a grid or type, "
+    "as for --grid.",
 )
 group_size = precision_option(
     "-g",
@@ -134,13 +139,15 @@ group_size = precision_option(
 candidates = precision_option(
     "--candidates",
     type=Precisions(),
-    help="BITS:GROUP_SIZE,… to choose from for each layer; group size -1 is the whole row. By default "
-    "what the format has near the target.",
+    help="BITS:GROUP_SIZE,… to choose from for each layer, or types of one grid, such as Q3_K,Q4_K; group "
+    "size -1 is the whole row. By default what the format has near the target.",
 )
 grid = precision_option(
     "--grid",
-    type=click.Choice([*GRIDS, "k"]),
-    help="By default the format's first; k is GGUF's Q2_K to Q6_K.",
+    type=PrecisionWords(),
+    metavar="PRECISION",
+    help="What codes stand for, by default the format's first: affine, zero_point, symmetric, or k (GGUF's "
+    "Q2_K to Q6_K); iq4_nl or iq4_xs; or a type of GGUF, such as Q4_K or IQ4_XS.",
 )
 mixture = together(
     precision_option(
@@ -188,8 +195,8 @@ exceptions = together(
         "overrides",
         multiple=True,
         type=Override(),
-        metavar="GLOB=bits:B,group_size:G",
-        help="Other settings for these layers; the last match wins.",
+        metavar="GLOB=PRECISION",
+        help="Another precision for these layers, as for --bits; the last match wins.",
     ),
     allow_unfused,
 )

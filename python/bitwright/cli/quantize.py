@@ -136,12 +136,13 @@ from bitwright.report.tables import print_sentence
 )
 @options.resumable
 @options.threads
-def quantize(backend: str, overrides: tuple[tuple[str, dict[str, int]], ...], **given: Any) -> None:
+def quantize(
+    backend: str, overrides: tuple[tuple[str, dict[str, int | str]], ...], **given: Any
+) -> None:
     """Quantize the checkpoint folder MODEL.
 
     Globs match full layer names, such as model.layers.0.self_attn.q_proj.
     """
-    _settle_type(given)
     run: Callable[..., bitwright.QuantizationReport] = bitwright.quantize
     if backend == "transformers":
         run = bitwright.quantize_with_transformers
@@ -164,12 +165,3 @@ def quantize(backend: str, overrides: tuple[tuple[str, dict[str, int]], ...], **
             f"{raised[0].name}: {raised[0].damping:g}. More calibration data would help.",
             console,
         )
-
-
-def _settle_type(given: dict[str, Any]) -> None:
-    """Take a mixture's name that was given as bits for what it is; refuse to be told twice."""
-    source = click.get_current_context().get_parameter_source("bits")
-    if given["type"] is not None and source is ParameterSource.COMMANDLINE:
-        raise click.UsageError(f"--type {given['type']} says the bits of every layer; omit --bits")
-    if isinstance(given["bits"], str):
-        given["type"], given["bits"] = given["bits"], 4

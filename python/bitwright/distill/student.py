@@ -83,7 +83,10 @@ class TrainedTensor:
     def add_gradient(self, inputs: Float32, above: Float32) -> None:
         """Accumulate the gradient from inputs ``[tokens, in]`` and that of outputs ``[tokens, out]``."""
         codes, groups = self.start.codes, self.group_of
-        _kernels.linear_backward_groups(above, inputs, codes, groups, *self.sums)
+        by_code, by_weight = self.sums
+        _kernels.linear_backward_groups(
+            above, inputs, codes, groups, by_code, by_weight, self.start.points
+        )
 
     def add_row_gradient(self, rows: NDArray[np.int32], above: Float32) -> None:
         """Add the gradients ``[tokens, in]`` of these rows: of an embedding."""
@@ -91,7 +94,8 @@ class TrainedTensor:
         order = np.argsort(self.group_of, kind="stable")  # groups of equal size, one after another
         parts = above[:, order].reshape(len(rows), groups, -1)
         codes = self.start.codes[rows][:, order].reshape(parts.shape)
-        np.add.at(self.sums[0], rows, (parts * codes).sum(axis=2))
+        points = codes if self.start.points is None else self.start.points[codes]
+        np.add.at(self.sums[0], rows, (parts * points).sum(axis=2))
         np.add.at(self.sums[1], rows, parts.sum(axis=2))
 
     @np.errstate(over="ignore", invalid="ignore")
@@ -104,7 +108,7 @@ class TrainedTensor:
             result[1] = self.units * (self.middle / 2) * by_weight
         else:
             tensor = self.tensor()
-            zeros = np.asarray(tensor.zeros).astype(np.float32)
+            zeros = tensor.grids()[1]
             result[0] = self.units * (by_code - zeros * by_weight)
             if self.moves_zeros:
                 scales = tensor.scales.astype(np.float32)
@@ -114,7 +118,7 @@ class TrainedTensor:
 
 
 class TrainedSuperBlocks(TrainedTensor):
-    """The scales of scales, and of mins, of a "k" grid as parameters; all codes stay.
+    """The scales of scales, and of mins, of superblocks as parameters; all codes stay.
 
     Trained are relative changes: of d and dmin together, which moves weights in proportion, and of dmin.
     """

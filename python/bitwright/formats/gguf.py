@@ -19,6 +19,7 @@ from bitwright.formats.format import Format, Precision
 from bitwright.formats.gguf_mix import FLOATS, Mix, MixModel, types_of
 from bitwright.formats.globs import as_globs
 from bitwright.formats.loading_code import PROMPT, Code, shell_word
+from bitwright.grids.tables import TABLES, has_superblocks
 from bitwright.grids.tensor import K_GRIDS, SUPERBLOCK, Grid, QuantizedTensor, SuperBlocks
 from bitwright.warned import warn
 
@@ -31,6 +32,8 @@ TYPES: dict[tuple[Grid, int], str] = {
     ("affine", 5): "Q5_1",
     ("symmetric", 8): "Q8_0",
     **{("k", bits): f"Q{bits}_K" for bits in K_GRIDS},
+    ("iq4_nl", 4): "IQ4_NL",
+    ("iq4_xs", 4): "IQ4_XS",
 }
 GRIDS_OF_TYPES = {name: key for key, name in TYPES.items()}
 Blocks = NDArray[Any]
@@ -43,7 +46,7 @@ class GgufFormat(Format):
     bits = (2, 3, 4, 5, 6, 8)
     group_sizes = (16, 32)
     whole_row = False
-    grids = ("k", "affine", "symmetric")
+    grids = ("k", "affine", "symmetric", "iq4_nl", "iq4_xs")
     scale_dtypes = (HALF,)
     embeddings = True
     stacks_experts = True
@@ -152,11 +155,11 @@ class GgufFormat(Format):
 
     @classmethod
     def fits(cls, channels: int, precision: Precision) -> bool:
-        return channels % (SUPERBLOCK if precision.grid == "k" else BLOCK) == 0
+        return channels % (SUPERBLOCK if has_superblocks(precision.grid) else BLOCK) == 0
 
     @classmethod
     def group_words(cls, precision: Precision, channels: int) -> str:
-        block = SUPERBLOCK if precision.grid == "k" else BLOCK
+        block = SUPERBLOCK if has_superblocks(precision.grid) else BLOCK
         return (
             f"{TYPES.get((precision.grid, precision.bits), precision.words())}'s blocks of {block}"
         )
@@ -164,7 +167,7 @@ class GgufFormat(Format):
     @classmethod
     def change_that_fits(cls, channels: int, precision: Precision) -> dict[str, int]:
         """The type of 8 bits has no superblocks: llama.cpp falls back to it, too."""
-        return {"bits": 8} if precision.grid == "k" and channels % BLOCK == 0 else {}
+        return {"bits": 8} if has_superblocks(precision.grid) and channels % BLOCK == 0 else {}
 
     @classmethod
     def check(cls, name: str, shape: tuple[int, int], precision: Precision) -> None:
@@ -180,15 +183,16 @@ class GgufFormat(Format):
                 f"{name}: {TYPES[grid, bits]} has groups of {size}, not {precision.group_for(shape[1])}"
             )
         if not cls.fits(shape[1], precision):
-            block = SUPERBLOCK if grid == "k" else BLOCK
+            block = SUPERBLOCK if has_superblocks(grid) else BLOCK
             raise ValueError(
                 f"{name}: {TYPES[grid, bits]} stores rows of multiples of {block} weights, not "
-                f"{shape[1]}" + ("; grids affine and symmetric need 32" if grid == "k" else "")
+                f"{shape[1]}"
+                + ("; grids affine and symmetric need 32" if has_superblocks(grid) else "")
             )
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
-        grid = tensor.grid if tensor.superblocks is None else "k"
+        grid = tensor.stored_grid
         kind = TYPES.get((grid, tensor.bits))
         if kind is None or tensor.group_index is not None or tensor.group_size % 16:
             raise ValueError(
@@ -233,10 +237,12 @@ class GgufFormat(Format):
         grid, bits = GRIDS_OF_TYPES[TYPE_NAMES[blocks.dtype]]
         packed = np.ascontiguousarray(blocks).view(np.uint8)
         fields: dict[str, Any] = {"superblocks": None, "biases": None}
-        if grid == "k":
-            codes, d, scale_codes, dmin, min_codes = _kernels.unpack_superblocks(packed, bits)
+        if has_superblocks(grid):
+            codes, d, scale_codes, dmin, min_codes = _kernels.unpack_superblocks(
+                packed, bits, grid in TABLES
+            )
             superblocks = SuperBlocks(d, scale_codes, dmin, min_codes)
-            scales, grid = superblocks.scales(), K_GRIDS[bits].grid
+            scales, grid = superblocks.scales(), K_GRIDS[bits].grid if grid == "k" else grid
             fields = {"superblocks": superblocks, "biases": superblocks.biases()}
         else:
             codes, scales, fields["biases"] = _kernels.unpack_blocks(packed, bits, grid == "affine")
@@ -283,6 +289,7 @@ def _pack_superblocks(kind: str, tensor: QuantizedTensor, grid: SuperBlocks) -> 
         grid.dmin,
         grid.min_codes,
         tensor.bits,
+        tensor.table is not None,
     )
     return packed.view(BLOCKS[kind])
 

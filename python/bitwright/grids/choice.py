@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
+from bitwright.grids.tables import E4M3, E8M0, TABLES, TableGrid, has_superblocks
 from bitwright.grids.tensor import BITS, GRIDS, K_GRIDS, SUPERBLOCK, Grid
 
 FLOAT_DTYPES: tuple[np.dtype[Any], ...] = (
@@ -20,7 +21,9 @@ FLOAT_DTYPES: tuple[np.dtype[Any], ...] = (
 
 def smallest_scale(dtype: np.dtype[Any]) -> float:
     """Return the smallest number above zero that a dtype of scales holds, a subnormal one."""
-    return {"float16": 2.0**-24, "bfloat16": 2.0**-133}.get(np.dtype(dtype).name, 2.0**-149)
+    few = {E8M0.name: 2.0**-127, E4M3.name: 2.0**-9}
+    known = {"float16": 2.0**-24, "bfloat16": 2.0**-133, **few}
+    return known.get(np.dtype(dtype).name, 2.0**-149)
 
 
 def rounded_scales(scales: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -31,6 +34,26 @@ def rounded_scales(scales: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray
         return stored
     least = np.copysign(np.float32(smallest_scale(dtype)), scales).astype(dtype)
     return np.where(emptied, least, stored)
+
+
+def kernel_grid(
+    bits: int, group_size: int, grid: Grid, scale_dtype: np.dtype[Any], search: bool = False
+) -> _kernels.Grid:
+    """Return a grid of groups by themselves as kernels take it."""
+    table: TableGrid | None = TABLES.get(grid)
+    if table is None:
+        return _kernels.Grid(bits, group_size, grid, scale_dtype.name, search)
+    points = table.by_code[: len(table.points)]
+    return _kernels.Grid(
+        bits,
+        group_size,
+        "table",
+        scale_dtype.name,
+        search,
+        points,
+        table.bounds,
+        table.either_sign,
+    )
 
 
 @dataclass(frozen=True)
@@ -65,9 +88,14 @@ class GridChoice:
             raise ValueError(f"weight: expected shape [out, in], got {list(weight.shape)}")
         if bits not in BITS:
             raise ValueError(f"bits: expected one of {BITS}, got {bits}")
-        if grid not in (*GRIDS, "k"):
-            raise ValueError(f"grid: expected one of {(*GRIDS, 'k')}, got {grid!r}")
+        known = (*GRIDS, "k", *TABLES)
+        if grid not in known:
+            raise ValueError(f"grid: expected one of {known}, got {grid!r}")
         channels = weight.shape[1]
+        if grid in TABLES:
+            bits, group_size, scale_dtype = cls._of_table(
+                grid, bits, group_size, scale_dtype or weight.dtype, channels
+            )
         if grid == "k":
             if bits not in K_GRIDS or channels % SUPERBLOCK:
                 raise ValueError(
@@ -86,7 +114,7 @@ class GridChoice:
                 f"group_size: {group_size} does not divide the {channels} input channels of weight"
             )
         dtype = weight.dtype if scale_dtype is None else np.dtype(scale_dtype)
-        if dtype not in FLOAT_DTYPES:
+        if dtype not in FLOAT_DTYPES and grid not in TABLES:
             raise ValueError(
                 f"scale_dtype: expected float32, float16 or bfloat16, got {scale_dtype}"
             )
@@ -98,11 +126,47 @@ class GridChoice:
         return K_GRIDS[self.bits].grid if self.grid == "k" else self.grid
 
     @property
+    def steps(self) -> float:
+        """How many scales of a group lie between its least and its largest weight."""
+        table = TABLES.get(self.grid)
+        return 2**self.bits - 1 if table is None else table.span
+
+    @property
+    def scale_codes(self) -> tuple[int, int] | None:
+        """The least and the largest code of a group's scale, where that is a code itself."""
+        if self.grid == "k":
+            return K_GRIDS[self.bits].scale_codes
+        table = TABLES.get(self.grid)
+        return None if table is None else table.scale_codes
+
+    @property
     def kernel_grid(self) -> _kernels.Grid:
         """The grid of each group by itself, as kernels take it."""
-        return _kernels.Grid(
-            self.bits, self.group_size, self.base, self.scale_dtype.name, self.search
-        )
+        return kernel_grid(self.bits, self.group_size, self.base, self.scale_dtype, self.search)
+
+    @staticmethod
+    def _of_table(
+        grid: Grid,
+        bits: int,
+        group_size: int | None,
+        scale_dtype: DTypeLike,
+        channels: int,
+    ) -> tuple[int, int | None, DTypeLike]:
+        """Return bits, group size and dtype of a table's scales."""
+        table = TABLES[grid]
+        if bits != table.bits:
+            raise ValueError(f"bits: {grid} has {table.bits}, not {bits}")
+        if table.group_size is not None and group_size not in (None, table.group_size):
+            raise ValueError(
+                f"group_size: {grid} has {table.group_size}, not {group_size}; leave it out (None)"
+            )
+        if has_superblocks(grid):
+            if channels % SUPERBLOCK:
+                raise ValueError(
+                    f"grid: {grid} has rows of multiples of {SUPERBLOCK} weights, not {channels}"
+                )
+            scale_dtype = np.float32  # products of float16 and integers
+        return table.bits, table.group_size or group_size, table.scale_dtype or scale_dtype
 
     def fields(
         self,
@@ -122,7 +186,7 @@ class GridChoice:
             "codes": codes,
             "scales": stored,
             "biases": offsets.astype(self.scale_dtype) if affine else None,
-            "zeros": None if affine else offsets.astype(np.uint8),
+            "zeros": None if affine or self.base in TABLES else offsets.astype(np.uint8),
             "bits": self.bits,
             "group_size": self.group_size,
             "grid": self.base,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.grids.tables import TABLES, has_own_scales
 from bitwright.grids.tensor import Grid, QuantizedTensor
 
 Float32 = NDArray[np.float32]
@@ -52,13 +53,15 @@ def regrid(
     >>> bool((found.dequantize() == tensor.dequantize()).all())
     True
     """
-    own = "k" if tensor.superblocks is not None else tensor.grid
+    own = tensor.stored_grid
     if (own, tensor.bits, tensor.group_size) == (grid, bits, group_size) and (
-        own == "k" or tensor.scales.dtype == scale_dtype
+        has_own_scales(own) or tensor.scales.dtype == scale_dtype
     ):
         return tensor
     reordered = tensor.group_index is not None and group_size != tensor.group_size
-    if grid == "k" or bits < tensor.bits or tensor.group_size % group_size or reordered:
+    if grid == "k" or {own, grid} & {*TABLES}:
+        return None
+    if bits < tensor.bits or tensor.group_size % group_size or reordered:
         return None
     repeats = tensor.group_size // group_size
     scales, offsets = (np.repeat(each, repeats, axis=1) for each in tensor.grids())

@@ -1,16 +1,17 @@
-"""The "k" grids of GGUF: scales and mins of groups as codes with one scale for 256 weights."""
+"""The "k" and "iq4_xs" grids of GGUF: scales and mins of groups as codes with one scale for 256 weights."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
-from bitwright.grids.tensor import SuperBlocks
+from bitwright.grids.tables import TABLES
+from bitwright.grids.tensor import Grid, SuperBlocks
 
 Float32 = NDArray[np.float32]
 
 
 def fit_superblocks(
-    scales: Float32, offsets: Float32, importance: Float32, bits: int
+    scales: Float32, offsets: Float32, importance: Float32, bits: int, grid: Grid = "k"
 ) -> SuperBlocks:
     """Return the superblocks nearest to scales and biases of groups that were fitted one by one.
 
@@ -20,24 +21,27 @@ def fit_superblocks(
         ``[out, groups]`` of the base grid of `K_GRIDS`; offsets are biases if it is affine.
     importance
         ``[in]`` what an error costs in each channel.
-    bits
-        Of the codes.
+    bits, grid
+        Of the codes; "k" or "iq4_xs".
 
     Raises
     ------
     ValueError
         If a scale is too large for float16.
     """
-    found = _kernels.fit_superblocks(scales, offsets, importance, bits)
+    found = _kernels.fit_superblocks(scales, offsets, importance, bits, grid in TABLES)
     if found is None:
         raise ValueError(
-            "weight: its scales are more than float16 can hold; use another grid than k"
+            f"weight: its scales are more than float16 can hold; use another grid than {grid}"
         )
-    return SuperBlocks(*found)
+    blocks = SuperBlocks(*found)
+    if grid in TABLES:  # of which no point need be zero
+        blocks.scale_codes[scales == 0] = 0
+    return blocks
 
 
 def closed_form(
-    weight: Float32, codes: NDArray[np.uint8], importance: Float32, bits: int
+    weight: Float32, codes: NDArray[np.uint8], importance: Float32, bits: int, grid: Grid = "k"
 ) -> tuple[Float32, Float32]:
     """Return the scales and offsets of each group with the least ``Σ importance (weight - decoded)²``.
 
@@ -47,20 +51,21 @@ def closed_form(
         ``[out, in]``.
     importance
         ``[in]``.
-    bits
-        Of the codes.
+    bits, grid
+        Of the codes; "k" or "iq4_xs".
 
     Returns
     -------
     scales, offsets
         ``[out, groups]``; scales are NaN where all codes of a group are the same, which says nothing.
     """
-    return _kernels.closed_form(weight, codes, importance, bits)
+    points = TABLES[grid].by_code if grid in TABLES else None
+    return _kernels.closed_form(weight, codes, importance, bits, points)
 
 
-def expanded(blocks: SuperBlocks, bits: int) -> tuple[Float32, Float32]:
+def expanded(blocks: SuperBlocks, bits: int, grid: Grid = "k") -> tuple[Float32, Float32]:
     """Return scales and offsets as kernels take them."""
     scales, biases = blocks.scales(), blocks.biases()
     if biases is None:
-        biases = np.full_like(scales, 2 ** (bits - 1))
+        biases = np.full_like(scales, 0 if grid in TABLES else 2 ** (bits - 1))
     return scales, biases

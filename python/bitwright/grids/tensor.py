@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
+from bitwright.grids.tables import TABLES, TableGrid
 
-Grid = Literal["affine", "zero_point", "symmetric", "k"]
+Grid = Literal["affine", "zero_point", "symmetric", "k", "iq4_nl", "iq4_xs"]
 GRIDS: tuple[Grid, ...] = (
     "affine",
     "zero_point",
     "symmetric",
-)  # "k" is one of these with superblocks
+)  # "k" is one of these with superblocks; the others are TABLES
 BITS = (2, 3, 4, 5, 6, 8)
 SUPERBLOCK = 256  # weights that share the scale of their scales
 
@@ -144,11 +145,12 @@ class QuantizedTensor:
     group_size
         Consecutive input channels that share a scale; equal to ``in`` for one scale a row.
     grid
-        ``"affine"``, ``"zero_point"`` or ``"symmetric"`` (every zero is ``2**(bits - 1)``).
+        ``"affine"``, ``"zero_point"`` or ``"symmetric"`` (every zero is ``2**(bits - 1)``); or one of
+        `TABLES`, ``w = scale * points[code]``, which has neither biases nor zeros.
     group_index
         ``[in]`` int32, the group of each channel, for files whose groups are not consecutive.
     superblocks
-        Of a "k" grid: what `scales` and `biases` (float32 then) are the products of.
+        Of "k" and "iq4_xs" grids: what `scales` and `biases` (float32 then) are the products of.
 
     Raises
     ------
@@ -177,8 +179,8 @@ class QuantizedTensor:
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ValueError(f"bits: expected one of {BITS}, got {self.bits}")
-        if self.grid not in GRIDS:
-            raise ValueError(f"grid: expected one of {GRIDS}, got {self.grid!r}")
+        if self.grid not in GRIDS and self.table is None:
+            raise ValueError(f"grid: expected one of {(*GRIDS, *TABLES)}, got {self.grid!r}")
         if self.codes.ndim != 2 or self.codes.dtype != np.uint8:
             raise ValueError(f"codes: expected uint8 [out, in], got {_describe(self.codes)}")
         out, channels = self.codes.shape
@@ -191,10 +193,12 @@ class QuantizedTensor:
             (self.biases, self.zeros) if self.grid == "affine" else (self.zeros, self.biases)
         )
         name = "biases" if self.grid == "affine" else "zeros"
-        if offsets is None or other is not None:
+        if self.table is not None:
+            self._check_table(self.table)
+        elif offsets is None or other is not None:
             raise ValueError(f"{name}: the {self.grid} grid has {name}, and only these")
         for label, array in (("scales", self.scales), (name, offsets)):
-            if array.shape != groups:
+            if array is not None and array.shape != groups:
                 raise ValueError(f"{label}: expected shape {groups}, got {_describe(array)}")
         if self.group_index is not None and self.group_index.shape != (channels,):
             raise ValueError(
@@ -204,9 +208,34 @@ class QuantizedTensor:
             biases = self.superblocks.biases()
             alike = np.array_equal(self.scales, self.superblocks.scales(), equal_nan=True)
             if not alike or (
-                biases is not None and not np.array_equal(offsets, biases, equal_nan=True)
+                biases is not None
+                and not np.array_equal(np.asarray(offsets), biases, equal_nan=True)
             ):
                 raise ValueError("superblocks: scales and biases are not their products")
+
+    def _check_table(self, table: TableGrid) -> None:
+        if self.biases is not None or self.zeros is not None:
+            raise ValueError(f"zeros: the {self.grid} grid has neither zeros nor biases")
+        if self.bits != table.bits or table.group_size not in (None, self.group_size):
+            raise ValueError(
+                f"grid: {self.grid} has {table.bits} bits in groups of {table.group_size}, not "
+                f"{self.bits} in groups of {self.group_size}"
+            )
+
+    @property
+    def table(self) -> TableGrid | None:
+        """The table that its codes stand for, if it is one."""
+        return TABLES.get(self.grid)
+
+    @property
+    def points(self) -> NDArray[np.float32] | None:
+        """What each code stands for, as kernels take it; None where that is no table."""
+        return None if self.table is None else self.table.by_code
+
+    @property
+    def stored_grid(self) -> Grid:
+        """The grid with what its scales are made of: "k" for one of `GRIDS` with superblocks."""
+        return "k" if self.superblocks is not None and self.table is None else self.grid
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -216,8 +245,7 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> float:
         """Bytes that the packed codes, scales and biases or zeros take in a file."""
-        grid: Grid = self.grid if self.superblocks is None else "k"
-        per_weight = stored_bits(self.bits, self.group_size, grid, self.scales.dtype)
+        per_weight = stored_bits(self.bits, self.group_size, self.stored_grid, self.scales.dtype)
         return self.codes.size * per_weight / 8
 
     def dequantize(self, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
@@ -242,11 +270,14 @@ class QuantizedTensor:
             None if self.biases is None else self.biases[rows].astype(np.float32),
             self.group_index,
             weight,
+            self.points,
         )
         return weight
 
     def grids(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return scales and biases or zeros in float32, as kernels take them; copies."""
+        if self.table is not None:
+            return self.scales.astype(np.float32), np.zeros(self.scales.shape, np.float32)
         offsets = self.zeros if self.biases is None else self.biases
         return self.scales.astype(np.float32), np.asarray(offsets).astype(np.float32)
 
@@ -320,8 +351,21 @@ def stored_bits(bits: int, group_size: int, grid: Grid, scale_dtype: DTypeLike) 
     """Return the bits per weight that codes, scales and biases or zeros take."""
     if grid == "k":
         return bits + K_GRIDS[bits].stored_bits
+    table = TABLES.get(grid)
+    if table is not None:
+        return table.bits + _stored_scale_bits(table, scale_dtype) / (
+            table.group_size or group_size
+        )
     scale = 8 * np.dtype(scale_dtype).itemsize
     return bits + (scale + (scale if grid == "affine" else bits)) / group_size
+
+
+def _stored_scale_bits(table: TableGrid, scale_dtype: DTypeLike) -> float:
+    """Return the bits that the scale of a group takes, with its share of a superblock's."""
+    if table.scale_codes is not None and table.group_size is not None:
+        low, high = table.scale_codes
+        return (high - low).bit_length() + 16 * table.group_size / SUPERBLOCK
+    return 8 * np.dtype(table.scale_dtype or scale_dtype).itemsize
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:

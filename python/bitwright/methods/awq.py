@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.choice import GridChoice, check_importance
+from bitwright.grids.tables import has_superblocks
 from bitwright.grids.tensor import Grid, QuantizedTensor
 from bitwright.methods.gptq import gptq_solver, solving_operations
 from bitwright.methods.method import Method, Solver
@@ -356,9 +357,10 @@ def _output_errors(
 
 
 def _kernel_grid(choice: GridChoice) -> _kernels.Grid:
-    if choice.grid == "k":
+    if has_superblocks(choice.grid):
         raise ValueError(
-            "grid: expected affine, zero_point or symmetric, got k, whose scales are fitted together"
+            f"grid: expected affine, zero_point or symmetric, got {choice.grid}, whose scales are fitted "
+            "together"
         )
     return choice.kernel_grid
 
@@ -378,15 +380,17 @@ def clip_solver(
 ) -> Solver:
     """Round to nearest in clipped ranges, by blocks on the gram's diagonal; see `quantize_clipped`.
 
-    On k grids scales are fitted by the diagonal instead."""
+    Where they have superblocks, scales are fitted by the diagonal instead."""
 
     def solve(
         weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
     ) -> QuantizedTensor:
-        if grid == "k":  # ranges of single groups are no choice where scales are fitted together
+        if has_superblocks(
+            grid
+        ):  # ranges of single groups are no choice where scales are fitted together
             importance = np.concatenate([gram.diagonal() for gram in blocks])
             return quantize_rtn(
-                weight, bits, size, grid="k", grid_search=True, importance=importance
+                weight, bits, size, grid=grid, grid_search=True, importance=importance
             )
         parts, first = [], 0
         for gram in blocks:

@@ -9,6 +9,7 @@ from numpy.typing import DTypeLike, NDArray
 from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.choice import GridChoice
+from bitwright.grids.tables import has_superblocks
 from bitwright.grids.tensor import Grid, QuantizedTensor, SuperBlocks
 from bitwright.methods.method import Method, MethodOptions, Solver, StageInputs
 from bitwright.methods.rtn import quantize_rtn
@@ -203,14 +204,14 @@ def quantize_gptq(
         )
     blocks: SuperBlocks | None = None
     given: tuple[NDArray[np.float32], ...] = ()
-    if grid == "k":
+    if has_superblocks(grid):
         if not static_groups:
-            raise ValueError("static_groups: k grids need them")
+            raise ValueError(f"static_groups: {grid} grids need them")
         rounded = quantize_rtn(
             weight,
             bits,
             group_size,
-            grid="k",
+            grid=grid,
             grid_search=grid_search,
             importance=gram.importance,
         )

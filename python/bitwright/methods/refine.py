@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.choice import FLOAT_DTYPES
+from bitwright.grids.choice import kernel_grid as grid_for_kernels
 from bitwright.grids.superblocks import expanded, fit_superblocks
 from bitwright.grids.tensor import QuantizedTensor, SuperBlocks
 from bitwright.methods.gptq import GptqTensor
@@ -89,7 +90,7 @@ def check_refinable(tensor: QuantizedTensor, weight: NDArray[np.float32], dampin
         raise ValueError(f"weight: expected shape {tensor.shape}, got {weight.shape}")
     if not (damping >= 0 and np.isfinite(damping)):
         raise ValueError(f"damping: expected a finite value from 0 on, got {damping}")
-    if tensor.scales.dtype not in FLOAT_DTYPES:
+    if tensor.scales.dtype not in FLOAT_DTYPES and tensor.table is None:
         raise TypeError(f"tensor: scales are {tensor.scales.dtype}")
     require_finite(weight, "weight")
 
@@ -113,9 +114,7 @@ def damped_gram(
 
 def kernel_grid(tensor: QuantizedTensor) -> _kernels.Grid:
     """Return a tensor's grid for kernels."""
-    return _kernels.Grid(
-        tensor.bits, tensor.group_size, tensor.grid, tensor.scales.dtype.name, search=False
-    )
+    return grid_for_kernels(tensor.bits, tensor.group_size, tensor.grid, tensor.scales.dtype)
 
 
 def _refine_damped(
@@ -160,8 +159,8 @@ def _refine_superblocks(
     gram: NDArray[np.float32],
     rounds: int,
 ) -> tuple[QuantizedTensor, NDArray[np.float64]]:
-    """Refine a "k" grid: its scales take their closed form and are fitted with superblocks again, the codes
-    follow, and each row keeps what has the least error."""
+    """Refine a grid with superblocks: its scales take their closed form and are fitted with superblocks
+    again, the codes follow, and each row keeps what has the least error."""
     bits, grid = tensor.bits, kernel_grid(tensor)
     codes = tensor.codes.copy()
     importance = np.ascontiguousarray(gram.diagonal())
@@ -181,11 +180,11 @@ def _refine_superblocks(
 
     objectives = [float(errors(codes, blocks).sum())]
     for _ in range(rounds):
-        free, (scales, offsets) = codes.copy(), expanded(blocks, bits)
+        free, (scales, offsets) = codes.copy(), expanded(blocks, bits, tensor.grid)
         refined(free, scales, offsets, False)
-        fitted = fit_superblocks(scales, offsets, importance, bits)
-        refined(free, *expanded(fitted, bits), True)
-        refined(codes, *expanded(blocks, bits), True)
+        fitted = fit_superblocks(scales, offsets, importance, bits, tensor.grid)
+        refined(free, *expanded(fitted, bits, tensor.grid), True)
+        refined(codes, *expanded(blocks, bits, tensor.grid), True)
         kept, tried = errors(codes, blocks), errors(free, fitted)
         rows = tried < kept
         codes[rows] = free[rows]
@@ -197,7 +196,7 @@ def _refine_superblocks(
 def with_superblocks(
     tensor: QuantizedTensor, codes: NDArray[np.uint8], blocks: SuperBlocks
 ) -> QuantizedTensor:
-    """Return a tensor of a "k" grid with other codes and superblocks."""
+    """Return a tensor of a grid with superblocks with other codes and superblocks."""
     changed: dict[str, Any] = {"column_losses": None} if isinstance(tensor, GptqTensor) else {}
     return replace(
         tensor,

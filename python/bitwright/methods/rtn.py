@@ -11,6 +11,7 @@ from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.choice import GridChoice, check_importance
 from bitwright.grids.superblocks import closed_form, expanded, fit_superblocks
+from bitwright.grids.tables import TABLES, has_superblocks
 from bitwright.grids.tensor import SUPERBLOCK, Grid, QuantizedTensor
 from bitwright.methods.method import Method, MethodOptions, Solver, StageInputs
 
@@ -40,7 +41,8 @@ def quantize_rtn(
         Consecutive input channels that share a scale, a divisor of ``in``; None or -1: the whole row.
     grid
         ``"affine"`` (as MLX fits it), ``"zero_point"``, ``"symmetric"``, or ``"k"``: GGUF's, whose scales
-        are quantized as well; its group size is None, and its scales are products in float32.
+        are quantized as well; its group size is None, and its scales are products in float32. Or a table
+        of points, ``"iq4_nl"`` or ``"iq4_xs"``, with its bits and None as group size.
     scale_dtype
         Dtype that scales and biases are stored in, by default that of `weight`. They are rounded to it
         before the codes are chosen.
@@ -69,7 +71,7 @@ def quantize_rtn(
     require_finite(weight, "weight")
     weights = check_importance(importance, weight.shape[1])
     codes, scales, offsets = _kernels.quantize_rtn(weight, weights, choice.kernel_grid)
-    if grid != "k":
+    if not has_superblocks(grid):
         return QuantizedTensor(**choice.fields(codes, scales, offsets))
     # Groups of zeros have a scale of their own choice, which must not count in that of the superblock.
     live = (weight != 0) & (weights != 0)
@@ -79,7 +81,7 @@ def quantize_rtn(
     target = np.ascontiguousarray(weight, np.float32)
     tensor = _on_superblocks(target, weights, choice, scales, offsets)
     for _ in range(REFITS if choice.search else 0):
-        best_scales, best_offsets = closed_form(target, tensor.codes, weights, bits)
+        best_scales, best_offsets = closed_form(target, tensor.codes, weights, bits, grid)
         known = np.isfinite(best_scales) & ~empty
         scales = np.where(known, best_scales, scales)
         offsets = np.where(known, best_offsets, offsets)
@@ -89,13 +91,18 @@ def quantize_rtn(
     return tensor
 
 
+def _is_fitted(grid: Grid) -> bool:
+    """Tell whether scales are searched for where nothing is said: as other tools do for GGUF's types."""
+    return grid == "k" or (grid in TABLES and TABLES[grid].fitted)
+
+
 def _on_superblocks(
     weight: Float32, importance: Float32, choice: GridChoice, scales: Float32, offsets: Float32
 ) -> QuantizedTensor:
     """Round to the superblocks that are nearest to these grids of groups."""
-    bits = choice.bits
-    blocks = fit_superblocks(scales, offsets, importance, bits)
-    grids = expanded(blocks, bits)
+    bits, grid = choice.bits, choice.grid
+    blocks = fit_superblocks(scales, offsets, importance, bits, grid)
+    grids = expanded(blocks, bits, grid)
     codes = _kernels.encode(weight, *grids, choice.kernel_grid)
     return QuantizedTensor(**choice.fields(codes, *grids), superblocks=blocks)
 
@@ -140,8 +147,7 @@ def rtn_solver(inputs: StageInputs, options: MethodOptions) -> Solver:
             size,
             grid=grid,
             scale_dtype=dtype,
-            # The scales of k grids are fitted in any case.
-            grid_search=grid == "k" if options.grid_search is None else options.grid_search,
+            grid_search=_is_fitted(grid) if options.grid_search is None else options.grid_search,
             importance=importance,
         )
 

@@ -77,7 +77,7 @@ def refine_two_sided(
         ``[out, width]`` float32: O in diagonal blocks of `width` rows, row i of it being row i of its
         block; symmetric and positive definite.
     sweeps, fits
-        How many sweeps, and how many of them fit the grids. Those of "k" grids stay.
+        How many sweeps, and how many of them fit the grids. Those of grids with superblocks stay.
     damping
         Added to the gram's diagonal, relative to its mean.
     overwrite_gram
@@ -118,7 +118,7 @@ def refine_two_sided(
     if blocks is None:
         scales, offsets = tensor.grids()
     else:
-        (scales, offsets), fits = expanded(blocks, tensor.bits), 0
+        (scales, offsets), fits = expanded(blocks, tensor.bits, tensor.grid), 0
     with damped_gram(gram, damping, overwrite_gram) as damped:
         objectives = _kernels.refine_two_sided(
             weight, damped, output_metric, codes, scales, offsets, kernel_grid(tensor), sweeps, fits

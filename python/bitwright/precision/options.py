@@ -10,20 +10,25 @@ from bitwright.checkpoint.gguf_parts import named_after
 from bitwright.checkpoint.writer import FileOptions
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize
 from bitwright.formats.gguf_mix import FLOATS, Mix
+from bitwright.formats.spelling import Spelling, combined
 from bitwright.grids.tensor import Grid
 from bitwright.loading.model import Model
 from bitwright.methods.method import Method
-from bitwright.precision.recipe import Recipe, check_recipe, plan_layers
+from bitwright.precision.recipe import Overrides, Recipe, check_recipe, plan_layers
 from bitwright.precision.target import Target
 
 Kind = type[Format]  # a name of its own, since an option is called type
+USUAL_BITS = 4  # where neither bits nor a grid that has its own say otherwise
 
 
 @dataclass(frozen=True)
 class PrecisionOptions:
-    """Bits, groups and format of a run; see `bitwright.quantize` for the meaning of each."""
+    """Bits, groups and format of a run; see `bitwright.quantize` for the meaning of each.
 
-    bits: int = 4
+    Bits and grid may be written as `Spelling` reads them; here they are numbers and names.
+    """
+
+    bits: int = USUAL_BITS
     group_size: GroupSize = "auto"
     format: FormatName = "mlx"
     grid: Grid | None = None
@@ -32,7 +37,7 @@ class PrecisionOptions:
     head_bits: int | None = None
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    overrides: Mapping[str, Mapping[str, int]] | None = field(default=None)
+    overrides: Overrides | None = field(default=None)
     recipe: str | os.PathLike[str] | Recipe | None = None
     allow_unfused: bool = False
     type: str | None = None
@@ -43,14 +48,28 @@ class PrecisionOptions:
     split_max_size: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_type()
+        said: dict[str, Spelling] = {}
+        if self.grid is not None:
+            said["grid"] = Spelling.parse(self.grid)
+        if self.bits != USUAL_BITS or "grid" not in said or said["grid"].bits is None:
+            said["bits"] = Spelling.of("bits", self.bits)
+        if self.group_size != "auto":
+            said["group_size"] = Spelling.of("group_size", self.group_size)
+        found = combined(said)
+        for name in ("bits", "group_size", "grid"):
+            object.__setattr__(self, name, getattr(found, name))
+
+    def _check_type(self) -> None:
+        """Raise ValueError if options say what a mixture says, or change none."""
         own = ("pure", "tensor_types", "token_embedding_type", "output_tensor_type")
         if self.type is None:
             for name in own:
                 if getattr(self, name):
                     raise ValueError(f"{name}: changes a mixture of types; name it (type, --type)")
         else:
-            for name in ("grid", "recipe", "embedding_bits", "head_bits"):
-                if getattr(self, name) is not None:
+            for name in ("bits", "grid", "recipe", "embedding_bits", "head_bits"):
+                if getattr(self, name) not in (None, USUAL_BITS if name == "bits" else None):
                     raise ValueError(
                         f"{name}: the type {self.type} says that already; leave it out"
                     )
@@ -113,7 +132,7 @@ class PrecisionOptions:
         recipe = found.recipe if isinstance(found.recipe, Recipe) else Recipe.load(found.recipe)
         check_recipe(recipe, model)
         bits, group_size = recipe.most_common
-        overrides = recipe.overrides() | dict(found.overrides or {})
+        overrides: Overrides = {**recipe.overrides(), **(found.overrides or {})}
         return replace(found, bits=bits, group_size=group_size, overrides=overrides)
 
     def target(self, model: Model, method: Method, has_imatrix: bool = False) -> Target:

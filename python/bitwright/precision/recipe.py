@@ -16,10 +16,11 @@ from bitwright.formats import Format, Precision
 from bitwright.formats.engine_names import check_fused
 from bitwright.formats.gguf_mix import Mix
 from bitwright.formats.globs import as_globs
+from bitwright.formats.spelling import Spelling, combined
 from bitwright.grids.tensor import BITS
 from bitwright.loading.model import Model
 
-Overrides = Mapping[str, Mapping[str, int]]
+Overrides = Mapping[str, Mapping[str, int | str] | str]
 VERSION = 1
 
 
@@ -320,14 +321,29 @@ def check_recipe(recipe: Recipe, model: Model) -> None:
 
 
 def _changed(
-    default: Precision, pattern: str, changes: Mapping[str, int], format: type[Format]
+    default: Precision,
+    pattern: str,
+    changes: Mapping[str, int | str] | str,
+    format: type[Format],
 ) -> Precision:
-    unknown = set(changes) - {"bits", "group_size"}
-    if unknown:
-        raise ValueError(
-            f"override of {pattern!r}: unknown {', '.join(sorted(unknown))}; known: bits, group_size"
-        )
-    bits = changes.get("bits", default.bits)
-    precision = default if bits == default.bits else format.with_bits(default, bits)
-    size = changes.get("group_size", precision.group_size)
+    try:
+        said = _said(changes)
+    except ValueError as error:
+        raise ValueError(f"override of {pattern!r}: {error}") from error
+    bits = default.bits if said.bits is None else said.bits
+    if said.grid is not None:
+        precision = format.precision(bits, "auto", said.grid, ())
+    else:
+        precision = default if bits == default.bits else format.with_bits(default, bits)
+    size = precision.group_size if said.group_size == "auto" else said.group_size
     return replace(precision, group_size=None if size == -1 else size)
+
+
+def _said(changes: Mapping[str, int | str] | str) -> Spelling:
+    """Return what an override says: a precision as people write it, or its parts."""
+    if isinstance(changes, str):
+        return Spelling.parse(changes)
+    unknown = set(changes) - {"bits", "group_size", "grid"}
+    if unknown:
+        raise ValueError(f"unknown {', '.join(sorted(unknown))}; known: bits, group_size, grid")
+    return combined({name: Spelling.of(name, value) for name, value in changes.items()})

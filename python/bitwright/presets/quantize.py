@@ -15,7 +15,7 @@ from bitwright.grids.tensor import Grid
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.method import ActivationMethod
 from bitwright.methods.metrics import Metric
-from bitwright.precision.recipe import Recipe
+from bitwright.precision.recipe import Overrides, Recipe
 from bitwright.presets.best import best_quantization
 from bitwright.presets.high import high_quantization
 from bitwright.quantization.options import Preset, QuantizationOptions
@@ -33,7 +33,7 @@ def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     method: str = "gptq",
-    bits: int = 4,
+    bits: int | str = 4,
     group_size: GroupSize = "auto",
     format: FormatName = "mlx",
     calibration: TokenSource | None = None,
@@ -45,7 +45,7 @@ def quantize(
     length: int | None = None,
     seed: int = 0,
     bos: bool = True,
-    grid: Grid | None = None,
+    grid: Grid | str | None = None,
     scale_dtype: DTypeLike | None = None,
     damping: float | None = None,
     act_order: bool = True,
@@ -66,7 +66,7 @@ def quantize(
     head_bits: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    overrides: Mapping[str, Mapping[str, int]] | None = None,
+    overrides: Overrides | None = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
     type: str | None = None,
     pure: bool = False,
@@ -99,7 +99,8 @@ def quantize(
         ``"salient"`` (see `awq_quantize`; 4 bits). All but rtn need `calibration`.
     bits, group_size
         Of every linear layer in the decoder blocks; group size None or -1 is the whole row, ``"auto"`` 64
-        or what the format asks for.
+        or what the format asks for. Bits may be written with the group size, ``"4:64"``, and a grid or type
+        that has its own bits stands for both: ``"IQ4_XS"``.
     format
         ``"mlx"`` (mlx-lm), ``"gptq"``, ``"awq"`` or ``"compressed-tensors"`` (transformers, vLLM),
         ``"gguf"`` (llama.cpp), ``"marlin"`` (vLLM up to 0.10.1); see docs/formats.md.
@@ -125,7 +126,8 @@ def quantize(
         Begin every sample of a text with what the tokenizer puts first, see `load_tokens`.
     grid
         One that the format stores; its first by default (mlx: affine; gptq: symmetric, or zero_point;
-        awq: zero_point, or symmetric; gguf: k where rows are multiples of 256, or affine or symmetric).
+        awq: zero_point, or symmetric; gguf: k where rows are multiples of 256, or affine or symmetric), or
+        a type of GGUF, such as ``"Q4_K"``.
     scale_dtype
         Dtype of scales and biases, by default what the format asks for.
     damping
@@ -164,7 +166,8 @@ def quantize(
     include, exclude
         Shell globs over layer names: quantize only, and leave in float.
     overrides
-        ``{glob: {"bits": …, "group_size": …}}`` for layers that differ; the last match wins.
+        ``{glob: "4:64"}``, or ``{glob: {"bits": …, "group_size": …, "grid": …}}``, for layers that differ;
+        the last match wins.
     recipe
         The precision of every layer, see `bitwright.Recipe`, or a file of it, in place of bits and
         group_size; `overrides` count more.

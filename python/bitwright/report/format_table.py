@@ -1,6 +1,7 @@
 """The formats as a table in Markdown, made from the code."""
 
 from bitwright.formats import FORMATS, Format
+from bitwright.grids.tables import has_superblocks
 
 
 def format_table() -> str:
@@ -23,7 +24,7 @@ def format_table() -> str:
     for name, kind in FORMATS.items():
         for bits, groups, grids in _rows(kind):
             scales = ", ".join(str(dtype) for dtype in kind.scale_dtypes)
-            if grids == "k":
+            if has_superblocks(grids):
                 scales = "integers times float16"
             embeddings = "quantized or in float" if kind.embeddings else "in float"
             cells = (name, bits, groups, grids, scales, embeddings, kind.engines)
@@ -43,7 +44,7 @@ def _rows(kind: type[Format]) -> list[tuple[str, str, str]]:
         bits.setdefault((grid, together), []).append(str(number))
     grids: dict[tuple[str, str, bool], list[str]] = {}
     for (grid, together), numbers in bits.items():
-        grids.setdefault((", ".join(numbers), together, grid == "k"), []).append(grid)
+        grids.setdefault((", ".join(numbers), together, has_superblocks(grid)), []).append(grid)
     return [(numbers, groups, ", ".join(kinds)) for (numbers, groups, _), kinds in grids.items()]
 
 

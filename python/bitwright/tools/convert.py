@@ -185,7 +185,7 @@ def precision_of(tensor: QuantizedTensor, kind: type[Format] | None) -> Precisio
     """Return how a tensor is stored; a group that is the whole row is None where the format has that."""
     whole = kind is not None and kind.whole_row and tensor.group_size not in kind.group_sizes
     size = None if whole and tensor.group_size == tensor.shape[1] else tensor.group_size
-    return Precision(tensor.bits, size, "k" if tensor.superblocks is not None else tensor.grid)
+    return Precision(tensor.bits, size, tensor.stored_grid)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""Grids whose points are a table: GGUF's IQ4 types, and floating-point numbers of 4 and 8 bits."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+Ties = Literal["up", "small", "even"]
+EVERY_CODE = 256  # what kernels look codes up in
+
+
+@dataclass(frozen=True)
+class TableGrid:
+    """A grid ``w = scale * points[code]``.
+
+    Parameters
+    ----------
+    points
+        In rising order, 16 or 256; where there is a negative zero, it comes before the positive one.
+    scale_dtype
+        That scales are stored in; None where the file decides.
+    group_size
+        Its only one; None where there is no such limit.
+    ties
+        Which of two points that are as near a weight takes: the upper one, that nearer to zero, or that
+        whose place from zero on is even.
+    either_sign
+        Whether scales may be negative.
+    scale_codes
+        The least and the largest code of a group's scale, where scales are codes times a float16 for 256
+        weights; then there are superblocks.
+    fitted
+        Whether scales are searched for even by plain rounding.
+    """
+
+    points: tuple[float, ...]
+    scale_dtype: np.dtype[Any] | None
+    group_size: int | None
+    ties: Ties = "even"
+    either_sign: bool = False
+    scale_codes: tuple[int, int] | None = None
+    fitted: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return len(self.points).bit_length() - 1
+
+    @property
+    def span(self) -> float:
+        """How many scales lie between the ends."""
+        return self.points[-1] - self.points[0]
+
+    @cached_property
+    def by_code(self) -> NDArray[np.float32]:
+        """What each code stands for, in float32, as kernels take it; codes out of range are NaN."""
+        values = np.full(EVERY_CODE, np.nan, np.float32)
+        values[: len(self.points)] = self.points
+        return values
+
+    @cached_property
+    def bounds(self) -> NDArray[np.float32]:
+        """Above which number each point gives way to the next, ties included."""
+        points = np.array(self.points, np.float32)
+        bounds = (points[:-1] + points[1:]) / 2
+        middle = len(points) // 2
+        from_zero = np.where(points < 0, middle - 1 - np.arange(len(points)), 0)
+        from_zero = np.where(
+            np.arange(len(points)) >= middle, np.arange(len(points)) - middle, from_zero
+        )
+        goes_up = {
+            "up": np.ones(len(bounds), np.bool_),
+            "small": bounds <= 0,
+            "even": (from_zero[1:] % 2 == 0) | (bounds == 0),
+        }[self.ties]
+        return np.where(goes_up, np.nextafter(bounds, np.float32(-np.inf)), bounds)
+
+
+def _signed(magnitudes: NDArray[Any]) -> tuple[float, ...]:
+    """Return magnitudes from 0 on with both signs, zero too."""
+    sizes = [float(each) for each in magnitudes]
+    return (*(-each for each in reversed(sizes)), *sizes)
+
+
+FLOAT16 = np.dtype(np.float16)
+E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+E2M1_POINTS = _signed(np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6]))
+_IQ4_POINTS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+TABLES: dict[str, TableGrid] = {
+    "iq4_nl": TableGrid(_IQ4_POINTS, FLOAT16, 32, "up", either_sign=True, fitted=True),
+    "iq4_xs": TableGrid(
+        _IQ4_POINTS, None, 32, "up", either_sign=True, scale_codes=(-32, 31), fitted=True
+    ),
+}
+
+
+def has_superblocks(grid: str) -> bool:
+    """Tell whether a grid's scales are codes times one float16 for 256 weights."""
+    return grid == "k" or (grid in TABLES and TABLES[grid].scale_codes is not None)
+
+
+def has_own_scales(grid: str) -> bool:
+    """Tell whether a grid decides how its scales are stored."""
+    return has_superblocks(grid) or (grid in TABLES and TABLES[grid].scale_dtype is not None)
