@@ -344,6 +344,22 @@ def test_sentence_pieces_get_scores_by_their_merges(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("token", "special", "kind"),
+    [("<tool>", False, 4), ("<tool>", True, 3), ("<|tool|>", False, 3), ("<unused7>", False, 3),
+     ("<pad>", False, 3), ("a<pad>", False, 4), ("<｜tool｜>", False, 3)],
+)  # fmt: skip
+def test_added_tokens_are_typed_as_by_the_converter(
+    token: str, special: bool, kind: int, tmp_path: Path
+) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["added_tokens"].append({"id": 511, "content": token, "special": special})
+
+    metadata = tokenizer(tmp_path, change)
+    assert metadata["tokenizer.ggml.tokens"][511] == token
+    assert metadata["tokenizer.ggml.token_type"][511] == kind
+
+
+@pytest.mark.parametrize(
     ("change", "match"),
     [
         (lambda content: content["model"].update(type="Unigram"), "Unigram"),

@@ -25,6 +25,7 @@ from bitwright.checkpoint.gguf_file import (
 )
 from bitwright.checkpoint.writer import CheckpointWriter, write_safetensors
 from bitwright.files.replacing import write_json
+from bitwright.statistics.imatrix import Importance, ImportanceMatrix
 
 Files = Mapping[str, bytes]
 DEMO = bitwright.demo_folder()
@@ -362,3 +363,19 @@ def activations() -> dict[str, Files]:
         "plain": {"activations.npz": plain.getvalue()},
         "compressed": {"activations.npz": compressed.getvalue()},
     }
+
+
+@cache
+def imatrices() -> dict[str, Files]:
+    """Importance matrices of the wide model, of both formats."""
+    names = ("attn_q", "attn_output", "ffn_up", "ffn_down")
+    entries = {
+        f"blk.0.{name}.weight": Importance(
+            np.full((1, WIDTH), 0.5, np.float32), np.array([9], np.float32)
+        )
+        for name in names
+    }
+    with _scratch() as folder:
+        for name in ("i.gguf", "i.dat"):
+            ImportanceMatrix(entries, ("text",), 1).save(folder / name)
+        return {"both": _content(folder)}

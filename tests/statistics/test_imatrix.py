@@ -189,6 +189,10 @@ def test_what_is_wrong_is_told(model: Path, known: bitwright.Statistics, tmp_pat
     ImportanceMatrix({**made.entries, "blk.0.attn_q.weight": wide}).save(path)
     with pytest.raises(StatisticsError, match=r"has 7 values for blk\.0\.attn_q\.weight"):
         bitwright.quantize(model, tmp_path / "out", imatrix=path, **options)
+    cut = Importance(np.ones((2, 128), np.float32), np.ones(2, np.float32))  # as of two experts
+    ImportanceMatrix({**made.entries, "blk.0.attn_q.weight": cut}).save(path)
+    with pytest.raises(StatisticsError, match=r"has 256 values for .*, but 1 x 256 are read there"):
+        bitwright.quantize(model, tmp_path / "out", imatrix=path, **options)
     ImportanceMatrix({"blk.77.attn_q.weight": wide}).save(path)
     with pytest.raises(StatisticsError, match="knows none of the tensors"):
         bitwright.quantize(model, tmp_path / "out", imatrix=path, **options)

@@ -266,7 +266,7 @@ class ModelImportance:
             return None
         channels = self._shapes[layer][1]
         matrices = 1 if expert is None else self._experts
-        if entry.sums.size != matrices * channels:
+        if entry.sums.size != matrices * channels or len(entry.counts) not in (1, matrices):
             raise StatisticsError(
                 f"{self.matrix.path}: has {entry.sums.size} values for {name}, but {matrices} x {channels} "
                 f"are read there. Is it of another model?"
