@@ -37,7 +37,7 @@ ScaleType scale_type_named(const std::string& name) {
 
 // Points [2^bits] and the bounds [2^bits − 1] between them.
 Table table_of(int bits, const py::object& points, const py::object& bounds, bool either_sign,
-               float unit) {
+               float divisor) {
     const Index count = Index{1} << bits;
     const auto p = vector<float>(points, "points", count);
     const auto b = vector<float>(bounds, "bounds", count - 1);
@@ -45,9 +45,10 @@ Table table_of(int bits, const py::object& points, const py::object& bounds, boo
         throw py::value_error("points: expected points and bounds that rise");
     if (!(p[0] < 0.0f && p[count - 1] > 0.0f) || !p.allFinite())
         throw py::value_error("points: expected finite points on both sides of zero");
-    if (!(unit > 0.0f && std::isfinite(unit)))
-        throw py::value_error("unit: expected a positive number, got " + std::to_string(unit));
-    Table table{static_cast<int>(count), either_sign, unit, {}, {}};
+    if (!(divisor > 0.0f && std::isfinite(divisor)))
+        throw py::value_error("divisor: expected a positive number, got " +
+                              std::to_string(divisor));
+    Table table{static_cast<int>(count), either_sign, divisor, {}, {}};
     std::copy(p.begin(), p.end(), table.points.begin());
     std::copy(b.begin(), b.end(), table.bounds.begin());
     return table;
@@ -59,7 +60,7 @@ void bind_grid(py::module_& module) {
                      "What a method quantizes to: how each group of weights is coded.")
         .def(py::init([](int bits, Index group_size, const std::string& kind,
                          const std::string& scale_dtype, bool search, const py::object& points,
-                         const py::object& bounds, bool either_sign, float unit) {
+                         const py::object& bounds, bool either_sign, float divisor) {
                  if (bits < 2 || bits > 8)
                      throw py::value_error("bits: expected 2 to 8, got " + std::to_string(bits));
                  if (group_size < 1)
@@ -67,7 +68,7 @@ void bind_grid(py::module_& module) {
                                            std::to_string(group_size));
                  const GridKind of_kind = kind_named(kind);
                  const Table table = of_kind == GridKind::table
-                                         ? table_of(bits, points, bounds, either_sign, unit)
+                                         ? table_of(bits, points, bounds, either_sign, divisor)
                                          : Table{};
                  return Grid{of_kind, scale_type_named(scale_dtype), bits, group_size, search,
                              table};
@@ -75,7 +76,7 @@ void bind_grid(py::module_& module) {
              py::arg("bits"), py::arg("group_size"), py::arg("kind"),
              py::arg("scale_dtype") = "float32", py::arg("search") = false,
              py::arg("points") = py::none(), py::arg("bounds") = py::none(),
-             py::arg("either_sign") = false, py::arg("unit") = 1.0f);
+             py::arg("either_sign") = false, py::arg("divisor") = 1.0f);
 }
 
 // The number of groups in a row.

@@ -144,7 +144,7 @@ void quantize_clipped(ConstMatrixView<float> weight, ConstMatrixView<float> gram
 void quantize_clipped_by(ConstMatrixView<float> weight, const Grid& grid,
                          ConstVectorView<float> shares, const RowErrors& errors,
                          QuantizedView candidate, QuantizedView result) {
-    constexpr int most_grids = 2;  // that range_grids tries
+    constexpr int most_grids = 4;  // that range_lanes tries
     const Index rows = weight.rows();
     const ConstMatrixView<float> scales(candidate.scales.data(), rows, 1),
         offsets(candidate.offsets.data(), rows, 1);

@@ -22,7 +22,7 @@ struct Codebook {
 enum class CodebookName : std::uint8_t { iq1, iq2_xxs, iq2_xs, iq2_s, iq3_xxs, iq3_s };
 const Codebook& codebook(CodebookName name);
 
-// The points of MXFP4 and NVFP4, doubled, by their codes.
+// The points of NVFP4, doubled, by their codes.
 inline constexpr std::array<std::int8_t, 16> fp4_points = {0, 1,  2,  3,  4,  6,  8,  12,
                                                            0, -1, -2, -3, -4, -6, -8, -12};
 

@@ -135,11 +135,6 @@ void iq1_m(Bytes block, float* out) {
     }
 }
 
-// The exponent of a power of two, which is halved since the points are doubled.
-void mxfp4(Bytes block, float* out) {
-    put_points(fp4_points, block + 1, 16, std::ldexp(1.0f, block[0] - 128), out);
-}
-
 // Four scales of 8 bits: E4M3 without its sign, where NaN is 0 in ggml.
 void nvfp4(Bytes block, float* out) {
     for (Index group = 0; group < 4; ++group) {
@@ -188,9 +183,8 @@ void q2_0(Bytes block, float* out) {
 constexpr BlockType types[] = {
     {"IQ1_S", 256, 50, iq1_s},   {"IQ1_M", 256, 56, iq1_m}, {"IQ2_XXS", 256, 66, iq2_xxs},
     {"IQ2_XS", 256, 74, iq2_xs}, {"IQ2_S", 256, 82, iq2_s}, {"IQ3_XXS", 256, 98, iq3_xxs},
-    {"IQ3_S", 256, 110, iq3_s},  {"MXFP4", 32, 17, mxfp4},  {"NVFP4", 64, 36, nvfp4},
-    {"TQ1_0", 256, 54, tq1_0},   {"TQ2_0", 256, 66, tq2_0}, {"Q1_0", 128, 18, q1_0},
-    {"Q2_0", 64, 18, q2_0},
+    {"IQ3_S", 256, 110, iq3_s},  {"NVFP4", 64, 36, nvfp4},  {"TQ1_0", 256, 54, tq1_0},
+    {"TQ2_0", 256, 66, tq2_0},   {"Q1_0", 128, 18, q1_0},   {"Q2_0", 64, 18, q2_0},
 };
 
 }  // namespace

@@ -67,10 +67,10 @@ void with_lanes(const Grid& grid, const Body& body) {
 // Where a scale moves to: rounded, and never past zero, where its codes would all mean something
 // else.
 inline float moved_scale(const Grid& grid, float scale, float wanted) {
-    const float unit = grid.table.unit;
-    const float moved = round_to(grid.scale_type, wanted / unit) * unit;
+    const float divisor = grid.table.divisor;
+    const float moved = round_to(grid.scale_type, wanted * divisor) / divisor;
     const float sign = scale > 0.0f ? 1.0f : scale < 0.0f ? -1.0f : 0.0f;
-    return moved * sign >= smallest_scale(grid.scale_type) * unit ? moved : scale;
+    return moved * sign >= smallest_scale(grid.scale_type) / divisor ? moved : scale;
 }
 
 constexpr float mlx_floor = 1e-7f;  // MLX's own rounding has no smaller scale
@@ -300,16 +300,23 @@ inline GridLanes fit_grid(const Grid& grid, const float* weights, const float* i
 // The scale of a table that is stored for one of `sign`: none that is not zero becomes zero.
 inline TableLanes table_lanes(const Grid& grid, const Lanes& scale) {
     const Lanes stored = grid.table.stored_scale(grid.scale_type, scale);
-    const Lanes least = smallest_scale(grid.scale_type) * grid.table.unit * scale.sign();
+    const Lanes least = smallest_scale(grid.scale_type) / grid.table.divisor * scale.sign();
     return {(stored == 0.0f).select(least, stored), &grid.table};
 }
 
-// The tables that a search over ranges tries for [low, high].
+// The tables that a search over ranges tries for [low, high]: those whose ends are there, and those
+// of which the last but one is, as between the last two points of floats there is the widest gap.
 template <typename Try>
 void range_tables(const Grid& grid, const Lanes& low, const Lanes& high, Try&& try_grid) {
-    try_grid(table_lanes(grid, grid.table.spanning_scale(low, high, false)));
-    if (!grid.table.either_sign) return;
-    try_grid(table_lanes(grid, grid.table.spanning_scale(low, high, true)));
+    const Table& table = grid.table;
+    for (const bool negative : {false, true}) {
+        if (negative && !table.either_sign) return;
+        const Lanes spanning = table.spanning_scale(low, high, negative);
+        try_grid(table_lanes(grid, spanning));
+        const float gap = table.points[static_cast<size_t>(table.count - 1)] /
+                          table.points[static_cast<size_t>(table.count - 2)];
+        try_grid(table_lanes(grid, spanning * gap));
+    }
 }
 
 struct TableError {

@@ -17,7 +17,7 @@ constexpr int most_points = 256;
 struct Table {
     int count = 0;  // a power of two
     bool either_sign = false;
-    float unit = 1.0f;  // what stored scales are multiples of
+    float divisor = 1.0f;  // of all stored scales
     std::array<float, most_points> points{};
     std::array<float, most_points> bounds{};  // as many as points less one; the last is infinity
 
@@ -49,7 +49,7 @@ struct Table {
     }
 
     Lanes stored_scale(ScaleType type, const Lanes& scale) const {
-        return round_to(type, scale / unit) * unit;
+        return round_to(type, scale * divisor) / divisor;
     }
 
     // The scale of one sign that just spans [low, high]; 0 where there is no range.

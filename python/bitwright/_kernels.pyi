@@ -28,7 +28,7 @@ class Grid:
         points: _Float32 | None = None,
         bounds: _Float32 | None = None,
         either_sign: bool = False,
-        unit: float = 1.0,
+        divisor: float = 1.0,
     ) -> None: ...
 
 def blas() -> str: ...

@@ -27,7 +27,7 @@ from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES, weights_per_block
 from bitwright.distill.student import PACE, Student, TrainedSuperBlocks
 from bitwright.errors import CheckpointError
 from bitwright.formats.gguf import TYPES, GgufFormat
-from bitwright.grids.tables import TABLES, has_superblocks
+from bitwright.grids.tables import E8M0, TABLES, has_superblocks
 from bitwright.grids.tensor import GRIDS, K_GRIDS, SUPERBLOCK, Grid, SuperBlocks
 from bitwright.models.network import Network
 
@@ -58,8 +58,10 @@ def random_tensor(grid: Grid, bits: int, out: int, blocks: int, seed: int) -> Qu
     groups, super_groups = (out, channels // size), (out, channels // SUPERBLOCK)
     superblocks: SuperBlocks | None = None
     biases: Array | None = None
-    if codes is None:
-        scales: Array = random_halves(rng, groups)
+    if grid == "mxfp4":
+        scales: Array = rng.integers(0, 255, groups, np.uint8).view(E8M0)
+    elif codes is None:
+        scales = random_halves(rng, groups)
         biases = random_halves(rng, groups) if base == "affine" else None
     else:
         low, high = codes
@@ -219,6 +221,8 @@ def test_random_bytes_are_read_as_the_reference_reads_them(
     array = array.reshape(out, blocks)
     for name in {"d", "dmin", "m"} & set(dtype.names or ()):
         array[name] = random_halves(rng, (out, blocks))
+    if "e" in (dtype.names or ()):
+        array["e"] %= 255  # the last is no number
     tensor = unpacked(array)
     wanted = quants.dequantize(array.view(np.uint8).reshape(out, -1), kind)
     assert wanted.dtype == np.float32

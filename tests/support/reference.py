@@ -409,6 +409,12 @@ def pack_blocks(
     codes: Array, d: Array, m: Array | None, bits: int, kind: str | None = None
 ) -> Array:
     """Return ggml's blocks of 32 weights; each field by itself."""
+    if kind == "MXFP4":  # floats by sign and size, and powers of two by their exponents
+        blocks = np.zeros(d.shape, BLOCKS[kind])
+        blocks["e"] = d.view(np.uint8)
+        floats = np.where(codes < 8, 15 - codes, codes - 8).astype(np.uint8)
+        blocks["qs"] = _merged(floats.reshape(*d.shape, 32), 4, 16)
+        return blocks
     if kind == "IQ4_NL":
         return pack_blocks(codes, d, m, bits).view(BLOCKS[kind])
     kind = f"Q{bits}_{0 if m is None else 1}"
@@ -428,6 +434,9 @@ def pack_blocks(
 
 def unpack_blocks(blocks: Array, bits: int) -> Array:
     """Return the codes of `pack_blocks`."""
+    if "e" in (blocks.dtype.names or ()):
+        floats = _split(blocks["qs"], 4, 16).reshape(len(blocks), -1)
+        return np.where(floats < 8, floats + 8, 15 - floats).astype(np.uint8)
     if "points" in (blocks.dtype.names or ()):
         blocks = blocks.view(BLOCKS["Q4_0"])
     if bits == 8:

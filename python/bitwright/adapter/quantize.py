@@ -31,6 +31,7 @@ from bitwright.files.inputs import same_inputs
 from bitwright.formats import FormatName, GroupSize, Precision
 from bitwright.formats.engine_names import unfused
 from bitwright.grids.choice import GridChoice
+from bitwright.grids.tables import stored_scales
 from bitwright.grids.tensor import Grid, QuantizedTensor
 from bitwright.methods.awq import (
     DEFAULT_GRID,
@@ -262,7 +263,10 @@ def _write(
         count = 0 if tokens is None else tokens.size
         name = options.method.method.name
         report = run.output.report(out, name, checkpoint, weights, count, seconds)
-        facts = {"grid": target.default.grid, "scales": target.scale_dtype.name}
+        facts = {
+            "grid": target.default.grid,
+            "scales": stored_scales(target.default.grid, target.scale_dtype).name,
+        }
         differ = bool(unfused(kind, target.plan))
         card = model_card(checkpoint, out, kind, [report], facts=facts, unfused=differ)
         writer.write_text(CARD_NAME, card)

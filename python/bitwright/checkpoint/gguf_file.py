@@ -50,6 +50,7 @@ BLOCKS: dict[str, np.dtype[Any]] = {
     "IQ4_XS": np.dtype(
         [("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", (4,)), ("qs", "u1", (128,))]
     ),
+    "MXFP4": np.dtype([("e", "u1"), ("qs", "u1", (16,))]),
 }
 """The tensor types, as ggml's structs: one element is one block of weights."""
 
@@ -63,7 +64,6 @@ DECODED = {  # number, weights and bytes of a block
     "IQ1_M": (29, 256, 56),
     "TQ1_0": (34, 256, 54),
     "TQ2_0": (35, 256, 66),
-    "MXFP4": (39, 32, 17),
     "NVFP4": (40, 64, 36),
     "Q1_0": (41, 128, 18),
     "Q2_0": (42, 64, 18),
@@ -88,6 +88,7 @@ TYPE_IDS = {
     "IQ4_XS": 23,
     "F64": 28,
     "BF16": 30,
+    "MXFP4": 39,
     **{name: number for name, (number, _, _) in DECODED.items()},
 }
 

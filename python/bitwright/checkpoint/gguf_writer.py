@@ -132,4 +132,5 @@ def _file_type(tensors: Sequence[TensorInfo]) -> np.uint32:
     blocks = Counter({dtype: count for dtype, count in weights.items() if dtype.names})
     most = (blocks or weights).most_common(1)
     name = TYPE_NAMES[most[0][0]] if most else "F32"
-    return np.uint32(FILE_TYPES[FILE_TYPE_ALIASES.get(name, name)])
+    known = {**FILE_TYPE_ALIASES, "MXFP4": "MXFP4_MOE"}
+    return np.uint32(FILE_TYPES[known.get(name, name)])

@@ -109,7 +109,7 @@ class TrainedTensor:
         else:
             tensor = self.tensor()
             zeros = tensor.grids()[1]
-            result[0] = self.units * (by_code - zeros * by_weight)
+            result[0] = self.units * (by_code - zeros * by_weight) / np.float32(tensor.divisor)
             if self.moves_zeros:
                 scales = tensor.scales.astype(np.float32)
                 result[1] = PACE * (self.middle / 2) * scales * by_weight

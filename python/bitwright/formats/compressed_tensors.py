@@ -12,12 +12,25 @@ from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.engine_names import EngineNames
-from bitwright.formats.format import INT32, Format, Precision, read_group_index, read_shaped
+from bitwright.formats.format import (
+    INT32,
+    Format,
+    Precision,
+    read_group_index,
+    read_scales,
+    read_shaped,
+)
 from bitwright.formats.loading_code import Code, transformers_code, vllm_command
-from bitwright.grids.tensor import BITS, QuantizedTensor, pack, unpack
+from bitwright.grids.tables import E4M3, TABLES
+from bitwright.grids.tensor import BITS, Grid, QuantizedTensor, pack, unpack
 from bitwright.warned import warn
 
 METHOD, LAYOUT = "compressed-tensors", "pack-quantized"
+FLOAT_LAYOUTS: dict[Grid, str] = {
+    "mxfp4": "mxfp4-pack-quantized",
+    "nvfp4_divided": "nvfp4-pack-quantized",
+}
+MIXED = "mixed-precision"
 HEAD = "lm_head"  # a module of its own for loaders even where it is tied to the embedding
 
 # Schemes that are given by name, with a list of their targets.
@@ -35,7 +48,7 @@ WEIGHTS = Settings(
     # Bits, groups and zeros follow from the tensors.
     read="num_bits symmetric strategy group_size",
     harmless="dynamic actorder scale_dtype zp_dtype observer observer_kwargs",
-    neutral={"type": ("int",), "block_structure": ()},
+    neutral={"type": ("int", "float"), "block_structure": ()},
 )
 
 
@@ -50,7 +63,7 @@ class CompressedTensorsFormat(Format):
     bits = (4, 8)
     group_sizes = (32, 64, 128)
     whole_row = True
-    grids = ("symmetric", "zero_point")
+    grids = ("symmetric", "zero_point", *FLOAT_LAYOUTS)
     scale_dtypes = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
     embeddings = False
     fuses_shared_inputs = True  # vLLM
@@ -60,6 +73,7 @@ class CompressedTensorsFormat(Format):
         "weight_zero_point",
         "weight_shape",
         "weight_g_idx",
+        "weight_global_scale",
     )
     engines = "transformers with compressed-tensors, vLLM"
     needs = "compressed-tensors"
@@ -95,9 +109,10 @@ class CompressedTensorsFormat(Format):
             if not isinstance(group, dict):
                 raise CheckpointError(f'{place}" is {shown(group)}')
             layout = group.get("format") or settings.get("format")
-            if layout != LAYOUT:
+            known = (LAYOUT, *FLOAT_LAYOUTS.values())
+            if layout not in known:
                 raise UnsupportedModelError(
-                    f'{where}.format" is {shown(layout)}; only {LAYOUT} is supported'
+                    f'{where}.format" is {shown(layout)}; only {", ".join(known)} are supported'
                 )
             _check_scheme(group, place)
         sparse, rotations = settings.get("sparsity_config"), settings.get("transform_config")
@@ -125,6 +140,10 @@ class CompressedTensorsFormat(Format):
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        if tensor.grid in FLOAT_LAYOUTS and tensor.table is not None:
+            floats = tensor.table.floats[tensor.codes]
+            pairs = floats[:, ::2] | floats[:, 1::2] << 4
+            return {f"{name}.weight_packed": pairs, **_float_grid(name, tensor)}
         if tensor.zeros is None or tensor.group_index is not None:
             raise ValueError(
                 f"{name}: the {cls.name} format stores integer zeros and consecutive groups, "
@@ -137,7 +156,7 @@ class CompressedTensorsFormat(Format):
         }
 
     def pack_grid(self, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
-        return _grid(name, tensor)
+        return _float_grid(name, tensor) if tensor.grid in FLOAT_LAYOUTS else _grid(name, tensor)
 
     @classmethod
     def config(
@@ -154,24 +173,18 @@ class CompressedTensorsFormat(Format):
         groups = {
             f"group_{number}": {
                 "targets": targets or names.targets(chosen),
-                "weights": {
-                    "num_bits": kind.bits,
-                    "type": "int",
-                    "symmetric": kind.grid == "symmetric",
-                    "strategy": "group" if kind.group_size else "channel",
-                    "group_size": kind.group_size,
-                    "dynamic": False,
-                },
+                "weights": _weights(kind),
                 "input_activations": None,
                 "output_activations": None,
-                "format": LAYOUT,
+                "format": FLOAT_LAYOUTS.get(kind.grid, LAYOUT),
             }
             for number, (kind, chosen) in enumerate(kinds.items())
         }
+        layouts = {str(group["format"]) for group in groups.values()}
         return {
             "quantization_config": {
                 "quant_method": METHOD,
-                "format": LAYOUT,
+                "format": layouts.pop() if len(layouts) == 1 else MIXED,
                 "quantization_status": "compressed",
                 "config_groups": groups,
                 "ignore": names.targets([*in_float, *({HEAD} - set(layers))]),
@@ -185,7 +198,9 @@ class CompressedTensorsFormat(Format):
     ) -> QuantizedTensor | None:
         if f"{name}.weight_packed" not in checkpoint:
             return None
-        words = read_shaped(checkpoint, f"{name}.weight_packed", INT32)
+        words = read_shaped(checkpoint, f"{name}.weight_packed", (*INT32, np.dtype(np.uint8)))
+        if words.dtype == np.uint8:
+            return _read_floats(checkpoint, name, words)
         scales = read_shaped(checkpoint, f"{name}.weight_scale", self.scale_dtypes)
         shape = read_shaped(
             checkpoint, f"{name}.weight_shape", (np.dtype(np.int64), *INT32), dimensions=1
@@ -225,6 +240,72 @@ class CompressedTensorsFormat(Format):
             grid="symmetric" if zero_words is None else "zero_point",
             group_index=read_group_index(checkpoint, f"{name}.weight_g_idx", channels, groups),
         )
+
+
+def _weights(kind: Precision) -> dict[str, Any]:
+    """Return what a scheme says of weights."""
+    settings: dict[str, Any] = {
+        "num_bits": kind.bits,
+        "type": "int",
+        "symmetric": kind.grid == "symmetric",
+        "strategy": "group" if kind.group_size else "channel",
+        "group_size": kind.group_size,
+        "dynamic": False,
+    }
+    if kind.grid not in FLOAT_LAYOUTS:
+        return settings
+    table = TABLES[kind.grid]
+    return settings | {
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor_group" if table.divided else "group",
+        "scale_dtype": "torch.float8_e4m3fn" if table.scale_dtype == E4M3 else "torch.uint8",
+    }
+
+
+def _float_grid(name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+    if tensor.table is None or not tensor.table.divided:
+        return {f"{name}.weight_scale": tensor.scales.view(np.uint8)}
+    return {
+        f"{name}.weight_scale": tensor.scales,
+        f"{name}.weight_global_scale": np.array([tensor.divisor], np.float32),
+    }
+
+
+def _read_floats(
+    checkpoint: Checkpoint | CheckpointSlice, name: str, pairs: NDArray[np.uint8]
+) -> QuantizedTensor:
+    """Read a layer of one of the float layouts: two floats in a byte, the first in the lower nibble."""
+    tensor, whole = f"{name}.weight_scale", f"{name}.weight_global_scale"
+    where = f"{checkpoint.file(tensor)}: layer {name}"
+    grid: Grid = "nvfp4_divided" if whole in checkpoint else "mxfp4"
+    table, divisor = TABLES[grid], 1.0
+    stored = read_shaped(checkpoint, tensor, (E4M3 if table.divided else np.dtype(np.uint8),))
+    if table.divided:
+        known = read_shaped(checkpoint, whole, (np.dtype(np.float32),), dimensions=1)
+        divisor = float(known[0])
+        if len(known) != 1 or not (divisor > 0 and np.isfinite(divisor)):
+            raise CheckpointError(
+                f"{where}: weight_global_scale is {known.tolist()}, not one positive number. The file "
+                f"is damaged: fetch or make it again"
+            )
+    channels = 2 * pairs.shape[1]
+    if stored.shape != (len(pairs), channels // (table.group_size or 1)):
+        raise CheckpointError(
+            f"{where}: weight_packed {list(pairs.shape)} and weight_scale {list(stored.shape)} "
+            f"contradict each other; {grid} has groups of {table.group_size}"
+        )
+    floats = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), channels)
+    return QuantizedTensor(
+        codes=table.codes_of_floats[floats],
+        scales=read_scales(stored, table, f"{where}: weight_scale"),
+        biases=None,
+        zeros=None,
+        bits=table.bits,
+        group_size=channels // stored.shape[1],
+        grid=grid,
+        divisor=divisor,
+    )
 
 
 def _check_scheme(scheme: Mapping[str, Any], where: str) -> None:

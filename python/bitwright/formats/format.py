@@ -13,6 +13,7 @@ from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError
 from bitwright.formats.gguf_mix import Mix
 from bitwright.formats.loading_code import Code, transformers_code, vllm_command
+from bitwright.grids.tables import TABLES, TableGrid
 from bitwright.grids.tensor import Grid, QuantizedTensor
 
 FormatName = str  # of one of FORMATS
@@ -95,27 +96,42 @@ class Format:
     @classmethod
     def default_group_size(cls, bits: int, grid: Grid) -> int:
         """Return the default group size."""
+        table = TABLES.get(grid)
+        if table is not None and table.group_size is not None:
+            return table.group_size
         return 64 if 64 in cls.group_sizes else cls.group_sizes[-1]
 
     @classmethod
     def precisions(cls) -> list[Precision]:
         """Return all precisions that can be stored."""
         sizes = (*cls.group_sizes, *((None,) if cls.whole_row else ()))
-        return [Precision(*each) for each in product(cls.bits, sizes, cls.grids)]
+        plain = [grid for grid in cls.grids if grid not in TABLES]
+        tables = [(grid, TABLES[grid]) for grid in cls.grids if grid in TABLES]
+        return [Precision(*each) for each in product(cls.bits, sizes, plain)] + [
+            Precision(table.bits, table.group_size, grid) for grid, table in tables
+        ]
 
     @classmethod
     def precision(
         cls, bits: int, group_size: GroupSize, grid: Grid | None, channels: Iterable[int]
     ) -> Precision:
         """Return the precision for layers with so many input channels, with defaults filled in."""
-        chosen = grid or cls.default_grid(bits, channels)
+        chosen = cls.named(grid) or cls.default_grid(bits, channels)
         if group_size == "auto":
             group_size = cls.default_group_size(bits, chosen)
         return Precision(bits, None if group_size == -1 else group_size, chosen)
 
     @classmethod
+    def named(cls, grid: Grid | None) -> Grid | None:
+        """Return the grid that the format means by a name."""
+        return "nvfp4_divided" if grid == "nvfp4" and "nvfp4_divided" in cls.grids else grid
+
+    @classmethod
     def with_bits(cls, default: Precision, bits: int) -> Precision:
-        """Return the precision of a layer that only differs in its bits."""
+        """Return the precision of a layer that only differs in its bits, as far as its grid has them."""
+        if default.grid in TABLES and bits != default.bits:
+            grid = cls.default_grid(bits, ())
+            return Precision(bits, cls.default_group_size(bits, grid), grid)
         return replace(default, bits=bits)
 
     @classmethod
@@ -234,10 +250,12 @@ class Format:
         """Raise ValueError unless a layer ``[out, in]`` can be stored so."""
         channels = shape[1]
         size = precision.group_for(channels)
-        if precision.bits not in cls.bits:
+        bits = cls.bits
+        if precision.grid in cls.grids and precision.grid in TABLES:
+            bits = (TABLES[precision.grid].bits,)
+        if precision.bits not in bits:
             raise ValueError(
-                f"{name}: the {cls.name} format stores {_any_of(cls.bits)} bits, "
-                f"not {precision.bits}"
+                f"{name}: the {cls.name} format stores {_any_of(bits)} bits, not {precision.bits}"
             )
         if precision.grid not in cls.grids:
             raise ValueError(
@@ -248,6 +266,9 @@ class Format:
             raise ValueError(
                 f"{name}: group size {size} does not divide its {channels} input channels"
             )
+        table = TABLES.get(precision.grid)
+        if table is not None and size == table.group_size:
+            return
         if size not in cls.group_sizes and not (cls.whole_row and size == channels):
             raise ValueError(
                 f"{name}: the {cls.name} format stores groups of {_any_of(cls.group_sizes)}"
@@ -269,6 +290,21 @@ def read_shaped(
             f"expected {_any_of(dtypes)} with {dimensions} axes"
         )
     return array
+
+
+def read_scales(stored: NDArray[Any], table: TableGrid, where: str) -> NDArray[Any]:
+    """Return the scales of a table from their bytes, checked: `where` tells the tensor."""
+    dtype = table.scale_dtype
+    scales = stored if dtype is None else stored.view(dtype)
+    wide = scales.astype(np.float32)
+    bad = np.argwhere(~np.isfinite(wide) | ((wide < 0) & (not table.either_sign)))
+    if len(bad):
+        row, group = bad[0]
+        raise CheckpointError(
+            f"{where}: the scale of row {row}, group {group} is {wide[row, group]}, and {len(bad)} of "
+            f"{wide.size} are no positive numbers. The file is damaged: fetch or make it again"
+        )
+    return scales
 
 
 def read_group_index(

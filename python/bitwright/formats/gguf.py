@@ -15,7 +15,7 @@ from bitwright.checkpoint.gguf_names import GgufNames
 from bitwright.checkpoint.gguf_writer import GgufFiles
 from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError
-from bitwright.formats.format import Format, Precision
+from bitwright.formats.format import Format, Precision, read_scales
 from bitwright.formats.gguf_mix import FLOATS, Mix, MixModel, types_of
 from bitwright.formats.globs import as_globs
 from bitwright.formats.loading_code import PROMPT, Code, shell_word
@@ -34,6 +34,7 @@ TYPES: dict[tuple[Grid, int], str] = {
     **{("k", bits): f"Q{bits}_K" for bits in K_GRIDS},
     ("iq4_nl", 4): "IQ4_NL",
     ("iq4_xs", 4): "IQ4_XS",
+    ("mxfp4", 4): "MXFP4",
 }
 GRIDS_OF_TYPES = {name: key for key, name in TYPES.items()}
 Blocks = NDArray[Any]
@@ -46,7 +47,7 @@ class GgufFormat(Format):
     bits = (2, 3, 4, 5, 6, 8)
     group_sizes = (16, 32)
     whole_row = False
-    grids = ("k", "affine", "symmetric", "iq4_nl", "iq4_xs")
+    grids = ("k", "affine", "symmetric", "iq4_nl", "iq4_xs", "mxfp4")
     scale_dtypes = (HALF,)
     embeddings = True
     stacks_experts = True
@@ -199,6 +200,8 @@ class GgufFormat(Format):
                 f"{name}: the gguf format stores no {tensor.bits} bits with {grid} grids in groups of "
                 f"{tensor.group_size}"
             )
+        if grid == "mxfp4":
+            return {f"{name}.weight": _pack_floats(kind, tensor)}
         return {
             f"{name}.weight": _pack_superblocks(kind, tensor, tensor.superblocks)
             if tensor.superblocks is not None
@@ -235,6 +238,8 @@ class GgufFormat(Format):
                 )
         scales: NDArray[Any]
         grid, bits = GRIDS_OF_TYPES[TYPE_NAMES[blocks.dtype]]
+        if grid == "mxfp4":
+            return _unpacked_floats(blocks, f"{checkpoint.file(tensor)}: tensor {tensor}")
         packed = np.ascontiguousarray(blocks).view(np.uint8)
         fields: dict[str, Any] = {"superblocks": None, "biases": None}
         if has_superblocks(grid):
@@ -279,6 +284,29 @@ def _pack_blocks(kind: str, name: str, tensor: QuantizedTensor) -> Blocks:
         tensor.bits,
     )
     return packed.view(BLOCKS[kind])
+
+
+def _pack_floats(kind: str, tensor: QuantizedTensor) -> Blocks:
+    """Return MXFP4's blocks: the first half of the weights in lower nibbles, the other in upper ones."""
+    blocks = np.empty(tensor.scales.shape, BLOCKS[kind])
+    floats = TABLES[tensor.grid].floats[tensor.codes].reshape(*blocks.shape, 2, BLOCK // 2)
+    blocks["e"] = tensor.scales.view(np.uint8)
+    blocks["qs"] = floats[..., 0, :] | floats[..., 1, :] << 4
+    return blocks
+
+
+def _unpacked_floats(blocks: Blocks, where: str) -> QuantizedTensor:
+    table = TABLES["mxfp4"]
+    floats = np.concatenate([blocks["qs"] & 15, blocks["qs"] >> 4], axis=-1)
+    return QuantizedTensor(
+        codes=table.codes_of_floats[floats.reshape(len(blocks), -1)],
+        scales=read_scales(np.ascontiguousarray(blocks["e"]), table, where),
+        biases=None,
+        zeros=None,
+        bits=table.bits,
+        group_size=BLOCK,
+        grid="mxfp4",
+    )
 
 
 def _pack_superblocks(kind: str, tensor: QuantizedTensor, grid: SuperBlocks) -> Blocks:

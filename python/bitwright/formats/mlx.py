@@ -12,9 +12,10 @@ from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.declared import Settings
 from bitwright.formats.engine_names import mlx_name
-from bitwright.formats.format import Format, Precision, read_shaped
+from bitwright.formats.format import Format, Precision, read_scales, read_shaped
 from bitwright.formats.loading_code import PROMPT, Code, shell_word
-from bitwright.grids.tensor import BITS, QuantizedTensor, pack, unpack
+from bitwright.grids.tables import TABLES
+from bitwright.grids.tensor import BITS, Grid, QuantizedTensor, pack, unpack
 from bitwright.warned import warn
 
 # Families that mlx-lm never builds with a head of their own, and always.
@@ -22,10 +23,11 @@ ALWAYS_TIED = ("gemma", "gemma2")
 NEVER_TIED = ("deepseek_v2", "deepseek_v3", "glm4", "qwen2_moe")
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
+MODES: tuple[Grid, ...] = ("affine", "mxfp4", "nvfp4")
 SETTINGS = Settings(
     read="group_size bits",
     harmless="quant_method linear_class_predicate",
-    neutral={"mode": ("affine",), "quantize_input": (False,), "global_scale": (False,)},
+    neutral={"mode": MODES, "quantize_input": (False,), "global_scale": (False,)},
 )
 
 
@@ -36,7 +38,7 @@ class MlxFormat(Format):
     bits = BITS
     group_sizes = (32, 64, 128)
     whole_row = False
-    grids = ("affine",)
+    grids = MODES
     scale_dtypes = FLOATS
     embeddings = True
     stacks_experts = True
@@ -93,15 +95,22 @@ class MlxFormat(Format):
 
     @classmethod
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
-        if tensor.biases is None or tensor.group_index is not None:
-            raise ValueError(f"{name}: the mlx format stores affine grids with consecutive groups")
+        if tensor.grid not in MODES or tensor.group_index is not None:
+            raise ValueError(
+                f"{name}: the mlx format stores affine, mxfp4 and nvfp4 grids with consecutive groups"
+            )
+        if tensor.table is not None:
+            floats = tensor.table.floats[tensor.codes]
+            return {f"{name}.weight": pack(floats, tensor.bits), **_float_scales(name, tensor)}
         return {
             f"{name}.weight": pack(tensor.codes, tensor.bits),
             f"{name}.scales": tensor.scales,
-            f"{name}.biases": tensor.biases,
+            f"{name}.biases": np.asarray(tensor.biases),
         }
 
     def pack_grid(self, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        if tensor.table is not None:
+            return _float_scales(name, tensor)
         return {f"{name}.scales": tensor.scales, f"{name}.biases": np.asarray(tensor.biases)}
 
     @classmethod
@@ -111,11 +120,13 @@ class MlxFormat(Format):
         settings: dict[str, Any] = {
             "group_size": default.group_size,
             "bits": default.bits,
-            "mode": "affine",
+            "mode": default.grid,
         }
         for name, precision in layers.items():
             if precision is not None and precision != default:
                 settings[name] = {"group_size": precision.group_size, "bits": precision.bits}
+                if precision.grid != default.grid:
+                    settings[name]["mode"] = precision.grid
         # mlx-lm reads the first key, model hubs the second.
         return {"quantization": settings, "quantization_config": settings}
 
@@ -166,6 +177,8 @@ class MlxFormat(Format):
         if f"{name}.scales" not in checkpoint:
             return None
         words = read_shaped(checkpoint, f"{name}.weight", (np.dtype(np.uint32),))
+        if f"{name}.biases" not in checkpoint:
+            return self._read_floats(checkpoint, name, words, channels)
         scales = read_shaped(checkpoint, f"{name}.scales", FLOATS)
         biases = read_shaped(checkpoint, f"{name}.biases", FLOATS)
         bits, group_size = self._precision(checkpoint, name, words.shape, scales.shape, channels)
@@ -182,6 +195,40 @@ class MlxFormat(Format):
             bits=bits,
             group_size=group_size,
             grid="affine",
+        )
+
+    def _read_floats(
+        self,
+        checkpoint: Checkpoint | CheckpointSlice,
+        name: str,
+        words: NDArray[np.uint32],
+        channels: int | None,
+    ) -> QuantizedTensor:
+        scales = read_shaped(checkpoint, f"{name}.scales", (np.dtype(np.uint8),))
+        own = self.settings.get(name)
+        mode = self.settings.get("mode")
+        if isinstance(own, dict):
+            mode = own.get("mode", mode)
+        where = f"{checkpoint.file(f'{name}.scales')}: layer {name}"
+        if mode not in MODES or mode == "affine":
+            raise CheckpointError(
+                f"{where} has no biases, as of a float mode, but config.json gives mode {shown(mode)}"
+            )
+        bits, group_size = self._precision(checkpoint, name, words.shape, scales.shape, channels)
+        table = TABLES[mode]
+        if (bits, group_size) != (table.bits, table.group_size):
+            raise CheckpointError(
+                f"{where} has {bits} bits in groups of {group_size} by its shapes; {mode} has "
+                f"{table.bits} in groups of {table.group_size}"
+            )
+        return QuantizedTensor(
+            codes=table.codes_of_floats[unpack(words, bits)],
+            scales=read_scales(scales, table, f"{where}: {name}.scales"),
+            biases=None,
+            zeros=None,
+            bits=bits,
+            group_size=group_size,
+            grid=mode,
         )
 
     def _precision(
@@ -233,6 +280,10 @@ class MlxFormat(Format):
                 f"{group_size}; correct config.json, or remove what it says of this layer"
             )
         return found
+
+
+def _float_scales(name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+    return {f"{name}.scales": tensor.scales.view(np.uint8)}
 
 
 def _holds_layers(checkpoint: Checkpoint) -> bool:

@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
-from bitwright.grids.tables import E4M3, E8M0, TABLES, TableGrid, has_superblocks
+from bitwright.grids.tables import (
+    E4M3,
+    E8M0,
+    MOST_E4M3,
+    TABLES,
+    TableGrid,
+    divisor_for,
+    has_superblocks,
+)
 from bitwright.grids.tensor import BITS, GRIDS, K_GRIDS, SUPERBLOCK, Grid
 
 FLOAT_DTYPES: tuple[np.dtype[Any], ...] = (
@@ -28,6 +36,10 @@ def smallest_scale(dtype: np.dtype[Any]) -> float:
 
 def rounded_scales(scales: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return scales in their dtype; none that is not zero becomes zero, which would empty its group."""
+    if dtype in (E4M3, E8M0):  # which have no other numbers
+        most = MOST_E4M3 if dtype == E4M3 else np.float32(2.0**127)
+        inside = np.clip(scales, np.float32(smallest_scale(dtype)), most)
+        return np.where(scales == 0, scales, inside).astype(dtype)
     stored = scales.astype(dtype)
     emptied = (stored == 0) & (scales != 0)
     if not emptied.any():
@@ -37,7 +49,12 @@ def rounded_scales(scales: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray
 
 
 def kernel_grid(
-    bits: int, group_size: int, grid: Grid, scale_dtype: np.dtype[Any], search: bool = False
+    bits: int,
+    group_size: int,
+    grid: Grid,
+    scale_dtype: np.dtype[Any],
+    search: bool = False,
+    divisor: float = 1.0,
 ) -> _kernels.Grid:
     """Return a grid of groups by themselves as kernels take it."""
     table: TableGrid | None = TABLES.get(grid)
@@ -53,6 +70,7 @@ def kernel_grid(
         points,
         table.bounds,
         table.either_sign,
+        divisor,
     )
 
 
@@ -68,6 +86,7 @@ class GridChoice:
     grid: Grid
     scale_dtype: np.dtype[Any]
     search: bool
+    divisor: float = 1.0
 
     @classmethod
     def check(
@@ -118,7 +137,7 @@ class GridChoice:
             raise ValueError(
                 f"scale_dtype: expected float32, float16 or bfloat16, got {scale_dtype}"
             )
-        return cls(bits, size, grid, dtype, search)
+        return cls(bits, size, grid, dtype, search, divisor_for(grid, weight))
 
     @property
     def base(self) -> Grid:
@@ -142,7 +161,9 @@ class GridChoice:
     @property
     def kernel_grid(self) -> _kernels.Grid:
         """The grid of each group by itself, as kernels take it."""
-        return kernel_grid(self.bits, self.group_size, self.base, self.scale_dtype, self.search)
+        return kernel_grid(
+            self.bits, self.group_size, self.base, self.scale_dtype, self.search, self.divisor
+        )
 
     @staticmethod
     def _of_table(
@@ -176,8 +197,8 @@ class GridChoice:
     ) -> dict[str, Any]:
         """Return the fields of a `QuantizedTensor`; scales and biases are already exact in their dtype."""
         affine = self.base == "affine"
-        stored = scales.astype(self.scale_dtype)
-        if not (np.isfinite(stored).all() and np.isfinite(offsets).all()):
+        stored = self._stored(scales)
+        if not (np.isfinite(stored.astype(np.float32)).all() and np.isfinite(offsets).all()):
             raise ValueError(
                 f"scale_dtype: the weights of a group span more than {self.scale_dtype} can hold; "
                 "use bfloat16 or float32"
@@ -190,7 +211,13 @@ class GridChoice:
             "bits": self.bits,
             "group_size": self.group_size,
             "grid": self.base,
+            "divisor": self.divisor,
         }
+
+    def _stored(self, scales: NDArray[np.float32]) -> NDArray[Any]:
+        if self.scale_dtype == E8M0:  # which has no zero: groups of zeros are zeros with any scale
+            scales = np.where(scales == 0, np.float32(1), scales)
+        return (scales * np.float32(self.divisor)).astype(self.scale_dtype)
 
 
 def check_importance(

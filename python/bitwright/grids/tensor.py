@@ -10,7 +10,9 @@ from numpy.typing import DTypeLike, NDArray
 from bitwright import _kernels
 from bitwright.grids.tables import TABLES, TableGrid
 
-Grid = Literal["affine", "zero_point", "symmetric", "k", "iq4_nl", "iq4_xs"]
+Grid = Literal[
+    "affine", "zero_point", "symmetric", "k", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "nvfp4_divided"
+]
 GRIDS: tuple[Grid, ...] = (
     "affine",
     "zero_point",
@@ -151,6 +153,8 @@ class QuantizedTensor:
         ``[in]`` int32, the group of each channel, for files whose groups are not consecutive.
     superblocks
         Of "k" and "iq4_xs" grids: what `scales` and `biases` (float32 then) are the products of.
+    divisor
+        Of all scales, where the grid has one ("nvfp4_divided").
 
     Raises
     ------
@@ -175,6 +179,7 @@ class QuantizedTensor:
     grid: Grid
     group_index: NDArray[np.int32] | None = None
     superblocks: SuperBlocks | None = None
+    divisor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -216,6 +221,8 @@ class QuantizedTensor:
     def _check_table(self, table: TableGrid) -> None:
         if self.biases is not None or self.zeros is not None:
             raise ValueError(f"zeros: the {self.grid} grid has neither zeros nor biases")
+        if not (self.divisor > 0 and np.isfinite(self.divisor)):
+            raise ValueError(f"divisor: expected a positive number, got {self.divisor}")
         if self.bits != table.bits or table.group_size not in (None, self.group_size):
             raise ValueError(
                 f"grid: {self.grid} has {table.bits} bits in groups of {table.group_size}, not "
@@ -265,7 +272,7 @@ class QuantizedTensor:
         weight = np.empty(self.codes[rows].shape, np.float32)
         _kernels.dequantize(
             self.codes[rows],
-            self.scales[rows].astype(np.float32),
+            self._real_scales(rows),
             None if self.zeros is None else self.zeros[rows].astype(np.float32),
             None if self.biases is None else self.biases[rows].astype(np.float32),
             self.group_index,
@@ -274,10 +281,14 @@ class QuantizedTensor:
         )
         return weight
 
+    def _real_scales(self, rows: Any = slice(None)) -> NDArray[np.float32]:
+        scales: NDArray[np.float32] = self.scales[rows].astype(np.float32)
+        return scales if self.divisor == 1 else scales / np.float32(self.divisor)
+
     def grids(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return scales and biases or zeros in float32, as kernels take them; copies."""
         if self.table is not None:
-            return self.scales.astype(np.float32), np.zeros(self.scales.shape, np.float32)
+            return self._real_scales(), np.zeros(self.scales.shape, np.float32)
         offsets = self.zeros if self.biases is None else self.biases
         return self.scales.astype(np.float32), np.asarray(offsets).astype(np.float32)
 
@@ -321,6 +332,7 @@ class QuantizedTensor:
             grid=self.grid,
             group_index=self.group_index,
             superblocks=self.superblocks and self.superblocks.rows(slice(start, stop)),
+            divisor=self.divisor,
         )
 
 

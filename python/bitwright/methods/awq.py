@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.choice import GridChoice, check_importance
-from bitwright.grids.tables import has_superblocks
+from bitwright.grids.tables import fits_whole_rows, has_superblocks
 from bitwright.grids.tensor import Grid, QuantizedTensor
 from bitwright.methods.gptq import gptq_solver, solving_operations
 from bitwright.methods.method import Method, Solver
@@ -385,7 +385,7 @@ def clip_solver(
     def solve(
         weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
     ) -> QuantizedTensor:
-        if has_superblocks(
+        if fits_whole_rows(
             grid
         ):  # ranges of single groups are no choice where scales are fitted together
             importance = np.concatenate([gram.diagonal() for gram in blocks])

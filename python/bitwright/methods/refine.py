@@ -114,7 +114,9 @@ def damped_gram(
 
 def kernel_grid(tensor: QuantizedTensor) -> _kernels.Grid:
     """Return a tensor's grid for kernels."""
-    return grid_for_kernels(tensor.bits, tensor.group_size, tensor.grid, tensor.scales.dtype)
+    return grid_for_kernels(
+        tensor.bits, tensor.group_size, tensor.grid, tensor.scales.dtype, False, tensor.divisor
+    )
 
 
 def _refine_damped(
@@ -142,7 +144,10 @@ def with_grids(
     offsets: NDArray[np.float32],
 ) -> QuantizedTensor:
     """Return a tensor with other codes, scales and biases or zeros, rounded to its dtypes already."""
-    changed: dict[str, Any] = {"codes": codes, "scales": scales.astype(tensor.scales.dtype)}
+    changed: dict[str, Any] = {"codes": codes}
+    if tensor.divisor != 1:
+        scales = scales * np.float32(tensor.divisor)
+    changed["scales"] = scales.astype(tensor.scales.dtype)
     if tensor.biases is not None:
         changed["biases"] = offsets.astype(tensor.biases.dtype)
     elif tensor.zeros is not None:

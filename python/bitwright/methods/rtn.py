@@ -11,7 +11,7 @@ from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.choice import GridChoice, check_importance
 from bitwright.grids.superblocks import closed_form, expanded, fit_superblocks
-from bitwright.grids.tables import TABLES, has_superblocks
+from bitwright.grids.tables import E4M3, E8M0, TABLES, has_superblocks
 from bitwright.grids.tensor import SUPERBLOCK, Grid, QuantizedTensor
 from bitwright.methods.method import Method, MethodOptions, Solver, StageInputs
 
@@ -70,6 +70,8 @@ def quantize_rtn(
     choice = GridChoice.check(weight, bits, group_size, grid, scale_dtype, grid_search)
     require_finite(weight, "weight")
     weights = check_importance(importance, weight.shape[1])
+    if grid in TABLES and choice.scale_dtype in (E4M3, E8M0) and not grid_search:
+        return _plainly_rounded(weight, weights, choice)
     codes, scales, offsets = _kernels.quantize_rtn(weight, weights, choice.kernel_grid)
     if not has_superblocks(grid):
         return QuantizedTensor(**choice.fields(codes, scales, offsets))
@@ -89,6 +91,19 @@ def quantize_rtn(
             other = _on_superblocks(target, weights, choice, scales, offsets)
             tensor = _better(target, weights, tensor, other)
     return tensor
+
+
+def _plainly_rounded(
+    weight: NDArray[Any], importance: Float32, choice: GridChoice
+) -> QuantizedTensor:
+    """Round to tables whose scales are few as the tools do that define them."""
+    target = np.ascontiguousarray(weight, np.float32)
+    live = np.abs(target * (importance != 0)).reshape(len(target), -1, choice.group_size)
+    divisor = np.float32(choice.divisor)
+    scales = TABLES[choice.grid].plain_scales(live.max(axis=2) * divisor) / divisor
+    offsets = np.zeros_like(scales)
+    codes = _kernels.encode(target, scales, offsets, choice.kernel_grid)
+    return QuantizedTensor(**choice.fields(codes, scales, offsets))
 
 
 def _is_fitted(grid: Grid) -> bool:

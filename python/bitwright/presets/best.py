@@ -16,6 +16,7 @@ from bitwright.distill.training import check_training, dwq_quantize
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import same_inputs
 from bitwright.formats import Format, FormatName, GroupSize, Precision
+from bitwright.grids.tables import TABLES
 from bitwright.grids.tensor import K_GRIDS, Grid, stored_bits
 from bitwright.loading.model import Model, load_model
 from bitwright.precision.choices import Candidate, choose_precisions, fineness
@@ -142,7 +143,8 @@ def _can_choose(original: Model, asked: PrecisionOptions) -> bool:
     kind, channels = asked.kind, original.input_channels()
     precision = kind.precision(asked.bits, asked.group_size, asked.grid, channels)
     fits = all(kind.fits(each, precision) for each in channels)
-    return fits and not kind.one_precision and not asked.overrides
+    alone = precision.grid in TABLES  # has no neighbours of other bits
+    return fits and not kind.one_precision and not asked.overrides and not alone
 
 
 def _estimated(options: QuantizationOptions) -> dict[str, Any]:

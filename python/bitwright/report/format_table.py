@@ -1,7 +1,7 @@
 """The formats as a table in Markdown, made from the code."""
 
 from bitwright.formats import FORMATS, Format
-from bitwright.grids.tables import has_superblocks
+from bitwright.grids.tables import E4M3, E8M0, TABLES, has_superblocks
 
 
 def format_table() -> str:
@@ -23,13 +23,22 @@ def format_table() -> str:
     ]
     for name, kind in FORMATS.items():
         for bits, groups, grids in _rows(kind):
-            scales = ", ".join(str(dtype) for dtype in kind.scale_dtypes)
-            if has_superblocks(grids):
-                scales = "integers times float16"
+            scales = _scales(kind, grids.split(", ")[0])
             embeddings = "quantized or in float" if kind.embeddings else "in float"
             cells = (name, bits, groups, grids, scales, embeddings, kind.engines)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _scales(kind: type[Format], grid: str) -> str:
+    """Return how the scales of a grid are stored."""
+    if has_superblocks(grid):
+        return "integers times float16"
+    table = TABLES.get(grid)
+    if table is None or table.scale_dtype is None:
+        return ", ".join(str(dtype) for dtype in kind.scale_dtypes)
+    words = {E8M0: "E8M0", E4M3: "E4M3"}.get(table.scale_dtype, str(table.scale_dtype))
+    return f"{words} over one float32" if table.divided else words
 
 
 def _rows(kind: type[Format]) -> list[tuple[str, str, str]]:
@@ -42,9 +51,10 @@ def _rows(kind: type[Format]) -> list[tuple[str, str, str]]:
     for (grid, number), groups in sorted(sizes.items()):
         together = ", ".join(groups)
         bits.setdefault((grid, together), []).append(str(number))
-    grids: dict[tuple[str, str, bool], list[str]] = {}
+    grids: dict[tuple[str, str, str], list[str]] = {}
     for (grid, together), numbers in bits.items():
-        grids.setdefault((", ".join(numbers), together, has_superblocks(grid)), []).append(grid)
+        key = ", ".join(numbers), together, _scales(kind, grid)
+        grids.setdefault(key, []).append(grid)
     return [(numbers, groups, ", ".join(kinds)) for (numbers, groups, _), kinds in grids.items()]
 
 
