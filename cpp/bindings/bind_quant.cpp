@@ -1,6 +1,8 @@
 #include "bindings/arrays.hpp"
 #include "bindings/bind.hpp"
 #include "quant/awq.hpp"
+#include "quant/codebooks.hpp"
+#include "quant/decode_blocks.hpp"
 #include "quant/dequantize.hpp"
 #include "quant/gguf_blocks.hpp"
 #include "quant/output_metric.hpp"
@@ -476,6 +478,39 @@ void bind_blocks(py::module_& module) {
         py::arg("blocks"), py::arg("bits"), py::arg("affine"));
 }
 
+void bind_decoding(py::module_& module) {
+    module.def(
+        "decode_blocks",
+        [](const py::object& blocks, const std::string& name) {
+            const BlockType* type = block_type(name);
+            if (!type) throw py::value_error("name: no type of blocks is called " + name);
+            const auto packed = matrix<std::uint8_t>(blocks, "blocks");
+            const Index count = blocks_in(packed.cols(), type->bytes);
+            auto weights = new_matrix<float>(packed.rows(), count * type->weights);
+            const auto w = view(weights);
+            {
+                const py::gil_scoped_release release;
+                decode_blocks(packed, *type, w);
+            }
+            return weights;
+        },
+        py::arg("blocks"), py::arg("name"));
+
+    module.def(
+        "codebook",
+        [](const std::string& name) {
+            constexpr std::array names = {"IQ1_S", "IQ2_XXS", "IQ2_XS",
+                                          "IQ2_S", "IQ3_XXS", "IQ3_S"};
+            const auto found = std::find(names.begin(), names.end(), name);
+            if (found == names.end()) throw py::value_error("name: no codebook is called " + name);
+            const Codebook& book = codebook(static_cast<CodebookName>(found - names.begin()));
+            auto vectors = new_matrix<std::int8_t>(book.size(), book.width);
+            std::copy(book.values.begin(), book.values.end(), view(vectors).data());
+            return vectors;
+        },
+        py::arg("name"));
+}
+
 void bind_codes(py::module_& module) {
     module.def(
         "dequantize",
@@ -558,6 +593,7 @@ void bind_quant(py::module_& module) {
     bind_awq(module);
     bind_superblocks(module);
     bind_blocks(module);
+    bind_decoding(module);
     bind_codes(module);
 }
 

@@ -252,7 +252,7 @@ def _skipped(tokens: NDArray[np.int32], windows: Windows) -> int:
 
 def bits_per_weight(model: Model) -> float:
     """Return the bits that a checkpoint stores per parameter, all tensors counted."""
-    return 8 * model.checkpoint.nbytes() / parameter_count(model)
+    return 8 * model.checkpoint.stored_bytes() / parameter_count(model)
 
 
 def parameter_count(model: Model, left_out: Collection[str] = ()) -> int:

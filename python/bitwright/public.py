@@ -80,6 +80,7 @@ from bitwright.text.samples import load_tokens
 from bitwright.tools.collect_activations import collect_activations
 from bitwright.tools.collect_statistics import collect_statistics
 from bitwright.tools.convert import convert
+from bitwright.tools.export_imatrix import export_imatrix
 from bitwright.tools.inspect import Inspection, LayerKind, inspect_model
 from bitwright.tools.refine import refine_model
 from bitwright.warned import BitwrightWarning
@@ -150,6 +151,7 @@ __all__ = [
     "estimate_sensitivities",
     "estimate_threshold",
     "evaluate",
+    "export_imatrix",
     "factor_gram",
     "find_salient_weights",
     "fold_scale",

@@ -106,7 +106,7 @@ def test_options_of_one_type_have_one_name() -> None:
     """Models that are read are MODEL, and what they are compared with is --reference."""
     for name, command in COMMANDS.items():
         arguments = [each for each in command.params if isinstance(each, click.Argument)]
-        assert [each.name for each in arguments] in ([], ["model"], ["parts"]), name
+        assert [each.name for each in arguments] in ([], ["model"], ["parts"], ["statistics"]), name
         assert all(isinstance(each.type, Model) for each in arguments if each.name == "model")
         read = [each.name for each in command.params if isinstance(each.type, Model)]
         assert read in ([], ["model"], ["model", "reference"]), name
@@ -123,10 +123,13 @@ def test_one_name_has_one_type_and_one_place() -> None:
         if name != "evaluate":
             assert isinstance(option, Option)
             groups.setdefault(long(option), set()).add(option.group)
-    assert {name for name, found in kinds.items() if len(found) > 1} <= {"--recipe", "--out"}
+    assert {name for name, found in kinds.items() if len(found) > 1} <= {
+        *("--recipe", "--out", "--imatrix")
+    }
     assert {name for name, found in groups.items() if len(found) > 1} == {
         *("--loss", "--batch-size"),  # of the training that dwq is
         "--recipe",  # which dynamic writes, and quantize follows
+        "--imatrix",  # which statistics export writes, and quantize follows
     }
 
 

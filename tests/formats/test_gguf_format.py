@@ -102,6 +102,9 @@ class OneTensor:
     def __contains__(self, name: str) -> bool:
         return name == f"{LAYER}.weight"
 
+    def dtype(self, name: str) -> Any:
+        return self.array.dtype
+
     def read(self, name: str) -> Array:
         return self.array
 

@@ -102,9 +102,9 @@ def test_contradictions_in_python(given: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("-b 3 --type Q4_K", "--grid: Q4_K contradicts --bits 3"),
+        ("-b 3 --grid Q4_K", "--grid: Q4_K contradicts --bits 3"),
         ("-b 4:32 -g 64", "--group-size: 64 contradicts --bits 4:32"),
-        ("--type Q4_K -g 64", "--group-size: 64 contradicts --grid Q4_K"),
+        ("--grid Q4_K -g 64", "--group-size: 64 contradicts --grid Q4_K"),
         ("-b 4 --grid Q8_0", "--grid: Q8_0 contradicts --bits 4"),
     ],
 )
@@ -120,7 +120,7 @@ def test_one_precision_in_many_words(tmp_path: Path) -> None:
     words = {
         "a": "-b 4 -g 32 --grid symmetric --override *.o_proj=bits:8,group_size:32",
         "b": "-b 4:32 --grid symmetric --override *.o_proj=Q8_0",
-        "c": "--type q4_0 --override *.o_proj=8:32",
+        "c": "-b q4_0 --override *.o_proj=8:32",
     }
     files = set()
     for name, each in words.items():

@@ -15,9 +15,17 @@ from shared_data import TESTS
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import bitwright
-from bitwright.checkpoint.gguf_file import Header, TensorInfo, tensor_offsets, write_header
+from bitwright.checkpoint.gguf_file import (
+    BLOCKS,
+    DECODED,
+    Header,
+    TensorInfo,
+    tensor_offsets,
+    write_header,
+)
 from bitwright.checkpoint.writer import CheckpointWriter, write_safetensors
 from bitwright.files.replacing import write_json
+from bitwright.statistics.imatrix import Importance, ImportanceMatrix
 
 Files = Mapping[str, bytes]
 DEMO = bitwright.demo_folder()
@@ -182,6 +190,18 @@ def _only_the_second_block(content: bytes) -> bytes:
     )
 
 
+def _in_two_parts(values: Mapping[str, Any], tensors: Mapping[str, Any]) -> Files:
+    names, count = list(tensors), np.int32(len(tensors))
+    said = {"split.count": np.uint16(2), "split.tensors.count": count}
+    return {
+        f"model-0000{number + 1}-of-00002.gguf": gguf_file(
+            {**({} if number else values), **said, "split.no": np.uint16(number)},
+            {name: tensors[name] for name in names[number::2]},
+        )
+        for number in range(2)
+    }
+
+
 @cache
 def gguf() -> dict[str, Files]:
     """A GGUF file with tensors of all types, alone and beside a config.json, and some of other families."""
@@ -200,7 +220,21 @@ def gguf() -> dict[str, Files]:
     found: dict[str, Files] = {
         "all types": alone,
         "with config": {**alone, "config.json": wide()["config.json"]},
+        "two parts": _in_two_parts(short, mixed),
     }
+    *coded_names, _ = names  # one layer is on a grid
+    for first in (0, len(coded_names)):  # of codebooks and fractions
+        types = list(DECODED)[first:]
+        random = np.random.default_rng(first)
+        coded = {
+            # Bytes so small that no scale is NaN or infinite.
+            name: random.integers(0, 24, mixed[name].shape[0] * WIDTH // weights * size, np.uint8)
+            .view(BLOCKS[kind])
+            .reshape(mixed[name].shape[0], -1)
+            for name, kind in zip(coded_names, types, strict=False)
+            for _, weights, size in (DECODED[kind],)
+        }
+        found[f"codebooks {first}"] = {"model.gguf": gguf_file(short, {**mixed, **coded})}
     words = Tokenizer(models.BPE({chr(33 + number): number for number in range(64)}, []))
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     for family, config in (
@@ -329,3 +363,19 @@ def activations() -> dict[str, Files]:
         "plain": {"activations.npz": plain.getvalue()},
         "compressed": {"activations.npz": compressed.getvalue()},
     }
+
+
+@cache
+def imatrices() -> dict[str, Files]:
+    """Importance matrices of the wide model, of both formats."""
+    names = ("attn_q", "attn_output", "ffn_up", "ffn_down")
+    entries = {
+        f"blk.0.{name}.weight": Importance(
+            np.full((1, WIDTH), 0.5, np.float32), np.array([9], np.float32)
+        )
+        for name in names
+    }
+    with _scratch() as folder:
+        for name in ("i.gguf", "i.dat"):
+            ImportanceMatrix(entries, ("text",), 1).save(folder / name)
+        return {"both": _content(folder)}

@@ -16,6 +16,7 @@ from bitwright.checkpoint.gguf_metadata import gguf_metadata
 from bitwright.distill.targets import DwqTargets
 from bitwright.errors import BitwrightError
 from bitwright.statistics.activation_file import ActivationFile
+from bitwright.statistics.imatrix import ImportanceMatrix
 from hostile import files
 from hostile.changes import Case, Place, changed, put_in_place
 from hostile.files import LAYERS, Files
@@ -178,6 +179,14 @@ def _statistics(folder: Path, _out: Path) -> None:
             assert moments.gram.shape == (stage.channels, stage.channels)
 
 
+def _imatrix_of(name: str) -> Callable[[Path, Path], None]:
+    def read(folder: Path, _out: Path) -> None:
+        for entry in ImportanceMatrix.load(folder / name).entries.values():
+            assert np.isfinite(entry.means(0)).all()
+
+    return read
+
+
 def _merged(folder: Path, out: Path) -> None:
     known = bitwright.Statistics(folder)
     assert bitwright.merge_statistics([folder], out).stages.keys() == known.stages.keys()
@@ -247,6 +256,11 @@ TARGETS = {
         files.statistics,
         (".json", ".safetensors"),
         {"read": _statistics, "merge": _merged, "quantize": _quantized_by},
+    ),
+    "imatrix": Target(
+        files.imatrices,
+        (".gguf", ".dat"),
+        {name: _imatrix_of(f"i.{name}") for name in ("gguf", "dat")},
     ),
     "sensitivities": Target(files.sensitivities, (".json",), {"load": _sensitivities}),
     "recipe": Target(files.recipes, (".json",), {"load": _recipe}),

@@ -5,33 +5,40 @@ The rows of all matrices must be multiples of 256, otherwise llama.cpp takes oth
 """
 
 import argparse
+import ctypes
 import json
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
+from gguf import GGUFReader
 from make_with_gguf import dequantized, write
 
+PREFIX = "LLAMA_FTYPE_MOSTLY_"
 FILE_TYPES = {
-    "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
-    "Q4_1": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_1,
-    "Q5_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_0,
-    "Q5_1": llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_1,
-    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-    "Q2_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_K,
-    "Q3_K_S": llama_cpp.LLAMA_FTYPE_MOSTLY_Q3_K_S,
-    "Q3_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q3_K_M,
-    "Q4_K_S": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_S,
-    "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
-    "Q5_K_S": llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_S,
-    "Q5_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q5_K_M,
-    "Q6_K": llama_cpp.LLAMA_FTYPE_MOSTLY_Q6_K,
-    "IQ4_NL": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_NL,
-    "IQ4_XS": llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_XS,
+    name.removeprefix(PREFIX): getattr(llama_cpp, name)
+    for name in dir(llama_cpp)
+    if name.startswith(PREFIX)
 }
+
+
+def imatrix(file: Path) -> Any:
+    """The entries of an importance matrix, as llama-quantize makes them of the file."""
+    stored = {each.name: each.data for each in GGUFReader(file).tensors}
+    kept = {}
+    for name, sums in stored.items():
+        if name.endswith(".in_sum2"):
+            tensor = name.removesuffix(".in_sum2")
+            values = (sums / stored[f"{tensor}.counts"]).astype(np.float32).reshape(-1)
+            kept[tensor.encode()] = (ctypes.c_float * len(values))(*values.tolist())
+    data = (llama_cpp.llama_model_imatrix_data * (len(kept) + 1))()
+    for place, (name, values) in zip(data, kept.items(), strict=False):
+        place.name, place.data, place.size = name, values, len(values)
+    return data
 
 
 def main() -> None:
@@ -41,6 +48,7 @@ def main() -> None:
     parser.add_argument("expected", type=Path)
     parser.add_argument("--type", choices=FILE_TYPES, default="Q4_K_M")
     parser.add_argument("--pure", action="store_true", help="one type for all matrices")
+    parser.add_argument("--imatrix", type=Path, help="importance matrix, GGUF")
     options = parser.parse_args()
 
     start = time.perf_counter()
@@ -48,6 +56,9 @@ def main() -> None:
     settings.nthread = 1
     settings.ftype = FILE_TYPES[options.type]
     settings.pure = options.pure
+    known = None if options.imatrix is None else imatrix(options.imatrix)
+    if known is not None:
+        settings.imatrix = known
     with tempfile.TemporaryDirectory() as scratch:
         in_float = Path(scratch, "float.gguf")
         write(options.model, in_float, "F32")

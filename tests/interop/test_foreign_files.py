@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from clients import run_client
 from safetensors.numpy import load_file, save_file
-from shared_data import SHARED, needs_shared
+from shared_data import SHARED, TESTS, needs_shared
 from test_interop import check_loads
 
 import bitwright
@@ -125,3 +125,28 @@ def test_gguf(tmp_path: Path, kind: str) -> None:
 def test_llama_cpp(tmp_path: Path, kind: str) -> None:
     model = SHARED / "models" / "small"
     check(tmp_path, "llamacpp", "make_with_llamacpp.py", model, "model.gguf", "--type", kind)
+
+
+@needs_shared
+def test_llama_cpp_by_our_importance_matrix(tmp_path: Path) -> None:
+    """All types that only llama.cpp writes; those of one and two bits it writes by a matrix alone."""
+    model = SHARED / "models" / "small"
+    tokens = bitwright.load_tokens(DEMO / "evaluation.txt", tokenizer=model, length=64, samples=4)
+    known = bitwright.collect_statistics(model, tmp_path / "statistics", tokens, progress=False)
+    path = tmp_path / "imatrix.gguf"
+    bitwright.export_imatrix(known.folder, path)
+    script, options = "make_with_llamacpp.py", ("--pure", "--imatrix", str(path), "--type")
+    for kind in ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_M", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
+                 "TQ1_0", "TQ2_0", "MXFP4_MOE"):  # fmt: skip
+        found = check(tmp_path, "llamacpp", script, model, "model.gguf", *options, kind)
+        assert (found.checkpoint.decoded_type() is None) == kind.startswith(("IQ4", "MXFP4"))
+
+
+def test_mixtures_of_types_are_llama_quantizes() -> None:
+    """The table that tests/formats/test_gguf_mix.py compares with."""
+    path = TESTS / "data" / "llama_quantize_types.json"
+    known = json.loads(path.read_text())
+    found = json.loads(run_client("llamacpp", "types_with_llamacpp.py", path))
+    assert {key: found[key] for key in ("client", "letters", "types")} == {
+        key: known[key] for key in ("client", "letters", "types")
+    }

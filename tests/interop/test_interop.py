@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from clients import client_python, run_client
-from shared_data import SHARED, needs_shared
+from shared_data import SHARED, TESTS, needs_shared
 from tokenizers import Tokenizer, models, processors
 
 import bitwright
@@ -200,6 +201,21 @@ def test_llama_cpp_computes_what_we_do(tmp_path: Path, name: str) -> None:
     bitwright.convert(model, tmp_path / "float", "float", dtype="float32", progress=False)
     bitwright.convert(tmp_path / "float", tmp_path / "out", "gguf", progress=False)
     check_loads("llamacpp", [tmp_path / "out"], tokens, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["granite", "olmo2", "smollm3", "starcoder2", "glm4"])
+def test_families_in_llama_cpp(tmp_path: Path, name: str) -> None:
+    """It computes the same from float32, but for a table of float16 that it has for GELU."""
+    source = shutil.copytree(TESTS / "data" / "tiny" / name, tmp_path / "source")
+    content = json.loads((DEMO / "tokenizer.json").read_text())
+    size = json.loads((source / "config.json").read_text())["vocab_size"]
+    vocab = content["model"]["vocab"]
+    kept = {key: vocab[key] for key in vocab if vocab[key] < size}
+    content["model"] |= {"vocab": kept, "merges": []}
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    bitwright.convert(source, tmp_path / "out", "gguf", dtype="float32", progress=False)
+    tokens = np.random.default_rng(0).integers(3, size, (3, 20)).astype(np.int32)
+    check_loads("llamacpp", [tmp_path / "out"], tokens, 1e-4)
 
 
 def test_adapter_where_transformers_is_installed() -> None:

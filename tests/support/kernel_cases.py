@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
+from bitwright.checkpoint.gguf_file import DECODED
 from bitwright.grids.tensor import K_GRIDS
 
 RNG = np.random.default_rng(0)
@@ -81,6 +82,10 @@ def quantizing_cases() -> list[tuple[str, tuple[Any, ...]]]:
         *cases,
         *superblock_cases(),
         *block_cases(),
+        *(
+            ("decode_blocks", (RNG.integers(0, 24, (ROWS, 2 * size), np.uint8), name))
+            for name, (_, _, size) in DECODED.items()
+        ),
         ("dequantize", (codes, scales, None, offsets, None, empty(ROWS, WIDTH))),
         ("dequantize", (codes, scales, offsets, None, groups, empty(ROWS, WIDTH))),
         ("add_output_metric", (normal(ROWS, 67), np.abs(normal(ROWS)), empty(67, 32))),

@@ -365,3 +365,49 @@ def test_the_table_in_the_docs_is_that_of_the_code() -> None:
     text = (TESTS.parent / "docs" / "formats.md").read_text()
     assert text.split("<!-- table -->\n")[1].split("<!-- end -->")[0] == format_table()
     assert set(FORMATS) == {line.split("|")[1].strip() for line in format_table().splitlines()[2:]}
+
+
+@pytest.mark.parametrize("name", ["one by one", "stacked"])
+def test_experts_in_float_become_stacks_of_gguf(name: str, tmp_path: Path) -> None:
+    """Which has nothing else; transformers 5 stores gate and up of all experts as one tensor."""
+    source = tmp_path / "source"
+    source.mkdir()
+    folder = next(each for each in TINY if each.name == "qwen3_moe")
+    config = {
+        **json.loads((folder / "config.json").read_text()),
+        "num_hidden_layers": 1,
+        "mlp_only_layers": [],
+        "layer_types": None,
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    content = json.loads((DEMO / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    kept = {key: vocab[key] for key in vocab if vocab[key] < config["vocab_size"]}
+    content["model"] |= {"vocab": kept, "merges": []}
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    tensors = {  # of the block that has experts
+        key.replace(".layers.1.", ".layers.0."): array
+        for key, array in load_file(folder / "model.safetensors").items()
+        if ".layers.0." not in key
+    }
+    if name == "stacked":
+        prefix = "model.layers.0.mlp.experts."
+        count = sum(key.startswith(prefix) and "gate_proj" in key for key in tensors)
+        parts = {
+            role: [tensors.pop(f"{prefix}{index}.{role}_proj.weight") for index in range(count)]
+            for role in ("gate", "up", "down")
+        }
+        both = zip(parts["gate"], parts["up"], strict=True)
+        tensors[f"{prefix}gate_up_proj"] = np.stack([np.concatenate(pair) for pair in both])
+        tensors[f"{prefix}down_proj"] = np.stack(parts["down"])
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    bitwright.convert(source, tmp_path / "gguf", "gguf", progress=False)
+    (tmp_path / "gguf" / "config.json").unlink()  # the file tells all
+    assert_same_weights(source, tmp_path / "gguf")
+    options: dict[str, Any] = {"format": "gguf", "bits": 8, "exclude": ["*.experts.*"]}
+    bitwright.quantize(source, tmp_path / "mixed", "rtn", **options, progress=False)
+    found, expected = (bitwright.load_model(tmp_path / each) for each in ("mixed", "source"))
+    for key, place in expected.experts.items():
+        shape = expected.linear_shapes()[key]
+        np.testing.assert_array_equal(found.weight(key, shape), expected.weight(key, shape))
+        assert place.role in ("gate", "up", "down")

@@ -23,6 +23,7 @@ from bitwright.blocks.equalizing import (
 )
 from bitwright.build import build_info
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
+from bitwright.checkpoint.front_matter import CARD_NAME
 from bitwright.checkpoint.reader import require_model
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.files.home import expands_home
@@ -56,7 +57,7 @@ from bitwright.quantization.small_weights import (
     require_kept,
     warn_of_small_weights,
 )
-from bitwright.records.card import CARD_NAME, made_by, model_card, python_call
+from bitwright.records.card import made_by, model_card, python_call
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import Budget
 from bitwright.runs.progress import progress_bar

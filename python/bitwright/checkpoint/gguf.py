@@ -3,7 +3,7 @@
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES, Header, TensorInfo
+from bitwright.checkpoint.gguf_file import BLOCKS, DECODED, TYPE_NAMES, Header, TensorInfo, decoded
 from bitwright.checkpoint.gguf_metadata import config_from_gguf
 from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames, nested
+from bitwright.checkpoint.gguf_parts import check_parts, parts_of
 from bitwright.checkpoint.holes import hole_problem
 from bitwright.checkpoint.reader import READ_BESIDE, Checkpoint, _Tensor, read_json_object
-from bitwright.errors import CheckpointError, CheckpointNotFoundError, malformed_as, shown
+from bitwright.errors import CheckpointError, malformed_as, shown
 from bitwright.files.home import expands_home
 from bitwright.files.links import REMEDY, check_no_links, is_own_file
 from bitwright.models.config import MODEL_DTYPES, QUANTIZATION_KEYS
@@ -53,7 +54,7 @@ class _GgufShard:
             count = self.file.readinto(place)  # type: ignore[attr-defined]
         if count != len(place):
             raise ValueError("the file ends early")
-        return array
+        return decoded(array)
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,18 @@ class GgufCheckpoint(Checkpoint):
     """An open GGUF file: its configuration and its tensors, under the names of Hugging Face.
 
     What llama.cpp stores differently (reordered rows, norms with an offset) is undone on reading.
-    Quantized matrices ``[out, in]`` are arrays of blocks ``[out, in / weights per block]``, see `BLOCKS`.
+    Quantized matrices ``[out, in]`` are arrays of blocks ``[out, in / weights per block]``, see `BLOCKS`;
+    those of types that no grid holds are read as float32.
 
     Parameters
     ----------
     path : str or os.PathLike
-        The file.
+        The file; of a model in several files, any of them.
 
     Attributes
     ----------
     path : pathlib.Path
-        The file as given.
+        The file, or the first of several.
     folder : pathlib.Path
         Where it lies.
     config : dict
@@ -112,50 +114,49 @@ class GgufCheckpoint(Checkpoint):
 
     @expands_home
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        paths = parts_of(Path(path))
+        self.path = paths[0]
         self.folder = self.path.parent
-        if not os.path.isfile(self.path):
-            raise CheckpointNotFoundError(f"{self.path}: there is no such file")
+        check_parts(paths)
         beside_it = (self.folder / name for name in ("config.json", *READ_BESIDE))
-        check_no_links(self.folder, (self.path, *beside_it))
+        check_no_links(self.folder, (*paths, *beside_it))
         what = f"{self.path}: is not a sound GGUF file"
         damaged = malformed_as(CheckpointError, what, ". Download it again", IndexError)
         with ExitStack() as stack, damaged:
-            try:
-                file = stack.enter_context(self.path.open("rb"))
-                header = Header(file, self.path)
-                if problem := hole_problem(file, header.places):
-                    raise header.damaged(problem)
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
-            self.metadata = header.metadata
-            beside = self._names_beside(header)
+            headers = [_opened(part, stack) for part in paths]
+            _check_split(headers)
+            known = _Headers(headers)
+            self.metadata = known.metadata
+            self._stored_bytes = sum(info.nbytes for info in known.tensors.values())
+            self._types = {TYPE_NAMES[info.dtype] for info in known.tensors.values()}
+            beside = self._names_beside(known)
             self._owns_folder = beside is not None
             if self._owns_folder:
                 check_no_links(self.folder)
-            names = beside or self._own_names(header)
+            names = beside or self._own_names(known)
             self.config: dict[str, Any] = {
                 key: value
                 for key, value in names.config.raw.items()
                 if key not in QUANTIZATION_KEYS
             }
-            shard = _GgufShard(
-                file,
-                names,
-                {
-                    names.name(name): place
-                    for name, place in header.tensors.items()
-                    if name not in ROTATION_TENSORS
-                },
-            )
             self._made = {}
-            self._shards = {self.path: shard}
-            self._tensors = {
-                name: _Tensor(
-                    self.path, TYPE_NAMES[info.dtype], names.shape(info.name, info.shape), name
+            self._shards, self._tensors = {}, {}
+            for header in headers:
+                shard = _GgufShard(
+                    header.file,
+                    names,
+                    {
+                        names.name(name): place
+                        for name, place in header.tensors.items()
+                        if name not in ROTATION_TENSORS
+                    },
                 )
-                for name, (info, _) in shard.tensors.items()
-            }
+                self._shards[header.path] = shard
+                for name, (info, _) in shard.tensors.items():
+                    dtype, shape = info.read_as
+                    self._tensors[name] = _Tensor(
+                        header.path, TYPE_NAMES[dtype], names.shape(info.name, shape), name
+                    )
             self._names = sorted(self._tensors)
             self._stack = stack.pop_all()
             weakref.finalize(self, self._stack.close)
@@ -174,27 +175,24 @@ class GgufCheckpoint(Checkpoint):
         """As `Checkpoint.dtype`, but quantized matrices are of structured types, see `BLOCKS`."""
         return BLOCKS[self._tensor(name).dtype]
 
-    def _own_names(self, header: Header) -> GgufNames:
-        shapes = {name: info.shape for name, (info, _) in header.tensors.items()}
-        config = config_from_gguf(header.metadata, shapes, self._extras(header), self.path)
-        stored = header.tensors["token_embd.weight"][0].dtype
+    def stored_bytes(self) -> int:
+        """As `Checkpoint.stored_bytes`."""
+        return self._stored_bytes
+
+    def decoded_type(self) -> str | None:
+        """As `Checkpoint.decoded_type`."""
+        return next((name for name in self._types if name in DECODED), None)
+
+    def _own_names(self, headers: "_Headers") -> GgufNames:
+        shapes = {name: info.shape for name, info in headers.tensors.items()}
+        config = config_from_gguf(headers.metadata, shapes, headers.rotations(), self.path)
+        stored = headers.tensors["token_embd.weight"].dtype
         known = [name for name, dtype in MODEL_DTYPES.items() if dtype == stored]
         return GgufNames({**config, "dtype": known[0] if known else "float32"}, self.path)
 
-    def _extras(self, header: Header) -> dict[str, NDArray[np.float32]]:
-        """Read the tensors that only GGUF has: the divisors of the rotary frequencies."""
-        extras = {}
-        for name, (info, position) in header.tensors.items():
-            if name in ROTATION_TENSORS:
-                if info.dtype != np.float32 or len(info.shape) != 1:
-                    raise header.damaged(f"tensor {shown(name)} is not a vector of float32")
-                header.file.seek(position)
-                extras[name] = np.frombuffer(header.file.read(info.nbytes), np.float32)
-        return extras
-
-    def _names_beside(self, header: Header) -> GgufNames | None:
+    def _names_beside(self, headers: "_Headers") -> GgufNames | None:
         """Return the names by the config.json beside the file, None unless it is of the same model."""
-        said, tensors = Keys(header.metadata, self.path), header.tensors
+        said, tensors = Keys(headers.metadata, self.path), headers.tensors
         path = self.folder / "config.json"
         if os.path.isfile(path) and not is_own_file(path, self.folder):
             warn(
@@ -207,13 +205,13 @@ class GgufCheckpoint(Checkpoint):
                 read_json_object(path), tie_word_embeddings="output.weight" not in tensors
             )
             names = GgufNames(config, path)
-            stored, computed = self._extras(header), names.extra_tensors()
+            stored, computed = headers.rotations(), names.extra_tensors()
             architecture = said.choice("general.architecture", [names.architecture])
             if (
                 said.integer(f"{architecture}.block_count") == names.config.num_hidden_layers
                 and said.integer(f"{architecture}.embedding_length") == names.config.hidden_size
                 and "token_embd.weight" in tensors
-                and tensors["token_embd.weight"][0].shape[0] == names.config.vocab_size
+                and tensors["token_embd.weight"].shape[0] == names.config.vocab_size
                 and stored.keys() == computed.keys()
                 and all(
                     stored[name].shape == computed[name].shape
@@ -223,3 +221,66 @@ class GgufCheckpoint(Checkpoint):
             ):
                 return names
         return None
+
+
+@dataclass
+class _Headers:
+    """What the headers of all files of a model say together; the first has the metadata."""
+
+    headers: Sequence[Header]
+
+    def __post_init__(self) -> None:
+        # What is said of the split is not true of what is written with the rest.
+        said = self.headers[0].metadata.items()
+        self.metadata = {key: value for key, value in said if not key.startswith("split.")}
+        self.tensors: dict[str, TensorInfo] = {}
+        for header in self.headers:
+            for name, (info, _) in header.tensors.items():
+                if name in self.tensors:
+                    raise header.damaged(f"tensor {shown(name)} is in another part, too")
+                self.tensors[name] = info
+
+    def rotations(self) -> dict[str, NDArray[np.float32]]:
+        """Read the tensors that only GGUF has: the divisors of the rotary frequencies."""
+        found = {}
+        for header in self.headers:
+            for name in ROTATION_TENSORS:
+                if name not in header.tensors:
+                    continue
+                info, position = header.tensors[name]
+                if info.dtype != np.float32 or len(info.shape) != 1:
+                    raise header.damaged(f"tensor {shown(name)} is not a vector of float32")
+                header.file.seek(position)
+                found[name] = np.frombuffer(header.file.read(info.nbytes), np.float32)
+        return found
+
+
+def _opened(path: Path, stack: ExitStack) -> Header:
+    try:
+        file = stack.enter_context(path.open("rb"))
+        header = Header(file, path)
+        if problem := hole_problem(file, header.places):
+            raise header.damaged(problem)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    return header
+
+
+def _check_split(headers: Sequence[Header]) -> None:
+    """Raise unless every file says that it is that part of the model that its name says."""
+    for number, header in enumerate(headers):
+        said, count = header.split()
+        if (said, count) != (number, len(headers)):
+            raise CheckpointError(
+                f"{header.path}: says that it is part {said + 1} of {count}, but its name says "
+                f"{number + 1} of {len(headers)}. Give all files the names that they were made with, "
+                f"such as model-00001-of-{count:05d}.gguf"
+            )
+    total = sum(len(header.tensors) for header in headers)
+    for header in headers:
+        expected = header.metadata.get("split.tensors.count", total)
+        if len(headers) > 1 and expected != total:
+            raise CheckpointError(
+                f"{header.path}: the parts together should have {shown(expected)} tensors, but have "
+                f"{total}: they are not of one model. Download them again"
+            )

@@ -13,12 +13,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright import _kernels
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 
 ALIGNMENT = 32
 BLOCKS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
+    "F64": np.dtype("<f8"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "Q4_0": np.dtype([("d", "<f2"), ("qs", "u1", (16,))]),
     "Q4_1": np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", (16,))]),
@@ -51,7 +53,23 @@ BLOCKS: dict[str, np.dtype[Any]] = {
     "MXFP4": np.dtype([("e", "u1"), ("qs", "u1", (16,))]),
     "NVFP4": np.dtype([("e", "u1", (4,)), ("qs", "u1", (32,))]),
 }
-"""The tensor types that are read and written, as ggml's structs: one element is one block of weights."""
+"""The tensor types, as ggml's structs: one element is one block of weights."""
+
+DECODED = {  # number, weights and bytes of a block
+    "IQ2_XXS": (16, 256, 66),
+    "IQ2_XS": (17, 256, 74),
+    "IQ3_XXS": (18, 256, 98),
+    "IQ1_S": (19, 256, 50),
+    "IQ3_S": (21, 256, 110),
+    "IQ2_S": (22, 256, 82),
+    "IQ1_M": (29, 256, 56),
+    "TQ1_0": (34, 256, 54),
+    "TQ2_0": (35, 256, 66),
+    "Q1_0": (41, 128, 18),
+    "Q2_0": (42, 64, 18),
+}
+# The field has the type's name, so that each type has a dtype of its own.
+BLOCKS |= {name: np.dtype([(name, "u1", (size,))]) for name, (_, _, size) in DECODED.items()}
 
 TYPE_IDS = {
     "F32": 0,
@@ -68,14 +86,29 @@ TYPE_IDS = {
     "Q6_K": 14,
     "IQ4_NL": 20,
     "IQ4_XS": 23,
+    "F64": 28,
     "BF16": 30,
     "MXFP4": 39,
     "NVFP4": 40,
+    **{name: number for name, (number, _, _) in DECODED.items()},
 }
+
+FILE_TYPES = {
+    **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10},
+    **{"Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16},
+    **{"Q5_K_M": 17, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "Q2_K_S": 21, "IQ3_XS": 22},
+    **{"IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28},
+    **{"IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37},
+    **{"MXFP4_MOE": 38, "Q1_0": 40, "Q2_0": 41},
+}
+"""llama.cpp's number of each mixture of types (llama_ftype)."""
+
+FILE_TYPE_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 _MAGIC = b"GGUF"
 _VERSION = 3
 _HEADER_LIMIT = 256 << 20  # bytes; the headers of the largest public models are below 20 MB
+_FIRST_VALUES = 1024  # bytes with the values that may be written again
 _MOST_AXES = 4
 _STRING, _ARRAY = 8, 9
 _SCALARS: dict[int, np.dtype[Any]] = {
@@ -94,11 +127,8 @@ _SCALARS: dict[int, np.dtype[Any]] = {
 _SCALAR_IDS = {dtype: number for number, dtype in _SCALARS.items()}
 _NAMES_OF_IDS = {number: name for name, number in TYPE_IDS.items()}
 TYPE_NAMES = {dtype: name for name, dtype in BLOCKS.items()}
-_UNREAD_TYPES = {
-    **{9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"},
-    **{21: "IQ3_S", 22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32"},
-    **{27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0"},
-}
+# Q8_1 and Q8_K are those of activations; llama.cpp decodes neither.
+_UNREAD_TYPES = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64"}
 _INCOMPLETE = "The download is incomplete or damaged: fetch the file again"
 
 
@@ -113,17 +143,39 @@ def weights_per_block(dtype: np.dtype[Any]) -> int:
     Returns
     -------
     int
-        1, 32, 64 or 256.
+        1, 32, 64, 128 or 256.
 
     Examples
     --------
     >>> weights_per_block(BLOCKS["Q4_K"])
     256
     """
+    name = TYPE_NAMES[dtype]
+    if name in DECODED:
+        return DECODED[name][1]
     if dtype.names is None:
         return 1
-    name = TYPE_NAMES[dtype]
     return 256 if name.endswith(("_K", "IQ4_XS")) else 64 if name == "NVFP4" else 32
+
+
+def decoded(blocks: NDArray[Any]) -> NDArray[Any]:
+    """Return the weights of blocks of a type that no grid here holds.
+
+    Parameters
+    ----------
+    blocks : numpy.ndarray
+        Of one of `BLOCKS`, with one axis or more.
+
+    Returns
+    -------
+    numpy.ndarray
+        Float32, its last axis weights instead of blocks; arrays of other types come back as they are.
+    """
+    name = TYPE_NAMES[blocks.dtype]
+    if name not in DECODED:
+        return blocks
+    rows = np.ascontiguousarray(blocks).view(np.uint8).reshape(math.prod(blocks.shape[:-1]), -1)
+    return _kernels.decode_blocks(rows, name).reshape(*blocks.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -138,6 +190,14 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes of its data, without padding."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def read_as(self) -> tuple[np.dtype[Any], tuple[int, ...]]:
+        """The dtype and shape of the array that it is read as, see `decoded`."""
+        if TYPE_NAMES[self.dtype] not in DECODED:
+            return self.dtype, self.shape
+        *outer, last = self.shape
+        return np.dtype(np.float32), (*outer, last * weights_per_block(self.dtype))
 
 
 def tensor_offsets(tensors: Sequence[TensorInfo]) -> list[int]:
@@ -194,6 +254,26 @@ def write_header(file: BinaryIO, metadata: Mapping[str, Any], tensors: Sequence[
     return start
 
 
+def overwrite_values(file: BinaryIO, values: Mapping[str, Any]) -> None:
+    """Write other numbers of the same types in place of some that a header holds.
+
+    Parameters
+    ----------
+    file : binary file
+        Open to be read and written.
+    values : mapping
+        As for `write_header`; those that are not among the first of the header are passed over.
+    """
+    file.seek(0)
+    known = file.read(_FIRST_VALUES)
+    for key, value in values.items():
+        number, content = _encoded(value)
+        start = _string(key) + struct.pack("<I", number)
+        if (place := known.find(start)) >= 0:
+            file.seek(place + len(start))
+            file.write(content)
+
+
 def _aligned(length: int, alignment: int) -> int:
     return -(-length // alignment) * alignment
 
@@ -207,7 +287,8 @@ def _encoded(value: Any) -> tuple[int, bytes]:
     """Return the number of a value's type, and its bytes."""
     if isinstance(value, str):
         return _STRING, _string(value)
-    if isinstance(value, list) and value and isinstance(value[0], str):
+    if isinstance(value, list) and (not value or isinstance(value[0], str)):
+        # Of lists that may be empty, those of merges, llama.cpp asks for strings.
         content = b"".join(map(_string, value))
         return _ARRAY, struct.pack("<IQ", _STRING, len(value)) + content
     if isinstance(value, list):
@@ -267,18 +348,23 @@ class Header:
         tensors, values = self._counts()
         for _ in range(values):
             self._add_value()
-        parts = self.metadata.get("split.count", 1)
-        if type(parts) is not int or parts > 1:
-            raise UnsupportedModelError(
-                f"{path}: is one of {shown(parts)} files that hold the model together. Join them with "
-                f"llama-gguf-split --merge, and give the result"
-            )
         alignment = self.metadata.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment % 8:
             raise self.damaged(f'"general.alignment" is {shown(alignment)}, not a multiple of 8')
         offsets = [self._add_tensor() for _ in range(tensors)]
         start = _aligned(self.position, alignment)
         self._place_tensors(start, alignment, offsets)
+
+    def split(self) -> tuple[int, int]:
+        """Return which of how many files that hold the model together this is; the first is 0."""
+        counts = [self.metadata.get("split.no", 0), self.metadata.get("split.count", 1)]
+        number, count = (each if type(each) is int else -1 for each in counts)
+        count = count or 1  # which llama.cpp writes to say that there are no others
+        if not 0 <= number < count:
+            raise self.damaged(
+                f'"split.no" and "split.count" are {shown(counts[0])} and {shown(counts[1])}'
+            )
+        return number, count
 
     def places(self) -> dict[str, tuple[int, int]]:
         """Return where in the file each tensor begins, and how many bytes it has."""

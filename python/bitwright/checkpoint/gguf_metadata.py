@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.checkpoint.gguf_general import general_metadata
 from bitwright.checkpoint.gguf_names import GGUF_FAMILIES, GgufFamily, GgufNames
 from bitwright.checkpoint.gguf_tokenizer import tokenizer_metadata
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
@@ -30,7 +31,10 @@ _READ_BY = {
     "gemma2": f"{_WINDOWS} attn_logit_softcapping",
     "gemma3": f"{_WINDOWS} rope.freq_base_swa",
     "phi3": "attention.sliding_window",
+    "granite": "attention.scale embedding_scale residual_scale logit_scale",
 }
+# What config.json calls the biases of queries, keys and values, where that is not attention_bias.
+_BIAS_KEYS = {"qwen2_moe": "qkv_bias", "starcoder2": "use_bias"}
 _HARMLESS = """
     vocab_size tensor_data_layout pooling_type decoder_start_token_id classifier.output_labels
     rope.scaling.finetuned attention.layer_norm_epsilon expert_shared_count embedding_length_out
@@ -103,7 +107,7 @@ def gguf_metadata(config: Mapping[str, Any], folder: Path, file_type: int) -> di
         "attention.head_count_kv": model.num_key_value_heads,
         "attention.key_length": model.head_dim,
         "attention.value_length": model.head_dim,
-        "attention.layer_norm_rms_epsilon": model.norm_eps,
+        _norm_key(family): model.norm_eps,
         "rope.dimension_count": model.rotary_dim,
         "rope.freq_base": model.rope.theta,
         **_rope_metadata(model),
@@ -116,6 +120,11 @@ def gguf_metadata(config: Mapping[str, Any], folder: Path, file_type: int) -> di
         values["attention.sliding_window"] = model.sliding_window or 0
     if family.architecture == "gemma3":
         values["rope.freq_base_swa"] = model.sliding_rope.theta
+    if family.scaled:
+        values["attention.scale"] = model.attention_scale
+        values["embedding_scale"] = model.embedding_scale
+        values["residual_scale"] = model.residual_scale
+        values["logit_scale"] = model.logits_divisor
     if model.attention_softcap is not None:
         values["attn_logit_softcapping"] = model.attention_softcap
     if model.final_softcap is not None:
@@ -130,7 +139,7 @@ def gguf_metadata(config: Mapping[str, Any], folder: Path, file_type: int) -> di
     return {
         "general.architecture": names.architecture,
         "general.type": "model",
-        "general.name": folder.resolve().name,
+        **general_metadata(folder),
         "general.file_type": file_type,
         "general.quantization_version": _QUANTIZATION_VERSION,
         **{f"{names.architecture}.{key}": value for key, value in values.items()},
@@ -191,12 +200,14 @@ def config_from_gguf(
         "head_dim": width,
         "hidden_act": family.activation,
         "hidden_activation": family.activation,
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon", zero=True),
+        "norm_epsilon" if family.layer_norm else "rms_norm_eps": keys.number(
+            _norm_key(family), zero=True
+        ),
         "max_position_embeddings": keys.integer("context_length"),
         "rope_theta": keys.number("rope.freq_base", 10000.0),
         "rope_scaling": _rope_scaling(keys, extras),
         "tie_word_embeddings": "output.weight" not in shapes,
-        "qkv_bias" if model_type == "qwen2_moe" else "attention_bias": biased,
+        _BIAS_KEYS.get(model_type, "attention_bias"): biased,
         "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
         "sliding_window": None,
         "use_sliding_window": False,
@@ -207,12 +218,24 @@ def config_from_gguf(
         config |= _window_config(keys, family, layers)
     if family.full_every:
         config |= _gemma_config(keys, family, config)
+    if family.scaled:
+        config |= {
+            "attention_multiplier": keys.number("attention.scale", width**-0.5),
+            "embedding_multiplier": keys.number("embedding_scale", 1.0),
+            "residual_multiplier": keys.number("residual_scale", 1.0),
+            "logits_scaling": keys.number("logit_scale"),
+        }
     if keys.integer("expert_count", 0, zero=True):
         config |= _experts_config(keys, family, shapes)
     for key in ("bos", "eos"):
         if type(number := metadata.get(f"tokenizer.ggml.{key}_token_id")) is int:
             config[f"{key}_token_id"] = number
     return {key: value for key, value in config.items() if value is not None}
+
+
+def _norm_key(family: GgufFamily) -> str:
+    kind = "layer_norm" if family.layer_norm else "layer_norm_rms"
+    return f"attention.{kind}_epsilon"
 
 
 def _described(metadata: Mapping[str, Any], source: Path) -> tuple[str, Keys]:
@@ -291,6 +314,11 @@ def _check_keys(keys: Keys, family: GgufFamily) -> None:
                 f"{said}, which is not computed. Put the model's config.json beside the file, or start "
                 f"from the safetensors files of the model"
             )
+
+
+def _usual_rotations(family: GgufFamily, layers: int) -> list[bool]:
+    every = family.unrotated_every
+    return [not every or (index + 1) % every != 0 for index in range(layers)]
 
 
 def _usual_windows(family: GgufFamily, layers: int) -> list[bool]:
@@ -397,11 +425,12 @@ def _check_computable(names: GgufNames) -> None:
         and model.num_attention_heads * model.head_dim != model.hidden_size,
         f'"tie_word_embeddings" is {model.tie_word_embeddings}': family.tied
         not in (None, model.tie_word_embeddings),
-        '"query_pre_attn_scalar" is not that of the released models': not math.isclose(
-            model.attention_scale, scalar**-0.5, rel_tol=1e-6
-        ),
-        "linears other than queries, keys and values have biases": names.architecture != "llama"
+        '"query_pre_attn_scalar" is not that of the released models': not family.scaled
+        and not math.isclose(model.attention_scale, scalar**-0.5, rel_tol=1e-6),
+        "linears other than queries, keys and values have biases": not family.biased
         and (model.output_bias or model.mlp_bias),
+        "other layers are without rotation than the family has": [*model.rotates]
+        != _usual_rotations(family, model.num_hidden_layers),
         "some layers have experts, others not": any(model.is_sparse) and not all(model.is_sparse),
         "experts are weighed otherwise": experts is not None
         and (experts.normalized != family.normalized or experts.scale != 1),

@@ -34,6 +34,14 @@ class GgufFamily:
         Every how many layers one has full attention; 0 where windows are ignored.
     widest
         The number of layers of the size whose attention is scaled by the width of the model.
+    biased
+        Whether linears other than those of queries, keys and values may have biases.
+    scaled
+        Whether it has factors of scores, embeddings, residuals and logits.
+    unrotated_every
+        Every how many layers one has no rotation; 0 where all have it.
+    layer_norm
+        Whether its norms subtract the mean, and have a key of their own.
     """
 
     architecture: str
@@ -44,9 +52,13 @@ class GgufFamily:
     normalized: bool = True
     full_every: int = 0
     widest: int = 0
+    biased: bool = False
+    scaled: bool = False
+    unrotated_every: int = 0
+    layer_norm: bool = False
 
 
-_LLAMA = GgufFamily("llama", neighbours=True)
+_LLAMA = GgufFamily("llama", neighbours=True, biased=True)
 _GEMMA_3 = GgufFamily("gemma3", activation="gelu_pytorch_tanh", full_every=6, widest=62)
 GGUF_FAMILIES: dict[str, GgufFamily] = {
     "llama": _LLAMA,
@@ -63,6 +75,17 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
     "gemma3_text": _GEMMA_3,
     "gemma3": _GEMMA_3,
     "phi3": GgufFamily("phi3", full_width=True),
+    "granite": GgufFamily("granite", neighbours=True, full_width=True, biased=True, scaled=True),
+    "olmo2": GgufFamily("olmo2", full_width=True, tied=False),
+    "smollm3": GgufFamily("smollm3", neighbours=True, unrotated_every=4),
+    "starcoder2": GgufFamily(
+        "starcoder2",
+        activation="gelu_pytorch_tanh",
+        full_width=True,
+        biased=True,
+        layer_norm=True,
+    ),
+    "glm4": GgufFamily("glm4"),
 }
 """By ``model_type``."""
 

@@ -18,6 +18,10 @@ from bitwright.text.template_files import DEFAULT, chat_templates
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# Added tokens that some models forget to mark as special; llama.cpp's converter takes them for such.
+_LOOKS_SPECIAL = re.compile(
+    r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL
+)
 _UNREACHABLE = -1e6  # below what any merge gives
 _SPACE = "▁"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -223,7 +227,8 @@ class _Tokenizer:
         if spaces and token == self.model.get("unk_token"):
             return _UNKNOWN
         if number in self.added:
-            return _CONTROL if self.added[number].get("special") else _USER_DEFINED
+            special = self.added[number].get("special") or _LOOKS_SPECIAL.fullmatch(token)
+            return _CONTROL if special else _USER_DEFINED
         is_byte = self.model.get("byte_fallback") and len(token) == 6 and token.startswith("<0x")
         return _BYTE if is_byte else _NORMAL
 

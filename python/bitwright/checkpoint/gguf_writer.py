@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,31 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint.gguf_file import (
+    FILE_TYPE_ALIASES,
+    FILE_TYPES,
     TYPE_NAMES,
+    Header,
     TensorInfo,
+    overwrite_values,
     tensor_offsets,
     weights_per_block,
     write_header,
 )
+from bitwright.checkpoint.gguf_general import size_label
 from bitwright.checkpoint.gguf_metadata import gguf_metadata
 from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames
-from bitwright.checkpoint.writer import StoredTensor
-
-# llama.cpp's number for a file, by the type of most of its quantized weights (llama_ftype).
-FILE_TYPES = {
-    **{"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10},
-    **{
-        "Q3_K": 12,
-        "Q4_K": 15,
-        "Q5_K": 17,
-        "Q6_K": 18,
-        "IQ4_NL": 25,
-        "IQ4_XS": 30,
-        "MXFP4": 38,
-        "NVFP4": 39,
-        "BF16": 32,
-    },
-}
+from bitwright.checkpoint.writer import FileOptions, StoredTensor
 
 
 class GgufFiles:
@@ -48,6 +38,8 @@ class GgufFiles:
         Where the tokenizer is.
     metadata
         Metadata of a GGUF file of this model, in place of config and tokenizer.
+    options
+        What the file is called, and says beside that.
 
     Raises
     ------
@@ -56,12 +48,18 @@ class GgufFiles:
     """
 
     suffix = ".gguf"
-    splits = False
     dtypes: Mapping[np.dtype[Any], str] = TYPE_NAMES
 
     def __init__(
-        self, config: Mapping[str, Any], folder: Path, metadata: Mapping[str, Any] | None = None
+        self,
+        config: Mapping[str, Any],
+        folder: Path,
+        metadata: Mapping[str, Any] | None = None,
+        options: FileOptions | None = None,
     ) -> None:
+        self._options = options or FileOptions()
+        self.stem = self._options.stem
+        self.part_bytes: int | None = self._options.part_bytes or 0
         self._names = GgufNames(config, folder / "config.json")
         self._metadata = metadata or gguf_metadata(dict(config), folder, FILE_TYPES["F32"])
 
@@ -80,26 +78,61 @@ class GgufFiles:
     def write(
         self,
         file: BinaryIO,
+        part: int,
         tensors: Sequence[StoredTensor],
         data: BinaryIO,
         metadata: dict[str, str],
     ) -> None:
         """As `WeightFiles.write`."""
         infos = [TensorInfo(each.name, each.dtype, each.shape) for each in tensors]
-        start = write_header(
-            file, {**self._metadata, "general.file_type": _file_type(tensors)}, infos
-        )
+        number = self._options.type and np.uint32(FILE_TYPES[self._options.type])
+        file_type = {"general.file_type": _file_type(infos) if number is None else number}
+        said = {**self._metadata, **file_type, **self._options.keys}
+        if not self.part_bytes:  # or nobody knows yet
+            said.setdefault("general.size_label", size_label(infos))
+        if any(info.dtype.names for info in infos):
+            said["general.quantized_by"] = f"bitwright {version('bitwright')}"
+        if self.part_bytes:  # what is not known yet comes first, where it is found again
+            said = _split(part, 1, 0) if part else {**_split(part, 1, 0), **file_type, **said}
+        start = write_header(file, said, infos)
         offsets = tensor_offsets(infos)
         for tensor, end in zip(tensors, offsets[1:], strict=True):
             tensor.copy(data, file)
             file.write(bytes(start + end - file.tell()))
 
+    def complete(self, files: Sequence[Path], tensors: Mapping[str, int], size: int) -> None:
+        """As `WeightFiles.complete`: each of several files says which of how many it is."""
+        if not self.part_bytes:
+            return
+        headers = []
+        for path in files:
+            with open(path, "rb") as file:
+                headers.append(Header(file, path))
+        infos = [info for header in headers for info, _ in header.tensors.values()]
+        said = {} if self._options.type else {"general.file_type": _file_type(infos)}
+        for number, path in enumerate(files):
+            with open(path, "r+b") as file:
+                overwrite_values(file, {**_split(number, len(files), len(infos)), **said})
 
-def _file_type(tensors: Sequence[StoredTensor]) -> np.uint32:
+
+def _split(number: int, count: int, tensors: int) -> dict[str, Any]:
+    """Return what llama.cpp looks for in each of several files."""
+    return {
+        "split.no": np.uint16(number),
+        "split.count": np.uint16(count),
+        "split.tensors.count": np.int32(tensors),
+    }
+
+
+def _file_type(tensors: Sequence[TensorInfo]) -> np.uint32:
     """Return the type of most of the quantized weights, or of all if none is quantized."""
     weights: Counter[np.dtype[Any]] = Counter()
     for each in tensors:
         weights[each.dtype] += math.prod(each.shape) * weights_per_block(each.dtype)
     blocks = Counter({dtype: count for dtype, count in weights.items() if dtype.names})
     most = (blocks or weights).most_common(1)
-    return np.uint32(FILE_TYPES[TYPE_NAMES[most[0][0]] if most else "F32"])
+    name = TYPE_NAMES[most[0][0]] if most else "F32"
+    if name == "NVFP4":  # which llama-quantize does not write
+        return np.uint32(39)
+    known = {**FILE_TYPE_ALIASES, "MXFP4": "MXFP4_MOE"}
+    return np.uint32(FILE_TYPES[known.get(name, name)])

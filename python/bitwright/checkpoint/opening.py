@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from bitwright.checkpoint.gguf import GgufCheckpoint
+from bitwright.checkpoint.gguf_parts import parts_of
 from bitwright.checkpoint.reader import Checkpoint
 from bitwright.errors import CheckpointError
 
@@ -14,7 +15,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Parameters
     ----------
     path : str or os.PathLike
-        A folder with config.json and safetensors files, a GGUF file, or a folder with one.
+        A folder with config.json and safetensors files, a GGUF file, or a folder with one; of a model in
+        several GGUF files any of them.
 
     Returns
     -------
@@ -30,7 +32,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return GgufCheckpoint(place)
     if place.is_dir() and not any(place.glob("*.safetensors*")):
         files = sorted(place.glob("*.gguf"))
-        if len(files) > 1:
+        if files and not set(files) <= set(parts_of(files[0])):
             raise CheckpointError(
                 f"{place}: holds {len(files)} GGUF files, {files[0].name} for one; give the path of "
                 f"the file to read"

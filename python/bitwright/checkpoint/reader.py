@@ -412,6 +412,14 @@ class Checkpoint:
         """
         return sum(math.prod(self.shape(name)) * self.dtype(name).itemsize for name in self._names)
 
+    def stored_bytes(self) -> int:
+        """Add up the sizes of all tensors in the files, which may be smaller than when they are read."""
+        return self.nbytes()
+
+    def decoded_type(self) -> str | None:
+        """Return a type of quantized tensors that are read as floats, None if there are none."""
+        return None
+
     def _tensor(self, name: str) -> _Tensor:
         if name in self._tensors:
             return self._tensors[name]
@@ -466,6 +474,10 @@ class CheckpointSlice:
     def file(self, name: str) -> Path:
         """As `Checkpoint.file`."""
         return self._checkpoint.file(name)
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """As `Checkpoint.dtype`."""
+        return self._checkpoint.dtype(name)
 
     def read(self, name: str) -> NDArray[Any]:
         """As `Checkpoint.read_part`."""

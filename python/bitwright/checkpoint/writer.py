@@ -1,5 +1,6 @@
 """Checkpoint folders, written beside their place and renamed into it: whole, or not at all."""
 
+import glob
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -80,11 +81,34 @@ class _Stack:
     missing: set[int]
 
 
+@dataclass(frozen=True)
+class FileOptions:
+    """What weight files are called and say of themselves, where their format has more than one way.
+
+    Parameters
+    ----------
+    stem
+        Their name without number and ending.
+    type
+        The name of the mixture of types that they hold.
+    part_bytes
+        They are split so that none is larger, unless one tensor alone is; None for one file.
+    keys
+        More metadata.
+    """
+
+    stem: str = "model"
+    type: str | None = None
+    part_bytes: int | None = None
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+
 class WeightFiles(Protocol):
     """The format of the weight files of a checkpoint."""
 
+    stem: str  # of their names
     suffix: str
-    splits: bool  # into several, if they get too large
+    part_bytes: int | None  # that are the most in a file, unless the writer's say; 0 for no limit
     dtypes: Mapping[np.dtype[Any], str]  # to their names
 
     def stored(self, name: str, array: NDArray[Any]) -> tuple[str, NDArray[Any]] | None:
@@ -98,19 +122,26 @@ class WeightFiles(Protocol):
     def write(
         self,
         file: BinaryIO,
+        number: int,
         tensors: Sequence[StoredTensor],
         data: BinaryIO,
         metadata: dict[str, str],
     ) -> None:
-        """Write a file of tensors whose data lie in another file."""
+        """Write a file of tensors whose data lie in another file; the `number` of the first is 0."""
+        ...
+
+    def complete(self, files: Sequence[Path], tensors: Mapping[str, int], size: int) -> None:
+        """Finish the files under their last names, once it is known how many there are: `tensors` has the
+        number of the file of each, `size` are the bytes of all."""
         ...
 
 
 class SafetensorsFiles:
     """Tensors as they are, in safetensors files."""
 
+    stem = "model"
     suffix = ".safetensors"
-    splits = True
+    part_bytes: int | None = None
     dtypes: Mapping[np.dtype[Any], str] = _DTYPE_NAMES
 
     def stored(self, name: str, array: NDArray[Any]) -> tuple[str, NDArray[Any]] | None:
@@ -124,6 +155,7 @@ class SafetensorsFiles:
     def write(
         self,
         file: BinaryIO,
+        number: int,
         tensors: Sequence[StoredTensor],
         data: BinaryIO,
         metadata: dict[str, str],
@@ -133,6 +165,17 @@ class SafetensorsFiles:
         file.write(_safetensors_header(ordered, metadata))
         for tensor in ordered:
             tensor.copy(data, file)
+
+    def complete(self, files: Sequence[Path], tensors: Mapping[str, int], size: int) -> None:
+        """As `WeightFiles.complete`: of several files there is an index."""
+        if len(files) == 1:
+            return
+        index = {
+            "metadata": {"total_size": size},
+            "weight_map": {name: files[i].name for name, i in sorted(tensors.items())},
+        }
+        path = files[0].with_name(INDEX_NAME)
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -332,8 +375,9 @@ class CheckpointWriter:
         self._waiting_bytes = sum(each.nbytes for each in self._waiting)
         data = self._data()
         with output_errors(self._out):
-            for path in folder.glob(f"model*{suffix}"):  # named by a run that was killed after that
-                number = 0 if path.stem == "model" else int(path.stem.split("-")[1]) - 1
+            stem = self.container.stem  # they were named by a run that was killed after that
+            for path in folder.glob(f"{glob.escape(stem)}*{suffix}"):
+                number = 0 if path.stem == stem else int(path.stem.split("-")[-3]) - 1
                 path.rename(folder / f"{number}{suffix}")
             sizes = {folder / f"{i}{suffix}": size for i, size in enumerate(self._shard_sizes)}
             for path in folder.iterdir():
@@ -441,8 +485,9 @@ class CheckpointWriter:
     @contextmanager
     def _appended(self, name: str, tensor: "StoredTensor") -> Iterator[BinaryIO]:
         """Yield the file that a tensor's data are to be written to; it is added when that went well."""
-        full = self._waiting_bytes + tensor.nbytes > self._shard_bytes
-        if self._waiting and full and self.container.splits:
+        most = self.container.part_bytes
+        most = self._shard_bytes if most is None else most
+        if self._waiting and 0 < most < self._waiting_bytes + tensor.nbytes:
             self._flush(self._open_folder())
         # What a killed run has left there without a state is written over.
         mode = "ab" if self._waiting else "wb"
@@ -596,7 +641,13 @@ class CheckpointWriter:
         with output_errors(self._out):
             waiting.touch()
             with open(waiting, "rb") as data, open(path, "wb") as file:
-                self.container.write(file, self._waiting, data, dict(sorted(self.metadata.items())))
+                self.container.write(
+                    file,
+                    len(self._shard_sizes),
+                    self._waiting,
+                    data,
+                    dict(sorted(self.metadata.items())),
+                )
             self._shard_sizes.append(path.stat().st_size)
             if self._owns_work:
                 waiting.unlink()
@@ -625,18 +676,13 @@ class CheckpointWriter:
         self._work.put_into_place(UNFINISHED, last="config.json")
 
     def _name_shards(self, folder: Path) -> None:
-        total, suffix = len(self._shard_sizes), self.container.suffix
-        names = [f"model-{i + 1:05d}-of-{total:05d}{suffix}" for i in range(total)]
+        total, suffix, stem = len(self._shard_sizes), self.container.suffix, self.container.stem
+        files = [folder / f"{stem}-{i + 1:05d}-of-{total:05d}{suffix}" for i in range(total)]
         if total == 1:
-            names = [f"model{suffix}"]
-        for i, name in enumerate(names):
-            (folder / f"{i}{suffix}").rename(folder / name)
-        if total > 1:
-            index = {
-                "metadata": {"total_size": self._total_bytes},
-                "weight_map": {name: names[i] for name, i in sorted(self._shard_of.items())},
-            }
-            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            files = [folder / f"{stem}{suffix}"]
+        for i, file in enumerate(files):
+            (folder / f"{i}{suffix}").rename(file)
+        self.container.complete(files, self._shard_of, self._total_bytes)
 
 
 def copy_side_files(checkpoint: Checkpoint, writer: CheckpointWriter) -> list[str]:

@@ -21,6 +21,8 @@ from bitwright.cli.parameters import (
     Override,
     Precisions,
     PrecisionWords,
+    Size,
+    TensorType,
 )
 from bitwright.files.home import expanded
 from bitwright.files.links import follow_links
@@ -142,12 +144,38 @@ candidates = precision_option(
 )
 grid = precision_option(
     "--grid",
-    "--type",
-    "grid",
     type=PrecisionWords(),
     metavar="PRECISION",
     help="What codes stand for, by default the format's first: affine, zero_point, symmetric, or k (GGUF's "
     "Q2_K to Q6_K); iq4_nl or iq4_xs; mxfp4 or nvfp4; or a type of GGUF, such as Q4_K.",
+)
+mixture = together(
+    precision_option(
+        "--type",
+        metavar="NAME",
+        help="A mixture of types by llama.cpp's name, such as Q4_K_M, in place of --bits (gguf).",
+    ),
+    precision_option(
+        "--pure", is_flag=True, help="The type of most tensors for all of them (gguf)."
+    ),
+    precision_option(
+        "--tensor-type",
+        "tensor_types",
+        multiple=True,
+        type=TensorType(),
+        metavar="PATTERN=TYPE",
+        help="Another type for tensors in whose GGUF names this regular expression is found.",
+    ),
+    precision_option(
+        "--token-embedding-type", metavar="TYPE", help="That of the embedding (gguf)."
+    ),
+    precision_option("--output-tensor-type", metavar="TYPE", help="That of the head (gguf)."),
+)
+split_max_size = file_option(
+    "--split-max-size",
+    type=Size(),
+    metavar="SIZE",
+    help="Write several GGUF files, with tensors of at most so many bytes in each, such as 2G or 500M.",
 )
 ends = together(
     precision_option("--embedding-bits", type=Bits(), help="Quantize the embedding too."),

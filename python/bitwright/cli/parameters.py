@@ -1,5 +1,6 @@
 """Types of what the command's options and arguments take, each checked as it is read."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from bitwright.checkpoint.gguf_file import FILE_TYPES
 from bitwright.checkpoint.reader import require_model
 from bitwright.files.home import expanded
 from bitwright.formats.spelling import Spelling, combined
@@ -48,25 +50,39 @@ class Bits(click.ParamType[int]):
         return int(value)
 
 
-class PrecisionWords(click.ParamType[Spelling]):
-    """A precision as people write it."""
+class PrecisionWords(click.ParamType[Spelling | str]):
+    """A precision as people write it; as bits where there is an option --type, also the name of a mixture
+    that is no precision."""
 
     name = "precision"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Spelling:
+    ) -> Spelling | str:
         if isinstance(value, Spelling):
             return value
         try:
             return Spelling.parse(str(value))
         except ValueError as error:
+            named = str(value).upper() in FILE_TYPES and param is not None and param.name == "bits"
+            if named and ctx is not None and any(o.name == "type" for o in ctx.command.params):
+                return str(value)
             self.fail(str(error), param, ctx)
+
+
+def _settle_type(ctx: click.Context) -> None:
+    """Take a mixture's name that was given as bits for what it is; refuse to be told twice."""
+    bits, kind = ctx.params.get("bits"), ctx.params.get("type")
+    if kind is not None and ctx.get_parameter_source("bits") is ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"--type {kind} says the bits of every layer; omit --bits")
+    if isinstance(bits, str):
+        ctx.params["type"], ctx.params["bits"] = bits, Spelling(4, text="4")
 
 
 def say_together(ctx: click.Context) -> None:
     """Turn what bits, group size and grid of a command say into numbers and a name; UsageError where two
     of them that were typed contradict each other."""
+    _settle_type(ctx)
     names = ("bits", "grid", "group_size")
     candidates = ctx.params.get("candidates") or ()
     if candidates and isinstance(candidates[0], Spelling):
@@ -135,6 +151,37 @@ class Override(click.ParamType[tuple[str, dict[str, int | str]]]):
             return pattern, Spelling.parse(changes).changes()
         except ValueError as error:
             self.fail(f"{value!r}: {error}", param, ctx)
+
+
+class TensorType(click.ParamType[tuple[str, str]]):
+    """``PATTERN=TYPE``."""
+
+    name = "tensor type"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        pattern, _, kind = value.rpartition("=")
+        if not pattern or not kind:
+            self.fail(f"{value!r} is not of the form PATTERN=TYPE", param, ctx)
+        return pattern, kind
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes, such as ``2G``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+)([KMG]?)", value, re.IGNORECASE | re.ASCII)
+        if match is None or int(match[1]) == 0:
+            self.fail(f"{value!r} is not a number of bytes such as 2G or 500M", param, ctx)
+        units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+        return int(match[1]) * units[match[2].upper()]
 
 
 class Precisions(click.ParamType[tuple[Spelling, ...]]):

@@ -31,6 +31,7 @@ from bitwright.report.tables import print_sentence
 @options.model
 @options.out
 @options.format("mlx")
+@options.split_max_size
 @options.overwrite
 @file_option("--allow-requantize", is_flag=True, help="Take a MODEL that is quantized already.")
 @options.links
@@ -40,6 +41,11 @@ from bitwright.report.tables import print_sentence
     type=options.PATH,
     help="Folder from bitwright statistics, in place of --calibration; without drift correction.",
 )
+@calibration_option(
+    "--imatrix",
+    type=options.PATH,
+    help="Importance matrix of llama.cpp: rounds by it, without text; beside --calibration the embedding.",
+)
 @options.chosen_tokens
 @calibration_option(
     "--propagate",
@@ -48,6 +54,7 @@ from bitwright.report.tables import print_sentence
     "original.",
 )
 @options.bits
+@options.mixture
 @options.group_size
 @options.grid
 @precision_option(
@@ -145,6 +152,8 @@ def quantize(
                 option = name.replace("_", "-")
                 raise click.UsageError(f"--{option} is not an option of --backend transformers")
             del given[name]
+    if "tensor_types" in given:
+        given["tensor_types"] = dict(given["tensor_types"])
     report = run(overrides=dict(overrides), **given)
     console = Console()
     print_report(report, console)

@@ -1,4 +1,4 @@
-"""``bitwright statistics``: collect and merge."""
+"""``bitwright statistics``: collect, merge and export."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import click
 import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, Context, file_option
+from bitwright.cli.parameters import Model, NewFile
 from bitwright.errors import printable
 
 overwrite = file_option("--overwrite", is_flag=True, help="Replace other statistics.")
@@ -45,6 +46,23 @@ def collect(model: Path, out: Path, calibration: Path, **given: Any) -> None:
 def merge(parts: tuple[Path, ...], out: Path, **given: Any) -> None:
     """Merge the statistics PARTS of one model over different tokens."""
     _tell(bitwright.merge_statistics(parts, out, **given))
+
+
+@statistics.command(cls=Command)
+@click.argument("statistics", type=options.PATH)
+@file_option(
+    "--imatrix",
+    required=True,
+    type=NewFile(),
+    help="File to write for llama-quantize: GGUF, or the older format if it ends in .dat.",
+)
+@file_option("--model", type=Model(), help="What they are of; for statistics of older versions.")
+@file_option("--overwrite", is_flag=True, help="Replace another importance matrix.")
+@options.links
+def export(statistics: Path, imatrix: Path, **given: Any) -> None:
+    """Write the STATISTICS of a model as an importance matrix of llama.cpp."""
+    found = bitwright.export_imatrix(statistics, imatrix, **given)
+    click.echo(printable(f"the importance matrix of {len(found.entries)} tensors is {imatrix}"))
 
 
 def _tell(found: bitwright.Statistics) -> None:

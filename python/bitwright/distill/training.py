@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
+from bitwright.checkpoint.front_matter import CARD_NAME
 from bitwright.checkpoint.reader import require_model
 from bitwright.checkpoint.work_folder import (
     CHECKSUM,
@@ -64,7 +65,7 @@ from bitwright.models.network import Network
 from bitwright.models.operations import Float32
 from bitwright.process.memory import peak_memory_bytes
 from bitwright.ranks import current
-from bitwright.records.card import CARD_NAME, made_by, model_card, python_call
+from bitwright.records.card import made_by, model_card, python_call
 from bitwright.records.plots import PlotBeside, plot_dwq
 from bitwright.records.reports import DwqReport, QuantizationReport
 from bitwright.runs.budget import Budget, one_budget

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
+from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.engine_names import EngineNames
@@ -79,7 +80,9 @@ class CompressedTensorsFormat(Format):
     metadata = "pt"
 
     @classmethod
-    def loading(cls, folder: str, mixed: bool, unfused: bool) -> list[Code]:
+    def loading(
+        cls, folder: str, mixed: bool, unfused: bool, file: FileOptions | None = None
+    ) -> list[Code]:
         if mixed:  # with several precisions transformers takes them only as they are
             return [transformers_code(folder, cls.needs) if unfused else vllm_command(folder)]
         code = transformers_code(

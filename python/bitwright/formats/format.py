@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice, SafetensorsFiles, WeightFiles
+from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError
+from bitwright.formats.gguf_mix import Mix
 from bitwright.formats.loading_code import Code, transformers_code, vllm_command
 from bitwright.grids.tables import TABLES, TableGrid
 from bitwright.grids.tensor import Grid, QuantizedTensor
@@ -75,9 +77,16 @@ class Format:
         return model_dtype if model_dtype in cls.scale_dtypes else cls.scale_dtypes[0]
 
     @classmethod
-    def files(cls, checkpoint: Checkpoint) -> WeightFiles:
+    def files(cls, checkpoint: Checkpoint, options: FileOptions | None = None) -> WeightFiles:
         """Return how weight files are written for the model of a checkpoint."""
         return SafetensorsFiles()
+
+    @classmethod
+    def mixed(
+        cls, checkpoint: Checkpoint, mix: Mix, matrices: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Precision | None]:
+        """Return the precision of each matrix, or stack of them, in a named mixture; None for float."""
+        raise NotImplementedError
 
     @classmethod
     def default_grid(cls, bits: int, channels: Iterable[int]) -> Grid:
@@ -143,7 +152,16 @@ class Format:
         raise NotImplementedError
 
     @classmethod
-    def loading(cls, folder: str, mixed: bool, unfused: bool) -> list[Code]:
+    def default_of(cls, mix: Mix) -> Precision:
+        """Return the precision of most layers of a named mixture."""
+        raise ValueError(
+            f"type: {mix.name} is a mixture of types of the gguf format (--format gguf), not of {cls.name}"
+        )
+
+    @classmethod
+    def loading(
+        cls, folder: str, mixed: bool, unfused: bool, file: FileOptions | None = None
+    ) -> list[Code]:
         """Return how a folder is loaded, for people who have none of the tools yet.
 
         Parameters
@@ -154,6 +172,8 @@ class Format:
             Whether its layers have several precisions.
         unfused
             Whether these differ among layers that vLLM computes as one module, which it refuses.
+        file
+            How its weight files were named.
         """
         code = [transformers_code(folder, cls.needs)]
         return code if unfused else [*code, vllm_command(folder)]

@@ -11,12 +11,17 @@ from bitwright import _kernels
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES
+from bitwright.checkpoint.gguf_names import GgufNames
 from bitwright.checkpoint.gguf_writer import GgufFiles
+from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError
 from bitwright.formats.format import Format, Precision, read_scales
+from bitwright.formats.gguf_mix import FLOATS, Mix, MixModel, types_of
+from bitwright.formats.globs import as_globs
 from bitwright.formats.loading_code import PROMPT, Code, shell_word
 from bitwright.grids.tables import TABLES, has_superblocks
 from bitwright.grids.tensor import K_GRIDS, SUPERBLOCK, Grid, QuantizedTensor, SuperBlocks
+from bitwright.warned import warn
 
 BLOCK = 32
 HALF = np.dtype(np.float16)
@@ -56,8 +61,13 @@ class GgufFormat(Format):
     metadata = "gguf"
 
     @classmethod
-    def loading(cls, folder: str, mixed: bool, unfused: bool) -> list[Code]:
-        weights = shell_word(os.path.join(folder, "model.gguf"))
+    def loading(
+        cls, folder: str, mixed: bool, unfused: bool, file: FileOptions | None = None
+    ) -> list[Code]:
+        stem, several = (file.stem, file.part_bytes) if file else ("model", None)
+        weights = shell_word(os.path.join(folder, f"{stem}.gguf"))
+        if several:  # how many, is not known before the last is written
+            weights = f"{shell_word(os.path.join(folder, stem))}-00001-of-*.gguf"
         return [Code("sh", f'llama-cli -m {weights} -p "{PROMPT}"')]
 
     @classmethod
@@ -65,9 +75,63 @@ class GgufFormat(Format):
         return cls() if isinstance(checkpoint, GgufCheckpoint) else None
 
     @classmethod
-    def files(cls, checkpoint: Checkpoint) -> GgufFiles:
+    def files(cls, checkpoint: Checkpoint, options: FileOptions | None = None) -> GgufFiles:
         known = checkpoint.metadata if isinstance(checkpoint, GgufCheckpoint) else None
-        return GgufFiles(checkpoint.config, checkpoint.folder, known)
+        return GgufFiles(checkpoint.config, checkpoint.folder, known, options)
+
+    @classmethod
+    def mixed(
+        cls, checkpoint: Checkpoint, mix: Mix, matrices: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Precision | None]:
+        """As `Format.mixed`; where rows are no whole blocks, the type that takes the place is told."""
+        names = GgufNames(checkpoint.config, checkpoint.folder / "config.json")
+        stored = {names.gguf_name(f"{name}.weight"): name for name in matrices}
+        shapes = {each: matrices[name] for each, name in stored.items()}
+        model = names.config
+        facts = MixModel(
+            names.architecture,
+            model.num_hidden_layers,
+            model.num_attention_heads,
+            model.num_key_value_heads,
+            0 if model.experts is None else model.experts.count,
+        )
+        chosen = types_of(mix, shapes, facts)
+        for name, each in chosen.items():
+            cls._check_written(mix, each.type, name)
+        told: dict[tuple[str, str, int], list[str]] = {}
+        for name, each in chosen.items():
+            if each.type != each.wanted:
+                told.setdefault((each.wanted, each.type, shapes[name][-1]), []).append(name)
+        for (wanted, found, columns), moved in told.items():
+            kept = "stay in float" if found in FLOATS else f"become {found}"
+            warn(
+                f"{checkpoint.folder}: rows of {columns} weights are no whole blocks of {wanted}, so these "
+                f"tensors {kept}: {', '.join(as_globs(moved, chosen))}"
+            )
+        return {stored[name]: cls.of_type(each.type) for name, each in chosen.items()}
+
+    @classmethod
+    def _check_written(cls, mix: Mix, kind: str, name: str) -> None:
+        if kind not in GRIDS_OF_TYPES and kind not in FLOATS:
+            raise ValueError(
+                f"type: {mix.name} has {name} of the type {kind}, which is read but not written; written "
+                f"are {', '.join(GRIDS_OF_TYPES)}"
+            )
+
+    @classmethod
+    def default_of(cls, mix: Mix) -> Precision:
+        cls._check_written(mix, mix.base, "most tensors")
+        found = cls.of_type(mix.base)
+        assert found is not None  # or there were nothing to quantize
+        return found
+
+    @classmethod
+    def of_type(cls, name: str) -> Precision | None:
+        """Return the precision of a type of tensors, None for one of floats."""
+        if name in FLOATS:
+            return None
+        grid, bits = GRIDS_OF_TYPES[name]
+        return Precision(bits, cls.default_group_size(bits, grid), grid)
 
     @classmethod
     def default_grid(cls, bits: int, channels: Iterable[int]) -> Grid:
@@ -163,14 +227,14 @@ class GgufFormat(Format):
         tensor = f"{name}.weight"
         if tensor not in checkpoint:
             return None
-        blocks = checkpoint.read(tensor)
-        if blocks.dtype.names is None:
+        if (parts := checkpoint.dtype(tensor).names) is None:
             return None
+        blocks = checkpoint.read(tensor)
         if blocks.ndim != 2:
             raise CheckpointError(
                 f"{checkpoint.file(tensor)}: tensor {tensor} has {blocks.ndim} axes, expected 2"
             )
-        for field in {"d", "dmin", "m"} & set(blocks.dtype.names):
+        for field in {"d", "dmin", "m"} & set(parts):
             if not np.isfinite(blocks[field]).all():
                 raise CheckpointError(
                     f"{checkpoint.file(tensor)}: tensor {tensor} has scales that are NaN or infinite. "

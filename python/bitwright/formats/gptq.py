@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
+from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError, UnsupportedModelError
 from bitwright.formats.declared import Settings, declaration
 from bitwright.formats.engine_names import EngineNames, transformers_name
@@ -57,7 +58,9 @@ class GptqFormat(Format):
         self.subtracted = subtracted
 
     @classmethod
-    def loading(cls, folder: str, mixed: bool, unfused: bool) -> list[Code]:
+    def loading(
+        cls, folder: str, mixed: bool, unfused: bool, file: FileOptions | None = None
+    ) -> list[Code]:
         if not mixed:  # transformers reads one precision per folder
             return super().loading(folder, mixed, unfused)
         text = (

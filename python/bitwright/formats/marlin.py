@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
+from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError, UnsupportedModelError
 from bitwright.formats.declared import declaration
 from bitwright.formats.format import INT32, Format, Precision, read_shaped
@@ -57,7 +58,9 @@ class MarlinFormat(Format):
         self.group_size = group_size
 
     @classmethod
-    def loading(cls, folder: str, mixed: bool, unfused: bool) -> list[Code]:
+    def loading(
+        cls, folder: str, mixed: bool, unfused: bool, file: FileOptions | None = None
+    ) -> list[Code]:
         run = f"vllm serve {shell_word(folder)} --dtype float16"
         return [Code("sh", f'pip install "vllm<=0.10.1.1"  # later ones dropped it\n{run}')]
 

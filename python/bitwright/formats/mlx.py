@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
+from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.declared import Settings
 from bitwright.formats.engine_names import mlx_name
@@ -105,7 +106,9 @@ class MlxFormat(Format):
         self.settings = settings
 
     @classmethod
-    def loading(cls, folder: str, mixed: bool, unfused: bool) -> list[Code]:
+    def loading(
+        cls, folder: str, mixed: bool, unfused: bool, file: FileOptions | None = None
+    ) -> list[Code]:
         run = f'mlx_lm.generate --model {shell_word(folder)} --prompt "{PROMPT}"'
         return [Code("sh", f"pip install mlx-lm\n{run}")]
 

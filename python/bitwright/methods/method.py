@@ -32,10 +32,13 @@ class StageInputs:
         ``XᵀX / tokens`` ``[in, in]`` float32; None without statistics.
     magnitudes
         ``[in]`` float32, sizes of the channels other than the roots of the gram's diagonal.
+    importance
+        ``[in]`` float32, the gram's diagonal where no more of it is known.
     """
 
     gram: NDArray[np.float32] | None = None
     magnitudes: NDArray[np.float32] | None = None
+    importance: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)

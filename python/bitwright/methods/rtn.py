@@ -151,7 +151,7 @@ def _better(
 
 def rtn_solver(inputs: StageInputs, options: MethodOptions) -> Solver:
     """Round to nearest; the statistics only weigh the grid search."""
-    importance = None if inputs.gram is None else inputs.gram.diagonal()
+    importance = inputs.importance if inputs.gram is None else inputs.gram.diagonal()
 
     def solve(
         weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,8 @@ from bitwright.files.home import expands_home
 from bitwright.files.replacing import followed, write_json
 from bitwright.formats import Format, Precision
 from bitwright.formats.engine_names import check_fused
+from bitwright.formats.gguf_mix import Mix
+from bitwright.formats.globs import as_globs
 from bitwright.formats.spelling import Spelling, combined
 from bitwright.grids.tensor import BITS
 from bitwright.loading.model import Model
@@ -114,8 +115,11 @@ def plan_layers(
     embedding_bits: int | None = None,
     head_bits: int | None = None,
     allow_unfused: bool = False,
+    mix: Mix | None = None,
 ) -> dict[str, Precision | None]:
     """Return the precision of every layer by full name, None for those that stay in float.
+
+    A mixture gives every layer, embedding and head its own, in place of `default`; overrides count more.
 
     Patterns are shell globs over full names without ``.weight``, such as ``*.down_proj`` or
     ``model.layers.0.*``. Excluding wins over including; of several overrides the last one wins.
@@ -126,13 +130,20 @@ def plan_layers(
         If a pattern matches no layer, or the format cannot store what is asked for.
     """
     shapes = dict(model.linear_shapes())
+    mixed = {} if mix is None else mixed_layers(model, format, mix)
     plan = plan_shapes(
-        shapes, default, format, include=include, exclude=exclude, overrides=overrides
+        shapes,
+        default,
+        format,
+        include=include,
+        exclude=exclude,
+        overrides=overrides,
+        mixed=mixed,
     )
     model_type = model.config.model_type
     plan.update(dict.fromkeys(n for n in shapes if format.keeps_in_float(model_type, n)))
     plan.update(dict.fromkeys(model.never_quantized()))
-    matrix = (model.config.vocab_size, model.config.hidden_size)
+    matrix = _matrix(model)
     for name, bits, option in (
         (model.names.embedding, embedding_bits, "embedding_bits"),
         (model.names.head, head_bits, "head_bits"),
@@ -147,8 +158,26 @@ def plan_layers(
             raise ValueError("head_bits: the head is the embedding; use embedding_bits")
         plan[name] = format.with_bits(default, bits)
         shapes[name] = matrix
+    for name in (model.names.embedding, model.names.head):
+        if mixed.get(name) is not None and name not in plan:
+            plan[name], shapes[name] = mixed[name], matrix
     check_plan(plan, shapes, format, allow_unfused)
     return plan
+
+
+def mixed_layers(model: Model, format: type[Format], mix: Mix) -> dict[str, Precision | None]:
+    """Return the precision of all layers, embedding and head in a mixture; None for float."""
+    matrices: dict[str, tuple[int, ...]] = {model.names.embedding: _matrix(model)}
+    if not model.tied:
+        matrices[model.names.head] = _matrix(model)
+    places = model.experts if format.stacks_experts else {}
+    for name, shape in model.linear_shapes().items():
+        if name not in places:
+            matrices[name] = shape
+        elif model.config.experts is not None:
+            matrices[places[name].stacked_name] = (model.config.experts.count, *shape)
+    chosen = format.mixed(model.checkpoint, mix, matrices)
+    return chosen | {name: chosen[place.stacked_name] for name, place in places.items()}
 
 
 def plan_shapes(
@@ -159,6 +188,7 @@ def plan_shapes(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overrides: Overrides | None = None,
+    mixed: Mapping[str, Precision | None] | None = None,
 ) -> dict[str, Precision | None]:
     """Return the precision of every layer in `shapes`; see `plan_layers`."""
     overrides = overrides or {}
@@ -167,7 +197,8 @@ def plan_shapes(
             raise ValueError(
                 f"pattern {pattern!r} matches no layer; names are like {next(iter(shapes))}"
             )
-    plan: dict[str, Precision | None] = dict.fromkeys(shapes, default)
+    known = mixed or {}
+    plan: dict[str, Precision | None] = {name: known.get(name, default) for name in shapes}
     for pattern, changes in overrides.items():
         precision = _changed(default, pattern, changes, format)
         # A recipe names every layer: trying each as a pattern on each would take minutes.
@@ -274,25 +305,8 @@ def _unfit_message(
     return f"{unfit_layers(unfit, shapes, format)}. What helps: {', or '.join(remedies)}"
 
 
-def as_globs(names: Sequence[str], known: Iterable[str]) -> list[str]:
-    """Return shell globs that match some layers and no other: one for those that differ in numbers only,
-    such as ``model.layers.*.mlp.down_proj``, and names where that would match more.
-
-    Parameters
-    ----------
-    names
-        The layers.
-    known
-        All layers that there are.
-    """
-    others = set(known) - set(names)
-    alike: dict[str, list[str]] = {}
-    for name in dict.fromkeys(names):
-        alike.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), []).append(name)
-    found: list[str] = []
-    for pattern, members in alike.items():
-        found += members if any(fnmatchcase(each, pattern) for each in others) else [pattern]
-    return found
+def _matrix(model: Model) -> tuple[int, int]:
+    return model.config.vocab_size, model.config.hidden_size
 
 
 def check_recipe(recipe: Recipe, model: Model) -> None:

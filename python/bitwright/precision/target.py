@@ -1,11 +1,12 @@
 """The format and precisions of an output."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from bitwright.checkpoint.writer import FileOptions
 from bitwright.formats import Format, Precision
 from bitwright.loading.model import Model
 
@@ -24,12 +25,15 @@ class Target:
         The precision that config.json takes for granted.
     scale_dtype
         Of scales and biases.
+    file
+        What the files are called, and say.
     """
 
     format: type[Format]
     plan: Mapping[str, Precision | None]
     default: Precision
     scale_dtype: np.dtype[Any]
+    file: FileOptions = field(default_factory=FileOptions)
 
     def is_planned(self, name: str) -> bool:
         """Tell whether a layer is quantized, by its full name."""

@@ -1,7 +1,7 @@
 """Quantizes a model by any method into any format."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from numpy.typing import DTypeLike
@@ -60,6 +60,7 @@ def quantize(
     activation_method: ActivationMethod = "rms",
     activations: str | os.PathLike[str] | None = None,
     statistics: str | os.PathLike[str] | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
     propagate: Literal["quantized", "original"] | None = None,
     embedding_bits: int | None = None,
     head_bits: int | None = None,
@@ -67,6 +68,12 @@ def quantize(
     exclude: Sequence[str] = (),
     overrides: Overrides | None = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
+    type: str | None = None,
+    pure: bool = False,
+    tensor_types: Mapping[str, str] | None = None,
+    token_embedding_type: str | None = None,
+    output_tensor_type: str | None = None,
+    split_max_size: int | None = None,
     allow_requantize: bool = False,
     allow_unfused: bool = False,
     memory: float | None = None,
@@ -147,6 +154,10 @@ def quantize(
     statistics
         Folder of statistics of the same model (see `collect_statistics`) in place of `calibration`. They
         are those of the original's layers, so there is no drift correction.
+    imatrix
+        An importance matrix of llama.cpp (see `export_imatrix`), GGUF or .dat: what is known of inputs
+        where nothing else is. Without `calibration` every layer is rounded by it, with a search for the
+        range of each group; beside it, the embedding is.
     propagate
         What feeds the next layers: the ``"quantized"`` ones (default) or the ``"original"`` ones.
     embedding_bits, head_bits
@@ -160,6 +171,19 @@ def quantize(
     recipe
         The precision of every layer, see `bitwright.Recipe`, or a file of it, in place of bits and
         group_size; `overrides` count more.
+    type
+        A mixture of types by llama.cpp's name, such as ``"Q4_K_M"``, in place of `bits`, `group_size` and
+        `grid`: every tensor, embedding and head included, gets the type that llama-quantize gives it. The
+        file is called ``NAME-TYPE.gguf``. Only for the gguf format.
+    pure
+        Give the type of most tensors to all.
+    tensor_types
+        ``{pattern: type}``: other types for tensors in whose names in the GGUF file, such as
+        ``blk.0.attn_q.weight``, this regular expression is found; the first that is counts.
+    token_embedding_type, output_tensor_type
+        Those of embedding and head. F32, F16 and BF16 leave a tensor in float, as the model has it.
+    split_max_size
+        Write several GGUF files, with at most so many bytes of tensors in each.
     allow_requantize
         Take a model that is quantized already, in any format that is read, as if its weights were the
         original's. What its first rounding lost stays lost: use the original where there is one.

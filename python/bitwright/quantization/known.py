@@ -71,6 +71,24 @@ class ActivationStatistics(NoStatistics):
         return layers.method_solver(StageInputs(gram_of(inputs), magnitudes))
 
 
+class ImatrixStatistics(NoStatistics):
+    """An importance matrix alone: each layer is rounded by the mean squares of its inputs."""
+
+    is_known = True
+
+    def head_solver(self, layers: Layers, name: str, scale: Float32) -> OwnSolver:
+        return layers.weighted(name, scale) or layers.rounding()
+
+    def _solvers(
+        self, layers: Layers, prefix: str, stage: Stage, block: Equalized
+    ) -> Mapping[str, OwnSolver]:
+        scale = block.scale(stage)
+        return {
+            name: layers.weighted(prefix + name, scale) or layers.rounding()
+            for name in stage.linears
+        }
+
+
 class FolderStatistics(StatisticsSource):
     """A folder of statistics, which are those of the original's layers."""
 

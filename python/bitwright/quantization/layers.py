@@ -36,6 +36,7 @@ from bitwright.quantization.output import (
 )
 from bitwright.quantization.small_weights import MOST_LOST, largest_of, require_kept
 from bitwright.ranks import ROWS, current
+from bitwright.statistics.imatrix import ModelImportance
 
 Piece = tuple[slice, Float32]  # rows of a layer, and their weights
 # Of weights: as they are, as they are stored, and as they were stored before.
@@ -104,6 +105,8 @@ class Layers:
         A quantized form of the model whose layers are taken as they are, in place of a method's.
     metrics
         Of the layers' outputs, in which they are refined, too.
+    importance
+        Of the inputs of layers of which nothing else is known.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class Layers:
         output: Output,
         quantized: Model | None = None,
         metrics: OutputMetrics | None = None,
+        importance: ModelImportance | None = None,
     ) -> None:
         self.model = model
         self.target = target
@@ -125,6 +129,7 @@ class Layers:
         self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
         self._quantized = quantized
         self._metrics = metrics
+        self._importance = importance
         # Of the layers in this block: the powers of two by which they were multiplied, and those whose
         # weights are small for the dtype of scales all the same.
         self._powers: dict[str, int] = {}
@@ -158,6 +163,18 @@ class Layers:
     def rounding(self) -> OwnSolver:
         """Return how to quantize a layer of whose inputs nothing is known."""
         return OwnSolver(rtn_solver(StageInputs(), self.options), None)
+
+    def weighted(self, name: str, scale: Float32 | None = None) -> OwnSolver | None:
+        """Return how to round a layer by an importance matrix, whose inputs are divided by a scale; None
+        where there is none. It is the diagonal of the gram: every method has the same codes then."""
+        known = None if self._importance is None else self._importance.of(name)
+        if known is None:
+            return None
+        importance = known if scale is None else (known / np.square(scale)).astype(np.float32)
+        options = self.options
+        if options.grid_search is None:
+            options = replace(options, grid_search=True)
+        return OwnSolver(rtn_solver(StageInputs(importance=importance), options), None)
 
     def grid_choices(self, block: DecoderBlock, prefix: str) -> dict[str, GridChoice]:
         """Return the grid of each linear as AWQ's search rounds to it: with a search for ranges where one

@@ -30,6 +30,8 @@ class QuantizationOptions:
         What is stored, how it is found, and what that may take.
     calibration, activations, statistics
         Where the inputs of layers are known from; at most one of them.
+    imatrix
+        An importance matrix for layers of which nothing else is known.
     propagates
         Whether layers see what the quantized ones before them compute.
     preset
@@ -48,6 +50,7 @@ class QuantizationOptions:
     propagates: bool = True
     preset: str = "default"
     allow_requantize: bool = False
+    imatrix: str | os.PathLike[str] | None = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "QuantizationOptions":
@@ -100,6 +103,7 @@ class QuantizationOptions:
             follows,
             preset,
             given.get("allow_requantize", False),
+            given.get("imatrix"),
         )
         options._check_inputs(bool(refine), bool(drift))
         return options
@@ -127,6 +131,11 @@ class QuantizationOptions:
         """Raise ValueError unless there are the inputs that a method asks for."""
         if self.preset in ("high", "best") and self.calibration is None:
             raise ValueError(f"calibration: preset {self.preset} needs text or token ids")
+        if self.preset == "best" and self.precision.type is not None:
+            raise ValueError(
+                f"preset: best chooses the precision of every layer itself; take another beside the type "
+                f"{self.precision.type}"
+            )
         if self.preset == "high" and not self.method.refine:
             raise ValueError(
                 f"preset: high refines what the method has found, which {self.method.method.name} "
@@ -134,7 +143,13 @@ class QuantizationOptions:
             )
         method, is_given = self.method.method, self.calibration is not None
         unknown = not is_given and self.activations is None and self.statistics is None
-        if method.needs_inputs and unknown:
+        weighted = unknown and self.imatrix is not None
+        if weighted and (method.scales_first or method.uses_magnitudes):
+            raise ValueError(
+                f"imatrix: {method.name} asks for more than the mean squares of inputs; give it "
+                f"calibration, too"
+            )
+        if method.needs_inputs and unknown and not weighted:
             raise ValueError(
                 f"calibration: {method.name} needs text or token ids; method rtn does without"
             )
@@ -158,7 +173,8 @@ class QuantizationOptions:
 def keyword_defaults() -> dict[str, Any]:
     """Return the keyword arguments of `bitwright.quantize`, with their defaults."""
     found: dict[str, Any] = {"method": "gptq", "preset": "default", "allow_requantize": False}
-    none = ("calibration", "activations", "statistics", "refine", "drift", "propagate", "damping")
+    inputs = ("calibration", "activations", "statistics", "imatrix")
+    none = (*inputs, "refine", "drift", "propagate", "damping")
     for kind in (PrecisionOptions, MethodOptions, AwqOptions, RunLimits, CalibrationOptions):
         for name, each in inspect.signature(kind).parameters.items():
             found.setdefault(name, each.default)

@@ -158,8 +158,13 @@ class Output:
         self.add(target or name, array)
 
     def add(self, name: str, array: NDArray[Any]) -> None:
-        """Write a tensor."""
-        if self._writer is not None:
+        """Write a tensor; of experts in float, where the format has nothing but stacks, a part of one."""
+        place = self._experts.get(name.removesuffix(".weight"))
+        if self._writer is not None and place is not None and self.format.own_container:
+            stack = self.format.name_written(f"{place.stacked_name}.weight", self._nested)
+            self._writer.add_part(stack, array, place.index, self._stack_size)
+            self.size_bytes += array.nbytes
+        elif self._writer is not None:
             array = self.format.array_written(name, array, self._family)
             self._writer.add(self.format.name_written(name, self._nested), array)
             self.size_bytes += array.nbytes
@@ -227,7 +232,7 @@ class Output:
             layer_bits_per_weight=8 * self._layer_bytes / self._layer_weights,
             bits_per_weight=8 * self.size_bytes / parameters,
             size_bytes=self.size_bytes,
-            original_bytes=checkpoint.nbytes(),
+            original_bytes=checkpoint.stored_bytes(),
             calibration_tokens=tokens,
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(),

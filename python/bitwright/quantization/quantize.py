@@ -4,12 +4,17 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from bitwright.blocks.output_metrics import OutputMetrics
 from bitwright.grids.tables import stored_scales
 from bitwright.loading.model import Model, load_model
 from bitwright.models.config import float_config
-from bitwright.quantization.known import ActivationStatistics, FolderStatistics
+from bitwright.quantization.known import (
+    ActivationStatistics,
+    FolderStatistics,
+    ImatrixStatistics,
+)
 from bitwright.quantization.live import LiveStatistics
 from bitwright.quantization.options import QuantizationOptions
 from bitwright.quantization.run import AllIsWell, Run, only_checking
@@ -17,6 +22,8 @@ from bitwright.quantization.source import NoStatistics, StatisticsSource
 from bitwright.records.reports import QuantizationReport
 from bitwright.statistics.activation_file import ActivationFile
 from bitwright.statistics.folder import Statistics
+from bitwright.statistics.imatrix import ImportanceMatrix, ModelImportance
+from bitwright.warned import warn
 
 
 def run_quantization(
@@ -31,7 +38,13 @@ def run_quantization(
     options.limits.set_threads()
     original = _float_model(model, options.allow_requantize)
     precision = options.precision.for_model(original, options.method.method)
-    target = precision.target(original, options.method.method)
+    importance = None
+    if options.imatrix is not None:
+        importance = ModelImportance(ImportanceMatrix.load(options.imatrix), original)
+        _tell_of_missing(importance)
+    target = precision.target(original, options.method.method, importance is not None)
+    if importance is not None:
+        target = replace(target, file=replace(target.file, keys=importance.matrix.keys()))
     with _source(original, options) as (source, bos):
         run = Run(
             original,
@@ -42,6 +55,7 @@ def run_quantization(
             options.limits,
             metrics=metrics,
             two_sided=options.two_sided,
+            importance=importance,
         )
         facts = {
             "preset": options.preset,
@@ -76,7 +90,8 @@ def _float_model(place: str | os.PathLike[str], allow_requantize: bool) -> Model
     model = load_model(place)
     model.warn_of_unused()
     declared = model.checkpoint.config != float_config(model.checkpoint.config)
-    if model.format and (declared or model.quantized_layers()) and not allow_requantize:
+    packed = declared or model.quantized_layers() or model.checkpoint.decoded_type()
+    if model.format and packed and not allow_requantize:
         raise ValueError(
             f"{model.checkpoint.folder}: is quantized already ({model.format.name}); start from the "
             f"original, or say that it may be rounded again: allow_requantize (--allow-requantize). "
@@ -101,4 +116,14 @@ def _source(
         loaded = options.calibration.load(model)
         yield LiveStatistics(model, loaded.tokens, options.propagates), loaded.bos
     else:
-        yield NoStatistics(), None
+        yield NoStatistics() if options.imatrix is None else ImatrixStatistics(), None
+
+
+def _tell_of_missing(importance: ModelImportance) -> None:
+    """Warn of tensors whose rounding nothing weighs."""
+    if importance.missing:
+        count, some = len(importance.missing), ", ".join(importance.missing[:3])
+        warn(
+            f"{importance.matrix.path}: has nothing of {count} tensors of the model, such as {some}; these "
+            f"are rounded without weights"
+        )

@@ -17,6 +17,7 @@ from bitwright.blocks.output_metrics import OutputMetrics
 from bitwright.blocks.scaling import AwqOptions
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import digest, model_fingerprint
+from bitwright.checkpoint.front_matter import CARD_NAME
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.evaluation import parameter_count
 from bitwright.formats.engine_names import unfused
@@ -29,11 +30,12 @@ from bitwright.quantization.plan import RunPlan, Work, plan_run, tell
 from bitwright.quantization.small_weights import warn_of_small_weights
 from bitwright.quantization.source import StatisticsSource
 from bitwright.ranks import current
-from bitwright.records.card import CARD_NAME, model_card
+from bitwright.records.card import model_card
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.journal import Journal, kept_when_interrupted
 from bitwright.runs.limits import RunLimits
 from bitwright.runs.states import States
+from bitwright.statistics.imatrix import ModelImportance
 
 only_checking: ContextVar[bool] = ContextVar("only_checking", default=False)
 
@@ -64,6 +66,8 @@ class Run:
         Of the layers' outputs, in which they are refined, too.
     two_sided
         Whether there will be metrics, for those who only check.
+    importance
+        Of the inputs of layers of which nothing else is known.
     """
 
     model: Model
@@ -75,6 +79,7 @@ class Run:
     quantized: Model | None = None
     metrics: OutputMetrics | None = None
     two_sided: bool = False
+    importance: ModelImportance | None = None
 
     def __post_init__(self) -> None:
         self.ranks = current()
@@ -134,7 +139,8 @@ class Run:
         """Quantize the embedding if it is planned, and prepare the source."""
         name, table = self.model.names.embedding, None
         if state is None and self._layers.is_planned(name):
-            own = self._layers.known_solver(name, None) or self._layers.rounding()
+            layers = self._layers
+            own = layers.known_solver(name, None) or layers.weighted(name) or layers.rounding()
             table = self._layers.quantize_matrix(name, self.model.embedding_name, own)
         self.source.begin(self._layers, journal, state, table, self._resident)
 
@@ -158,7 +164,7 @@ class Run:
             self.limits.overwrite,
             metadata={"format": kind.metadata},
             source=checkpoint.source,
-            container=kind.files(checkpoint),
+            container=kind.files(checkpoint, self.target.file),
             work=work,
         )
 
@@ -177,6 +183,7 @@ class Run:
             self.output,
             self.quantized,
             self.metrics,
+            self.importance,
         )
 
     def _planned(self, out: Path) -> RunPlan:
@@ -209,6 +216,7 @@ class Run:
             "quantized model": self.quantized and model_fingerprint(self.quantized.checkpoint),
             **dict.fromkeys(("calibration", "activations", "statistics")),
             **self.source.identity(),
+            "importance matrix": self.importance and self.importance.matrix.fingerprint(),
             "output metrics": self.metrics and self.metrics.fingerprint(),
             "format": self.target.format.name,
             **self.options.identity(),
@@ -278,7 +286,15 @@ class Run:
             self.writer.write_json("config.json", config)
             copy_side_files(model.checkpoint, self.writer)
             differ = bool(unfused(kind, self.target.plan))
-            card = model_card(model.checkpoint, out, kind, [report], facts=facts, unfused=differ)
+            card = model_card(
+                model.checkpoint,
+                out,
+                kind,
+                [report],
+                facts=facts,
+                unfused=differ,
+                file=self.target.file,
+            )
             self.writer.write_text(CARD_NAME, card)
         return report
 
@@ -292,8 +308,12 @@ class Run:
             layers = self._stacked.get(name, [target.removesuffix(".weight")])
             if all(map(self._layers.is_planned, layers)):
                 continue
-            if name in self._stacked and any(
-                self._layers.is_planned(layer) or f"{layer}.weight" in changed for layer in layers
+            if name in self._stacked and (
+                self.target.format.own_container  # which has stacks of another kind
+                or any(
+                    self._layers.is_planned(layer) or f"{layer}.weight" in changed
+                    for layer in layers
+                )
             ):
                 for layer in layers:
                     if not self._layers.is_planned(layer):

@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 
 from bitwright.checkpoint import Checkpoint
+from bitwright.checkpoint.front_matter import CARD_NAME, front_matter
 from bitwright.checkpoint.gguf import GgufCheckpoint
+from bitwright.checkpoint.gguf_parts import stem_of
+from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import printable
 from bitwright.evaluation import Evaluation
-from bitwright.files.links import is_own_file
 from bitwright.files.replacing import replaced
 from bitwright.formats import Format
 from bitwright.formats.loading_code import python_string, shell_word
 from bitwright.methods.registry import METHODS
 from bitwright.records.reports import DwqReport, QuantizationReport, error_text, megabytes
 
-CARD_NAME = "README.md"
-CARD_LIMIT = 64 << 10  # bytes of the original's card that are read
 REFINING = "refine"  # the method of reports of what was quantized before
 WIDTH = 88  # of a call on one line
 SHOWN = 200  # characters of an argument, and of a name from a file
@@ -145,6 +145,7 @@ def model_card(
     precisions: Precisions = (),
     facts: Mapping[str, object] | None = None,
     unfused: bool = False,
+    file: FileOptions | None = None,
 ) -> str:
     """Return the model card of a folder.
 
@@ -164,6 +165,8 @@ def model_card(
         More rows of the table of facts, such as ``{"preset": "fast"}``; None is left out.
     unfused
         Whether layers differ that vLLM computes as one module, so that it does not load the folder.
+    file
+        How the weight files are named.
 
     Returns
     -------
@@ -185,7 +188,7 @@ def model_card(
     sizes = () if format is None else format.group_sizes
     counts = Counter((bits, size if size in sizes else 0) for bits, size in given)
     stored = sorted(counts.items())  # whole rows as groups of 0, however long they are
-    card = _front_matter(source.folder)
+    card = front_matter(source.folder)
     base = _base_model(source, card)
     methods = _methods(reports)
     more = dict(facts or {})
@@ -205,7 +208,7 @@ def model_card(
     parts += _figures(reports)
     place = without_place(os.fspath(out))
     loading = Format.loading if format is None else format.loading
-    codes = loading(place, len(stored) > 1, unfused)
+    codes = loading(place, len(stored) > 1, unfused, file)
     parts += ["## Loading", *(_block(code.language, code.text) for code in codes)]
     original = source.path if isinstance(source, GgufCheckpoint) else source.folder
     known = base if base is not None and "/" in base else without_place(str(original))
@@ -414,37 +417,8 @@ def _base_model(source: Checkpoint, card: Mapping[str, list[str]]) -> str | None
     loaded = source.config.get("_name_or_path")
     if isinstance(loaded, str) and "/" in loaded and loaded not in parents:
         names.append(loaded)
-    names.append(source.path.stem if isinstance(source, GgufCheckpoint) else place.name)
+    names.append(stem_of(source.path) if isinstance(source, GgufCheckpoint) else place.name)
     return next((name for name in names if _HUB_NAME.fullmatch(name)), None)
-
-
-def _front_matter(folder: Path) -> dict[str, list[str]]:
-    """Return the simple entries of a card's YAML: scalars, as lists of one, and lists of them. Whatever is
-    more than that is left out, and of a strange file everything."""
-    import yaml
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
-    path = folder / CARD_NAME
-    try:
-        if not is_own_file(path, folder):
-            return {}
-        with open(path, "rb") as file:
-            text = file.read(CARD_LIMIT).decode("utf-8-sig", errors="replace")
-    except OSError:
-        return {}
-    block = REGEX_YAML_BLOCK.match(re.sub(r"\r\n?", "\n", text))
-    try:
-        # Its loader of plain strings: no other type, and no object, can be asked for.
-        found = yaml.load(block[2], yaml.BaseLoader) if block else None
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    entries = found.items() if isinstance(found, dict) else ()
-    lists = {key: value if isinstance(value, list) else [value] for key, value in entries}
-    return {
-        key: values
-        for key, values in lists.items()
-        if isinstance(key, str) and values and all(isinstance(each, str) for each in values)
-    }
 
 
 def _argument(value: object) -> str:

@@ -81,6 +81,9 @@ class Statistics:
         tokenizer's; None if token ids were given, which are taken as they are.
     stages : dict of str to StageRecord
         In the order of the computation.
+    tensors : dict of str to list of str
+        The stages that the tensors of a GGUF file read; empty if llama.cpp does not know the model, and in
+        files of versions that did not tell.
 
     Raises
     ------
@@ -137,6 +140,7 @@ class Statistics:
                         _digest_in(content["digest"]),
                     )
                     self._files[name] = file
+            self.tensors = _tensors_in(manifest.get("tensors") or {}, self.stages)
             self._fingerprint = digest(json.dumps(manifest, sort_keys=True).encode())
         for file, stages in self.by_file().items():
             problem = _file_problem(self.folder / file, stages)
@@ -257,7 +261,7 @@ class StatisticsWriter:
         path, waiting = self._folder / name, self._folder / _DATA
         with output_errors(path):
             with open(waiting, "rb") as data, open(path, "wb") as file:
-                SafetensorsFiles().write(file, self._waiting, data, {})
+                SafetensorsFiles().write(file, 0, self._waiting, data, {})
             synchronize(path)
             waiting.unlink()
         self._files[name], self._open, self._waiting = self._open, {}, []
@@ -303,6 +307,7 @@ class StatisticsWriter:
         samples: Iterable[str],
         first: tuple[int, ...] | None = None,
         checksum: str | None = None,
+        tensors: Mapping[str, list[str]] | None = None,
     ) -> None:
         """Write the manifest and move the folder to its place."""
         content = {
@@ -314,6 +319,8 @@ class StatisticsWriter:
             "first": None if first is None else list(first),
             "files": self.state(),
         }
+        if tensors:
+            content["tensors"] = dict(tensors)
         write_json(self._folder / MANIFEST, content)
         check_place(self._work, self._overwrite)  # hours may have passed since it was looked at
         with output_errors(self._work.out):
@@ -369,6 +376,16 @@ def _digest(*arrays: NDArray[Any]) -> str:
 def _digest_in(value: object) -> str:
     if not isinstance(value, str) or len(value) != 16 or not set(value) <= set("0123456789abcdef"):
         raise ValueError(f"{shown(value)} is not a digest")
+    return value
+
+
+def _tensors_in(value: object, stages: Mapping[str, StageRecord]) -> dict[str, list[str]]:
+    if not isinstance(value, dict):
+        raise ValueError("tensors")
+    for name, each in value.items():
+        sound = isinstance(each, list) and each and all(stage in stages for stage in each)
+        if not sound or len({stages[stage].channels for stage in each}) > 1:
+            raise ValueError(f"tensors: {shown(name)} is {shown(each)}")
     return value
 
 

@@ -147,7 +147,8 @@ def _write(parts: Sequence[Statistics], work: WorkFolder, overwrite: bool) -> No
     first = firsts.pop() if len(firsts) == 1 else None
     checksum = next((part.checksum for part in parts if part.checksum is not None), None)
     tokens = sum(part.tokens for part in parts)
-    writer.finish(parts[0].model, tokens, samples, first, checksum)
+    tensors = next((part.tensors for part in parts if part.tensors), None)
+    writer.finish(parts[0].model, tokens, samples, first, checksum, tensors)
 
 
 def _merged(parts: Sequence[Statistics], name: str) -> Moments | None:

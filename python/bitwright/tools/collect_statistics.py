@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +15,7 @@ from bitwright.blocks.loop import through_blocks
 from bitwright.checkpoint.fingerprint import digest, model_checksum, model_fingerprint
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.checkpoint.writer import check_apart
+from bitwright.errors import CheckpointError
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import same_inputs
 from bitwright.loading.model import Model, load_model
@@ -28,6 +30,7 @@ from bitwright.runs.journal import Journal, kept_when_interrupted
 from bitwright.runs.limits import RunLimits
 from bitwright.runs.states import ChunkPlan, States
 from bitwright.statistics.folder import HEAD_FILE, Statistics, StatisticsWriter, check_place
+from bitwright.statistics.imatrix import stages_of_tensors
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
 
@@ -154,7 +157,12 @@ class _Collecting:
                 self.writer.end_file(HEAD_FILE)
                 digests = [digest(np.ascontiguousarray(sample).data) for sample in tokens]
                 checksum = model_checksum(model.checkpoint)
-                self.writer.finish(fingerprint, tokens.size, digests, self._samples.first, checksum)
+                tensors: dict[str, list[str]] = {}
+                with suppress(CheckpointError):  # of families that llama.cpp has not
+                    tensors = stages_of_tensors(model)
+                self.writer.finish(
+                    fingerprint, tokens.size, digests, self._samples.first, checksum, tensors
+                )
             self._ranks.barrier()
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bitwright.arrays import require_finite
 from bitwright.checkpoint import CheckpointWriter, SafetensorsFiles, copy_side_files
+from bitwright.checkpoint.front_matter import CARD_NAME
 from bitwright.errors import check_choice
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import same_inputs
@@ -29,7 +30,7 @@ from bitwright.models.matrix_rows import piece_rows
 from bitwright.precision.target import as_written
 from bitwright.quantization.output import Output, QuantizedLayer
 from bitwright.quantization.small_weights import MOST_LOST, largest_of, require_kept
-from bitwright.records.card import CARD_NAME, made_by, model_card, python_call
+from bitwright.records.card import made_by, model_card, python_call
 from bitwright.records.reports import ConversionReport, ConvertedLayer
 from bitwright.runs.budget import Budget
 from bitwright.runs.progress import progress_bar
@@ -127,6 +128,12 @@ def convert(
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
     kind = None if format == "float" else FORMATS[format]
     if not original.quantized_layers() and kind is not None and not kind.own_container:
+        if decoded := original.checkpoint.decoded_type():
+            raise ValueError(
+                f"{original.checkpoint.folder}: has tensors of the type {decoded}, which the {format} "
+                f"format cannot hold; convert to float, or round them again (bitwright quantize "
+                f"--allow-requantize)"
+            )
         raise ValueError(
             f"{original.checkpoint.folder}: is not quantized, so there is nothing to store in the {format} "
             f"format; quantize it (bitwright quantize)"
@@ -159,7 +166,7 @@ def convert(
             format,
             tuple(conversion.report),
             output.size_bytes,
-            original.checkpoint.nbytes(),
+            original.checkpoint.stored_bytes(),
         )
         stored = [each.after for each in report.layers if each.after]
         card = model_card(
@@ -212,6 +219,7 @@ class _Conversion:
         self.lost: dict[str, _Choice] = {}
         self.report: list[ConvertedLayer] = []
         self.reordered = False
+        self.stacked = self.model.stacked_tensors()
         self.left_out = set() if self.kind is None else self.model.left_out(self.kind)
 
     def needed_bytes(self) -> float:
@@ -552,16 +560,25 @@ class _Conversion:
             require_finite(stored, f"{target} as {self.dtype}")
         return stored, error
 
-    def _cast(self, array: NDArray[Any], name: str) -> NDArray[Any]:
+    def _cast(
+        self, array: NDArray[Any], name: str, dtype: np.dtype[Any] | None = None
+    ) -> NDArray[Any]:
+        dtype = dtype or self.dtype
         with np.errstate(over="ignore"):
-            cast = array.astype(self.dtype)
-        require_finite(cast, f"{name} as {self.dtype}")
+            cast = array.astype(dtype)
+        require_finite(cast, f"{name} as {dtype}")
         return cast
 
     def _carry(self, output: Output, name: str) -> None:
         """Write a float tensor; a tied matrix once."""
         model, target = self.model, self.model.written_name(name)
         if target is None or name in self.left_out:
+            return
+        if self.kind is not None and self.kind.own_container and name in self.stacked:
+            dtype = self.dtype or model.stored_dtype(name)
+            for layer in self.stacked[name]:
+                weight = model.weight(layer, model.linear_shapes()[layer])
+                output.add(f"{layer}.weight", self._cast(weight, layer, dtype))
             return
         if self.dtype is not None and is_float(model.checkpoint.dtype(name)):
             output.add(target, self._cast(model.checkpoint.read(name), name))
