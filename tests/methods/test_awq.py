@@ -293,7 +293,7 @@ def test_what_a_measure_raises_arrives() -> None:
     [
         ((1, 32, "affine"), "bits: expected 2 to 8, got 1"),
         ((4, 0, "affine"), "group_size: expected at least 1, got 0"),
-        ((4, 32, "k"), "kind: expected affine, zero_point or symmetric, got k"),
+        ((4, 32, "k"), "kind: expected affine, zero_point, symmetric or table, got k"),
         ((4, 32, "affine", "float64"), "scale_dtype: .*, got float64"),
     ],
 )
