@@ -115,6 +115,12 @@ class CompressedTensorsFormat(Format):
                     f'{where}.format" is {shown(layout)}; only {", ".join(known)} are supported'
                 )
             _check_scheme(group, place)
+            weights = group.get("weights")
+            kind = weights.get("type", "int") if isinstance(weights, dict) else "int"
+            if isinstance(weights, dict) and (kind == "float") != (layout != LAYOUT):
+                raise UnsupportedModelError(
+                    f'{place}.weights.type" is {shown(kind)}, which is not what {layout} holds'
+                )
         sparse, rotations = settings.get("sparsity_config"), settings.get("transform_config")
         if isinstance(sparse, dict) and sparse.get("format", "dense") != "dense":
             raise UnsupportedModelError(

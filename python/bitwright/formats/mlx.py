@@ -1,7 +1,7 @@
 """MLX: affine groups with a float bias, codes along the input channels (mlx.core.quantize)."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import ml_dtypes
@@ -136,6 +136,7 @@ class MlxFormat(Format):
         SETTINGS.check(settings, where, named)
         for name, layer in layers.items():
             SETTINGS.check(layer, f"{where}.{shown(name)[1:-1]}")
+        _check_modes(checkpoint, settings, where)
         if config.get("quantize_activations"):
             raise UnsupportedModelError(
                 f'{checkpoint.folder / "config.json"}: "quantize_activations" is true, which mlx-lm does '
@@ -365,17 +366,36 @@ def _float_scales(name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]
     return {f"{name}.scales": tensor.scales.view(np.uint8)}
 
 
+def _check_modes(checkpoint: Checkpoint, settings: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError if config.json gives a float mode to a layer with biases, which is affine."""
+    for stem in _affine_layers(checkpoint):
+        own = settings.get(stem)
+        is_own = isinstance(own, dict) and "mode" in own
+        mode = own["mode"] if isinstance(own, dict) and is_own else settings.get("mode", "affine")
+        if mode != "affine":
+            key = f"{where}.{stem}.mode" if is_own else f"{where}.mode"
+            raise CheckpointError(
+                f'{key}" is {shown(mode)}, but layer {stem} has biases, which only affine grids have; '
+                f"correct config.json"
+            )
+
+
+def _affine_layers(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield the names of layers that are stored as MLX's affine ones."""
+    for name in checkpoint.names():
+        stem = name.removesuffix(".biases")
+        if (
+            stem != name
+            and f"{stem}.scales" in checkpoint
+            and f"{stem}.weight" in checkpoint
+            and checkpoint.dtype(f"{stem}.weight") == np.uint32
+        ):
+            yield stem
+
+
 def _holds_layers(checkpoint: Checkpoint) -> bool:
     """Tell whether a layer is stored as MLX does."""
-    stems = (
-        name.removesuffix(".biases") for name in checkpoint.names() if name.endswith(".biases")
-    )
-    return any(
-        f"{stem}.scales" in checkpoint
-        and f"{stem}.weight" in checkpoint
-        and checkpoint.dtype(f"{stem}.weight") == np.uint32
-        for stem in stems
-    )
+    return any(True for _ in _affine_layers(checkpoint))
 
 
 FORMATS = (MlxFormat,)
