@@ -149,6 +149,7 @@ class GgufCheckpoint(Checkpoint):
                 },
             )
             self._made = {}
+            self._stored_bytes = None
             self._shards = {self.path: shard}
             self._tensors = {
                 name: _Tensor(
