@@ -6,7 +6,7 @@ Run once, in an environment of its own, and commit the result::
     /tmp/hf/bin/pip install transformers==5.23.0 safetensors
     /tmp/hf/bin/python tests/make_tiny_models.py [NAME ...]
 
-They are those of the model as ``from_pretrained`` loads it, in float32.
+The references are those of the model as ``from_pretrained`` loads it, in float32.
 """
 
 import shutil
@@ -54,6 +54,67 @@ LONG = {
     "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 8.0],
     "original_max_position_embeddings": 64,
     "partial_rotary_factor": 0.75,
+}
+SCALED = {**YARN, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.3}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0}
+INTERLEAVED = {**MROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}
+SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+SMALL_SHAPE = SHAPE | SMALL
+SMALL_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2} | {
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+SIGMOID_EXPERTS = SMALL_EXPERTS | {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+}
+DELTA = {
+    "head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+SCAN = {
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_d_head": 8,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_TOWER = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "in_channels": 1,
+    "patch_size": 4,
+    "spatial_merge_size": 1,
+    "temporal_patch_size": 1,
+    "num_position_embeddings": 4,
+}
+LATENT_SIZES = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
 }
 LATENT = {
     "num_key_value_heads": 4,
@@ -166,37 +227,347 @@ VARIANTS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "smollm3": ("smollm3", torch.bfloat16, {"num_hidden_layers": 4}),
     "glm4": ("glm4", torch.bfloat16, {"head_dim": 16}),
     "starcoder2": ("starcoder2", torch.float16, {"sliding_window": 20}),
+    "ministral": (
+        "ministral",
+        torch.bfloat16,
+        SMALL
+        | {
+            "head_dim": 8,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "mistral3-ministral3": (
+        "mistral3",
+        torch.bfloat16,
+        {
+            "text_config": {
+                **SMALL_SHAPE,
+                "model_type": "ministral3",
+                "head_dim": 8,
+                "rope_parameters": SCALED,
+            },
+            "vision_config": {**TOWER, "model_type": "pixtral", "head_dim": 16},
+            "image_token_index": 63,
+            "vision_feature_layer": -1,
+        },
+    ),
+    "qwen2_vl": (
+        "qwen2_vl",
+        torch.bfloat16,
+        {
+            "text_config": {
+                **SMALL_SHAPE,
+                "rope_parameters": {**MROPE, "mrope_section": [1, 1, 2]},
+            },
+            "vision_config": {**QWEN_TOWER, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 1},
+        },
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        torch.bfloat16,
+        {
+            "text_config": {
+                **SMALL_SHAPE,
+                "rope_parameters": {**MROPE, "mrope_section": [1, 1, 2]},
+            },
+            "vision_config": {**QWEN_TOWER, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
+        },
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        torch.bfloat16,
+        {
+            "text_config": {**SMALL_SHAPE, "head_dim": 8, "rope_parameters": INTERLEAVED},
+            "vision_config": {**QWEN_TOWER, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+        },
+    ),
+    "qwen3_vl_moe": (
+        "qwen3_vl_moe",
+        torch.bfloat16,
+        {
+            "text_config": {
+                **SMALL_SHAPE,
+                **SMALL_EXPERTS,
+                "head_dim": 8,
+                "rope_parameters": INTERLEAVED,
+            },
+            "tie_word_embeddings": False,
+            "vision_config": {**QWEN_TOWER, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+        },
+    ),
+    "internlm3": (
+        "internlm3",
+        torch.float16,
+        SMALL | {"head_dim": 8, "attention_bias": True, "mlp_bias": True},
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        torch.bfloat16,
+        SMALL
+        | SIGMOID_EXPERTS
+        | {"use_qk_norm": True, "attention_bias": True, "first_k_dense_replace": 1, "head_dim": 8},
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        torch.bfloat16,
+        SMALL
+        | SIGMOID_EXPERTS
+        | {**LATENT_SIZES, "num_key_value_heads": 4, "mlp_layer_types": ["dense", "sparse"]},
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        torch.bfloat16,
+        SMALL
+        | SMALL_EXPERTS
+        | {"head_dim": 8, "rotary_dim": 4, "intermediate_size": 32, "rope_parameters": PARTIAL},
+    ),
+    "dots1": (
+        "dots1",
+        torch.bfloat16,
+        SMALL
+        | SIGMOID_EXPERTS
+        | {"sliding_window": 9, "max_window_layers": 1, "first_k_dense_replace": 1, "head_dim": 8},
+    ),
+    "olmoe": ("olmoe", torch.bfloat16, SMALL | SMALL_EXPERTS | {"intermediate_size": 32}),
+    "solar_open": ("solar_open", torch.bfloat16, SMALL | SIGMOID_EXPERTS | {"head_dim": 8}),
+    "ernie4_5": ("ernie4_5", torch.bfloat16, SMALL | {"head_dim": 16, "use_bias": True}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        torch.bfloat16,
+        SMALL
+        | {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 1,
+        },
+    ),
+    "seed_oss": (
+        "seed_oss",
+        torch.bfloat16,
+        SMALL | {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "olmo3": (
+        "olmo3",
+        torch.bfloat16,
+        SMALL
+        | {
+            "num_hidden_layers": 4,
+            "sliding_window": 9,
+            "rope_parameters": {
+                "full_attention": YARN | {"rope_theta": 500000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+            },
+        },
+    ),
+    "exaone4": (
+        "exaone4",
+        torch.bfloat16,
+        SMALL | {"num_hidden_layers": 4, "sliding_window": 9},
+    ),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense",
+        torch.bfloat16,
+        SMALL | {"head_dim": 16, "rope_parameters": ALPHA},
+    ),
+    "granitemoe": (
+        "granitemoe",
+        torch.bfloat16,
+        SMALL
+        | SMALL_EXPERTS
+        | {
+            "intermediate_size": 32,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 2.5,
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        torch.bfloat16,
+        SMALL
+        | SMALL_EXPERTS
+        | {"head_dim": 8, "sliding_window": 9, "swiglu_limit": 1.5, "intermediate_size": 32},
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        torch.bfloat16,
+        SMALL
+        | SMALL_EXPERTS
+        | DELTA
+        | {"mlp_only_layers": [0], "shared_expert_intermediate_size": 32},
+    ),
+    "qwen3_5": (
+        "qwen3_5",
+        torch.bfloat16,
+        {
+            "text_config": {**SMALL_SHAPE, **DELTA},
+            "vision_config": {**QWEN_TOWER, "out_hidden_size": 32},
+        },
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        torch.bfloat16,
+        {
+            "text_config": {
+                **SMALL_SHAPE,
+                **SMALL_EXPERTS,
+                **DELTA,
+                "shared_expert_intermediate_size": 32,
+            },
+            "vision_config": {**QWEN_TOWER, "out_hidden_size": 32},
+        },
+    ),
+    "lfm2": (
+        "lfm2",
+        torch.bfloat16,
+        SMALL
+        | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16, "conv_bias": True},
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        torch.bfloat16,
+        SMALL
+        | SMALL_EXPERTS
+        | {
+            "num_dense_layers": 1,
+            "layer_types": ["full_attention", "conv"],
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "bamba": (
+        "bamba",
+        torch.bfloat16,
+        SMALL | SCAN | {"mamba_n_groups": 1, "attn_layer_indices": [1]},
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        torch.bfloat16,
+        SMALL | SMALL_EXPERTS | {"intermediate_size": 32, "shared_intermediate_size": 64},
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        torch.bfloat16,
+        SMALL
+        | SCAN
+        | {
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 64,
+            "layer_types": ["linear_attention", "full_attention"],
+            "residual_multiplier": 0.7,
+        },
+    ),
+    "granitemoehybrid-experts": (
+        "granitemoehybrid",
+        torch.bfloat16,
+        SMALL
+        | SCAN
+        | SMALL_EXPERTS
+        | {
+            "intermediate_size": 32,
+            "shared_intermediate_size": 64,
+            "layer_types": ["full_attention", "linear_attention"],
+            "position_embedding_type": "rope",
+        },
+    ),
+    "stablelm": ("stablelm", torch.bfloat16, SMALL | {"use_qkv_bias": True}),
+    "glm": ("glm", torch.bfloat16, SMALL | {"head_dim": 8}),
+    "helium": ("helium", torch.bfloat16, SMALL | {"head_dim": 8}),
+    "cwm": (
+        "cwm",
+        torch.bfloat16,
+        SMALL | {"head_dim": 8, "sliding_window": 9, "rope_parameters": LLAMA3},
+    ),
+    "arcee": ("arcee", torch.bfloat16, SMALL | {"head_dim": 8, "mlp_bias": True}),
+    "gemma4": (
+        "gemma4",
+        torch.bfloat16,
+        {
+            "text_config": {
+                **SMALL_SHAPE,
+                "head_dim": 8,
+                "global_head_dim": 16,
+                "num_global_key_value_heads": 1,
+                "attention_k_eq_v": True,
+                "sliding_window": 9,
+                "hidden_size_per_layer_input": 0,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "vision_config": {
+                **TOWER,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "patch_size": 4,
+                "position_embedding_size": 8,
+            },
+            "audio_config": None,
+        },
+    ),
+    "cohere": ("cohere", torch.bfloat16, SMALL | {"logit_scale": 0.5}),
+    "cohere2": (
+        "cohere2",
+        torch.bfloat16,
+        SMALL | {"head_dim": 8, "sliding_window": 9, "num_hidden_layers": 4},
+    ),
+    "stablelm-parallel": ("stablelm", torch.bfloat16, SMALL | {"use_parallel_residual": True}),
+    "mistral3-mistral4": (
+        "mistral3",
+        torch.bfloat16,
+        {
+            "text_config": {
+                **SMALL_SHAPE,
+                **SIGMOID_EXPERTS,
+                **LATENT_SIZES,
+                "model_type": "mistral4",
+                "num_key_value_heads": 4,
+                "first_k_dense_replace": 1,
+                "rope_parameters": {**SCALED, "mscale": 1.0, "mscale_all_dim": 0.8},
+            },
+            "vision_config": {**TOWER, "model_type": "pixtral", "head_dim": 16},
+            "image_token_index": 63,
+            "vision_feature_layer": -1,
+        },
+    ),
 }
+OFFSET = ("gemma2", "gemma3", "qwen3_next", "qwen3_5")  # whose norms multiply by 1 + weight
 
 
-def main() -> None:
-    """Make the variants named, or all."""
-    for seed, (name, (model_type, dtype, settings)) in enumerate(VARIANTS.items()):
-        if sys.argv[1:] and name not in sys.argv[1:]:
-            continue
-        torch.manual_seed(seed)
-        multimodal = "text_config" in settings
-        config = AutoConfig.for_model(model_type, **({} if multimodal else SHAPE) | settings)
-        kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-        made = kind.from_config(config)
-        for key, parameter in (*made.named_parameters(), *made.named_buffers()):
-            if key.endswith("norm.weight") or key.endswith("bias"):
-                offset = 1.0 if "norm.w" in key and not model_type.startswith("gemma") else 0.0
-                torch.nn.init.normal_(parameter, offset, 0.2)
-        folder = DATA / name
-        shutil.rmtree(folder, ignore_errors=True)
-        made.to(dtype).save_pretrained(folder)
-        model = kind.from_pretrained(folder, dtype=torch.float32).eval()
-        ids = torch.randint(3, 90, (2, 70))
-        with torch.no_grad():
-            result = model(ids, output_hidden_states=True)
-        np.savez_compressed(
-            folder / "expected.npz",
-            input_ids=ids.numpy().astype(np.int32),
-            logits=result.logits.numpy(),
-            **{f"hidden_{i}": states.numpy() for i, states in enumerate(result.hidden_states)},
-        )
-        print(name, float(result.logits.std()), [*folder.iterdir()])
+def make(name: str) -> None:
+    """Make one variant."""
+    model_type, dtype, settings = VARIANTS[name]
+    torch.manual_seed([*VARIANTS].index(name))
+    multimodal = "text_config" in settings
+    config = AutoConfig.for_model(model_type, **({} if multimodal else SHAPE) | settings)
+    kind = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    made = kind.from_config(config)
+    for key, parameter in (*made.named_parameters(), *made.named_buffers()):
+        if key.endswith(("norm.weight", "bias")):
+            offset = 1.0 if "norm.w" in key and not model_type.startswith(OFFSET) else 0.0
+            torch.nn.init.normal_(parameter, offset, 0.2)
+        if key.endswith("layer_scalar"):
+            torch.nn.init.constant_(parameter, 0.8)
+    folder = DATA / name
+    shutil.rmtree(folder, ignore_errors=True)
+    made.to(dtype).save_pretrained(folder)
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    vocabulary = config.get_text_config().vocab_size
+    ids = torch.randint(3, vocabulary - 6, (2, 40 if vocabulary == SMALL["vocab_size"] else 70))
+    with torch.no_grad():
+        result = model(ids, output_hidden_states=True)
+    np.savez_compressed(
+        folder / "expected.npz",
+        input_ids=ids.numpy().astype(np.int32),
+        logits=result.logits.numpy(),
+        **{f"hidden_{i}": states.numpy() for i, states in enumerate(result.hidden_states)},
+    )
+    print(name, float(result.logits.std()), [*folder.iterdir()])
 
 
-main()
+if __name__ == "__main__":
+    for variant in sys.argv[1:] or VARIANTS:
+        make(variant)

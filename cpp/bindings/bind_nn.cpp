@@ -4,6 +4,7 @@
 #include "nn/elementwise.hpp"
 #include "nn/linear.hpp"
 #include "nn/losses.hpp"
+#include "nn/recurrence.hpp"
 
 namespace bitwright {
 namespace {
@@ -28,8 +29,10 @@ Activation activation_named(const std::string& name) {
     if (name == "gelu_pytorch_tanh") return Activation::gelu_tanh;
     if (name == "gelu") return Activation::gelu;
     if (name == "relu") return Activation::relu;
-    throw py::value_error("activation: expected silu, gelu_pytorch_tanh, gelu or relu, got " +
-                          name);
+    if (name == "relu2") return Activation::relu_squared;
+    if (name == "sigmoid") return Activation::sigmoid;
+    throw py::value_error(
+        "activation: expected silu, gelu_pytorch_tanh, gelu, relu, relu2 or sigmoid, got " + name);
 }
 
 void bind_linear(py::module_& module) {
@@ -210,29 +213,32 @@ void bind_attention(py::module_& module) {
         "attention",
         [](const py::object& query, const py::object& key, const py::object& value, Index length,
            Index heads, Index key_heads, double scale, const py::object& out, Index window,
-           double softcap) {
+           double softcap, const py::object& sinks) {
             with_floats(query, [&]<typename Scalar>(Scalar) {
                 const AttentionInputs<Scalar> from(
                     query, key, value, {length, heads, key_heads, window, scale, softcap});
+                const Scalar* s = optional_vector<Scalar>(sinks, "sinks", heads);
                 auto y =
                     writable_matrix<Scalar>(out, "out", from.query.rows(), from.output_columns());
                 const py::gil_scoped_release release;
-                attention(from.query, from.key, from.value, from.rule, y);
+                attention(from.query, from.key, from.value, from.rule, s, y);
             });
         },
         py::arg("query"), py::arg("key"), py::arg("value"), py::arg("length"), py::arg("heads"),
         py::arg("key_heads"), py::arg("scale"), py::arg("out"), py::arg("window") = 0,
-        py::arg("softcap") = 0.0);
+        py::arg("softcap") = 0.0, py::arg("sinks") = py::none());
     module.def(
         "attention_backward",
         [](const py::object& query, const py::object& key, const py::object& value, Index length,
            Index heads, Index key_heads, double scale, const py::object& gradient,
            const py::object& query_gradient, const py::object& key_gradient,
-           const py::object& value_gradient, Index window, double softcap) {
+           const py::object& value_gradient, Index window, double softcap,
+           const py::object& sinks) {
             with_floats(query, [&]<typename Scalar>(Scalar) {
                 const AttentionInputs<Scalar> from(
                     query, key, value, {length, heads, key_heads, window, scale, softcap});
                 const Index rows = from.query.rows();
+                const Scalar* s = optional_vector<Scalar>(sinks, "sinks", heads);
                 const auto g = matrix<Scalar>(gradient, "gradient", rows, from.output_columns());
                 auto dq = writable_matrix<Scalar>(query_gradient, "query_gradient", rows,
                                                   from.query.cols());
@@ -241,13 +247,13 @@ void bind_attention(py::module_& module) {
                 auto dv = writable_matrix<Scalar>(value_gradient, "value_gradient", rows,
                                                   from.value.cols());
                 const py::gil_scoped_release release;
-                attention_backward(from.query, from.key, from.value, from.rule, g, dq, dk, dv);
+                attention_backward(from.query, from.key, from.value, from.rule, s, g, dq, dk, dv);
             });
         },
         py::arg("query"), py::arg("key"), py::arg("value"), py::arg("length"), py::arg("heads"),
         py::arg("key_heads"), py::arg("scale"), py::arg("gradient"), py::arg("query_gradient"),
         py::arg("key_gradient"), py::arg("value_gradient"), py::arg("window") = 0,
-        py::arg("softcap") = 0.0);
+        py::arg("softcap") = 0.0, py::arg("sinks") = py::none());
 }
 
 void bind_activations(py::module_& module) {
@@ -301,6 +307,147 @@ void bind_activations(py::module_& module) {
             });
         },
         py::arg("gate"), py::arg("up"), py::arg("activation"), py::arg("gradient"),
+        py::arg("up_gradient"));
+}
+
+template <typename Scalar>
+struct RecurrenceInputs {
+    ConstMatrixView<Scalar> query, key, value, decay, strength;
+    RecurrenceRule rule;
+
+    static RecurrenceRule checked(const RecurrenceRule& rule) {
+        require_positive(rule.length, "length");
+        require_positive(rule.heads, "heads");
+        require_positive(rule.key_heads, "key_heads");
+        if (rule.heads % rule.key_heads != 0)
+            throw py::value_error("heads: expected a multiple of key_heads");
+        return rule;
+    }
+
+    RecurrenceInputs(const py::object& queries, const py::object& keys, const py::object& values,
+                     const py::object& decays, const py::object& strengths,
+                     const RecurrenceRule& given)
+        : query(matrix<Scalar>(queries, "query")),
+          key(matrix<Scalar>(keys, "key", query.rows(), query.cols())),
+          value(matrix<Scalar>(values, "value", query.rows())),
+          decay(matrix<Scalar>(decays, "decay", query.rows(), given.heads)),
+          strength(matrix<Scalar>(strengths, "strength", query.rows(), given.heads)),
+          rule(checked(given)) {
+        if (query.cols() % rule.key_heads != 0 || value.cols() % rule.heads != 0 ||
+            query.rows() % rule.length != 0)
+            throw py::value_error(
+                "query and value: heads must divide the columns and length the rows");
+    }
+};
+
+void bind_recurrence(py::module_& module) {
+    module.def(
+        "recurrence",
+        [](const py::object& query, const py::object& key, const py::object& value,
+           const py::object& decay, const py::object& strength, Index length, Index heads,
+           Index key_heads, bool corrects, const py::object& out) {
+            with_floats(query, [&]<typename Scalar>(Scalar) {
+                const RecurrenceInputs<Scalar> from(query, key, value, decay, strength,
+                                                    {length, heads, key_heads});
+                auto y = writable_matrix<Scalar>(out, "out", from.value.rows(), from.value.cols());
+                const py::gil_scoped_release release;
+                recurrence(from.query, from.key, from.value, from.decay, from.strength, from.rule,
+                           corrects, y);
+            });
+        },
+        py::arg("query"), py::arg("key"), py::arg("value"), py::arg("decay"), py::arg("strength"),
+        py::arg("length"), py::arg("heads"), py::arg("key_heads"), py::arg("corrects"),
+        py::arg("out"));
+    module.def(
+        "recurrence_backward",
+        [](const py::object& query, const py::object& key, const py::object& value,
+           const py::object& decay, const py::object& strength, Index length, Index heads,
+           Index key_heads, bool corrects, const py::object& gradient,
+           const py::object& query_gradient, const py::object& key_gradient,
+           const py::object& value_gradient, const py::object& decay_gradient,
+           const py::object& strength_gradient) {
+            with_floats(query, [&]<typename Scalar>(Scalar) {
+                const RecurrenceInputs<Scalar> from(query, key, value, decay, strength,
+                                                    {length, heads, key_heads});
+                const Index rows = from.query.rows(), wide = from.query.cols();
+                const auto g = matrix<Scalar>(gradient, "gradient", rows, from.value.cols());
+                RecurrenceGradients<Scalar> to{
+                    writable_matrix<Scalar>(query_gradient, "query_gradient", rows, wide),
+                    writable_matrix<Scalar>(key_gradient, "key_gradient", rows, wide),
+                    writable_matrix<Scalar>(value_gradient, "value_gradient", rows,
+                                            from.value.cols()),
+                    writable_matrix<Scalar>(decay_gradient, "decay_gradient", rows, heads),
+                    writable_matrix<Scalar>(strength_gradient, "strength_gradient", rows, heads)};
+                const py::gil_scoped_release release;
+                recurrence_backward(from.query, from.key, from.value, from.decay, from.strength,
+                                    from.rule, corrects, g, to);
+            });
+        },
+        py::arg("query"), py::arg("key"), py::arg("value"), py::arg("decay"), py::arg("strength"),
+        py::arg("length"), py::arg("heads"), py::arg("key_heads"), py::arg("corrects"),
+        py::arg("gradient"), py::arg("query_gradient"), py::arg("key_gradient"),
+        py::arg("value_gradient"), py::arg("decay_gradient"), py::arg("strength_gradient"));
+    module.def(
+        "convolve",
+        [](const py::object& states, const py::object& weight, const py::object& bias, Index length,
+           const py::object& out) {
+            require_positive(length, "length");
+            with_floats(states, [&]<typename Scalar>(Scalar) {
+                const auto x = matrix<Scalar>(states, "states");
+                const auto w = matrix<Scalar>(weight, "weight", x.cols());
+                const Scalar* b = optional_vector<Scalar>(bias, "bias", x.cols());
+                auto y = writable_matrix<Scalar>(out, "out", x.rows(), x.cols());
+                if (x.rows() % length != 0)
+                    throw py::value_error("states: length must divide the rows");
+                const py::gil_scoped_release release;
+                convolve(x, w, b, length, y);
+            });
+        },
+        py::arg("states"), py::arg("weight"), py::arg("bias"), py::arg("length"), py::arg("out"));
+    module.def(
+        "convolve_backward",
+        [](const py::object& gradient, const py::object& weight, Index length,
+           const py::object& out) {
+            require_positive(length, "length");
+            with_floats(gradient, [&]<typename Scalar>(Scalar) {
+                const auto g = matrix<Scalar>(gradient, "gradient");
+                const auto w = matrix<Scalar>(weight, "weight", g.cols());
+                auto y = writable_matrix<Scalar>(out, "out", g.rows(), g.cols());
+                if (g.rows() % length != 0)
+                    throw py::value_error("gradient: length must divide the rows");
+                const py::gil_scoped_release release;
+                convolve_backward(g, w, length, y);
+            });
+        },
+        py::arg("gradient"), py::arg("weight"), py::arg("length"), py::arg("out"));
+}
+
+void bind_clamped_swiglu(py::module_& module) {
+    module.def(
+        "clamped_swiglu",
+        [](const py::object& gate, const py::object& up, double alpha, double limit) {
+            with_floats(gate, [&]<typename Scalar>(Scalar) {
+                auto g = writable_matrix<Scalar>(gate, "gate");
+                const auto u = matrix<Scalar>(up, "up", g.rows(), g.cols());
+                const py::gil_scoped_release release;
+                clamped_swiglu(g, u, alpha, limit);
+            });
+        },
+        py::arg("gate"), py::arg("up"), py::arg("alpha"), py::arg("limit"));
+    module.def(
+        "clamped_swiglu_backward",
+        [](const py::object& gate, const py::object& up, double alpha, double limit,
+           const py::object& gradient, const py::object& up_gradient) {
+            with_floats(gate, [&]<typename Scalar>(Scalar) {
+                const auto g = matrix<Scalar>(gate, "gate");
+                const auto u = matrix<Scalar>(up, "up", g.rows(), g.cols());
+                auto dg = writable_matrix<Scalar>(gradient, "gradient", g.rows(), g.cols());
+                auto du = writable_matrix<Scalar>(up_gradient, "up_gradient", g.rows(), g.cols());
+                const py::gil_scoped_release release;
+                clamped_swiglu_backward(g, u, alpha, limit, dg, du);
+            });
+        },
+        py::arg("gate"), py::arg("up"), py::arg("alpha"), py::arg("limit"), py::arg("gradient"),
         py::arg("up_gradient"));
 }
 
@@ -456,6 +603,8 @@ void bind_nn(py::module_& module) {
     bind_norms(module);
     bind_attention(module);
     bind_activations(module);
+    bind_clamped_swiglu(module);
+    bind_recurrence(module);
     bind_losses(module);
     bind_distillation(module);
 }

@@ -1,6 +1,7 @@
 #include "nn/attention.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 #include "linalg/sum.hpp"
 #include "linalg/threads.hpp"
@@ -43,11 +44,12 @@ struct Tile {
     }
 };
 
-// weights [tile.rows, tile.seen] = the softmax of q · kᵀ; `slopes`, if not null, gets the
-// derivative of the soft cap at every score.
+// weights [tile.rows, tile.seen] = the softmax of q · kᵀ and the head's sink, if it has one;
+// `slopes`, if not null, gets the derivative of the soft cap at every score.
 template <typename Scalar, typename Queries, typename Keys, typename Weights>
 void attention_weights(const Queries& queries, const Keys& keys, const Tile& tile,
-                       const AttentionRule& rule, Weights& weights, Matrix<Scalar>* slopes) {
+                       const AttentionRule& rule, const Scalar* sink, Weights& weights,
+                       Matrix<Scalar>* slopes) {
     const auto scale = static_cast<Scalar>(rule.scale), cap = static_cast<Scalar>(rule.softcap);
     weights.noalias() = queries.middleRows(tile.start, tile.rows) *
                         keys.middleRows(tile.seen_from, tile.seen).transpose();
@@ -62,8 +64,9 @@ void attention_weights(const Queries& queries, const Keys& keys, const Tile& til
         } else {
             row *= scale;
         }
-        row = (row - row.maxCoeff()).exp();
-        row /= sum(row);
+        const Scalar most = sink ? std::max(row.maxCoeff(), *sink) : row.maxCoeff();
+        row = (row - most).exp();
+        row /= sink ? sum(row) + std::exp(*sink - most) : sum(row);
         weights.row(i).head(skipped).setZero();
         weights.row(i).tail(tile.seen - past).setZero();
     }
@@ -73,7 +76,7 @@ void attention_weights(const Queries& queries, const Keys& keys, const Tile& til
 
 template <typename Scalar>
 void attention(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
-               ConstMatrixView<Scalar> value, const AttentionRule& rule,
+               ConstMatrixView<Scalar> value, const AttentionRule& rule, const Scalar* sinks,
                MatrixView<Scalar> output) {
     const Index length = rule.length, heads = rule.heads;
     const Index width = query.cols() / heads, value_width = value.cols() / rule.key_heads;
@@ -87,7 +90,7 @@ void attention(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
             auto weights = scores.topLeftCorner(tile.rows, tile.seen);
             attention_weights<Scalar>(head_of(query, length, sample, head, width),
                                       head_of(key, length, sample, key_head, width), tile, rule,
-                                      weights, nullptr);
+                                      sinks ? sinks + head : nullptr, weights, nullptr);
             head_of(output, length, sample, head, value_width)
                 .middleRows(tile.start, tile.rows)
                 .noalias() = weights * head_of(value, length, sample, key_head, value_width)
@@ -99,8 +102,9 @@ void attention(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
 template <typename Scalar>
 void attention_backward(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
                         ConstMatrixView<Scalar> value, const AttentionRule& rule,
-                        ConstMatrixView<Scalar> gradient, MatrixView<Scalar> query_gradient,
-                        MatrixView<Scalar> key_gradient, MatrixView<Scalar> value_gradient) {
+                        const Scalar* sinks, ConstMatrixView<Scalar> gradient,
+                        MatrixView<Scalar> query_gradient, MatrixView<Scalar> key_gradient,
+                        MatrixView<Scalar> value_gradient) {
     const Index length = rule.length, heads = rule.heads, shared = heads / rule.key_heads;
     const Index width = query.cols() / heads, value_width = value.cols() / rule.key_heads;
     const Index batch = query.rows() / length, tiles = (length + tile_queries - 1) / tile_queries;
@@ -130,8 +134,8 @@ void attention_backward(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> k
                 const Tile tile(index, rule);
                 auto weights = scores.topLeftCorner(tile.rows, tile.seen);
                 auto change = changes.topLeftCorner(tile.rows, tile.seen);
-                attention_weights<Scalar>(queries, keys, tile, rule, weights,
-                                          rule.softcap > 0 ? &slopes : nullptr);
+                attention_weights<Scalar>(queries, keys, tile, rule, sinks ? sinks + head : nullptr,
+                                          weights, rule.softcap > 0 ? &slopes : nullptr);
                 const auto above = outputs.middleRows(tile.start, tile.rows);
                 to_values.middleRows(tile.seen_from, tile.seen).noalias() +=
                     weights.transpose() * above;
@@ -177,12 +181,13 @@ void attention_backward(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> k
     });
 }
 
-#define BITWRIGHT_ATTENTION(Scalar)                                                             \
-    template void attention(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,                   \
-                            ConstMatrixView<Scalar>, const AttentionRule&, MatrixView<Scalar>); \
-    template void attention_backward(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,          \
-                                     ConstMatrixView<Scalar>, const AttentionRule&,             \
-                                     ConstMatrixView<Scalar>, MatrixView<Scalar>,               \
+#define BITWRIGHT_ATTENTION(Scalar)                                                                \
+    template void attention(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,                      \
+                            ConstMatrixView<Scalar>, const AttentionRule&, const Scalar*,          \
+                            MatrixView<Scalar>);                                                   \
+    template void attention_backward(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,             \
+                                     ConstMatrixView<Scalar>, const AttentionRule&, const Scalar*, \
+                                     ConstMatrixView<Scalar>, MatrixView<Scalar>,                  \
                                      MatrixView<Scalar>, MatrixView<Scalar>);
 BITWRIGHT_ATTENTION(float)
 BITWRIGHT_ATTENTION(double)

@@ -17,18 +17,21 @@ struct AttentionRule {
 // output [batch · length, heads · value_width] = softmax(scale · Q Kᵀ + causal mask) V for each
 // sample and head; query is [batch · length, heads · width], key [batch · length, key_heads ·
 // width], value [batch · length, key_heads · value_width], and query head h reads key head
-// h / (heads / key_heads). Scores exist for one tile of queries at a time: memory is linear in the
-// length.
+// h / (heads / key_heads). `sinks` [heads], if not null, are scores of one more token of each head
+// whose value is zero (gpt-oss). Scores exist for one tile of queries at a time: memory is linear
+// in the length.
 template <typename Scalar>
 void attention(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
-               ConstMatrixView<Scalar> value, const AttentionRule& rule, MatrixView<Scalar> output);
+               ConstMatrixView<Scalar> value, const AttentionRule& rule, const Scalar* sinks,
+               MatrixView<Scalar> output);
 
 // The gradients of query, key and value, each in its shape, from that of the output. Scores are
 // recomputed (as in FlashAttention, arXiv:2205.14135), so memory is linear in the length here, too.
 template <typename Scalar>
 void attention_backward(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
                         ConstMatrixView<Scalar> value, const AttentionRule& rule,
-                        ConstMatrixView<Scalar> gradient, MatrixView<Scalar> query_gradient,
-                        MatrixView<Scalar> key_gradient, MatrixView<Scalar> value_gradient);
+                        const Scalar* sinks, ConstMatrixView<Scalar> gradient,
+                        MatrixView<Scalar> query_gradient, MatrixView<Scalar> key_gradient,
+                        MatrixView<Scalar> value_gradient);
 
 }  // namespace bitwright

@@ -30,6 +30,12 @@ void activate_row(const AlignedRow<Scalar>& values, AlignedRow<Scalar>& result,
         case Activation::relu:
             result = values.max(Scalar(0));
             break;
+        case Activation::relu_squared:
+            result = values.max(Scalar(0)).square();
+            break;
+        case Activation::sigmoid:
+            result = 1 / (1 + (-values).exp());
+            break;
     }
 }
 
@@ -57,6 +63,13 @@ void slope_row(const AlignedRow<Scalar>& values, AlignedRow<Scalar>& result,
             break;
         case Activation::relu:
             result = (values > Scalar(0)).template cast<Scalar>();
+            break;
+        case Activation::relu_squared:
+            result = 2 * values.max(Scalar(0));
+            break;
+        case Activation::sigmoid:
+            result = 1 / (1 + (-values).exp());
+            result = result * (1 - result);
             break;
     }
 }
@@ -226,22 +239,64 @@ void activate_multiply_backward(ConstMatrixView<Scalar> gate, ConstMatrixView<Sc
     });
 }
 
-#define BITWRIGHT_ELEMENTWISE(Scalar)                                                           \
-    template void rms_norm(ConstMatrixView<Scalar>, ConstVectorView<Scalar>, double,            \
-                           MatrixView<Scalar>);                                                 \
-    template void rms_norm_backward(ConstMatrixView<Scalar>, ConstVectorView<Scalar>, double,   \
-                                    ConstMatrixView<Scalar>, MatrixView<Scalar>, Scalar*);      \
-    template void layer_norm(ConstMatrixView<Scalar>, ConstVectorView<Scalar>,                  \
-                             ConstVectorView<Scalar>, double, MatrixView<Scalar>);              \
-    template void layer_norm_backward(ConstMatrixView<Scalar>, ConstVectorView<Scalar>, double, \
-                                      ConstMatrixView<Scalar>, MatrixView<Scalar>, Scalar*);    \
-    template void rotate(MatrixView<Scalar>, ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,  \
-                         Index, Index, bool, bool);                                             \
-    template void activate(MatrixView<Scalar>, Activation);                                     \
-    template void activate_backward(ConstMatrixView<Scalar>, Activation, MatrixView<Scalar>);   \
-    template void activate_multiply(MatrixView<Scalar>, ConstMatrixView<Scalar>, Activation);   \
-    template void activate_multiply_backward(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,  \
-                                             Activation, MatrixView<Scalar>, MatrixView<Scalar>);
+template <typename Scalar>
+void clamped_swiglu(MatrixView<Scalar> gate, ConstMatrixView<Scalar> up, double alpha,
+                    double limit) {
+    const auto steep = static_cast<Scalar>(alpha), most = static_cast<Scalar>(limit);
+    parallel_for(gate.rows(), 4, [&](Index first, Index last) {
+        AlignedRow<Scalar> values(gate.cols()), factors(gate.cols());
+        for (Index row = first; row < last; ++row) {
+            values = gate.row(row).array().min(most);
+            factors = up.row(row).array().min(most).max(-most) + 1;
+            values = values / (1 + (-steep * values).exp()) * factors;
+            gate.row(row).array() = values;
+        }
+    });
+}
+
+template <typename Scalar>
+void clamped_swiglu_backward(ConstMatrixView<Scalar> gate, ConstMatrixView<Scalar> up, double alpha,
+                             double limit, MatrixView<Scalar> gradient,
+                             MatrixView<Scalar> up_gradient) {
+    const auto steep = static_cast<Scalar>(alpha), most = static_cast<Scalar>(limit);
+    const Index columns = gate.cols();
+    parallel_for(gate.rows(), 4, [&](Index first, Index last) {
+        AlignedRow<Scalar> gates(columns), ups(columns), values(columns), shares(columns),
+            above(columns), result(columns);
+        for (Index row = first; row < last; ++row) {
+            gates = gate.row(row).array();
+            ups = up.row(row).array();
+            above = gradient.row(row).array();
+            values = gates.min(most);
+            shares = 1 / (1 + (-steep * values).exp());
+            result = above * values * shares * (ups.abs() <= most).template cast<Scalar>();
+            up_gradient.row(row).array() = result;
+            result = above * (ups.min(most).max(-most) + 1) * shares *
+                     (1 + steep * values * (1 - shares)) * (gates <= most).template cast<Scalar>();
+            gradient.row(row).array() = result;
+        }
+    });
+}
+
+#define BITWRIGHT_ELEMENTWISE(Scalar)                                                             \
+    template void rms_norm(ConstMatrixView<Scalar>, ConstVectorView<Scalar>, double,              \
+                           MatrixView<Scalar>);                                                   \
+    template void rms_norm_backward(ConstMatrixView<Scalar>, ConstVectorView<Scalar>, double,     \
+                                    ConstMatrixView<Scalar>, MatrixView<Scalar>, Scalar*);        \
+    template void layer_norm(ConstMatrixView<Scalar>, ConstVectorView<Scalar>,                    \
+                             ConstVectorView<Scalar>, double, MatrixView<Scalar>);                \
+    template void layer_norm_backward(ConstMatrixView<Scalar>, ConstVectorView<Scalar>, double,   \
+                                      ConstMatrixView<Scalar>, MatrixView<Scalar>, Scalar*);      \
+    template void rotate(MatrixView<Scalar>, ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,    \
+                         Index, Index, bool, bool);                                               \
+    template void activate(MatrixView<Scalar>, Activation);                                       \
+    template void activate_backward(ConstMatrixView<Scalar>, Activation, MatrixView<Scalar>);     \
+    template void activate_multiply(MatrixView<Scalar>, ConstMatrixView<Scalar>, Activation);     \
+    template void activate_multiply_backward(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,    \
+                                             Activation, MatrixView<Scalar>, MatrixView<Scalar>); \
+    template void clamped_swiglu(MatrixView<Scalar>, ConstMatrixView<Scalar>, double, double);    \
+    template void clamped_swiglu_backward(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,       \
+                                          double, double, MatrixView<Scalar>, MatrixView<Scalar>);
 BITWRIGHT_ELEMENTWISE(float)
 BITWRIGHT_ELEMENTWISE(double)
 

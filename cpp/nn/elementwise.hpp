@@ -40,7 +40,7 @@ void rotate(MatrixView<Scalar> states, ConstMatrixView<Scalar> cosines,
             ConstMatrixView<Scalar> sines, Index heads, Index first, bool interleaved,
             bool backward);
 
-enum class Activation { silu, gelu_tanh, gelu, relu };
+enum class Activation { silu, gelu_tanh, gelu, relu, relu_squared, sigmoid };
 
 // states [tokens, channels] = activation(states), in place.
 template <typename Scalar>
@@ -61,5 +61,17 @@ template <typename Scalar>
 void activate_multiply_backward(ConstMatrixView<Scalar> gate, ConstMatrixView<Scalar> up,
                                 Activation activation, MatrixView<Scalar> gradient,
                                 MatrixView<Scalar> up_gradient);
+
+// gate [tokens, channels] = g / (1 + exp(−alpha g)) · (u + 1), in place, with g = min(gate, limit)
+// and u = up between −limit and limit (gpt-oss).
+template <typename Scalar>
+void clamped_swiglu(MatrixView<Scalar> gate, ConstMatrixView<Scalar> up, double alpha,
+                    double limit);
+
+// As activate_multiply_backward.
+template <typename Scalar>
+void clamped_swiglu_backward(ConstMatrixView<Scalar> gate, ConstMatrixView<Scalar> up, double alpha,
+                             double limit, MatrixView<Scalar> gradient,
+                             MatrixView<Scalar> up_gradient);
 
 }  // namespace bitwright

@@ -170,6 +170,7 @@ def attention(
     out: _Float,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: _Float | None = None,
 ) -> None: ...
 def attention_backward(
     query: _Float,
@@ -185,6 +186,7 @@ def attention_backward(
     value_gradient: _Float,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: _Float | None = None,
 ) -> None: ...
 def activate(states: _Float, activation: str) -> None: ...
 def activate_backward(states: _Float, activation: str, gradient: _Float) -> None: ...
@@ -211,3 +213,40 @@ def distillation_loss(
     factor: float,
     gradient: _Float | None,
 ) -> NDArray[np.float64]: ...
+def clamped_swiglu(gate: _Float, up: _Float, alpha: float, limit: float) -> None: ...
+def clamped_swiglu_backward(
+    gate: _Float, up: _Float, alpha: float, limit: float, gradient: _Float, up_gradient: _Float
+) -> None: ...
+def recurrence(
+    query: _Float,
+    key: _Float,
+    value: _Float,
+    decay: _Float,
+    strength: _Float,
+    length: int,
+    heads: int,
+    key_heads: int,
+    corrects: bool,
+    out: _Float,
+) -> None: ...
+def recurrence_backward(
+    query: _Float,
+    key: _Float,
+    value: _Float,
+    decay: _Float,
+    strength: _Float,
+    length: int,
+    heads: int,
+    key_heads: int,
+    corrects: bool,
+    gradient: _Float,
+    query_gradient: _Float,
+    key_gradient: _Float,
+    value_gradient: _Float,
+    decay_gradient: _Float,
+    strength_gradient: _Float,
+) -> None: ...
+def convolve(
+    states: _Float, weight: _Float, bias: _Float | None, length: int, out: _Float
+) -> None: ...
+def convolve_backward(gradient: _Float, weight: _Float, length: int, out: _Float) -> None: ...

@@ -197,8 +197,7 @@ def assert_same_grams(found: Grams, expected: Grams) -> None:
 @needs_shared
 @pytest.mark.parametrize("name", [folder.name for folder in sorted(ARCH.glob("*"))])
 def test_native_states_are_what_transformers_computes(name: str) -> None:
-    """From the stored weights, in float32. The expected.npz of folders in 16 bits are something else: see
-    rounded_rotation in test_families.py."""
+    """From the stored weights, in float32; the expected.npz of folders in 16 bits is something else."""
     ids = np.load(ARCH / name / "expected.npz")["input_ids"]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(ARCH / name, dtype=torch.float32)
     with torch.no_grad():

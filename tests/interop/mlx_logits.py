@@ -1,4 +1,4 @@
-"""Logits of the last of three tokens, as mlx-lm loads a folder. Usage: MODEL..."""
+"""Logits of the last of three tokens, as mlx-lm loads a folder. Usage: [--float32] MODEL..."""
 
 import json
 import sys
@@ -8,7 +8,10 @@ import mlx.core as mx
 from mlx_lm.utils import load_model
 
 mx.set_default_device(mx.cpu)
-for folder in sys.argv[1:]:
+exact = sys.argv[1:2] == ["--float32"]
+for folder in sys.argv[2 if exact else 1 :]:
     model, _ = load_model(Path(folder))
+    if exact:
+        model.set_dtype(mx.float32)
     logits = model(mx.array([[5, 6, 7]]))[0, -1].astype(mx.float32)
     print(json.dumps({"logits": logits.tolist()}), flush=True)

@@ -52,7 +52,7 @@ def of_gguf() -> list[str]:
 
 declared = {
     "versions": {"transformers": version("transformers")},
-    "models": {kind: of_model(kind) for kind in sys.argv[1:]},
+    "models": {kind: of_model(kind) for kind in sys.argv[1:] if kind in CONFIG_MAPPING},
     "rope": sorted(RopeParameters.__annotations__),
     "gptq": of_function(GPTQConfig, GPTQConfig(4)),
     "gptqmodel": sorted(gptqmodel.QuantizeConfig().to_dict()),

@@ -76,10 +76,12 @@ def test_products_are_taken_in_one_place() -> None:
         for path in sorted(CPP.rglob("*.[ch]pp"))
         if any(products.search(line.split("//")[0]) for line in path.read_text().splitlines())
     }
-    # Attention, the fit of grids and blocks of outputs have their own pieces, each on one thread.
+    # Attention, recurrences, the fit of grids and blocks of outputs have their own pieces, each on one
+    # thread.
     assert found == {
         "linalg/product.hpp",
         "nn/attention.cpp",
+        "nn/recurrence.cpp",
         "quant/output_metric.cpp",
         "quant/refine.cpp",
         "quant/refine_two_sided.cpp",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import ACTIVATIONS
 from numpy.typing import NDArray
 
 from bitwright import _kernels
@@ -144,7 +145,7 @@ def test_rotate(interleaved: bool, first: int) -> None:
     check(lambda states: turned(states, False), [states], lambda g: [turned(g, True)])
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation: str) -> None:
     gate, up = 2 * gaussian(9, 21), gaussian(9, 21, seed=1)
 
@@ -211,6 +212,135 @@ def test_attention(length: int, heads: int, key_heads: int, window: int, softcap
         return found
 
     check(forward, inputs, backward)
+
+
+@pytest.mark.parametrize("length", [1, 70])
+def test_attention_with_sinks(length: int) -> None:
+    inputs = [gaussian(2 * length, 12), *(gaussian(2 * length, 6, seed=seed) for seed in (1, 2))]
+    sinks = gaussian(4, seed=9) + 1
+
+    def forward(*inputs: Float) -> Float:
+        result = np.empty_like(inputs[0])
+        _kernels.attention(*inputs, length, 4, 2, 0.4, result, sinks=sinks)
+        return result
+
+    def backward(gradient: Float) -> list[Float]:
+        found = [new(part) for part in inputs]
+        _kernels.attention_backward(*inputs, length, 4, 2, 0.4, gradient, *found, sinks=sinks)
+        return found
+
+    check(forward, inputs, backward)
+    query, key, value = (each.reshape(2, length, -1, 3) for each in inputs)
+    scores = 0.4 * np.einsum("bihc,bjhc->bhij", query, key.repeat(2, axis=2))
+    weights = np.exp(scores) * np.tril(np.ones((length, length)))
+    weights /= weights.sum(axis=3, keepdims=True) + np.exp(sinks)[:, None, None]
+    expected = np.einsum("bhij,bjhc->bihc", weights, value.repeat(2, axis=2))
+    np.testing.assert_allclose(forward(*inputs), expected.reshape(2 * length, 12), atol=1e-12)
+
+
+def stepped(
+    query: Float, key: Float, value: Float, decay: Float, strength: Float, corrects: bool
+) -> Float:
+    """The recurrence of one sample and head, token by token, as its definition has it."""
+    state, outputs = np.zeros((key.shape[1], value.shape[1])), []
+    for q, k, v, d, s in zip(query, key, value, decay, strength, strict=True):
+        state = np.exp(d) * state
+        update = s * (v - state.T @ k if corrects else v)
+        state = state + np.outer(k, update)
+        outputs.append(state.T @ q)
+    return np.array(outputs)
+
+
+@pytest.mark.parametrize("corrects", [True, False])
+@pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("length", [1, 5, 64, 130])
+def test_recurrence(length: int, heads: int, key_heads: int, corrects: bool) -> None:
+    rows, width, value_width = 2 * length, 5, 3
+    inputs = [
+        gaussian(rows, key_heads * width),
+        gaussian(rows, key_heads * width, seed=1) / np.sqrt(width),
+        gaussian(rows, heads * value_width, seed=2),
+        -np.abs(gaussian(rows, heads, seed=3)) / 5,
+        1 / (1 + np.exp(-gaussian(rows, heads, seed=4))),
+    ]
+    rule: Any = {"length": length, "heads": heads, "key_heads": key_heads, "corrects": corrects}
+
+    def forward(*inputs: Float) -> Float:
+        result = new(inputs[2])
+        _kernels.recurrence(*inputs, out=result, **rule)
+        return result
+
+    def gradients(gradient: Float, *inputs: Float) -> list[Float]:
+        found = [new(part) for part in inputs]
+        names = ("query", "key", "value", "decay", "strength")
+        written: Any = {f"{name}_gradient": part for name, part in zip(names, found, strict=True)}
+        _kernels.recurrence_backward(*inputs, gradient=gradient, **written, **rule)
+        return found
+
+    def backward(gradient: Float) -> list[Float]:
+        found = gradients(gradient, *inputs)
+        single = [part.astype(np.float32) for part in (gradient, *inputs)]
+        for exact, rough in zip(found, gradients(*single), strict=True):
+            np.testing.assert_allclose(rough, exact, rtol=0, atol=3e-5 * np.abs(exact).max() + 1e-6)
+        return found
+
+    check(forward, inputs, backward)
+    output = forward(*inputs)
+    for sample, head in ((0, 0), (1, heads - 1)):
+        place, key_head = slice(sample * length, (sample + 1) * length), head * key_heads // heads
+        channels = slice(key_head * width, (key_head + 1) * width)
+        values = slice(head * value_width, (head + 1) * value_width)
+        query, key, value, decay, strength = (part[place] for part in inputs)
+        expected = stepped(
+            query[:, channels],
+            key[:, channels],
+            value[:, values],
+            decay[:, head],
+            strength[:, head],
+            corrects,
+        )
+        np.testing.assert_allclose(output[place, values], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_convolve(length: int) -> None:
+    states, taps, bias = gaussian(3 * length, 7), gaussian(7, 4, seed=1), gaussian(7, seed=2)
+
+    def forward(states: Float) -> Float:
+        result = new(states)
+        _kernels.convolve(states, taps, bias, length, result)
+        return result
+
+    def backward(gradient: Float) -> list[Float]:
+        found = new(states)
+        _kernels.convolve_backward(gradient, taps, length, found)
+        return [found]
+
+    check(forward, [states], backward)
+    padded = np.concatenate([np.zeros((3, 7)), states[:length]])
+    expected = [(padded[i : i + 4] * taps.T).sum(0) + bias for i in range(length)]
+    np.testing.assert_allclose(forward(states)[:length], expected, atol=1e-12)
+
+
+def test_clamped_swiglu() -> None:
+    gate, up = 2 * gaussian(9, 31), 2 * gaussian(9, 31, seed=1)
+    for values in (gate, up):  # finite differences do not see kinks
+        values[np.abs(np.abs(values) - 1.5) < 0.01] = 0.3
+
+    def forward(gate: Float, up: Float) -> Float:
+        result = gate.copy()
+        _kernels.clamped_swiglu(result, up, 1.7, 1.5)
+        return result
+
+    def backward(gradient: Float) -> list[Float]:
+        to_gate, to_up = gradient.copy(), new(up)
+        _kernels.clamped_swiglu_backward(gate, up, 1.7, 1.5, to_gate, to_up)
+        return [to_gate, to_up]
+
+    check(forward, [gate, up], backward)
+    low = np.minimum(gate, 1.5)
+    expected = low / (1 + np.exp(-1.7 * low)) * (np.clip(up, -1.5, 1.5) + 1)
+    np.testing.assert_allclose(forward(gate, up), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("cap", [0.0, 2.0])

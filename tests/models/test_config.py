@@ -178,7 +178,7 @@ def test_wrong_rope_values_are_named(change: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba', which is not supported; supported are: deepseek_v2"),
+        ({"model_type": "mamba"}, "'mamba', which is not supported; supported are: .*deepseek_v2"),
         ({"hidden_act": "gelu_new"}, "'gelu_new'.*supported are: silu"),
         ({"dtype": "float8_e8m0fnu"}, "'float8_e8m0fnu'.*float32, float16, bfloat16"),
         ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "'mrope'.*default, linear, dynamic"),
@@ -392,3 +392,120 @@ def test_the_whole_says_whether_its_head_is_the_embedding(
     text = {"hidden_size": 128} | ({} if part is None else {"tie_word_embeddings": part})
     config = parse(model_type="gemma3", text_config=text, **said)
     assert config.tie_word_embeddings is (whole is not False)
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("raw", "wanted"),
+    [
+        (  # Qwen 2.5 VL, before its text part had an object of its own
+            {
+                "model_type": "qwen2_5_vl",
+                "hidden_size": 64,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+                "vision_config": {"hidden_size": 8},
+                "vision_token_id": 5,
+            },
+            {"family": "qwen2_5_vl/qwen2_5_vl_text", "hidden_size": 64, "query_bias": True},
+        ),
+        (  # Mistral Small 3.1
+            {
+                "model_type": "mistral3",
+                "text_config": {"model_type": "mistral", "head_dim": 128, "sliding_window": None},
+                "vision_config": {},
+                "spatial_merge_size": 2,
+            },
+            {"family": "mistral3/mistral", "head_dim": 128, "layer_types": (FULL,) * 32},
+        ),
+        (  # Granite 4 H Micro
+            {
+                "model_type": "granitemoehybrid",
+                "num_hidden_layers": 2,
+                "layer_types": ["mamba", "attention"],
+                "position_embedding_type": "nope",
+                "num_local_experts": 0,
+                "num_experts_per_tok": 0,
+                "shared_intermediate_size": 80,
+                "normalization_function": "rmsnorm",
+            },
+            {
+                "layer_types": ("linear_attention", FULL),
+                "rotates": (False, False),
+                "experts": None,
+                "intermediate_size": 80,
+            },
+        ),
+        (  # LFM 2
+            {
+                "model_type": "lfm2",
+                "num_hidden_layers": 3,
+                "full_attn_idxs": [1],
+                "block_ff_dim": 6656,
+                "block_ffn_dim_multiplier": 1.0,
+                "tie_embedding": True,
+                "conv_L_cache": 3,
+            },
+            {"layer_types": ("conv", FULL, "conv"), "intermediate_size": 4608, "convolved": 3},
+        ),
+        (  # Qwen 3 Next
+            {"model_type": "qwen3_next", "num_hidden_layers": 4, "full_attention_interval": 4},
+            {"layer_types": ("linear_attention",) * 3 + (FULL,), "rotary_dim": 64},
+        ),
+        (  # MiniMax M2
+            {"model_type": "minimax_m2", "rotary_dim": 64, "use_qk_norm": True},
+            {"rotary_dim": 64, "head_dim": 128, "interleaved": False},
+        ),
+        (  # Gemma 4 31B
+            {
+                "model_type": "gemma4_text",
+                "num_hidden_layers": 6,
+                "hidden_size_per_layer_input": 0,
+                "attention_k_eq_v": True,
+                "num_global_key_value_heads": 2,
+                "use_bidirectional_attention": "vision",
+            },
+            {"layer_types": (SLIDING,) * 5 + (FULL,), "attention_scale": 1.0},
+        ),
+    ],
+    ids=lambda each: str(each.get("model_type", "")),
+)
+def test_released_files_are_understood(raw: dict[str, Any], wanted: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict(raw, SOURCE, RULES)
+    assert {key: getattr(config, key) for key in wanted} == wanted
+
+
+def test_sizes_of_single_layers() -> None:
+    raw = {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "num_hidden_layers": 6}
+    config = ModelConfig.from_dict(raw, SOURCE, RULES)
+    assert [config.at(layer).head_dim for layer in range(6)] == [256] * 5 + [512]
+    assert config.rope.rotary_dim == 512
+    own = {**raw, "per_layer_config": {"05": {"head_dim": 128, "num_key_value_heads": 1}}}
+    config = ModelConfig.from_dict(own, SOURCE, RULES)
+    assert (config.at(5).head_dim, config.at(5).num_key_value_heads) == (128, 1)
+    assert config.at(0) is not config.at(5)
+    for wrong in ({"05": {"hidden_size": 3}}, {"05": {"head_dim": "8"}}, {"05": 3}):
+        with pytest.raises(CheckpointError, match="head_dim|hidden_size|05"):
+            ModelConfig.from_dict({**raw, "per_layer_config": wrong}, SOURCE, RULES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, '"hidden_size_per_layer_input" is 256'),  # the default
+        (
+            {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 2},
+            '"num_kv_shared_layers" is 2',
+        ),
+        (
+            {"hidden_size_per_layer_input": 0, "enable_moe_block": True},
+            '"enable_moe_block" is True',
+        ),
+    ],
+)
+def test_what_is_not_computed_is_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{named}.*--backend transformers"):
+        ModelConfig.from_dict({"model_type": "gemma4_text", **changes}, SOURCE, RULES)

@@ -13,6 +13,7 @@ from bitwright.grids.tensor import K_GRIDS
 RNG = np.random.default_rng(0)
 ROWS, WIDTH, OUT = 37, 128, 70  # rows end inside a tile; widths of 67 end inside a register
 FLOATS = (np.float32, np.float64)
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu", "relu2", "sigmoid")
 
 
 def normal(*shape: int, dtype: Any = np.float32) -> NDArray[Any]:
@@ -163,7 +164,15 @@ def forward_cases(dtype: Any) -> list[tuple[str, tuple[Any, ...]]]:
                     ),
                 )
             )
-    for name in ("silu", "gelu_pytorch_tanh", "gelu", "relu"):
+    cases += [
+        ("clamped_swiglu", (states, floats(ROWS, 67), 1.7, 1.5)),
+        ("convolve", (states, floats(67, 4), gain, ROWS, out(ROWS, 67))),
+        ("convolve", (states, floats(67, 3), None, 1, out(ROWS, 67))),
+    ]
+    for corrects in (True, False):
+        parts, shape = recurrence_parts(dtype)
+        cases.append(("recurrence", (*parts, *shape, corrects, np.empty_like(parts[2]))))
+    for name in ACTIVATIONS:
         cases += [
             ("activate", (states, name)),
             ("activate_multiply", (states, floats(ROWS, 67), name)),
@@ -176,6 +185,19 @@ def forward_cases(dtype: Any) -> list[tuple[str, tuple[Any, ...]]]:
             ("draw_tokens", (states, RNG.random(ROWS))),
         ]
     return cases
+
+
+def recurrence_parts(dtype: Any) -> tuple[list[NDArray[Any]], tuple[int, int, int]]:
+    """Queries, keys, values, decays and strengths of samples that end inside a chunk."""
+    length, heads, key_heads, width = 70, 4, 2, 13
+    parts = [
+        normal(2 * length, key_heads * width, dtype=dtype),
+        normal(2 * length, key_heads * width, dtype=dtype) / 4,
+        normal(2 * length, heads * 11, dtype=dtype),
+        -np.abs(normal(2 * length, heads, dtype=dtype)),
+        np.abs(normal(2 * length, heads, dtype=dtype)) / 3,
+    ]
+    return [part.astype(dtype) for part in parts], (length, heads, key_heads)
 
 
 def backward_cases(dtype: Any) -> list[tuple[str, tuple[Any, ...]]]:
@@ -217,7 +239,16 @@ def backward_cases(dtype: Any) -> list[tuple[str, tuple[Any, ...]]]:
                     ),
                 )
             )
-    for name in ("silu", "gelu_pytorch_tanh", "gelu", "relu"):
+    cases += [
+        ("clamped_swiglu_backward", (states, floats(ROWS, 67), 1.7, 1.5, above, out(ROWS, 67))),
+        ("convolve_backward", (states, floats(67, 4), ROWS, out(ROWS, 67))),
+    ]
+    for corrects in (True, False):
+        parts, shape = recurrence_parts(dtype)
+        outputs = [np.empty_like(part) for part in parts]
+        gradient = floats(*parts[2].shape)
+        cases.append(("recurrence_backward", (*parts, *shape, corrects, gradient, *outputs)))
+    for name in ACTIVATIONS:
         cases += [
             ("activate_backward", (states, name, above)),
             ("activate_multiply_backward", (states, floats(ROWS, 67), name, above, out(ROWS, 67))),

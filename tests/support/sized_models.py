@@ -19,7 +19,7 @@ def make_sized(folder: Path, family: str, **changes: Any) -> Path:
     content = json.loads((TESTS / "data/tiny" / family / "config.json").read_text()) | changes
     rules = {name: each.rules for name, each in ARCHITECTURES.items()}
     config = ModelConfig.from_dict(content, folder / "config.json", rules)
-    architecture = ARCHITECTURES[config.model_type]
+    architecture = ARCHITECTURES[config.family]
     names, norms = architecture.names[0], architecture.norm_kind
     matrix = (config.vocab_size, config.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {f"{names.embedding}.weight": matrix}

@@ -109,7 +109,7 @@ class GgufNames:
                 f'{source}: "model_type" is {shown(self.config.model_type)}, which the gguf format '
                 f"does not hold yet; it holds: {', '.join(GGUF_FAMILIES)}. Choose another format"
             )
-        family = ARCHITECTURES[self.config.model_type]
+        family = ARCHITECTURES[self.config.family]
         self.family = GGUF_FAMILIES[self.config.model_type]
         self.architecture = self.family.architecture
         self._offset_norms = family.norm_kind == "offset_rms_norm"

@@ -274,17 +274,45 @@ class Checkpoint:
         self._tensors, self._names = renamed, sorted(renamed)
         self._made = {names.get(name, name): make for name, make in self._made.items()}
 
-    def replace(self, made: Collection[Made]) -> None:
-        """Replace tensors by some that are computed from them when they are read.
+    def replace(
+        self,
+        parts: Collection[str],
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        make: "Callable[[Checkpoint], NDArray[Any]]",
+        *,
+        kept: bool = False,
+    ) -> None:
+        """Replace some tensors by one that is computed from them when it is read.
+
+        Parameters
+        ----------
+        parts : collection of str
+            Names of the tensors that it replaces.
+        name, dtype, shape : str, str, tuple of int
+            Of the new tensor; the dtype by its safetensors name.
+        make : callable
+            Returns the new tensor, given a checkpoint with the parts.
+        kept : bool
+            Whether the parts stay, for others that are made of them.
+        """
+        made = Made(parts, name, dtype, shape, lambda whole, ranges: make(whole)[ranges])
+        self.replace_all([made], kept=kept)
+
+    def replace_all(self, made: Collection[Made], *, kept: bool = False) -> None:
+        """Replace tensors by some of which parts are computed from them when they are read.
 
         Parameters
         ----------
         made : collection of Made
             The new tensors, and which ones each replaces.
+        kept : bool
+            Whether the parts stay, for others that are made of them.
         """
         whole = copy.copy(self)
         self._stored_bytes = whole.nbytes()
-        gone = {part for each in made for part in each.parts}
+        gone = set[str]() if kept else {part for each in made for part in each.parts}
         self._tensors = {name: each for name, each in whole._tensors.items() if name not in gone}
         self._made = dict(whole._made)
         for each in made:

@@ -68,7 +68,7 @@ def tape_bytes(model: Model, index: int, stages: Iterable[Stage], length: int, r
 
 def _per_token(model: Model, index: int, stages: Iterable[Stage]) -> float:
     """Return how many numbers per token operations remember, with the most that their gradients add."""
-    layout, config, names = model.layouts[index], model.config, model.architecture
+    layout, config, names = model.layouts[index], model.config.at(index), model.architecture
     hidden, experts = config.hidden_size, config.experts
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -83,12 +83,21 @@ def _per_token(model: Model, index: int, stages: Iterable[Stage]) -> float:
             kept = layout.channels(stage)
         if stage.kind == "attention":
             attention = cast(Attention, names.attention)
-            kept += outputs + queries
+            kept += outputs + (3 if attention.gated else 1) * queries
             if attention.fused is not None:  # and taken apart
                 kept, changes = kept + outputs, 2 * outputs
+            if stage.mlp is not None:  # in parallel
+                kept, changes = kept + config.intermediate_size, changes + config.intermediate_size
             kept += queries if attention.query_norm is not None else 0
             kept += keys if attention.key_norm is not None else 0
             changes += queries + (2 * queries if keys < queries else 0)
+        elif stage.kind in (
+            "delta",
+            "mamba",
+        ):  # convolved, taken apart, weighed, recurred, gated, normed
+            kept, changes = kept + 6 * outputs, 2 * outputs
+        elif stage.kind == "convolution":
+            kept, changes = kept + 3 * outputs, 2 * outputs
         elif stage.kind in ("latent", "latent_query"):
             kept += 2 * outputs
         elif stage.kind == "latent_attention":

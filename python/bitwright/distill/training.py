@@ -948,6 +948,7 @@ def _write(writer: CheckpointWriter, student: Student, report: DwqReport) -> Non
         writer.container = kind.files(checkpoint)
     for name in checkpoint.names():
         array = changed[name] if name in changed else checkpoint.read(name)
+        array = kind.array_written(name, array, student.model.config.family)
         writer.add(kind.name_written(name, student.model.nested), array)
     config = plainly_spelled(checkpoint.config)
     settings = config.get("quantization_config")

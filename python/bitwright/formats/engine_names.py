@@ -153,6 +153,10 @@ def mlx_name(name: str) -> str:
     inner = name.removeprefix("model.language_model.")
     if inner != name:
         return f"language_model.model.{inner}"
+    if name.partition(".")[0] == "lm_head":
+        return f"language_model.{name}"
+    if name.startswith("model.visual."):  # as mlx-vlm names it; mlx-lm knows both
+        return f"vision_tower.{name.removeprefix('model.visual.')}"
     tower = name.removeprefix("model.")
     return tower if tower.startswith(tuple(f"{each}." for each in TOWERS)) else name
 

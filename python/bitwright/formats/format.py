@@ -149,6 +149,11 @@ class Format:
         return name
 
     @classmethod
+    def array_written(cls, name: str, array: NDArray[Any], family: str) -> NDArray[Any]:
+        """Return what is written for a float tensor of a family, where engines want it in another form."""
+        return array
+
+    @classmethod
     def spell(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return config.json with what its loaders need to find in another spelling than the source has."""
         return dict(config)

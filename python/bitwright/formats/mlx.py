@@ -1,6 +1,7 @@
 """MLX: affine groups with a float bias, codes along the input channels (mlx.core.quantize)."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import ml_dtypes
@@ -18,14 +19,67 @@ from bitwright.warned import warn
 
 # Families that mlx-lm never builds with a head of their own, and always.
 ALWAYS_TIED = ("gemma", "gemma2")
-NEVER_TIED = ("deepseek_v2", "deepseek_v3", "glm4", "qwen2_moe")
+NEVER_TIED = ("deepseek_v2", "deepseek_v3", "glm4", "kimi_k2", "qwen2_moe", "qwen3_vl_moe")
+LATENT = ("deepseek_v3", "kimi_k2", "glm4_moe_lite")  # whose latent attention it computes absorbed
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+SHIFTED = re.compile(r"(layernorm|model\.norm|[qk]_norm)\.weight$")
 
 SETTINGS = Settings(
     read="group_size bits",
     harmless="quant_method linear_class_predicate",
     neutral={"mode": ("affine",), "quantize_input": (False,), "global_scale": (False,)},
 )
+
+
+def _head_dim(config: Mapping[str, Any]) -> Any:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+# What mlx-lm asks for where transformers has defaults, or leaves out.
+_ASKED: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "exaone4": lambda config: {
+        "head_dim": _head_dim(config),
+        "rope_scaling": {},
+        "sliding_window_pattern": _pattern(config.get("sliding_window_pattern")),
+    },
+    "gemma4_text": lambda config: {
+        f"global_{name}" if name == "head_dim" else "num_global_key_value_heads": value
+        for layer in list((config.get("per_layer_config") or {}).values())[:1]
+        for name, value in layer.items()
+    },
+    "glm4_moe": lambda config: {"head_dim": _head_dim(config), "rope_scaling": {}},
+    "granitemoehybrid": lambda config: {
+        "layer_types": [
+            {"linear_attention": "mamba", "full_attention": "attention"}.get(each, each)
+            for each in config.get("layer_types") or config.get("layers_block_type") or []
+        ],
+    },
+    "internlm3": lambda config: {
+        "bias": config.get("mlp_bias"),
+        "qkv_bias": config.get("attention_bias"),
+    },
+    "lfm2": lambda config: {"block_dim": config.get("hidden_size")},
+    "minimax_m2": lambda config: {
+        "shared_intermediate_size": 0,
+        "rotary_dim": _rotary_dim(config),
+    },
+    "solar_open": lambda config: {
+        "first_k_dense_replace": 0,
+        "partial_rotary_factor": 1.0,
+        "intermediate_size": config.get("moe_intermediate_size"),
+    },
+}
+
+
+def _pattern(every: Any) -> Any:
+    """Return the letters of local and global layers, where only the distance of global ones is said."""
+    return "L" * (every - 1) + "G" if type(every) is int and 0 < every < 100 else every
+
+
+def _rotary_dim(config: Mapping[str, Any]) -> int:
+    rope = config.get("rope_parameters") or {}
+    return int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0))
 
 
 class MlxFormat(Format):
@@ -119,7 +173,10 @@ class MlxFormat(Format):
     @classmethod
     def keeps_in_float(cls, model_type: str, layer: str) -> bool:
         # mlx-lm splits it into stacks when it is loaded, and rounds these again, in other groups.
-        return model_type == "deepseek_v3" and layer.endswith("self_attn.kv_b_proj")
+        absorbed = model_type in LATENT and layer.endswith("self_attn.kv_b_proj")
+        # It renames the weights of these when it loads them, but not their scales.
+        renamed = model_type == "lfm2_moe" and re.search(r"feed_forward\.w[123]$", layer)
+        return absorbed or bool(renamed)
 
     @classmethod
     def check_head(cls, model_type: str, tied: bool) -> None:
@@ -133,6 +190,20 @@ class MlxFormat(Format):
             )
 
     @classmethod
+    def array_written(cls, name: str, array: NDArray[Any], family: str) -> NDArray[Any]:
+        """mlx-lm reads stacked experts of Qwen 3 Next together with what its own conversion makes of the
+        rest: gains of norms that are not less one, and convolutions with the channels last."""
+        if family != "qwen3_next":
+            return array
+        if name.endswith("conv1d.weight") and array.ndim == 3:
+            return np.ascontiguousarray(array.swapaxes(1, 2))
+        if SHIFTED.search(name):
+            gain = (array.astype(np.float32) + 1).astype(array.dtype)
+            narrow = gain.astype(ml_dtypes.bfloat16)
+            return narrow if (narrow.astype(gain.dtype) == gain).all() else gain
+        return array
+
+    @classmethod
     def spell(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """mlx-lm reads the keys of transformers 4, and silently takes its defaults where version 5 has
         written others."""
@@ -141,13 +212,21 @@ class MlxFormat(Format):
         if isinstance(rope, dict):
             full = rope.get("full_attention", rope)
             old["rope_theta"] = full.get("rope_theta")
-            if full.get("rope_type", "default") != "default":
+            by_share = full.get("rope_type") == "proportional"  # which has no older spelling
+            if full.get("rope_type", "default") != "default" and not by_share:
                 old["rope_scaling"] = {**full, "type": full["rope_type"]}
             if isinstance(rope.get("sliding_attention"), dict):
                 old["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
-            old["partial_rotary_factor"] = full.get("partial_rotary_factor")
+            old["partial_rotary_factor"] = None if by_share else full.get("partial_rotary_factor")
         old["num_experts"] = config.get("num_local_experts")
+        types = config.get("layer_types")
+        if isinstance(types, list) and "linear_attention" in types and "full_attention" in types:
+            old["full_attention_interval"] = types.index("full_attention") + 1
         spelled = {key: value for key, value in old.items() if value is not None} | dict(config)
+        asked = _ASKED.get(str(config.get("model_type")))
+        for key, value in ({} if asked is None else asked(config)).items():
+            if config.get(key) is None or isinstance(value, str | list):
+                spelled[key] = value
         if isinstance(config.get("text_config"), dict):
             spelled["text_config"] = cls.spell(config["text_config"])
             if "vocab_size" in config["text_config"]:  # the outer one wins, and has a default

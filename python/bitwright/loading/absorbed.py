@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
-from bitwright.checkpoint.reader import Made
 from bitwright.formats import Format
 from bitwright.models.architecture import LatentAttention
 
@@ -43,8 +42,9 @@ def join_absorbed(
         quantized = len(parts) > len(stacks)
         dtype = "F32" if quantized else checkpoint.stored_dtype(weights[0])
         shape = joined.shape(checkpoint)
-        name = f"{block}{attention.key_value_up}.weight"
-        checkpoint.replace([Made(parts, name, dtype, shape, joined.make)])
+        checkpoint.replace(
+            parts, f"{block}{attention.key_value_up}.weight", dtype, shape, joined.make
+        )
         for key in ("quantization", "quantization_config"):
             settings = checkpoint.config.get(key)
             if isinstance(settings, dict):
@@ -66,13 +66,13 @@ class _Joined:
         heads = checkpoint.shape(f"{self.keys}.weight")[0]
         return heads * (key.shape[1] + len(value)), len(key)
 
-    def make(self, checkpoint: Checkpoint, ranges: tuple[slice, ...]) -> NDArray[np.generic]:
-        """Return rows of the matrix: of each head those for its keys, then those for its values."""
+    def make(self, checkpoint: Checkpoint) -> NDArray[np.generic]:
+        """Return the matrix: of each head the rows for its keys, then those for its values."""
         rows = []
         for head in range(checkpoint.shape(f"{self.keys}.weight")[0]):
             rows.append(self._part(checkpoint, self.keys, head).T)
             rows.append(self._part(checkpoint, self.values, head))
-        return np.concatenate(rows)[ranges]
+        return np.concatenate(rows)
 
     def _part(self, checkpoint: Checkpoint, name: str, head: int) -> NDArray[np.generic]:
         found = None

@@ -69,6 +69,13 @@ def settle_names(checkpoint: Checkpoint, names: Names) -> None:
         # Either all parts of a multimodal model share a prefix, or none does.
         others = (name for name in stored if name.startswith("model.") and name not in renamed)
         renamed |= {name: name.removeprefix("model.") for name in others}
+    elif base.startswith("model.") and base != "model.":
+        others = (name for name in stored if not name.startswith("model.") and name not in renamed)
+        for name in others:
+            if names.tower is not None and name.startswith("vision_tower."):
+                renamed[name] = f"{names.tower}.{name.removeprefix('vision_tower.')}"
+            elif re.search(_KINDS[1][0], name):
+                renamed[name] = f"model.{name}"
     checkpoint.rename(renamed)
     checkpoint.config = _with_names(checkpoint.config, renamed)
 

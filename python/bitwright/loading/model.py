@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from bitwright.formats import Format, detect_format
 from bitwright.formats.stored import is_float
 from bitwright.grids.tensor import QuantizedTensor
 from bitwright.loading.absorbed import join_absorbed
+from bitwright.loading.biases import split_biases
 from bitwright.loading.contents import (
     has_own_head,
     is_stored,
@@ -29,6 +30,7 @@ from bitwright.loading.contents import (
     without_harmless,
 )
 from bitwright.loading.scaled_floats import decode_scaled_floats
+from bitwright.loading.shifted import undo_shifts
 from bitwright.models import ARCHITECTURES
 from bitwright.models.architecture import LatentAttention
 from bitwright.models.config import (
@@ -42,6 +44,36 @@ from bitwright.models.decoder import Decoder
 from bitwright.models.layout import BlockLayout, ExpertPlace, block_layout
 from bitwright.models.matrix_rows import MatrixRows, piece_rows
 from bitwright.models.operations import Float32
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The place of a matrix: a tensor or, in a stack of experts, some rows of one of its matrices, which
+    may be stored ``transposed``."""
+
+    tensor: str
+    index: int | None = None
+    rows: slice | None = None
+    transposed: bool = False
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the matrix in a tensor of this shape."""
+        if self.index is None:
+            return stored
+        if len(stored) != 3 or not 0 <= self.index < stored[0]:
+            return stored  # which is not that of any linear, and will be named
+        out, channels = stored[:0:-1] if self.transposed else stored[1:]
+        return (len(range(*(self.rows or slice(None)).indices(out))), channels)
+
+    def read(self, checkpoint: Checkpoint) -> NDArray[np.generic]:
+        """Read the matrix in its stored dtype."""
+        if self.index is None:
+            return checkpoint.read(self.tensor)
+        if not self.transposed and (self.rows is None or self.rows.step is None):
+            return checkpoint.read_part(self.tensor, self.index, self.rows)
+        whole = checkpoint.read_part(self.tensor, self.index)
+        whole = whole.T if self.transposed else whole
+        return whole if self.rows is None else whole[self.rows]
 
 
 class Model(Decoder):
@@ -64,13 +96,18 @@ class Model(Decoder):
         rules = {name: family.rules for name, family in ARCHITECTURES.items()}
         read = checkpoint.config
         config = ModelConfig.from_dict(read, source, rules)
-        super().__init__(config, ARCHITECTURES[config.model_type], checkpoint.folder)
+        super().__init__(config, ARCHITECTURES[config.family], checkpoint.folder)
         settle_names(checkpoint, self.names)
         decode_scaled_floats(checkpoint)
         self.format = detect_format(checkpoint)
         if isinstance(self.architecture.attention, LatentAttention):
             blocks = map(self.block_prefix, range(self.config.num_hidden_layers))
             join_absorbed(checkpoint, self.architecture.attention, blocks, self.format)
+        blocks = map(self.block_prefix, range(self.config.num_hidden_layers))
+        undo_shifts(checkpoint, self.architecture, blocks, self.names.final_norm)
+        if self.architecture.experts is not None:
+            blocks = map(self.block_prefix, range(self.config.num_hidden_layers))
+            split_biases(checkpoint, self.architecture.experts, blocks)
         if self.config.tie_word_embeddings and has_own_head(checkpoint, self.names):
             warn_of_head(checkpoint, self.names.head)
             checkpoint.config = untied(checkpoint.config)
@@ -175,11 +212,10 @@ class Model(Decoder):
             used |= {prefix + name for name in layout.vectors}
         for place in self.experts.values():
             layers.add(place.stacked_name)
-            used |= {f"{place.prefix}.{name}" for name in ("gate_up_proj", "down_proj")}
+            used |= {place.stack.gate_up, place.stack.down, f"{place.stacked_name}.bias"}
         used |= {f"{layer}.{part}" for layer in layers for part in parts}
-        decoder = tuple(
-            f"{name.partition('.')[0]}." for name in (self.names.embedding, self.names.head)
-        )
+        inner = self.names.embedding.rpartition(".")[0].removesuffix(".model")
+        decoder = (f"{inner}.", f"{self.names.head.partition('.')[0]}.")
         return [
             name
             for name in self.checkpoint.names()
@@ -206,6 +242,10 @@ class Model(Decoder):
         if format.refuses_unknown and self.architecture.rules.section is None:
             # Engines take other defaults than transformers, or none.
             config.setdefault("tie_word_embeddings", self.tied)
+        elif format.refuses_unknown and isinstance(config.get("text_config"), dict):
+            tied = {"tie_word_embeddings": self.tied}
+            if self.config.model_type != "gemma3":  # for which engines look for the head
+                config |= {"text_config": {**config["text_config"], **tied}, **tied}
         for key in ("dtype", "torch_dtype"):
             if config.get(key) in OTHER_FLOATS:
                 config[key] = str(self.dtype)
@@ -247,16 +287,16 @@ class Model(Decoder):
     def stored_dtype(self, tensor: str) -> np.dtype[Any]:
         """Return the dtype that a float tensor is stored in when it is written, by its full name."""
         if tensor not in self.checkpoint and tensor.endswith(".weight"):
-            tensor = self._source(tensor.removesuffix(".weight"))[0]
+            tensor = self._source(tensor.removesuffix(".weight")).tensor
         return written_dtype(self.checkpoint.dtype(tensor))
 
     def stacked_tensors(self) -> dict[str, list[str]]:
         """Return the tensors that hold several experts, and the layers in each."""
         stacks: dict[str, list[str]] = {}
         for name in self.experts:
-            tensor, index, _ = self._source(name)
-            if index is not None:
-                stacks.setdefault(tensor, []).append(name)
+            part = self._source(name)
+            if part.index is not None:
+                stacks.setdefault(part.tensor, []).append(name)
         return stacks
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Float32:
@@ -275,11 +315,16 @@ class Model(Decoder):
             weight = tensor.dequantize()
             require_finite(weight, f"{self.checkpoint.folder}: quantized layer {name}")
             return weight
-        return self._floats(*self._source(name), shape)
+        return self._floats(self._source(name), shape)
 
     def vector(self, name: str, shape: tuple[int, ...]) -> Float32:
         """Return tensor `name` in float32; raises as `weight`."""
-        return self._floats(name, None, None, shape)
+        place = self.experts.get(name.removesuffix(".bias"))
+        if place is not None and name not in self.checkpoint:
+            biases = self._floats(_Part(f"{place.stacked_name}.bias"), self._all_biases(shape))
+            own: Float32 = biases[place.index]
+            return own
+        return self._floats(_Part(name), shape)
 
     def rows(self, name: str) -> MatrixRows:
         """Return the rows of the embedding or the head, by its name, which are read as they are needed."""
@@ -363,30 +408,41 @@ class Model(Decoder):
             )
         return stored[0], stored[0]
 
-    def _source(self, name: str) -> tuple[str, int | None, slice | None]:
-        """Return the tensor that holds the weight of a layer and, of a stack of experts, which part."""
+    def _source(self, name: str) -> _Part:
+        """Return where the weight of a layer is stored."""
         direct, place = f"{name}.weight", self.experts.get(name)
         if direct in self.checkpoint or place is None:
-            return direct, None, None
+            return _Part(direct)
         stacked = f"{place.stacked_name}.weight"
         if stacked in self.checkpoint:
-            return stacked, place.index, None
-        if place.role == "down" and f"{place.prefix}.down_proj" in self.checkpoint:
-            return f"{place.prefix}.down_proj", place.index, None
-        both = f"{place.prefix}.gate_up_proj"
-        if place.role != "down" and both in self.checkpoint:
-            half = self.checkpoint.shape(both)[1] // 2
-            return both, place.index, slice(0, half) if place.role == "gate" else slice(half, None)
-        return direct, None, None
+            return _Part(stacked, place.index)
+        stack, rows = place.stack, None
+        tensor = stack.down if place.role == "down" else stack.gate_up
+        if tensor not in self.checkpoint:
+            return _Part(direct)
+        if place.role != "down":
+            rows = (
+                slice(0, place.size) if place.role == "gate" else slice(place.size, 2 * place.size)
+            )
+            if stack.interleaved:
+                rows = slice(int(place.role == "up"), None, 2)
+        return _Part(tensor, place.index, rows, self._is_transposed(place))
 
-    def _floats(
-        self, name: str, index: int | None, rows: slice | None, shape: tuple[int, ...]
-    ) -> Float32:
-        checkpoint = self.checkpoint
-        self._check_shape(name, _part_shape(checkpoint.shape(name), index, rows), shape)
+    def _is_transposed(self, place: ExpertPlace) -> bool:
+        """Tell whether the stacks of an expert have their last two axes swapped."""
+        stack, size, hidden = place.stack, place.size, place.hidden
+        for tensor, shape in ((stack.gate_up, (2 * size, hidden)), (stack.down, (hidden, size))):
+            if tensor in self.checkpoint and shape[0] != shape[1]:
+                stored = self.checkpoint.shape(tensor)[1:]
+                if stored in (shape, shape[::-1]):
+                    return stored == shape[::-1]
+        return stack.transposed
+
+    def _floats(self, part: _Part, shape: tuple[int, ...]) -> Float32:
+        checkpoint, name = self.checkpoint, part.tensor
+        self._check_shape(name, part.shape(checkpoint.shape(name)), shape)
         self._check_floats(name)
-        array = checkpoint.read(name) if index is None else checkpoint.read_part(name, index, rows)
-        array = np.ascontiguousarray(array, np.float32)
+        array = np.ascontiguousarray(part.read(checkpoint), np.float32)
         require_finite(array, f"{checkpoint.file(name)}: tensor {name}")
         return array
 
@@ -396,29 +452,39 @@ class Model(Decoder):
         prefix = self.block_prefix(index)
         for name, place in layout.experts.items():
             stacked = prefix + place.stacked
+            stack = place.stack
+            stack = replace(stack, gate_up=prefix + stack.gate_up, down=prefix + stack.down)
             self.experts[prefix + name] = replace(
-                place, prefix=prefix + place.prefix, stacked=stacked
+                place, prefix=prefix + place.prefix, stacked=stacked, stack=stack
             )
         for name, extent in layout.vectors.items():
             self._check_vector(prefix + name, extent)
         for name, shape in (*layout.linears.items(), *layout.floats.items()):
             self._check_matrix(prefix + name, shape)
 
-    def _check_vector(self, tensor: str, extent: tuple[int]) -> None:
+    def _all_biases(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        experts = self.config.experts
+        return shape if experts is None else (experts.count, *shape)
+
+    def _check_vector(self, tensor: str, extent: tuple[int, ...]) -> None:
+        place = self.experts.get(tensor.removesuffix(".bias"))
+        if place is not None and tensor not in self.checkpoint:
+            tensor, extent = f"{place.stacked_name}.bias", self._all_biases(extent)
         self._check_shape(tensor, self.checkpoint.shape(tensor), extent)
         self._check_floats(tensor)
 
     def _check_matrix(self, name: str, shape: tuple[int, int]) -> None:
-        tensor, part, rows = self._source(name)
+        part = self._source(name)
+        tensor = part.tensor
         if self.format is None or self._is_float(tensor):
-            self._check_shape(tensor, _part_shape(self.checkpoint.shape(tensor), part, rows), shape)
+            self._check_shape(tensor, part.shape(self.checkpoint.shape(tensor)), shape)
             self._check_floats(tensor)
             return
         # The format compares the sizes of packed tensors when it reads them. Until then, there must be
         # some, and no code has less than two bits.
         place, stored = self.experts.get(name), 0
         for layer in (name,) if place is None else (name, place.stacked_name):
-            for packed in (f"{layer}.{part}" for part in self.format.parts):
+            for packed in (f"{layer}.{end}" for end in self.format.parts):
                 if packed in self.checkpoint:
                     count = math.prod(self.checkpoint.shape(packed))
                     stored += count * self.checkpoint.dtype(packed).itemsize
@@ -448,15 +514,6 @@ class Model(Decoder):
                 f"{self.checkpoint.folder}: tensor {name} has shape {shown(list(found))}, but "
                 f"config.json asks for {list(expected)}"
             )
-
-
-def _part_shape(shape: tuple[int, ...], index: int | None, rows: slice | None) -> tuple[int, ...]:
-    """Return the shape of one expert's part of a stacked tensor."""
-    if index is None:
-        return shape
-    if len(shape) != 3 or not 0 <= index < shape[0]:
-        return shape  # which is not that of any linear, and will be named
-    return (len(range(*(rows or slice(None)).indices(shape[1]))), shape[2])
 
 
 @expands_home

@@ -91,7 +91,7 @@ def decode_scaled_floats(checkpoint: Checkpoint) -> None:
         made[0] = Made(
             (*made[0].parts, *ignored), made[0].name, made[0].dtype, made[0].shape, made[0].make
         )
-    checkpoint.replace(made)
+    checkpoint.replace_all(made)
     if not any(name.endswith(".weight_packed") for name in checkpoint.names()):
         checkpoint.config = float_config(checkpoint.config)
 

@@ -8,13 +8,29 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from bitwright.models.architecture import Architecture, Attention, Experts, LatentAttention, Mlp
-from bitwright.models.config import ExpertsConfig, LatentConfig, LayerType, ModelConfig
+from bitwright.models.architecture import (
+    Architecture,
+    Attention,
+    Experts,
+    GatedDelta,
+    LatentAttention,
+    Mamba,
+    Mlp,
+    ShortConvolution,
+)
+from bitwright.models.config import (
+    ExpertsConfig,
+    LatentConfig,
+    LayerType,
+    ModelConfig,
+    RecurrenceConfig,
+)
 from bitwright.models.layout import SUB_BLOCK_STARTS, BlockLayout, Stage
 from bitwright.models.operations import BlockWeights, Float, Operations
 from bitwright.models.routing import Routes
 from bitwright.models.tape import OnLinear, Tape
 
+DELTA_EPSILON = 1e-6  # of the squared lengths of a delta-net's queries and keys
 MOST_CHUNK_TOKENS, MOST_TAPE_TOKENS = 1024, 512
 Observer = Callable[[int, Stage, Float], None]
 
@@ -76,7 +92,7 @@ class DecoderBlock:
     def stage_input(self, stage: Stage, chunk: ChunkStates) -> Float:
         """Return the input of the stage's linears, ``[tokens, in]``."""
         match stage.kind:
-            case "attention" | "latent" | "mlp" | "router":
+            case "attention" | "latent" | "delta" | "convolution" | "mamba" | "mlp" | "router":
                 if stage.norm is None:
                     return chunk.hidden
                 return self.operations.norm(stage.norm, chunk.hidden)
@@ -88,6 +104,8 @@ class DecoderBlock:
                 return chunk.inner["normed"]
             case "expert":
                 return self.operations.gather(chunk.inner["normed"], chunk.routed(stage.expert))
+            case "mlp_output" if "product" in chunk.inner:
+                return chunk.inner["product"]
             case _:
                 return chunk.inner["inner"]
 
@@ -101,6 +119,14 @@ class DecoderBlock:
         match stage.kind:
             case "attention":
                 chunk.inner["inner"] = self._attention(states, rope)
+                if stage.mlp is not None:  # in parallel
+                    chunk.inner["product"] = self._gated(stage.mlp, states)
+            case "delta":
+                chunk.inner["inner"] = self._delta(stage, states, rope.length)
+            case "mamba":
+                chunk.inner["inner"] = self._mamba(states, rope.length)
+            case "convolution":
+                chunk.inner["inner"] = self._convolution(stage, states, rope.length)
             case "latent":
                 self._to_latents(states, chunk)
             case "latent_query":
@@ -118,9 +144,12 @@ class DecoderBlock:
             case "mlp_output":
                 self._add(stage, states, chunk.hidden, self.architecture.mlp_post_norm)
                 chunk.inner.pop("inner", None)
+                chunk.inner.pop("product", None)
             case "shared_output" | "expert_output":
                 self._add_weighed(stage, states, chunk)
                 chunk.inner.pop("inner", None)
+        if stage is self.stages[-1] and self.architecture.layer_scale is not None:
+            self.operations.scale_all(self.architecture.layer_scale, chunk.hidden)
 
     def adds_linearly(self, stage: Stage) -> bool:
         """Tell whether a stage adds the outputs of its one linear to the hidden states as they are."""
@@ -263,24 +292,101 @@ class DecoderBlock:
         config, names = self.config, cast(Attention, self.architecture.attention)
         heads, key_heads = config.num_attention_heads, config.num_key_value_heads
         if names.fused is None:
-            query, key, value = (
-                self.operations.linear(name, states)
-                for name in (names.query, names.key, names.value)
-            )
+            query, key = (self.operations.linear(each, states) for each in (names.query, names.key))
+            value = key if config.keys_are_values else self.operations.linear(names.value, states)
         else:
             widths = [count * config.head_dim for count in (heads, key_heads, key_heads)]
             query, key, value = self.operations.split(
                 self.operations.linear(names.fused, states), widths
             )
-        width = None if names.whole else config.head_dim
-        if names.query_norm is not None:
-            query = self.operations.norm(names.query_norm, query, width)
-        if names.key_norm is not None:
-            key = self.operations.norm(names.key_norm, key, width)
+        gate = None
+        if names.value_norm:
+            value = self.operations.even_norm(value, config.head_dim, 1.0, config.norm_eps)
+        if names.gated:
+            query, gate = self.operations.split_heads(query, heads, [config.head_dim] * 2)
+        if not names.norms_last:
+            query, key = self._norm_heads(names, query, key)
         if config.rotates[self.index]:
             self._rotate(query, heads, 0, rope)
             self._rotate(key, key_heads, 0, rope)
-        return self._attend(query, key, value, rope)
+        if names.norms_last:
+            query, key = self._norm_heads(names, query, key)
+        sinks = None if names.sinks is None else self.weights[names.sinks]
+        output = self._attend(query, key, value, rope, sinks)
+        return output if gate is None else self.operations.gate(gate, output, "sigmoid")
+
+    def _norm_heads(self, names: Attention, query: Float, key: Float) -> tuple[Float, Float]:
+        """Return queries and keys after their norms, if they have any."""
+        width = None if names.whole else self.config.head_dim
+        if names.query_norm is not None and self.config.head_norms:
+            query = self.operations.norm(names.query_norm, query, width)
+        if names.key_norm is not None and self.config.head_norms:
+            key = self.operations.norm(names.key_norm, key, width)
+        return query, key
+
+    def _delta(self, stage: Stage, states: Float, length: int) -> Float:
+        names = cast(GatedDelta, self.architecture.mixers[self.config.layer_types[self.index]])
+        sizes, operations = cast(RecurrenceConfig, self.config.recurrence), self.operations
+        shared, heads = sizes.heads // sizes.key_heads, sizes.key_heads
+        keys, values = heads * sizes.key_dim, sizes.heads * sizes.value_dim
+        made = [operations.linear(name, states) for name in (*names.inputs, *names.controls)]
+        if len(names.inputs) == 1:
+            widths = [sizes.key_dim] * 2 + [shared * sizes.value_dim] * 2
+            *three, gate = operations.split_heads(made[0], heads, widths)
+            made = [
+                operations.join(three),
+                gate,
+                *operations.split_heads(made[1], heads, [shared] * 2),
+            ]
+        mixed, gate, strength, step = made
+        mixed = operations.activate(operations.convolve(names.convolution, mixed, length), "silu")
+        query, key, value = operations.split(mixed, [keys, keys, values])
+        # Divided by their lengths; queries by the root of their width, too.
+        width = sizes.key_dim
+        query = operations.even_norm(query, width, 1 / width, DELTA_EPSILON / width)
+        key = operations.even_norm(key, width, width**-0.5, DELTA_EPSILON / width)
+        decay = operations.decays(step, names.decay, names.step)
+        parts = [query, key, value, decay, operations.sigmoid(strength)]
+        rule = {"length": length, "heads": sizes.heads, "key_heads": heads, "corrects": True}
+        output = operations.recurrence(parts, rule)
+        output = operations.norm(names.norm, output, sizes.value_dim, kind="rms_norm")
+        return operations.gate(gate, output, "silu")
+
+    def _convolution(self, stage: Stage, states: Float, length: int) -> Float:
+        names = cast(
+            ShortConvolution, self.architecture.mixers[self.config.layer_types[self.index]]
+        )
+        operations = self.operations
+        all_three = operations.linear(names.inputs, states)
+        first, second, value = operations.split(all_three, [self.config.hidden_size] * 3)
+        convolved = operations.convolve(
+            names.convolution, operations.multiply(first, value), length
+        )
+        return operations.multiply(second, convolved)
+
+    def _mamba(self, states: Float, length: int) -> Float:
+        names = cast(Mamba, self.architecture.mixers[self.config.layer_types[self.index]])
+        sizes, operations = cast(RecurrenceConfig, self.config.recurrence), self.operations
+        values, keys = sizes.heads * sizes.value_dim, sizes.key_heads * sizes.key_dim
+        made = operations.linear(names.inputs, states)
+        widths = [values, values + 2 * keys, sizes.heads]
+        gate, mixed, raw = operations.split(made, widths)
+        mixed = operations.activate(operations.convolve(names.convolution, mixed, length), "silu")
+        value, key, query = operations.split(mixed, [values, keys, keys])
+        step = operations.spread(operations.steps(raw, names.step), sizes.value_dim)
+        decay = operations.decays(raw, names.decay, names.step)
+        parts = [query, key, operations.multiply(value, step), decay, np.ones_like(decay)]
+        rule = {
+            "length": length,
+            "heads": sizes.heads,
+            "key_heads": sizes.key_heads,
+            "corrects": False,
+        }
+        output = operations.recurrence(parts, rule)
+        output = operations.skip(output, value, names.skip, sizes.value_dim)
+        output = operations.gate(gate, output, "silu")
+        output = operations.even_norm(output, values // sizes.key_heads, 1.0, operations.epsilon)
+        return operations.scale_channels(f"{names.norm}.weight", output)
 
     def _to_latents(self, states: Float, chunk: ChunkStates) -> None:
         names, operations = cast(LatentAttention, self.architecture.attention), self.operations
@@ -306,7 +412,9 @@ class DecoderBlock:
         key, value = self.operations.latent_keys(both, turned, latent.plain_dim, heads)
         return self._attend(query, key, value, rope)
 
-    def _attend(self, query: Float, key: Float, value: Float, rope: "Rotation") -> Float:
+    def _attend(
+        self, query: Float, key: Float, value: Float, rope: "Rotation", sinks: Float | None = None
+    ) -> Float:
         config = self.config
         sliding = config.layer_types[self.index] == "sliding_attention"
         rule = {
@@ -315,7 +423,10 @@ class DecoderBlock:
             "scale": config.attention_scale,
             "window": config.sliding_window or 0 if sliding else 0,
             "softcap": config.attention_softcap or 0.0,
+            "sinks": sinks,
         }
+        if rope.query_scale is not None:
+            query = self.operations.scale_positions(query, rope.query_scale)
         return self.operations.attend(query, key, value, rule, config.num_attention_heads)
 
     def _rotate(self, states: Float, heads: int, first: int, rope: "Rotation") -> None:
@@ -333,6 +444,10 @@ class DecoderBlock:
             if names.gate is None:
                 return operations.activate(up, activation)
             gate = operations.linear(names.gate, states)
+        if self.config.swiglu_limit:
+            return operations.clamped_gate(
+                gate, up, self.config.swiglu_alpha, self.config.swiglu_limit
+            )
         return operations.gate(gate, up, activation)
 
     def _route(self, states: Float) -> Routes:
@@ -371,10 +486,12 @@ class DecoderBlock:
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """Rotary tables ``[length, rotary_dim / 2]``, cosines and sines, for samples of one length."""
+    """Rotary tables ``[length, rotary_dim / 2]``, cosines and sines, for samples of one length, and factors
+    of queries ``[length]`` if they have any."""
 
     length: int
     tables: Mapping[LayerType, tuple[Float, Float]]
+    query_scale: Float | None = None
 
     @property
     def chunk_rows(self) -> int:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -22,15 +22,15 @@ from bitwright.models.keys import (
     as_integer,
 )
 
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu")
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu", "relu2")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 MODEL_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 OTHER_FLOATS = ("float64", "float8_e4m3fn", "float8_e5m2")  # that are read, and not written
-LayerType = Literal["full_attention", "sliding_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "linear_attention", "conv"]
 _LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 QUANTIZATION_KEYS = ("quantization", "quantization_config", "compression_config")
 SEPARATE_FILES = ("quantize_config.json", "quant_config.json")
@@ -65,7 +65,10 @@ class RopeConfig:
     """RoPE parameters.
 
     The fields carry the names that config.json gives them, except ``theta`` (``rope_theta``).
-    Which of them matter depends on ``rope_type``; ``None`` means not given.
+    Which of them matter depends on ``rope_type``; ``None`` means not given. ``position_scale``
+    (``llama_4_scaling_beta``) is by how much queries grow beyond the original length, ``share``
+    (``partial_rotary_factor``) how many pairs turn at all with type "proportional", and ``rotary_dim`` how
+    many channels are rotated, where layers differ.
     """
 
     rope_type: str = "default"
@@ -82,6 +85,9 @@ class RopeConfig:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    position_scale: float = 0.0
+    share: float = 1.0
+    rotary_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,18 @@ class LatentConfig:
     plain_dim: int
     rotary_dim: int
     value_dim: int
+
+
+@dataclass(frozen=True)
+class RecurrenceConfig:
+    """Sizes of a gated delta-net or a Mamba-2 mixer: heads of values and of keys, channels of each, and the
+    tokens that the convolution sees."""
+
+    heads: int
+    key_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
 
 
 @dataclass(frozen=True)
@@ -121,11 +139,14 @@ class ExpertsConfig:
 class ModelConfig:
     """A decoder's sizes and choices; build it with `from_dict`.
 
-    ``dtype`` is None where config.json names none: the stored tensors decide then. ``raw`` is
-    config.json as it was read, for keys of single families.
+    ``convolved`` is how many tokens a short convolution sees; ``swiglu_limit`` clamps the MLP's gate and
+    up (0: it does not). ``family`` is the key of its `Architecture`: ``model_type``, of a model of several
+    kinds of input also that of its text part. ``dtype`` is None where config.json names none: the stored
+    tensors decide then. ``raw`` is config.json as it was read, for keys of single families.
     """
 
     model_type: str
+    family: str
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -140,6 +161,8 @@ class ModelConfig:
     interleaved: bool
     max_position_embeddings: int
     tie_word_embeddings: bool
+    parallel: bool
+    head_norms: bool
     query_bias: bool
     output_bias: bool
     mlp_bias: bool
@@ -155,9 +178,22 @@ class ModelConfig:
     residual_scale: float
     logits_divisor: float
     latent: LatentConfig | None
+    recurrence: RecurrenceConfig | None
+    convolved: int
+    convolution_bias: bool
+    projection_bias: bool
+    swiglu_alpha: float
+    swiglu_limit: float
     experts: ExpertsConfig | None
     dtype: np.dtype[Any] | None
     raw: Mapping[str, Any] = field(repr=False)
+    keys_are_values: bool = False
+    layer_sizes: tuple[Mapping[str, Any], ...] = ()
+
+    def at(self, layer: int) -> Self:
+        """Return the configuration of one layer, where sizes differ."""
+        sizes = self.layer_sizes[layer] if self.layer_sizes else {}
+        return replace(self, **sizes, layer_sizes=()) if sizes else self
 
     @classmethod
     def from_dict(
@@ -194,7 +230,7 @@ class ModelConfig:
         >>> ModelConfig.from_dict({"model_type": "llama"}, Path("config.json"), rules).head_dim
         128
         """
-        model_type, rules, top = _opened(raw, source, families)
+        family, rules, top = _opened(raw, source, families)
         hidden_size = top.integer("hidden_size")
         layers = top.integer("num_hidden_layers", most=MOST_LAYERS)
         heads = top.integer("num_attention_heads")
@@ -208,11 +244,16 @@ class ModelConfig:
         attention_scale = (head_dim if scalar is None else scalar) ** -0.5
         if latent is not None:
             attention_scale *= _latent_scale(rope)
-        sparse = tuple(rules.is_sparse(top, layer) for layer in range(layers))
+        sizes = _layer_sizes(top, rules, layer_types)
+        rope = _sized(rope, sizes, layer_types)
+        sparse = _sparse(top, rules, layers)
         return cls(
-            model_type=model_type,
+            model_type=raw["model_type"],
+            family=family,
             hidden_size=hidden_size,
-            intermediate_size=top.integer("intermediate_size"),
+            intermediate_size=(
+                rules.mlp_width(top) if rules.mlp_width else top.integer("intermediate_size")
+            ),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=key_value_heads,
@@ -222,12 +263,8 @@ class ModelConfig:
             rope=rope,
             sliding_rope=sliding_rope,
             rotary_dim=rotary_dim,
-            interleaved=top.flag(rules.interleaved),
             max_position_embeddings=top.integer("max_position_embeddings"),
             tie_word_embeddings=top.boolean("tie_word_embeddings"),
-            query_bias=top.flag(rules.query_bias),
-            output_bias=top.flag(rules.output_bias),
-            mlp_bias=top.flag(rules.mlp_bias),
             hidden_act=top.choice("hidden_act", ACTIVATIONS),
             layer_types=layer_types,
             rotates=tuple(rules.rotates(top, layer) for layer in range(layers)),
@@ -238,21 +275,25 @@ class ModelConfig:
             final_softcap=top.optional_number("final_logit_softcapping"),
             embedding_scale=_embedding_scale(top, hidden_size),
             residual_scale=top.number("residual_multiplier", 1.0),
-            logits_divisor=top.number("logits_scaling", 1.0),
+            logits_divisor=top.number("logits_scaling", 1.0) / top.number("logit_scale", 1.0),
             latent=latent,
+            recurrence=_recurrence(top),
             experts=_experts(top, rules) if any(sparse) else None,
             dtype=_dtype(top),
             raw=raw,
+            layer_sizes=sizes,
+            **_choices(top, rules),
         )
 
 
 def _opened(
     raw: Mapping[str, Any], source: Path, families: Mapping[str, ConfigRules]
 ) -> tuple[str, ConfigRules, Keys]:
-    """Return the model type, the rules of its family, and the checked keys that describe the decoder."""
+    """Return the family, its rules, and the checked keys that describe the decoder."""
     outer = Keys(raw, source)
-    model_type = outer.choice("model_type", sorted(families))
-    rules = families[model_type]
+    model_type = outer.choice("model_type", sorted({name.partition("/")[0] for name in families}))
+    family = _family(outer, model_type, families)
+    rules = families[family]
     values = dict(raw)
     if rules.section is not None:
         section = outer.section(rules.section)
@@ -263,7 +304,27 @@ def _opened(
     name = f"{rules.section}." if rules.section else ""
     top = Keys(values, source, name, _LLAMA_DEFAULTS | dict(rules.defaults), rules)
     check_keys(top, understood_keys(rules), model_type)
-    return model_type, rules, top
+    for key, computed in rules.uncomputed.items():
+        if top.get(key) not in computed:
+            raise UnsupportedModelError(
+                f"{source}: {top.quoted(key)} is {shown(top.get(key))}, which is not computed for "
+                f"{model_type}; what is: {', '.join(map(shown, computed))}. transformers does: quantize by "
+                f"--backend transformers or bitwright.quantize_with_transformers"
+            )
+    return family, rules, top
+
+
+def _family(outer: Keys, model_type: str, families: Mapping[str, ConfigRules]) -> str:
+    """Return the family of a model type and, if it is a wrapper's, of its text part."""
+    if model_type in families:
+        return model_type
+    wrapped = [name for name in families if name.startswith(f"{model_type}/")]
+    text = outer.section(families[wrapped[0]].section or "")
+    if text is None or text.get("model_type") is None:
+        return wrapped[0]
+    texts = [name.partition("/")[2] for name in wrapped]
+    said = text.choice("model_type", texts if model_type not in texts else [*texts, model_type])
+    return f"{model_type}/{said}" if said in texts else wrapped[0]
 
 
 def _head_sizes(
@@ -290,7 +351,9 @@ def _head_sizes(
                 f'"num_attention_heads", {heads}, and there is no "head_dim"'
             )
         head_dim = head_dim or hidden_size // heads
-        rotary_dim = int(head_dim * _partial_rotary_factor(top))
+        rotary_dim = top.optional_integer("rotary_dim") or int(
+            head_dim * _partial_rotary_factor(top)
+        )
     if heads * (head_dim + (latent.value_dim if latent else 0)) > _MOST_HEAD_CHANNELS:
         raise top.wrong(
             "num_attention_heads", f"together heads have at most {_MOST_HEAD_CHANNELS} channels"
@@ -307,7 +370,10 @@ def understood_keys(rules: ConfigRules) -> set[str]:
     """Return the keys that are read for a family, in all their spellings."""
     keys = {*_LLAMA_DEFAULTS, *rules.defaults}
     spelled = {each for key in keys for each in (*SPELLINGS.get(key, ()), key)}
-    return spelled - {*rules.spellings} | {*rules.spellings.values(), rules.section or "model_type"}
+    own: set[str] = set()
+    for said in rules.spellings.values():
+        own |= {said} if isinstance(said, str) else {*said}
+    return spelled - {*rules.spellings} | own | {rules.section or "model_type"}
 
 
 def _dtype(top: Keys) -> np.dtype[Any] | None:
@@ -346,20 +412,26 @@ def _layer_types(
     top: Keys, rules: ConfigRules, layers: int, sliding_window: int | None
 ) -> tuple[LayerType, ...]:
     slides = [sliding_window is not None and rules.slides(top, each) for each in range(layers)]
-    computed: tuple[LayerType, ...] = tuple(
-        "sliding_attention" if each else "full_attention" for each in slides
+    computed = tuple(
+        cast(LayerType, rules.layer_kind(top, layer))
+        or ("sliding_attention" if each else "full_attention")
+        for layer, each in enumerate(slides)
     )
+    known = (*_LAYER_TYPES, *rules.layer_kinds)
     types = top.values.get("layer_types")
     if types is None:
         return computed
     if not isinstance(types, list) or len(types) != layers:
         raise top.wrong("layer_types", f"must be a list of {layers} strings")
-    types = ["full_attention" if each == "attention" else each for each in types]
+    meant = {"attention": "full_attention"}
+    if "linear_attention" in rules.layer_kinds:
+        meant["mamba"] = "linear_attention"
+    types = [meant.get(each, each) if isinstance(each, str) else each for each in types]
     for each in types:
-        if each not in _LAYER_TYPES:
+        if each not in known:
             raise UnsupportedModelError(
                 f"{top.source}: {top.quoted('layer_types')} holds {shown(each)}, which is not "
-                f"supported; supported are: {', '.join(_LAYER_TYPES)}"
+                f"supported; supported are: {', '.join(known)}"
             )
     if "layer_types" not in rules.defaults:
         if types != list(computed):
@@ -374,6 +446,43 @@ def _layer_types(
     if "sliding_attention" in types and top.get("use_sliding_window") is False:
         raise top.wrong("use_sliding_window", 'must be true: "layer_types" asks for windows')
     return tuple(cast(LayerType, each) for each in types)
+
+
+def _recurrence(top: Keys) -> RecurrenceConfig | None:
+    if top.get("mamba_n_heads") is not None:
+        return _mamba(top)
+    if top.get("linear_num_value_heads") is None:
+        return None
+    heads, key_heads = top.integer("linear_num_value_heads"), top.integer("linear_num_key_heads")
+    if heads % key_heads:
+        raise top.wrong(
+            "linear_num_value_heads", f"must be a multiple of {key_heads}, the key heads"
+        )
+    return RecurrenceConfig(
+        heads=heads,
+        key_heads=key_heads,
+        key_dim=top.integer("linear_key_head_dim"),
+        value_dim=top.integer("linear_value_head_dim"),
+        taps=top.integer("linear_conv_kernel_dim"),
+    )
+
+
+def _mamba(top: Keys) -> RecurrenceConfig:
+    heads, groups = top.integer("mamba_n_heads"), top.integer("mamba_n_groups")
+    width = top.get("mamba_d_head")
+    if width in (None, "auto"):
+        width = int(top.number("mamba_expand") * top.integer("hidden_size")) // heads
+    else:
+        width = top.integer("mamba_d_head")
+    if heads % groups:
+        raise top.wrong("mamba_n_heads", f"must be a multiple of {groups}, the groups")
+    return RecurrenceConfig(
+        heads=heads,
+        key_heads=groups,
+        key_dim=top.integer("mamba_d_state"),
+        value_dim=width,
+        taps=top.integer("mamba_d_conv"),
+    )
 
 
 def _latent(top: Keys) -> LatentConfig:
@@ -392,6 +501,59 @@ def _latent_scale(rope: RopeConfig) -> float:
     if rope.rope_type == "default" or not rope.mscale_all_dim or rope.factor <= 1:
         return 1.0
     return (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
+
+
+def _choices(top: Keys, rules: ConfigRules) -> dict[str, Any]:
+    """Return what is there or not, and the numbers of single parts."""
+    flags = (
+        "parallel",
+        "head_norms",
+        "query_bias",
+        "output_bias",
+        "mlp_bias",
+        "interleaved",
+        "convolution_bias",
+        "projection_bias",
+    )
+    return {
+        **{name: top.flag(getattr(rules, name)) for name in flags},
+        "convolved": top.integer("conv_L_cache", 0, zero=True),
+        "swiglu_alpha": top.number("swiglu_alpha", 1.0),
+        "swiglu_limit": top.number("swiglu_limit", 0.0, zero=True),
+    }
+
+
+def _sized(
+    rope: RopeConfig, sizes: tuple[Mapping[str, Any], ...], layer_types: tuple[LayerType, ...]
+) -> RopeConfig:
+    """Return the rotation of layers with full attention, for heads of their size."""
+    widths = [
+        each["head_dim"]
+        for each, kind in zip(sizes, layer_types, strict=False)
+        if kind == "full_attention" and "head_dim" in each
+    ]
+    return replace(rope, rotary_dim=widths[0]) if widths else rope
+
+
+def _layer_sizes(
+    top: Keys, rules: ConfigRules, layer_types: tuple[LayerType, ...]
+) -> tuple[Mapping[str, Any], ...]:
+    if rules.layer_sizes is None:
+        return ()
+    return tuple(
+        rules.layer_sizes(top, layer, kind == "full_attention")
+        for layer, kind in enumerate(layer_types)
+    )
+
+
+def _sparse(top: Keys, rules: ConfigRules, layers: int) -> tuple[bool, ...]:
+    """Return which layers have experts."""
+    types = top.get("mlp_layer_types")
+    if types is None:
+        return tuple(rules.is_sparse(top, layer) for layer in range(layers))
+    if not isinstance(types, list) or len(types) != layers or not {*types} <= {"dense", "sparse"}:
+        raise top.wrong("mlp_layer_types", f'must be a list of {layers} times "dense" or "sparse"')
+    return tuple(each == "sparse" for each in types)
 
 
 def _experts(top: Keys, rules: ConfigRules) -> ExpertsConfig:
@@ -440,6 +602,8 @@ def _ropes(
         or Keys({}, top.source, "rope_parameters.")
     )
     sliding_theta = top.optional_number("rope_local_base_freq")
+    if top.rules.two_ropes:
+        sliding_theta = top.number("rope_theta")
     if not any(isinstance(value, dict) for value in rope.values.values()):
         if sliding_theta is not None and rope.name == "rope_parameters." and rope.values:
             raise UnsupportedModelError(
@@ -456,7 +620,10 @@ def _ropes(
         rope.section(each) or Keys({}, top.source, f"{rope.name}{each}.") for each in _LAYER_TYPES
     ]
     for each in sections:
-        if each.number("partial_rotary_factor", 1.0) != 1:
+        if (
+            each.number("partial_rotary_factor", 1.0) != 1
+            and each.get("rope_type") != "proportional"
+        ):
             raise UnsupportedModelError(
                 f"{top.source}: {each.quoted('partial_rotary_factor')} is not 1, which is not supported"
             )
@@ -465,18 +632,33 @@ def _ropes(
     return full, _rope(top, local, max_position_embeddings, rotary_dim)
 
 
+def _rope_type(top: Keys, rope: Keys) -> str:
+    key = "type" if rope.get("rope_type") is None else "rope_type"
+    said = rope.get(key)
+    if said == "su" or (said == "yarn" and rope.get("short_factor")):
+        return "longrope"  # as early Phi-3 models call it
+    meant = top.rules.meanings.get("rope_type", {}).get(str(said))
+    return rope.choice(key, ROPE_TYPES, "default") if meant is None else meant
+
+
 def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) -> RopeConfig:
-    check_rope_keys(rope)
+    check_rope_keys(rope, top.rules.rope_keys)
     theta = rope.number("rope_theta", top.number("rope_theta"))
     if theta <= 1:
         raise CheckpointError(f'{top.source}: "rope_theta" is {theta}, but must be more than 1')
-    type_key = "type" if rope.get("rope_type") is None else "rope_type"
-    if rope.get(type_key) == "su" or (rope.get(type_key) == "yarn" and rope.get("short_factor")):
-        rope_type = "longrope"  # as early Phi-3 models call it
-    else:
-        rope_type = rope.choice(type_key, ROPE_TYPES, "default")
+    rope_type = _rope_type(top, rope)
     if rope_type == "default":
         return RopeConfig(theta=theta)
+    if rope_type == "proportional":
+        share = rope.number("partial_rotary_factor", 1.0)
+        if share > 1:
+            raise rope.wrong("partial_rotary_factor", "must be at most 1")
+        return RopeConfig(rope_type, theta, rope.number("factor", 1.0), share=share)
+    if rope_type == "dynamic" and "alpha" in top.rules.rope_keys and rope.get("alpha") is not None:
+        # Hunyuan's: the base grows by a fixed factor, whatever the length.
+        return RopeConfig(
+            theta=theta * rope.number("alpha") ** (rotary_dim / max(1, rotary_dim - 2))
+        )
     if rope_type in ("linear", "dynamic"):
         return RopeConfig(rope_type, theta, rope.number("factor"))
     # A length beside the rope section wins over the one inside, as in transformers.
@@ -513,6 +695,7 @@ def _rope(top: Keys, rope: Keys, max_position_embeddings: int, rotary_dim: int) 
         mscale=rope.optional_number("mscale", zero=True),
         mscale_all_dim=rope.optional_number("mscale_all_dim", zero=True),
         truncate=rope.boolean("truncate", True),
+        position_scale=rope.number("llama_4_scaling_beta", 0.0, zero=True),
     )
 
 

@@ -133,10 +133,11 @@ def check_keys(top: Keys, understood: Collection[str], model_type: str) -> None:
         )
 
 
-def check_rope_keys(rope: Keys) -> None:
-    """Raise UnsupportedModelError if a RoPE section has parameters that are not computed with."""
+def check_rope_keys(rope: Keys, own: Collection[str] = ()) -> None:
+    """Raise UnsupportedModelError if a RoPE section has parameters that are not computed with, of those of
+    every family and a family's `own`."""
     for key, value in rope.values.items():
-        if key not in ROPE_KEYS and value is not None:
+        if key not in ROPE_KEYS and key not in own and value is not None:
             raise UnsupportedModelError(
                 f"{rope.source}: {rope.named(key)} is {shown(value)}, which is not computed, and not by "
                 f"every engine. If the model was made without it, delete the key from config.json"

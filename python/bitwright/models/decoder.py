@@ -16,7 +16,7 @@ from bitwright.models.config import LayerType, ModelConfig, RopeConfig
 from bitwright.models.layout import BlockLayout
 from bitwright.models.matrix_rows import MatrixRows
 from bitwright.models.operations import BlockWeights, Float, Float32, Operations
-from bitwright.models.rope import rope_tables
+from bitwright.models.rope import query_scale, rope_tables
 
 
 class WeightSource(Protocol):
@@ -114,7 +114,7 @@ class Decoder(WeightSource):
             return known.weight(prefix + linear, shape)
 
         weights = BlockWeights(read, {})
-        return DecoderBlock(weights, layout, self.architecture, self.config, index)
+        return DecoderBlock(weights, layout, self.architecture, self.config.at(index), index)
 
     def embed(
         self, ids: NDArray[np.int32], matrix: NDArray[Any] | MatrixRows | None = None
@@ -166,7 +166,9 @@ class Decoder(WeightSource):
             "sliding_attention": config.sliding_rope,
         }
         tables = {
-            kind: rope_tables(rope, config.rotary_dim, length, config.max_position_embeddings)
+            kind: rope_tables(
+                rope, rope.rotary_dim or config.rotary_dim, length, config.max_position_embeddings
+            )
             for kind, rope in ropes.items()
         }
         return Rotation(
@@ -175,6 +177,7 @@ class Decoder(WeightSource):
                 kind: (cosines.astype(dtype, copy=False), sines.astype(dtype, copy=False))
                 for kind, (cosines, sines) in tables.items()
             },
+            query_scale(config.rope, length, dtype),
         )
 
     def check_ids(self, input_ids: ArrayLike) -> NDArray[np.int32]:

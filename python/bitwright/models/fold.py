@@ -8,8 +8,14 @@ from numpy.typing import NDArray
 from bitwright.errors import check_choice
 
 Float32 = NDArray[np.float32]
-FoldKind = Literal["linear", "layer_norm", "rms_norm", "offset_rms_norm"]
-FOLD_KINDS: tuple[FoldKind, ...] = ("linear", "layer_norm", "rms_norm", "offset_rms_norm")
+FoldKind = Literal["linear", "layer_norm", "biasless_layer_norm", "rms_norm", "offset_rms_norm"]
+FOLD_KINDS: tuple[FoldKind, ...] = (
+    "linear",
+    "layer_norm",
+    "biasless_layer_norm",
+    "rms_norm",
+    "offset_rms_norm",
+)
 
 
 def fold_scale(
@@ -27,8 +33,8 @@ def fold_scale(
     Parameters
     ----------
     kind
-        ``"linear"`` (y = Wx + b), ``"layer_norm"`` (y = g·x̂ + b), ``"rms_norm"`` (y = g·x̂) or
-        ``"offset_rms_norm"`` (y = (1 + g)·x̂, Gemma's).
+        ``"linear"`` (y = Wx + b), ``"layer_norm"`` (y = g·x̂ + b), ``"biasless_layer_norm"`` and
+        ``"rms_norm"`` (y = g·x̂) or ``"offset_rms_norm"`` (y = (1 + g)·x̂, Gemma's).
     scale
         ``[channels]`` float32, above zero.
     weight, bias
@@ -70,7 +76,7 @@ def fold_scale(
     def stored(array: Float32) -> Float32:
         return array.astype(dtype, copy=False).astype(np.float32, copy=False)
 
-    # All four are y = A x̂ + b with the channels as rows of A, and y / s = (A / s) x̂ + b / s. Gemma's
+    # All of them are y = A x̂ + b with the channels as rows of A, and y / s = (A / s) x̂ + b / s. Gemma's
     # A = 1 + g becomes 1 + g′ = (1 + g) / s, hence g′ = (1 + g) / s − 1.
     if kind == "linear":
         return (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,17 +43,36 @@ class ConfigRules:
         Values that transformers assumes for absent keys, where they differ from Llama's. A key that is
         neither here nor common to all families is not read.
     spellings
-        The family's own spellings of keys.
+        The family's own spellings of keys, one or several.
     section
         The object that describes the text part, in multimodal models.
     query_bias, output_bias, mlp_bias
         Whether linears have biases, or the key that says so: query, key and value; attention's output;
         the MLP's.
+    convolution_bias, projection_bias
+        The same for short convolutions, and for the linears around them.
     interleaved
         Whether rotary pairs are neighbours rather than half a head apart, or the key that says so.
     slides
         Whether a layer attends to the last ``sliding_window`` tokens only, where ``layer_types`` does not
         say so.
+    parallel
+        Whether attention and MLP read the same normed states, or the key that says so.
+    head_norms
+        Whether queries and keys are normed where the family has such norms, or the key that says so.
+    rope_keys
+        RoPE parameters that are computed with for this family alone.
+    two_ropes
+        Whether layers with windows have a rotation of their own, which no scaling changes.
+    mlp_width
+        The channels between up and down, where ``intermediate_size`` is not their number.
+    layer_sizes
+        Fields of `ModelConfig` that differ in a layer, given whether it has full attention.
+    layer_kind
+        The type of a layer where ``layer_types`` does not say it and it has no attention; see
+        `Architecture.mixers`.
+    layer_kinds
+        The types of layers without attention.
     rotates
         Whether a layer applies RoPE to queries and keys.
     is_sparse
@@ -63,6 +83,8 @@ class ConfigRules:
     harmless, refused, disputed
         Keys that are not computed with, beside those of every family; see
         `bitwright.models.config_keys`.
+    uncomputed
+        Keys with values that are computed; others, a default included, are refused.
     overlooked
         Keys that transformers declares for the family and does not compute with: a warning names them.
     meanings
@@ -76,19 +98,30 @@ class ConfigRules:
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    spellings: Mapping[str, str] = field(default_factory=dict)
+    spellings: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     section: str | None = None
     query_bias: bool | str = "attention_bias"
+    convolution_bias: bool | str = "conv_bias"
+    projection_bias: bool | str = "conv_bias"
     output_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = False
     interleaved: bool | str = False
     slides: "Callable[[Keys, int], bool]" = lambda _keys, _layer: False
+    parallel: bool | str = False
+    head_norms: bool | str = True
+    rope_keys: tuple[str, ...] = ()
+    two_ropes: bool = False
+    mlp_width: "Callable[[Keys], int] | None" = None
+    layer_sizes: "Callable[[Keys, int, bool], dict[str, Any]] | None" = None
+    layer_kind: "Callable[[Keys, int], str | None]" = lambda _keys, _layer: None
+    layer_kinds: tuple[str, ...] = ()
     rotates: "Callable[[Keys, int], bool]" = lambda _keys, _layer: True
     is_sparse: "Callable[[Keys, int], bool]" = lambda _keys, _layer: False
     topk_methods: tuple[str, ...] = ()
     harmless: tuple[str, ...] = ()
     refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     disputed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    uncomputed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     overlooked: tuple[str, ...] = ()
     meanings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
@@ -125,8 +158,8 @@ class Keys:
 
     def spelling(self, key: str) -> str:
         """The spelling of a key that the object uses."""
-        own = self.rules.spellings.get(key)
-        known = (key, *SPELLINGS.get(key, ())) if own is None else (own,)
+        known = self.rules.spellings.get(key, (key, *SPELLINGS.get(key, ())))
+        known = (known,) if isinstance(known, str) else known
         return next((each for each in known if self.values.get(each) is not None), known[0])
 
     def get(self, key: str, *, null: bool = False) -> Any:
@@ -218,7 +251,11 @@ class Keys:
             raise self.wrong(key, "must be a string")
         value = {**MEANINGS.get(key, {}), **self.rules.meanings.get(key, {})}.get(value, value)
         if value not in choices:
-            hint = f". {OTHER_MODELS}" if key == "model_type" else ""
+            hint = ""
+            if key == "model_type":
+                near = get_close_matches(value, choices, 1, 0.5)
+                hint = f". Its nearest relative here by name is {near[0]}" if near else ""
+                hint += f". {OTHER_MODELS}"
             raise UnsupportedModelError(
                 f"{self.source}: {self.quoted(key)} is {shown(value)}, which is not supported; "
                 f"supported are: {', '.join(choices)}{hint}"

@@ -1,10 +1,20 @@
 """The stages, tensors and scale groups of one decoder block, from an `Architecture` and a config."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from bitwright.models.architecture import Architecture, Attention, Experts, LatentAttention, Mlp
+from bitwright.models.architecture import (
+    Architecture,
+    Attention,
+    Experts,
+    GatedDelta,
+    LatentAttention,
+    Mamba,
+    Mlp,
+    ShortConvolution,
+    Stack,
+)
 from bitwright.models.config import ModelConfig
 from bitwright.models.fold import FoldKind
 
@@ -13,6 +23,9 @@ StageKind = Literal[
     "latent",  # down to the latents, and queries where those have none
     "latent_query",
     "latent_attention",  # keys and values from their latent, and attention itself
+    "delta",  # a gated delta-net up to its output
+    "convolution",  # a short convolution between its gates
+    "mamba",  # a Mamba-2 mixer up to its output
     "attention_output",
     "mlp",
     "mlp_output",
@@ -23,7 +36,8 @@ StageKind = Literal[
     "expert_output",
 ]
 Role = Literal["gate", "up", "down"]
-SUB_BLOCK_STARTS = ("attention", "latent", "mlp", "router")  # stages that read the hidden states
+SUB_BLOCK_STARTS = ("attention", "latent", "delta", "convolution", "mamba", "mlp", "router")
+# The stages that read the hidden states.
 
 
 @dataclass(frozen=True)
@@ -96,8 +110,11 @@ class ExpertPlace:
 
     prefix: str  # of the names, up to the expert's index
     stacked: str  # prefix of the role where MLX stores all experts in one tensor
+    stack: Stack  # of the family's own files
     index: int
     role: Role
+    size: int  # channels between up and down
+    hidden: int
 
     @property
     def stacked_name(self) -> str:
@@ -116,19 +133,20 @@ class BlockLayout:
     stages: tuple[Stage, ...]
     linears: Mapping[str, tuple[int, int]]
     floats: Mapping[str, tuple[int, int]]
-    vectors: Mapping[str, tuple[int]]
+    vectors: Mapping[str, tuple[int, ...]]
     groups: tuple[ScaleGroup, ...]
     never_clipped: tuple[str, ...]
     experts: Mapping[str, ExpertPlace]
 
     @property
     def sub_blocks(self) -> tuple[tuple[Stage, ...], tuple[Stage, ...]]:
-        """The stages of attention, and those of the MLP or experts."""
-        first = next(
+        """The stages of attention, and those of the MLP or experts: none where both are parallel."""
+        starts = (
             number
             for number, stage in enumerate(self.stages)
             if stage.kind in SUB_BLOCK_STARTS and number > 0
         )
+        first = next(starts, len(self.stages))
         return self.stages[:first], self.stages[first:]
 
     def channels(self, stage: Stage) -> int:
@@ -141,15 +159,26 @@ class BlockLayout:
 
 def block_layout(architecture: Architecture, config: ModelConfig, index: int) -> BlockLayout:
     """Return the layout of block `index`."""
-    builder = _Builder(architecture, config)
-    if isinstance(architecture.attention, LatentAttention):
+    builder = _Builder(architecture, config.at(index))
+    mixer = architecture.mixers.get(config.layer_types[index])
+    if isinstance(mixer, GatedDelta):
+        builder.add_delta(mixer)
+    elif isinstance(mixer, ShortConvolution):
+        builder.add_convolution(mixer)
+    elif isinstance(mixer, Mamba):
+        builder.add_mamba(mixer)
+    elif isinstance(architecture.attention, LatentAttention):
         builder.add_latent_attention(architecture.attention)
     else:
         builder.add_attention(architecture.attention)
-    if config.is_sparse[index] and architecture.experts is not None:
+    if config.parallel:
+        builder.add_parallel_mlp(architecture.mlp)
+    elif config.is_sparse[index] and architecture.experts is not None:
         builder.add_experts(architecture.experts)
     else:
         builder.add_mlp(architecture.mlp)
+    if architecture.layer_scale is not None:
+        builder.vectors[architecture.layer_scale] = (1,)
     return builder.layout()
 
 
@@ -160,7 +189,7 @@ class _Builder:
         self.stages: list[Stage] = []
         self.linears: dict[str, tuple[int, int]] = {}
         self.floats: dict[str, tuple[int, int]] = {}
-        self.vectors: dict[str, tuple[int]] = {}
+        self.vectors: dict[str, tuple[int, ...]] = {}
         self.groups: list[ScaleGroup] = []
         self.never_clipped: tuple[str, ...] = ()
         self.experts: dict[str, ExpertPlace] = {}
@@ -183,7 +212,10 @@ class _Builder:
         outputs = None
         if names.fused is None:
             linears: tuple[str, ...] = (names.query, names.key, names.value)
-            for name, width in zip(linears, (queries, keys, keys), strict=True):
+            if config.keys_are_values:
+                linears = linears[:2]
+            wide = 2 * queries if names.gated else queries
+            for name, width in zip(linears, (wide, keys, keys)[: len(linears)], strict=True):
                 self._linear(name, (width, hidden), config.query_bias)
             value, self.never_clipped = names.value, (names.query, names.key)
         else:
@@ -192,8 +224,10 @@ class _Builder:
             value, self.never_clipped = names.fused, (names.fused,)
             outputs = range(queries + keys, queries + 2 * keys)
         for norm, width in ((names.query_norm, queries), (names.key_norm, keys)):
-            if norm is not None:
+            if norm is not None and config.head_norms:
                 self.vectors[f"{norm}.weight"] = (width if names.whole else config.head_dim,)
+        if names.sinks is not None:
+            self.vectors[names.sinks] = (config.num_attention_heads,)
         self._linear(names.output, (hidden, queries), config.output_bias)
         norm = self._norm(self.architecture.attention_norm)
         self._norm(self.architecture.attention_post_norm)
@@ -202,8 +236,9 @@ class _Builder:
             Stage("attention_output", (names.output,)),
         ]
         self._norm_group(norm, linears)
-        # Attention mixes tokens but not channels: a scale passes through it.
-        self.groups.append(ScaleGroup(value, "linear", (names.output,), outputs=outputs))
+        # Attention mixes tokens but not channels: a scale passes through it, but through no norm.
+        if not names.value_norm:
+            self.groups.append(ScaleGroup(value, "linear", (names.output,), outputs=outputs))
 
     def add_latent_attention(self, names: LatentAttention) -> None:
         config, hidden, latent = self.config, self.config.hidden_size, self.config.latent
@@ -246,6 +281,62 @@ class _Builder:
         self.never_clipped = (*linears, names.query_up)
         self._norm(self.architecture.attention_post_norm)
 
+    def add_delta(self, names: GatedDelta) -> None:
+        sizes, hidden = self.config.recurrence, self.config.hidden_size
+        if sizes is None:
+            raise ValueError("gated delta-net: the config has no sizes for it")
+        keys, values = sizes.key_heads * sizes.key_dim, sizes.heads * sizes.value_dim
+        widths = [2 * keys + values, values]
+        for name, width in zip(
+            names.inputs, widths if len(names.inputs) > 1 else [sum(widths)], strict=True
+        ):
+            self._linear(name, (width, hidden), False)
+        for name in names.controls:
+            self.floats[name] = (2 * sizes.heads // len(names.controls), hidden)
+        self.vectors[f"{names.convolution}.weight"] = (2 * keys + values, 1, sizes.taps)
+        self.vectors[names.decay] = self.vectors[names.step] = (sizes.heads,)
+        self.vectors[f"{names.norm}.weight"] = (sizes.value_dim,)
+        self._linear(names.output, (hidden, values), False)
+        self._mixer_stages("delta", names.inputs, names.output, names.controls)
+
+    def add_convolution(self, names: ShortConvolution) -> None:
+        config, hidden = self.config, self.config.hidden_size
+        self._linear(names.inputs, (3 * hidden, hidden), config.projection_bias)
+        self.vectors[f"{names.convolution}.weight"] = (hidden, 1, config.convolved)
+        if config.convolution_bias:
+            self.vectors[f"{names.convolution}.bias"] = (hidden,)
+        self._linear(names.output, (hidden, hidden), config.projection_bias)
+        self._mixer_stages("convolution", (names.inputs,), names.output)
+        # The output is the second part, times what the others are convolved to.
+        rows = range(hidden, 2 * hidden)
+        self.groups.append(ScaleGroup(names.inputs, "linear", (names.output,), outputs=rows))
+
+    def add_mamba(self, names: Mamba) -> None:
+        sizes, config = self.config.recurrence, self.config
+        if sizes is None:
+            raise ValueError("Mamba: the config has no sizes for it")
+        values = sizes.heads * sizes.value_dim
+        mixed = values + 2 * sizes.key_heads * sizes.key_dim
+        width = values + mixed + sizes.heads
+        self._linear(names.inputs, (width, config.hidden_size), config.projection_bias)
+        self.vectors[f"{names.convolution}.weight"] = (mixed, 1, sizes.taps)
+        if config.convolution_bias:
+            self.vectors[f"{names.convolution}.bias"] = (mixed,)
+        for name in (names.decay, names.step, names.skip):
+            self.vectors[name] = (sizes.heads,)
+        self.vectors[f"{names.norm}.weight"] = (values,)
+        self._linear(names.output, (config.hidden_size, values), config.projection_bias)
+        self._mixer_stages("mamba", (names.inputs,), names.output)
+        self.groups.append(ScaleGroup(names.norm, "rms_norm", (names.output,)))
+
+    def _mixer_stages(
+        self, kind: StageKind, inputs: tuple[str, ...], output: str, floats: tuple[str, ...] = ()
+    ) -> None:
+        norm = self._norm(self.architecture.attention_norm)
+        self._norm(self.architecture.attention_post_norm)
+        self.stages += [Stage(kind, inputs, norm), Stage("attention_output", (output,))]
+        self._norm_group(norm, inputs, floats)
+
     def add_mlp(self, names: Mlp) -> None:
         norm = self._norm(self.architecture.mlp_norm)
         self._norm(self.architecture.mlp_post_norm)
@@ -257,6 +348,16 @@ class _Builder:
         self._norm_group(norm, linears)
         self._down_group(names, self.config.intermediate_size)
 
+    def add_parallel_mlp(self, names: Mlp) -> None:
+        """Add an MLP whose first linears read what attention reads: they are linears of its stage."""
+        linears = self._mlp(names, self.config.intermediate_size)
+        stages = self.stages
+        stages[0] = replace(stages[0], linears=(*stages[0].linears, *linears), mlp=names)
+        stages.append(Stage("mlp_output", (names.down,), mlp=names))
+        group = self.groups[0]
+        self.groups[0] = replace(group, layers=(*group.layers, *linears))
+        self._down_group(names, self.config.intermediate_size)
+
     def add_experts(self, names: Experts) -> None:
         config = self.config.experts
         norm = self._norm(self.architecture.mlp_norm)
@@ -264,10 +365,12 @@ class _Builder:
             raise ValueError("experts: the config has no sizes for them, or the norms do not fit")
         self.stages.append(Stage("router", (), norm))
         self.floats[names.router] = (config.count, self.config.hidden_size)
+        if names.router_bias:
+            self.vectors[f"{names.router}.bias"] = (config.count,)
         floats = [names.router]
         readers: list[str] = []
         if names.correction is not None:
-            self.vectors[names.correction] = (config.count,)
+            self.vectors[names.correction] = (*names.correction_axes, config.count)
         mlps: list[tuple[int | None, Mlp, int]] = []
         if names.shared is not None and config.shared_size:
             mlps.append((None, names.shared, config.shared_size))
@@ -282,7 +385,15 @@ class _Builder:
                 "down": prefix + names.mlp.down,
             }
             for role, name in roles.items():
-                self.experts[name] = ExpertPlace(names.prefix, names.stacked, expert, role)
+                self.experts[name] = ExpertPlace(
+                    names.prefix,
+                    names.stacked,
+                    names.own_stack,
+                    expert,
+                    role,
+                    config.intermediate_size,
+                    self.config.hidden_size,
+                )
             own = Mlp(roles["gate"], roles["up"], roles["down"])
             mlps.append((expert, own, config.intermediate_size))
         down_groups = []
@@ -318,7 +429,7 @@ class _Builder:
         if names.fused is not None:
             rows = range(size, 2 * size)
             self.groups.append(ScaleGroup(names.fused, "linear", (names.down,), outputs=rows))
-        elif names.gate is not None:
+        elif names.gate is not None and not self.config.swiglu_limit:
             self.groups.append(ScaleGroup(names.up, "linear", (names.down,)))
 
     def _norm_group(

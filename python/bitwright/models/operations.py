@@ -65,26 +65,104 @@ class Operations:
         """Add a linear's outputs to the hidden states."""
         _kernels.linear(states, self.weights[f"{name}.weight"], self.bias(name), hidden, True)
 
-    def norm(self, name: str, states: Float, width: int | None = None) -> Float:
-        """Return the states normalized, over each piece of so many channels or over all."""
+    def norm(
+        self,
+        name: str,
+        states: Float,
+        width: int | None = None,
+        *,
+        kind: str | None = None,
+        epsilon: float | None = None,
+    ) -> Float:
+        """Return the states normalized, over each piece of so many channels or over all; kind and epsilon
+        are the block's unless others are given."""
         weight, bias = self.weights[f"{name}.weight"], self.bias(name)
         rows = states if width is None else states.reshape(-1, width)
-        return apply_norm(self.norm_kind, rows, weight, bias, self.epsilon).reshape(states.shape)
+        normed = apply_norm(
+            kind or self.norm_kind, rows, weight, bias, self.epsilon if epsilon is None else epsilon
+        )
+        return normed.reshape(states.shape)
 
     def latent_norm(self, name: str, states: Float) -> Float:
         """Return latents normalized."""
-        return apply_norm("rms_norm", states, self.weights[f"{name}.weight"], None, LATENT_EPSILON)
+        return self.norm(name, states, kind="rms_norm", epsilon=LATENT_EPSILON)
+
+    def even_norm(self, states: Float, width: int, gain: float, epsilon: float) -> Float:
+        """Return each piece of so many channels divided by its root mean square, times a gain."""
+        gains = np.full(width, gain, states.dtype)
+        normed = apply_norm("rms_norm", states.reshape(-1, width), gains, None, epsilon)
+        return normed.reshape(states.shape)
 
     def split(self, states: Float, widths: Sequence[int]) -> list[Float]:
         """Return the channels in parts of these widths, each an array of its own."""
         parts = np.split(states, np.cumsum(widths)[:-1], axis=1)
         return [np.ascontiguousarray(part) for part in parts]
 
+    def join(self, parts: Sequence[Float]) -> Float:
+        """Return the channels of several arrays side by side."""
+        return np.concatenate(parts, axis=1)
+
+    def split_heads(self, states: Float, heads: int, widths: Sequence[int]) -> list[Float]:
+        """Return the channels of every head in parts of these widths, those of all heads side by side."""
+        each = states.reshape(len(states), heads, sum(widths))
+        parts = np.split(each, np.cumsum(widths)[:-1], axis=2)
+        return [np.ascontiguousarray(part).reshape(len(states), -1) for part in parts]
+
+    def convolve(self, name: str, states: Float, length: int) -> Float:
+        """Return the causal convolution of each channel within samples of a length."""
+        output = np.empty_like(states)
+        _kernels.convolve(states, self.taps(name), self.bias(name), length, output)
+        return output
+
+    def taps(self, name: str) -> Float:
+        """Return the weights of a convolution ``[channels, tokens]``."""
+        weight = self.weights[f"{name}.weight"]
+        return weight.reshape(len(weight), -1)
+
+    def decays(self, states: Float, rate: str, step: str) -> Float:
+        """Return the logarithms of decays, −exp(rate) · softplus(states + step)."""
+        steps = np.logaddexp(states + self.weights[step], states.dtype.type(0))
+        return np.asarray(-np.exp(self.weights[rate]) * steps)
+
+    def steps(self, states: Float, step: str) -> Float:
+        """Return softplus(states + step)."""
+        return np.asarray(np.logaddexp(states + self.weights[step], states.dtype.type(0)))
+
+    def spread(self, states: Float, width: int) -> Float:
+        """Return every channel so many times, one after the other."""
+        return np.repeat(states, width, axis=1)
+
+    def scale_channels(self, name: str, states: Float) -> Float:
+        """Return each channel times its gain."""
+        return np.asarray(states * self.weights[name])
+
+    def skip(self, output: Float, states: Float, name: str, width: int) -> Float:
+        """Return the output plus the states, those of each head times its factor."""
+        return np.asarray(output + states * np.repeat(self.weights[name], width))
+
+    def recurrence(self, parts: Sequence[Float], rule: Mapping[str, Any]) -> Float:
+        """Return the outputs of a recurrence from queries, keys, values, decays and strengths; `rule` holds
+        the kernel's other arguments."""
+        output = np.empty_like(parts[2])
+        names = ("query", "key", "value", "decay", "strength")
+        inputs: dict[str, Any] = {**dict(zip(names, parts, strict=True)), **rule}
+        _kernels.recurrence(out=output, **inputs)
+        return output
+
+    def scale_all(self, name: str, hidden: Float) -> None:
+        """Multiply the hidden states by a factor, in place."""
+        hidden *= self.weights[name]
+
     def rotate(
         self, states: Float, tables: tuple[Float, Float], heads: int, first: int, interleaved: bool
     ) -> None:
         """Rotate the states by their positions, in place."""
         _kernels.rotate(states, *tables, heads, first, interleaved)
+
+    def scale_positions(self, states: Float, factors: Float) -> Float:
+        """Return the states of whole samples, each times the factor of its position."""
+        result: Float = states * np.resize(factors, len(states))[:, None]
+        return result
 
     def attend(
         self, query: Float, key: Float, value: Float, rule: Mapping[str, Any], heads: int
@@ -116,6 +194,15 @@ class Operations:
         """Return activation(gate) · up, in the gate's place."""
         _kernels.activate_multiply(gate, up, activation)
         return gate
+
+    def clamped_gate(self, gate: Float, up: Float, alpha: float, limit: float) -> Float:
+        """Return gpt-oss' gated unit, in the gate's place."""
+        _kernels.clamped_swiglu(gate, up, alpha, limit)
+        return gate
+
+    def multiply(self, states: Float, others: Float) -> Float:
+        """Return the products of two arrays."""
+        return np.asarray(states * others)
 
     def sigmoid(self, states: Float) -> Float:
         """Return 1 / (1 + exp(−states))."""
@@ -149,6 +236,8 @@ def apply_norm(
 ) -> Float:
     """Return `states` ``[tokens, channels]`` normalized; see `fold_scale` for the kinds."""
     normed = np.empty_like(states)
+    if kind == "biasless_layer_norm":
+        bias = np.zeros_like(weight)
     if bias is not None:
         _kernels.layer_norm(states, weight, bias, epsilon, normed)
     else:

@@ -1,9 +1,10 @@
 """Rotary position embeddings: frequencies of every type, and the cosines and sines made of them."""
 
 import math
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from bitwright.errors import CheckpointError, UnsupportedModelError
 from bitwright.models.config import RopeConfig
@@ -66,6 +67,10 @@ def rope_frequencies(
         elif rope.rope_type == "yarn":
             frequencies = _yarn(periods, rope, original, rotary_dim)
             attention_factor = _yarn_attention_factor(rope)
+        elif rope.rope_type == "proportional":
+            turning = int(rope.share * rotary_dim // 2)
+            frequencies = np.where(np.arange(rotary_dim // 2) < turning, frequencies, np.float32(0))
+            frequencies = frequencies / np.float32(rope.factor)
         elif rope.rope_type == "longrope":
             factors = rope.long_factor if length > original else rope.short_factor
             frequencies = np.float32(1) / (np.asarray(factors, np.float32) * periods)
@@ -115,6 +120,16 @@ def rope_tables(
     angles = (positions[:, None] * frequencies.astype(np.float32)).astype(np.float64)
     scale = np.float32(attention_factor)
     return np.cos(angles).astype(np.float32) * scale, np.sin(angles).astype(np.float32) * scale
+
+
+def query_scale(rope: RopeConfig, length: int, dtype: DTypeLike) -> NDArray[Any] | None:
+    """Return the factors of the queries of the first positions, which grow by the logarithm of how many
+    times the original length they are beyond it (Llama 4); None where all are 1."""
+    original = rope.original_max_position_embeddings
+    if not rope.position_scale or original is None or length <= original:
+        return None
+    turns = np.floor(np.arange(length) / original)
+    return (1 + rope.position_scale * np.log1p(turns)).astype(dtype)
 
 
 def _llama3(

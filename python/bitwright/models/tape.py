@@ -7,7 +7,7 @@ import numpy as np
 
 from bitwright import _kernels
 from bitwright.models.config import ExpertsConfig
-from bitwright.models.operations import LATENT_EPSILON, Float, Operations, Rows, norm_gain
+from bitwright.models.operations import Float, Operations, Rows, norm_gain
 from bitwright.models.routing import Routes, route_backward
 
 OnLinear = Callable[[str, Float, Float], None]
@@ -68,27 +68,44 @@ class Tape(Operations):
     def add_linear(self, name: str, states: Float, hidden: Float) -> None:
         self._steps.append(lambda: self._linear_backward(name, states, self._gradients[id(hidden)]))
 
-    def norm(self, name: str, states: Float, width: int | None = None) -> Float:
-        normed = super().norm(name, states, width)
+    def norm(
+        self,
+        name: str,
+        states: Float,
+        width: int | None = None,
+        *,
+        kind: str | None = None,
+        epsilon: float | None = None,
+    ) -> Float:
+        normed = super().norm(name, states, width, kind=kind, epsilon=epsilon)
         channels = states.shape[1] if width is None else width
         kernel = _kernels.rms_norm_backward
-        if f"{name}.bias" in self.vectors:
+        if f"{name}.bias" in self.vectors or (kind or self.norm_kind) == "biasless_layer_norm":
             kernel = _kernels.layer_norm_backward
         self._steps.append(
             lambda: self._norm_backward(
-                name, states, normed, channels, kernel, self.norm_kind, self.epsilon
+                name,
+                states,
+                normed,
+                channels,
+                kernel,
+                kind or self.norm_kind,
+                self.epsilon if epsilon is None else epsilon,
             )
         )
         return normed
 
-    def latent_norm(self, name: str, states: Float) -> Float:
-        normed = super().latent_norm(name, states)
-        kernel, channels = _kernels.rms_norm_backward, states.shape[1]
-        self._steps.append(
-            lambda: self._norm_backward(
-                name, states, normed, channels, kernel, "rms_norm", LATENT_EPSILON
-            )
-        )
+    def even_norm(self, states: Float, width: int, gain: float, epsilon: float) -> Float:
+        normed = super().even_norm(states, width, gain, epsilon)
+
+        def step() -> None:
+            above = self._required(normed).reshape(-1, width)
+            result = np.empty_like(above)
+            gains = np.full(width, gain, states.dtype)
+            _kernels.rms_norm_backward(states.reshape(-1, width), gains, epsilon, above, result)
+            self._give(states, result.reshape(states.shape))
+
+        self._steps.append(step)
         return normed
 
     def split(self, states: Float, widths: Sequence[int]) -> list[Float]:
@@ -105,6 +122,123 @@ class Tape(Operations):
         self._steps.append(step)
         return parts
 
+    def join(self, parts: Sequence[Float]) -> Float:
+        whole = super().join(parts)
+
+        def step() -> None:
+            gradient = self._required(whole)
+            pieces = np.split(gradient, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
+            for part, piece in zip(parts, pieces, strict=True):
+                self._give(part, np.ascontiguousarray(piece))
+
+        self._steps.append(step)
+        return whole
+
+    def split_heads(self, states: Float, heads: int, widths: Sequence[int]) -> list[Float]:
+        parts = super().split_heads(states, heads, widths)
+
+        def step() -> None:
+            gradients = [
+                self._required(part).reshape(len(states), heads, width)
+                for part, width in zip(parts, widths, strict=True)
+            ]
+            self._give(states, np.concatenate(gradients, axis=2).reshape(states.shape))
+
+        self._steps.append(step)
+        return parts
+
+    def convolve(self, name: str, states: Float, length: int) -> Float:
+        output = super().convolve(name, states, length)
+
+        def step() -> None:
+            gradient = np.empty_like(states)
+            above = self._required(output)
+            bias = self._vector_gradients.get(f"{name}.bias")
+            if bias is not None:
+                bias += above.sum(axis=0)
+            _kernels.convolve_backward(above, self.taps(name), length, gradient)
+            self._give(states, gradient)
+
+        self._steps.append(step)
+        return output
+
+    def decays(self, states: Float, rate: str, step: str) -> Float:
+        result = super().decays(states, rate, step)
+
+        def backward() -> None:
+            slope = 1 / (1 + np.exp(-(states + self.weights[step])))
+            self._give(states, self._required(result) * -np.exp(self.weights[rate]) * slope)
+
+        self._steps.append(backward)
+        return result
+
+    def steps(self, states: Float, step: str) -> Float:
+        result = super().steps(states, step)
+
+        def backward() -> None:
+            slope = 1 / (1 + np.exp(-(states + self.weights[step])))
+            self._give(states, self._required(result) * slope)
+
+        self._steps.append(backward)
+        return result
+
+    def spread(self, states: Float, width: int) -> Float:
+        result = super().spread(states, width)
+
+        def step() -> None:
+            above = self._required(result).reshape(len(states), -1, width)
+            self._give(states, above.sum(axis=2))
+
+        self._steps.append(step)
+        return result
+
+    def scale_channels(self, name: str, states: Float) -> Float:
+        result = super().scale_channels(name, states)
+
+        def step() -> None:
+            above = self._required(result)
+            known = self._vector_gradients.get(name)
+            if known is not None:
+                known += (above * states).sum(axis=0)
+            self._give(states, above * self.weights[name])
+
+        self._steps.append(step)
+        return result
+
+    def skip(self, output: Float, states: Float, name: str, width: int) -> Float:
+        result = super().skip(output, states, name, width)
+
+        def step() -> None:
+            above = self._required(result)
+            self._give(states, above * np.repeat(self.weights[name], width))
+            self._give(output, above)
+
+        self._steps.append(step)
+        return result
+
+    def recurrence(self, parts: Sequence[Float], rule: Mapping[str, Any]) -> Float:
+        output = super().recurrence(parts, rule)
+
+        def step() -> None:
+            above, gradients = self._required(output), [np.empty_like(part) for part in parts]
+            names = ("query", "key", "value", "decay", "strength")
+            written = {
+                f"{name}_gradient": each for name, each in zip(names, gradients, strict=True)
+            }
+            inputs: dict[str, Any] = {**dict(zip(names, parts, strict=True)), **written, **rule}
+            _kernels.recurrence_backward(gradient=above, **inputs)
+            for part, gradient in zip(parts, gradients, strict=True):
+                self._give(part, gradient)
+
+        self._steps.append(step)
+        return output
+
+    def scale_all(self, name: str, hidden: Float) -> None:
+        def step() -> None:  # the caller has the product, as it has sums
+            self._gradients[id(hidden)] *= self.weights[name]
+
+        self._steps.append(step)
+
     def rotate(
         self, states: Float, tables: tuple[Float, Float], heads: int, first: int, interleaved: bool
     ) -> None:
@@ -114,6 +248,15 @@ class Tape(Operations):
                 self._gradients[id(states)], *tables, heads, first, interleaved, backward=True
             )
         )
+
+    def scale_positions(self, states: Float, factors: Float) -> Float:
+        result = super().scale_positions(states, factors)
+        self._steps.append(
+            lambda: self._give(
+                states, super(Tape, self).scale_positions(self._required(result), factors)
+            )
+        )
+        return result
 
     def attend(
         self, query: Float, key: Float, value: Float, rule: Mapping[str, Any], heads: int
@@ -176,6 +319,31 @@ class Tape(Operations):
                 _kernels.activate_multiply_backward(gate, up, activation, gradient, to_up)
                 self._give(gate, gradient)
                 self._give(up, to_up)
+
+        self._steps.append(step)
+        return result
+
+    def clamped_gate(self, gate: Float, up: Float, alpha: float, limit: float) -> Float:
+        result = super().clamped_gate(gate.copy(), up, alpha, limit)
+
+        def step() -> None:
+            gradient = self._take(result)
+            if gradient is not None:
+                to_up = np.empty_like(up)
+                _kernels.clamped_swiglu_backward(gate, up, alpha, limit, gradient, to_up)
+                self._give(gate, gradient)
+                self._give(up, to_up)
+
+        self._steps.append(step)
+        return result
+
+    def multiply(self, states: Float, others: Float) -> Float:
+        result = super().multiply(states, others)
+
+        def step() -> None:
+            gradient = self._required(result)
+            self._give(states, gradient * others)
+            self._give(others, gradient * states)
 
         self._steps.append(step)
         return result

@@ -66,6 +66,8 @@ class Output:
         The number of experts in a stack.
     nested
         Whether the language model is a part of a multimodal one.
+    family
+        Its family.
     """
 
     def __init__(
@@ -75,9 +77,10 @@ class Output:
         experts: Mapping[str, ExpertPlace] | None = None,
         stack_size: int = 0,
         nested: bool = False,
+        family: str = "",
     ) -> None:
         self.format = format
-        self._nested = nested
+        self._nested, self._family = nested, family
         self.layers: list[LayerReport] = []
         self.blocks: list[BlockReport] = []
         self.divided: list[str] = []  # by powers of two, for others to be large enough
@@ -157,6 +160,7 @@ class Output:
     def add(self, name: str, array: NDArray[Any]) -> None:
         """Write a tensor."""
         if self._writer is not None:
+            array = self.format.array_written(name, array, self._family)
             self._writer.add(self.format.name_written(name, self._nested), array)
             self.size_bytes += array.nbytes
 

@@ -166,7 +166,9 @@ class Run:
         model, kind = self.model, self.target.format
         experts = model.experts if kind.stacks_experts else None
         stack_size = model.config.experts.count if model.config.experts else 0
-        self.output = Output(self.writer, kind, experts, stack_size, model.nested)
+        self.output = Output(
+            self.writer, kind, experts, stack_size, model.nested, model.config.family
+        )
         self._layers = Layers(
             model,
             self.target,

@@ -314,7 +314,8 @@ class _Conversion:
         model, kind = self.model, self.kind
         stacks = model.experts if kind is not None and kind.stacks_experts else {}
         stack_size = model.config.experts.count if model.config.experts else 0
-        output = Output(writer, kind or Format, stacks, stack_size, model.nested)
+        family = model.config.family
+        output = Output(writer, kind or Format, stacks, stack_size, model.nested, family)
         for name in self.layers:
             step()
             target = self._target(name)
