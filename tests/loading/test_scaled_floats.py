@@ -192,6 +192,34 @@ def test_stacked_blocks_of_experts_are_transposed(tmp_path: Path) -> None:
     assert np.array_equal(part.astype(np.float64), expected[1, 5:40])
 
 
+def test_experts_in_blocks_quantize_as_their_values(tmp_path: Path) -> None:
+    source = TINY / "gpt_oss"
+    with Checkpoint(source) as checkpoint:
+        plain = {name: checkpoint.read(name) for name in checkpoint.names()}
+    packed = dict(plain)
+    for name in [each for each in plain if each.endswith(("gate_up_proj", "down_proj"))]:
+        count, inner, out = packed.pop(name).shape
+        codes = RNG.integers(0, 16, (count, out, inner // 32, 32)).astype(np.uint8)
+        powers = RNG.integers(118, 124, (count, out, inner // 32)).astype(np.uint8)
+        grid = powers.view(E8M0).astype(np.float32)[..., None]
+        values = (np.array(FLOAT4, np.float32)[codes] * grid).reshape(count, out, inner)
+        plain[name] = np.ascontiguousarray(values.swapaxes(1, 2)).astype(ml_dtypes.bfloat16)
+        packed[f"{name}_blocks"] = codes[..., ::2] | codes[..., 1::2] << 4
+        packed[f"{name}_scales"] = powers
+    written = []
+    for kind, arrays, said in (("p", plain, {}), ("m", packed, declares("mxfp4"))):
+        folder = tmp_path / kind
+        folder.mkdir()
+        config = json.loads((source / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **said}))
+        save_file(arrays, folder / "model.safetensors")
+        out = tmp_path / f"{kind}-q"
+        bitwright.quantize(folder, out, "rtn", 4, 32, scale_dtype="float16", progress=False)
+        written.append((out / "model.safetensors").read_bytes())
+    assert packed.keys() != plain.keys()
+    assert written[0] == written[1]
+
+
 @pytest.mark.parametrize("scales", [(3, 2, 2), (3, 1, 1), (3,), (1,), ()])
 def test_stacks_of_8_bits_are_decoded(scales: tuple[int, ...], tmp_path: Path) -> None:
     codes = RNG.standard_normal((3, 150, 130)).astype(E4M3)
