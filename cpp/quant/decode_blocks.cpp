@@ -35,15 +35,6 @@ void put_vector(const Codebook& book, Index code, unsigned signs, float scale, f
         out[i] = scale * static_cast<float>(signs >> i & 1 ? -vector[i] : vector[i]);
 }
 
-// Nibbles of `width` bytes: the lower ones are the first weights.
-void put_points(const std::array<std::int8_t, 16>& points, Bytes codes, Index width, float scale,
-                float* out) {
-    for (Index i = 0; i < width; ++i) {
-        out[i] = scale * static_cast<float>(points[codes[i] & 15]);
-        out[width + i] = scale * static_cast<float>(points[codes[i] >> 4]);
-    }
-}
-
 // d, then for every 32 weights four codes and a word: four times seven signs, and a scale.
 void iq2_xxs(Bytes block, float* out) {
     const float d = half(block);

@@ -263,6 +263,43 @@ def test_a_multimodal_decoder_is_written_as_its_engines_name_it(
     assert any(each.startswith("vision_tower.") for each in names_of(out))
 
 
+NESTED = {
+    "language_model.model.": "language_model.lm_head",
+    "model.language_model.": "lm_head",
+    "model.": "lm_head",
+}
+
+
+@pytest.mark.parametrize("prefix", NESTED)
+@pytest.mark.parametrize(
+    ("outer", "name"), [("llava", "llama-llama3"), ("vipllava", "mistral"), ("internvl", "qwen2")]
+)
+def test_a_text_part_is_its_family(outer: str, name: str, prefix: str, tmp_path: Path) -> None:
+    """Under any prefix it is computed and quantized as by itself, and the rest is carried along."""
+    tower = {"vision_tower.layers.0.up_proj.weight": np.ones((8, 8), np.float32)}
+
+    def within(arrays: Arrays) -> Arrays:
+        renamed = {
+            NESTED[prefix] + each[7:] if each.startswith("lm_head") else prefix + each[6:]: array
+            for each, array in arrays.items()
+        }
+        return renamed | tower
+
+    def wrapped(config: dict[str, Any]) -> None:
+        text = {key: config.pop(key) for key in list(config)}
+        config |= {"model_type": outer, "text_config": text, "vision_config": {}}
+        config["tie_word_embeddings"] = text.get("tie_word_embeddings", False)
+
+    folder = changed(TINY / name, tmp_path / "in", wrapped, within)
+    assert np.array_equal(silent(lambda: logits(folder)), logits(TINY / name))
+    out = quantized(folder, tmp_path / "out", "compressed-tensors", scale_dtype="float32")
+    expected = quantized(TINY / name, tmp_path / "b", "compressed-tensors", scale_dtype="float32")
+    assert np.array_equal(logits(out), logits(expected))
+    carried = load_file(out / "model.safetensors")
+    for each, array in tower.items():
+        assert np.array_equal(carried[each], array)
+
+
 @pytest.mark.parametrize("format", ["mlx", "gptq", "awq", "compressed-tensors"])
 def test_quantized_layers_are_found_under_other_prefixes(format: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {} if format == "awq" else {"overrides": {"*.0.mlp.*": {"bits": 8}}}
@@ -379,8 +416,8 @@ def as_fp8(arrays: Arrays) -> None:
         arrays[f"{name}_scale_inv"] = np.ones((1, 1), np.float32)
 
 
-@pytest.mark.parametrize("declared", [{}, LEFTOVERS["fp8"], LEFTOVERS["gptq"]])
-def test_scaled_floats_of_8_bits_are_refused(declared: dict[str, Any], tmp_path: Path) -> None:
+def test_scaled_floats_that_are_declared_as_codes_are_refused(tmp_path: Path) -> None:
+    declared = LEFTOVERS["gptq"]
     folder = changed(
         bitwright.demo_folder(), tmp_path / "in", lambda config: config.update(declared), as_fp8
     )

@@ -140,6 +140,7 @@ class GgufCheckpoint(Checkpoint):
                 if key not in QUANTIZATION_KEYS
             }
             self._made = {}
+            self._stored_bytes = None
             self._shards, self._tensors = {}, {}
             for header in headers:
                 shard = _GgufShard(

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import NoneType, TracebackType
@@ -54,6 +55,27 @@ class _Tensor:
     dtype: str
     shape: tuple[int, ...]
     stored: str  # its name in the file
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A tensor that is computed from others when it is read.
+
+    Parameters
+    ----------
+    parts
+        Names of the tensors that it replaces.
+    name, dtype, shape
+        Of the new tensor; the dtype by its safetensors name.
+    make
+        Returns a part of it, given a checkpoint with the parts, and ranges along the first axes.
+    """
+
+    parts: Collection[str]
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    make: "Callable[[Checkpoint, tuple[slice, ...]], NDArray[Any]]"
 
 
 class Checkpoint:
@@ -103,7 +125,8 @@ class Checkpoint:
             files = [self.folder / name for name in sorted(set(weight_map.values()))]
         self._shards: dict[Path, Any] = {}  # the library's handles have no types
         self._tensors: dict[str, _Tensor] = {}
-        self._made: dict[str, Callable[[], NDArray[Any]]] = {}
+        self._made: dict[str, Callable[[tuple[slice, ...]], NDArray[Any]]] = {}
+        self._stored_bytes: int | None = None  # where some tensors are made
         with ExitStack() as stack:
             for file in files:
                 self._shards[file] = stack.enter_context(_open_shard(file))
@@ -249,6 +272,7 @@ class Checkpoint:
                 f"does not belong to the model"
             )
         self._tensors, self._names = renamed, sorted(renamed)
+        self._made = {names.get(name, name): make for name, make in self._made.items()}
 
     def replace(
         self,
@@ -273,13 +297,29 @@ class Checkpoint:
         kept : bool
             Whether the parts stay, for others that are made of them.
         """
+        made = Made(parts, name, dtype, shape, lambda whole, ranges: make(whole)[ranges])
+        self.replace_all([made], kept=kept)
+
+    def replace_all(self, made: Collection[Made], *, kept: bool = False) -> None:
+        """Replace tensors by some of which parts are computed from them when they are read.
+
+        Parameters
+        ----------
+        made : collection of Made
+            The new tensors, and which ones each replaces.
+        kept : bool
+            Whether the parts stay, for others that are made of them.
+        """
         whole = copy.copy(self)
-        first = whole._tensors[next(iter(parts))]
-        gone = () if kept else parts
-        self._tensors = {each: place for each, place in whole._tensors.items() if each not in gone}
-        self._tensors[name] = _Tensor(first.file, dtype, shape, name)
+        self._stored_bytes = whole.nbytes()
+        gone = set[str]() if kept else {part for each in made for part in each.parts}
+        self._tensors = {name: each for name, each in whole._tensors.items() if name not in gone}
+        self._made = dict(whole._made)
+        for each in made:
+            first = whole._tensors[next(iter(each.parts))]
+            self._tensors[each.name] = _Tensor(first.file, each.dtype, each.shape, each.name)
+            self._made[each.name] = partial(each.make, whole)
         self._names = sorted(self._tensors)
-        self._made = {**self._made, name: lambda: make(whole)}
 
     def file(self, name: str) -> Path:
         """Tell which file holds a tensor.
@@ -321,7 +361,7 @@ class Checkpoint:
             the file changed underneath.
         """
         if name in self._made:
-            return self._made[name]()
+            return self._made[name](())
         stored = self._tensor(name).stored
         return self._read(name, lambda shard: shard.get_tensor(stored))
 
@@ -345,8 +385,7 @@ class Checkpoint:
         CheckpointError
             As `read`.
         """
-        stored = self._tensor(name).stored
-        return self._read(name, lambda shard: shard.get_slice(stored)[first:last])
+        return self.read_ranges(name, (slice(first, last),))
 
     def read_part(self, name: str, index: int, rows: slice | None = None) -> NDArray[Any]:
         """Read one matrix of a stack, or some of its rows, and nothing else.
@@ -376,11 +415,34 @@ class Checkpoint:
                 f"{self.file(name)}: tensor {shown(name)} has shape {list(shape)}; expected three "
                 f"axes, the first longer than {index}"
             )
-        stored = self._tensor(name).stored
-        part: NDArray[Any] = self._read(
-            name, lambda shard: shard.get_slice(stored)[index : index + 1, rows or slice(None)]
-        )[0]
-        return part
+        part = self.read_ranges(name, (slice(index, index + 1), rows or slice(None)))
+        matrix: NDArray[Any] = part[0]
+        return matrix
+
+    def read_ranges(self, name: str, ranges: tuple[slice, ...]) -> NDArray[Any]:
+        """Read a part of a tensor, and nothing else.
+
+        Parameters
+        ----------
+        name : str
+            Tensor name.
+        ranges : tuple of slice
+            Along its first axes, without steps; of the others all is read.
+
+        Returns
+        -------
+        numpy.ndarray
+            A private C-contiguous copy in the stored dtype.
+
+        Raises
+        ------
+        CheckpointError
+            As `read`.
+        """
+        if name in self._made:
+            return self._made[name](ranges)
+        stored, part = self._tensor(name).stored, ranges[0] if len(ranges) == 1 else ranges
+        return self._read(name, lambda shard: shard.get_slice(stored)[part])
 
     def _read(self, name: str, get: Callable[[Any], NDArray[Any]]) -> NDArray[Any]:
         tensor = self._tensor(name)
@@ -410,6 +472,8 @@ class Checkpoint:
         CheckpointError
             If a tensor's dtype is not supported.
         """
+        if self._stored_bytes is not None:
+            return self._stored_bytes
         return sum(math.prod(self.shape(name)) * self.dtype(name).itemsize for name in self._names)
 
     def stored_bytes(self) -> int:

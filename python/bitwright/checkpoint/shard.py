@@ -23,6 +23,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     **FLOATS_OF_8_BITS,
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -89,7 +90,7 @@ class Shard:
 
     def get_tensor(self, name: str) -> NDArray[Any]:
         """Read a tensor."""
-        own = self._opened.get_slice(name).get_dtype() in FLOATS_OF_8_BITS
+        own = self._opened.get_slice(name).get_dtype() in (*FLOATS_OF_8_BITS, "F8_E8M0")
         array: NDArray[Any] = self.get_slice(name)[()] if own else self._opened.get_tensor(name)
         return array
 

@@ -29,6 +29,7 @@ from bitwright.loading.contents import (
     warn_of_unused,
     without_harmless,
 )
+from bitwright.loading.scaled_floats import decode_scaled_floats
 from bitwright.loading.shifted import undo_shifts
 from bitwright.models import ARCHITECTURES
 from bitwright.models.architecture import LatentAttention
@@ -97,6 +98,7 @@ class Model(Decoder):
         config = ModelConfig.from_dict(read, source, rules)
         super().__init__(config, ARCHITECTURES[config.family], checkpoint.folder)
         settle_names(checkpoint, self.names)
+        decode_scaled_floats(checkpoint)
         self.format = detect_format(checkpoint)
         if isinstance(self.architecture.attention, LatentAttention):
             blocks = map(self.block_prefix, range(self.config.num_hidden_layers))
