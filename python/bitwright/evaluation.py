@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
+from bitwright.checkpoint.hub import finds_models
 from bitwright.errors import CalibrationError, NonFiniteError, check_choice
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import InputFiles, same_inputs
@@ -83,6 +84,7 @@ class Evaluation:
 @respelled(Old("text", "evaluation"))
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def evaluate(
     model: str | os.PathLike[str] | Model,

@@ -334,15 +334,15 @@ def test_a_model_that_is_not_there_is_missed_first(
     (tmp_path / "Llama-3.2-1B").mkdir()
     (tmp_path / "story.gguf").touch()
     for model, said in (
-        ("meta-llama/Llama-3.2-1B", "looks like a model's name on a hub"),
+        ("meta-llama/Llama-3.2-1B", "HF_HUB_OFFLINE is set, and the cache of the hub's client"),
         ("Llama-3.2-1b", "Is Llama-3.2-1B meant?"),
         (str(tmp_path / "stroy.gguf"), f"Is {tmp_path}/story.gguf meant?"),
-        ("nowhere", "nowhere: there is no such folder. Models are not downloaded"),
+        ("nowhere", "nowhere: there is no such folder. A model at the hub is named ORG/NAME"),
     ):
         arguments = (word.replace("MODEL", model) for word in command)
         code, lines = run(monkeypatch, capsys, *arguments)
         assert (code, len(lines)) == (1, 1)
-        assert lines[0].startswith(f"bitwright: {model}: there is no such folder.")
+        assert lines[0].startswith(f"bitwright: {model}: there is no such folder")
         assert said in lines[0]
     assert {path.name for path in tmp_path.iterdir()} == {"Llama-3.2-1B", "story.gguf"}
 

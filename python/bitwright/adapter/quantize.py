@@ -23,7 +23,7 @@ from bitwright.blocks.equalizing import (
 )
 from bitwright.build import build_info
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
-from bitwright.checkpoint.reader import require_model
+from bitwright.checkpoint.hub import finds_models
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import same_inputs
@@ -76,6 +76,7 @@ NEVER_CLIPPED = ("q_proj", "k_proj", "query", "key", "qkv")
 
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def quantize_with_transformers(
     model: str | os.PathLike[str],
@@ -178,7 +179,6 @@ def quantize_with_transformers(
     """
     arguments = dict(locals())
     start = time.perf_counter()
-    require_model(model)
     offered = [each.name for each in METHODS.values() if each.through_transformers]
     check_choice("method", method, offered)
     options = QuantizationOptions.of({**arguments, "drift": False})
@@ -270,6 +270,7 @@ def _write(
 
 @respelled(Old("tokens", "calibration"))
 @expands_home
+@finds_models
 def collect_grams(
     model: str | os.PathLike[str], calibration: TokenSource, *, bos: bool = True
 ) -> dict[str, NDArray[np.float32]]:

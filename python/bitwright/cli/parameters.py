@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from bitwright.checkpoint.reader import require_model
+from bitwright.checkpoint.hub import model_place
 from bitwright.files.home import expanded
 from bitwright.grids.tensor import BITS
 from bitwright.precision.sensitivities import parse_precision
@@ -24,14 +24,12 @@ class NewFile(click.ParamType[Path]):
 
 
 class Model(click.ParamType[Path]):
-    """A model, which is missed before anything else is."""
+    """A model, here or at the hub, which is missed before anything else is."""
 
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(expanded(value))
-        require_model(path)
-        return path
+        return model_place(value)
 
 
 class Bits(click.ParamType[int]):

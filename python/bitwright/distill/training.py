@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
-from bitwright.checkpoint.reader import require_model
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.work_folder import (
     CHECKSUM,
     WorkFolder,
@@ -152,6 +152,7 @@ class _Progress:
 @respelled(Old("teacher", "reference"), Old("student", "model"), Old("data", "calibration"))
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def dwq_quantize(
     reference: str | os.PathLike[str],
@@ -288,9 +289,6 @@ def dwq_quantize(
     arguments = dict(locals())
     started = time.perf_counter()
     RunLimits(threads=threads).set_threads()
-    require_model(reference)
-    if not callable(model):
-        require_model(model)
     _check_arguments(arguments)
     teacher_model = load_model(reference)
     student_made = model if callable(model) else load_model(model)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from bitwright.arrays import require_finite
 from bitwright.checkpoint import Checkpoint, CheckpointSlice, open_checkpoint
+from bitwright.checkpoint.hub import model_place
 from bitwright.checkpoint.reader import written_dtype
 from bitwright.errors import CheckpointError, shown
 from bitwright.files.home import expands_home
@@ -465,7 +466,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     ----------
     path
         Folder with config.json and safetensors files, or a GGUF file: float, or quantized in a format that
-        is read.
+        is read; or the name of a model at the hub, ``ORG/NAME`` or ``ORG/NAME@REVISION``, which is fetched.
 
     Returns
     -------
@@ -482,6 +483,6 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     >>> bitwright.load_model(bitwright.demo_folder()).config.num_hidden_layers
     3
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(model_place(path))
     note_model(checkpoint)
     return Model(checkpoint)

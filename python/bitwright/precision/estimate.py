@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bitwright import _kernels
 from bitwright.checkpoint.fingerprint import model_checksum, model_fingerprint
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.work_folder import WorkFolder, read_sealed, write_sealed
 from bitwright.distill.gradient_memory import batch_step, final_bytes, sub_block_bytes
 from bitwright.distill.losses import LOSSES, DistillationLoss, TopTokens, next_tokens
@@ -60,6 +61,7 @@ class _Batch(TypedDict):
 
 @respelled(Old("data", "calibration"))
 @expands_home
+@finds_models
 @same_inputs()
 def estimate_sensitivities(
     model: str | os.PathLike[str] | Model,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bitwright.checkpoint import CheckpointWriter
-from bitwright.checkpoint.reader import require_model
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
 from bitwright.distill.training import check_training, dwq_quantize
 from bitwright.files.home import expands_home
@@ -37,6 +37,7 @@ LEARNING_RATE = 3e-4  # what is known to suit students that are good already
 
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def quantize_best(
     model: str | os.PathLike[str],
@@ -95,7 +96,6 @@ def quantize_best(
     ...     bitwright.quantize_best(demo, f"{folder}/q", bits=3, calibration=demo / "calibration.txt")
     """
     arguments = dict(locals())
-    require_model(model)
     given = {"preset": "best", **arguments, **options}
     del given["options"]
     with made_by(python_call(quantize_best, arguments)):

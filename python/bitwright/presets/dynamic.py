@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
 from bitwright.checkpoint.writer import check_apart, completed
 from bitwright.errors import check_choice
@@ -66,6 +67,7 @@ class DynamicReport:
 )
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def dynamic_quantize(
     model: str | os.PathLike[str],

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from numpy.typing import DTypeLike
 
 from bitwright.blocks.scaling import Clip, Objective
-from bitwright.checkpoint.reader import require_model
+from bitwright.checkpoint.hub import finds_models
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import same_inputs
 from bitwright.formats import FormatName, GroupSize
@@ -28,6 +28,7 @@ from bitwright.warned import reports_warnings
 
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def quantize(
     model: str | os.PathLike[str],
@@ -204,7 +205,6 @@ def quantize(
     4.5
     """
     arguments = dict(locals())
-    require_model(model)
     options = QuantizationOptions.of(arguments)
     with made_by(python_call(quantize, arguments)):
         if preset == "best":

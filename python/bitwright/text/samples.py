@@ -384,10 +384,7 @@ def load_tokenizer(tokenizer: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
             path = path / "tokenizer.json"
             check_own(path, path.parent, CalibrationError)
         if not os.path.isfile(path):
-            raise CalibrationError(
-                f"{path}: is missing, and text cannot be tokenized without it. Copy it there, or "
-                f"calibrate on a .npy of token ids"
-            )
+            raise CalibrationError(_without_tokenizer(path))
         with _tokenizer_errors(str(path)):
             content = read_bytes(path, TOKENIZER_LIMIT).decode()
             Tokenizer.from_str(content)
@@ -395,6 +392,23 @@ def load_tokenizer(tokenizer: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
     private.no_truncation()
     private.no_padding()
     return private
+
+
+def _without_tokenizer(path: Path) -> str:
+    """Return what to say where there is no tokenizer.json."""
+    old = path.with_name("tokenizer.model")
+    if not os.path.isfile(old):
+        return (
+            f"{path}: is missing, and text cannot be tokenized without it. Copy it there, or "
+            f"calibrate on a .npy of token ids"
+        )
+    place = repr(str(path.parent))
+    return (
+        f"{old}: is a tokenizer of sentencepiece or tiktoken, which are not read, and {path.name} is not "
+        f"beside it. Make that: pip install transformers sentencepiece tiktoken protobuf && python "
+        f'-c "from transformers import AutoTokenizer as T; '
+        f'T.from_pretrained({place}).save_pretrained({place})"'
+    )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from bitwright.blocks.gathering import advance, head_moments, require_finite_inp
 from bitwright.blocks.hidden_states import opened_states
 from bitwright.blocks.loop import through_blocks
 from bitwright.checkpoint.fingerprint import digest, model_checksum, model_fingerprint
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.checkpoint.writer import check_apart
 from bitwright.files.home import expands_home
@@ -33,6 +34,7 @@ from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
 
 
 @expands_home
+@finds_models
 @same_inputs()
 def collect_statistics(
     model: str | os.PathLike[str],

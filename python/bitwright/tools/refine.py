@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bitwright.blocks.scaling import AwqOptions
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.writer import check_apart
 from bitwright.distill.training import check_pair
 from bitwright.errors import UnsupportedModelError
@@ -34,6 +35,7 @@ from bitwright.warned import reports_warnings
 @respelled(Old("original", "reference"), Old("quantized", "model"))
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def refine_model(
     reference: str | os.PathLike[str],
