@@ -55,6 +55,10 @@ class ResumeError(BitwrightError, ValueError):
     """An interrupted run cannot be resumed from what it has left."""
 
 
+class HubError(BitwrightError, OSError):
+    """The hub does not take a model."""
+
+
 class RankError(BitwrightError, ValueError):
     """The ranks of one MPI run hold different things where they must not."""
 

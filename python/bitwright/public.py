@@ -22,6 +22,7 @@ from bitwright.errors import (
     CalibrationError,
     CheckpointError,
     CheckpointNotFoundError,
+    HubError,
     MemoryBudgetError,
     MissingExtraError,
     NonFiniteError,
@@ -82,6 +83,7 @@ from bitwright.tools.collect_statistics import collect_statistics
 from bitwright.tools.convert import convert
 from bitwright.tools.inspect import Inspection, LayerKind, inspect_model
 from bitwright.tools.refine import refine_model
+from bitwright.tools.upload import upload
 from bitwright.warned import BitwrightWarning
 
 __version__ = version("bitwright")
@@ -105,6 +107,7 @@ __all__ = [
     "GptqTensor",
     "GramFactor",
     "GridChoice",
+    "HubError",
     "Inspection",
     "LayerKind",
     "LayerReport",
@@ -179,4 +182,5 @@ __all__ = [
     "token_loss",
     "unpack",
     "unpack_awq_weights",
+    "upload",
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import huggingface_hub.constants as client
 import pytest
-from hub_server import TOKEN, HubServer, commit_of, hub_server
+from hub_server import TOKEN, HubServer, client_of_server, commit_of
 
 import bitwright
 from bitwright import CheckpointNotFoundError, UnsupportedModelError
@@ -30,16 +30,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         (repository / name).parent.mkdir(exist_ok=True)
         (repository / name).write_bytes(b"0")
     (repository / "model.fp16.safetensors").write_bytes(b"0")
-    with hub_server() as found:
+    with client_of_server(tmp_path, monkeypatch) as found:
         found.models[NAME, "main"] = repository
-        monkeypatch.setattr(client, "ENDPOINT", found.endpoint)
-        template = f"{found.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(client, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(client, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(client, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(client, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.chdir(tmp_path)
         yield found
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub.constants as client
+import pytest
+
 TOKEN = "hf_secret"
 
 
@@ -35,6 +38,8 @@ class HubServer:
         A status that everything is answered by, if it is not 0.
     cut
         A file of which the first request gets only half.
+    branches
+        Those that were made.
     uploaded
         The files of each model that was uploaded.
     """
@@ -48,6 +53,7 @@ class HubServer:
         self.failing = 0
         self.cut = ""
         self.uploaded: dict[str, dict[str, bytes]] = {}
+        self.branches: list[str] = []
         self.blobs: dict[str, bytes] = {}
         self.endpoint = ""
 
@@ -73,6 +79,22 @@ def hub_server() -> Iterator[HubServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def client_of_server(place: Path, patch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """Serve a hub that the client of this process asks, without a token and with a cache of its own."""
+    with hub_server() as hub:
+        template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr(client, "ENDPOINT", hub.endpoint)
+        patch.setattr(client, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(client, "HF_HUB_CACHE", str(place / "cache"))
+        patch.setattr(client, "HF_HUB_OFFLINE", False)
+        patch.setattr(client, "HF_HUB_DISABLE_XET", True)  # whose store is no plain server
+        patch.setattr(client, "HF_TOKEN_PATH", str(place / "token"))
+        patch.delenv("HF_TOKEN", raising=False)
+        patch.chdir(place)
+        yield hub
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -207,6 +229,9 @@ class _Handler(BaseHTTPRequestHandler):
                 for each in asked["objects"]
             ]
             return self._json({"transfer": "basic", "objects": objects})
+        if parts[4:5] == ["branch"]:
+            self.hub.branches.append(parts[5])
+            return self._json({})
         if parts[4:5] == ["preupload"]:
             files = [
                 {

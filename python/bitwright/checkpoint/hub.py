@@ -221,12 +221,12 @@ def _fetched(name: HubName) -> Path:
             )
         except RevisionNotFoundError:
             raise
-        except (HfHubHTTPError, OSError, _connection_errors()) as error:
+        except (HfHubHTTPError, OSError, connection_errors()) as error:
             cached = _cached(name)
             if cached is None:
                 raise
             denied = isinstance(error, RepositoryNotFoundError | GatedRepoError)
-            if denied or not _is_offline():
+            if denied or not is_offline():
                 what = "does not give it" if denied else "does not answer"
                 warn(f"{name}: the hub {what}; what its client's cache holds is taken")
             return cached
@@ -264,8 +264,17 @@ def _shards(path: str, names: Collection[str]) -> Collection[str]:
 
 
 def _snapshot(name: HubName, files: Collection[str]) -> str:
-    """Fetch files; bars are shown in a terminal only."""
+    """Fetch files."""
     from huggingface_hub import snapshot_download
+
+    with bars_in_terminals():
+        patterns = [glob.escape(each) for each in files]
+        return snapshot_download(name.id, revision=name.revision, allow_patterns=patterns)
+
+
+@contextmanager
+def bars_in_terminals() -> Iterator[None]:
+    """Show the bars of the hub's client in a terminal only."""
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -276,8 +285,7 @@ def _snapshot(name: HubName, files: Collection[str]) -> str:
     if silent:
         disable_progress_bars()
     try:
-        patterns = [glob.escape(each) for each in files]
-        return snapshot_download(name.id, revision=name.revision, allow_patterns=patterns)
+        yield
     finally:
         if silent:
             enable_progress_bars()
@@ -301,13 +309,14 @@ def _cached(name: HubName) -> Path | None:
     return place if os.path.exists(place) else None
 
 
-def _is_offline() -> bool:
+def is_offline() -> bool:
+    """Tell whether the hub's client asks nobody."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _connection_errors() -> type[Exception]:
+def connection_errors() -> type[Exception]:
     """Return the base of the errors of connections of the library that the client is built on, which its
     own errors derive from."""
     from huggingface_hub.errors import HfHubHTTPError
@@ -359,10 +368,10 @@ def _told(name: HubName) -> Iterator[None]:
             f"{name}: there is no such folder, and the hub answers {status} to what was asked for. Try "
             f"again later, or give a folder"
         ) from error
-    except (OSError, _connection_errors()) as error:
+    except (OSError, connection_errors()) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
             raise  # of the disk
-        reason = "HF_HUB_OFFLINE is set" if _is_offline() else "the hub does not answer"
+        reason = "HF_HUB_OFFLINE is set" if is_offline() else "the hub does not answer"
         raise CheckpointNotFoundError(
             f"{name}: there is no such folder, {reason}, and the cache of the hub's client does not hold a "
             f"model of that name. Go online, or give a folder (hf download {name.id} fetches one)"

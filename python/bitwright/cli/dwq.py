@@ -49,6 +49,7 @@ MAKING = (
     help="The original, which teaches. Without it MODEL is the original, and quantized first.",
 )
 @options.out
+@options.push
 @options.format("mlx")
 @file_option(
     "--targets",

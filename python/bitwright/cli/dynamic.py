@@ -25,6 +25,7 @@ from bitwright.spellings import Old
 )
 @options.model
 @options.out
+@options.push
 @options.format("mlx")
 @file_option(
     "--sensitivities",

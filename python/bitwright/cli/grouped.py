@@ -22,6 +22,7 @@ WIDE = 100  # columns that are used of a wider one
 METAVARS = {"integer range": "N", "integer": "N", "float range": "X"}  # by click's names of types
 
 
+PUSH = "bitwright.push"  # in a context: the name at the hub that the output goes to
 COMMAND = "bitwright.command"  # in a context: as it was typed, in present spellings
 
 
@@ -112,7 +113,12 @@ class Command(click.Command):
 
         command = ctx.meta.get(COMMAND)
         with nullcontext() if command is None else made_by(command):
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+        if PUSH in ctx.meta and current().is_first:
+            from bitwright.tools.upload import upload
+
+            click.echo(upload(ctx.params["out"], ctx.meta[PUSH]))
+        return result
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in groups, all descriptions in one column."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from bitwright.cli.grouped import (
+    PUSH,
     Add,
     calibration_option,
     file_option,
@@ -52,6 +53,15 @@ def _enter_links(context: click.Context, _: click.Parameter, follow: bool | None
         context.with_resource(follow_links(follow))
 
 
+def _enter_push(context: click.Context, _: click.Parameter, name: str | None) -> None:
+    """Note where the output goes, before anything is computed; the hub is asked who that is."""
+    if name is not None and not context.resilient_parsing:
+        from bitwright.tools.upload import check_upload
+
+        check_upload(name)
+        context.meta[PUSH] = name
+
+
 # Input and output
 
 model = click.argument("model", type=Model())
@@ -65,6 +75,21 @@ links = file_option(
     callback=_enter_links,
     help="Follow all links out of folders of models, statistics and targets, or refuse folders with any; "
     "by default only weights, their index, statistics and targets may be links to other places.",
+)
+base_model = file_option(
+    "--base-model",
+    metavar="ORG/NAME",
+    help="The original, for the card at the hub; by default what the card in the folder says.",
+)
+private = file_option(
+    "--private", is_flag=True, help="Make a model at the hub that others do not see."
+)
+push = file_option(
+    "--push-to",
+    metavar="ORG/NAME",
+    expose_value=False,
+    callback=_enter_push,
+    help="Put the folder on the hub, too, when it is written; see bitwright upload.",
 )
 as_json = file_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 

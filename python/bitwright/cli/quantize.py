@@ -30,6 +30,7 @@ from bitwright.report.tables import print_sentence
 @click.command(cls=Command)
 @options.model
 @options.out
+@options.push
 @options.format("mlx")
 @options.overwrite
 @file_option("--allow-requantize", is_flag=True, help="Take a MODEL that is quantized already.")

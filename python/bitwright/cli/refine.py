@@ -20,6 +20,7 @@ from bitwright.spellings import Old
     "--reference", required=True, type=Model(), help="The original that it was made from, in float."
 )
 @options.out
+@options.push
 @options.overwrite
 @options.links
 @options.calibration(required=True)

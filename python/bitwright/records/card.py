@@ -185,7 +185,7 @@ def model_card(
     sizes = () if format is None else format.group_sizes
     counts = Counter((bits, size if size in sizes else 0) for bits, size in given)
     stored = sorted(counts.items())  # whole rows as groups of 0, however long they are
-    card = _front_matter(source.folder)
+    card = front_matter(source.folder)
     base = _base_model(source, card)
     methods = _methods(reports)
     more = dict(facts or {})
@@ -418,7 +418,7 @@ def _base_model(source: Checkpoint, card: Mapping[str, list[str]]) -> str | None
     return next((name for name in names if _HUB_NAME.fullmatch(name)), None)
 
 
-def _front_matter(folder: Path) -> dict[str, list[str]]:
+def front_matter(folder: Path) -> dict[str, list[str]]:
     """Return the simple entries of a card's YAML: scalars, as lists of one, and lists of them. Whatever is
     more than that is left out, and of a strange file everything."""
     import yaml
@@ -445,6 +445,26 @@ def _front_matter(folder: Path) -> dict[str, list[str]]:
         for key, values in lists.items()
         if isinstance(key, str) and values and all(isinstance(each, str) for each in values)
     }
+
+
+def with_base_model(card: str, base: str | None) -> str:
+    """Return a card whose YAML names another original, or none."""
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    block = REGEX_YAML_BLOCK.match(card)
+    entries = yaml.safe_load(block[2]) if block else {}
+    rest = card[block.end() :] if block else f"\n{card}"
+    if base is None:
+        entries = {
+            key: value
+            for key, value in entries.items()
+            if key not in ("base_model", "base_model_relation")
+        }
+    else:
+        entries = {**entries, "base_model": base}
+    text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}---\n{rest}"
 
 
 def _argument(value: object) -> str:
