@@ -113,6 +113,11 @@ class Checkpoint:
             self._stack = stack.pop_all()
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the model beside its tensors: config.json."""
+        return self.config
+
+    @property
     def source(self) -> Path:
         """The folder, which no output may overlap."""
         return self.folder
@@ -248,6 +253,7 @@ class Checkpoint:
                 f"does not belong to the model"
             )
         self._tensors, self._names = renamed, sorted(renamed)
+        self._made = {names.get(name, name): make for name, make in self._made.items()}
 
     def replace(
         self,
@@ -339,6 +345,8 @@ class Checkpoint:
         CheckpointError
             As `read`.
         """
+        if name in self._made:
+            return np.ascontiguousarray(self._made[name]()[first:last])
         stored = self._tensor(name).stored
         return self._read(name, lambda shard: shard.get_slice(stored)[first:last])
 
