@@ -77,7 +77,9 @@ from bitwright.records.reports import (
 )
 from bitwright.statistics.folder import Statistics
 from bitwright.statistics.merging import merge_statistics
+from bitwright.text.builtin import calibration_text
 from bitwright.text.samples import load_tokens
+from bitwright.text.text_files import TextFiles
 from bitwright.tools.collect_activations import collect_activations
 from bitwright.tools.collect_statistics import collect_statistics
 from bitwright.tools.convert import convert
@@ -131,6 +133,7 @@ __all__ = [
     "Statistics",
     "StatisticsError",
     "TargetsError",
+    "TextFiles",
     "UnsupportedModelError",
     "allocate",
     "awq_dequantize",
@@ -138,6 +141,7 @@ __all__ = [
     "awq_quantize_model",
     "awq_scale",
     "build_info",
+    "calibration_text",
     "choose_precisions",
     "collect_activations",
     "collect_grams",

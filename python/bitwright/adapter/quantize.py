@@ -62,6 +62,7 @@ from bitwright.runs.progress import progress_bar
 from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import TokenSource, existing_file
+from bitwright.text.text_files import TextFiles
 from bitwright.warned import reports_warnings, warn
 
 Float32 = NDArray[np.float32]
@@ -187,8 +188,9 @@ def quantize_with_transformers(
             f"format: {format} needs an architecture that bitwright and llama.cpp both know; with the "
             f"transformers backend choose another"
         )
-    if isinstance(calibration, str | os.PathLike):
-        existing_file(Path(calibration))
+    if isinstance(calibration, str | os.PathLike | Mapping | TextFiles):
+        for path, _ in TextFiles.of(calibration).files:
+            existing_file(path)
     CheckpointWriter(out, overwrite, source=Path(model)).check_place()
     tokens = None
 

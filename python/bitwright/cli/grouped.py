@@ -23,6 +23,14 @@ METAVARS = {"integer range": "N", "integer": "N", "float range": "X"}  # by clic
 
 
 PUSH = "bitwright.push"  # in a context: the name at the hub that the output goes to
+TEXT_KEY = "bitwright.text_key"  # in a context: the key of texts in records
+TEXTS = (
+    "calibration",
+    "evaluation",
+    "student_calibration",
+    "sensitivity_calibration",
+    "validation",
+)
 COMMAND = "bitwright.command"  # in a context: as it was typed, in present spellings
 
 
@@ -111,6 +119,12 @@ class Command(click.Command):
         """Run the command; model cards that are written tell it."""
         from bitwright.records.card import made_by
 
+        if (key := ctx.meta.get(TEXT_KEY)) is not None:
+            from bitwright.text.text_files import TextFiles
+
+            for name in TEXTS:
+                if ctx.params.get(name) is not None:
+                    ctx.params[name] = TextFiles.of(ctx.params[name], key)
         command = ctx.meta.get(COMMAND)
         with nullcontext() if command is None else made_by(command):
             result = super().invoke(ctx)

@@ -8,6 +8,7 @@ import click
 
 from bitwright.cli.grouped import (
     PUSH,
+    TEXT_KEY,
     Add,
     calibration_option,
     file_option,
@@ -23,7 +24,10 @@ from bitwright.grids.tensor import GRIDS
 from bitwright.methods.registry import METHODS
 
 PATH = click.Path(path_type=Path)
-TEXT = "Text (.txt, .jsonl, chats included) or token ids (.npy)"
+TEXT = (
+    "Text, JSON or JSON lines, .csv or Parquet, chats included, or token ids (.npy); several files with "
+    "shares are a.jsonl:3,b.txt:1"
+)
 DTYPE = click.Choice(["float32", "float16", "bfloat16"])
 
 
@@ -104,9 +108,25 @@ def format(default: str) -> Add:
 # Calibration
 
 
-def calibration(help: str = ".", required: bool = False) -> Add:
+def calibration(help: str = "") -> Add:
     """Return the option for what a command is calibrated on; `help` goes on after what that may be."""
-    return calibration_option("--calibration", required=required, type=PATH, help=TEXT + help)
+    given = calibration_option(
+        "--calibration", type=PATH, help=f"{TEXT}{help}; by default a text that bitwright carries."
+    )
+    return together(given, text_key)
+
+
+def _enter_text_key(context: click.Context, _: click.Parameter, key: str | None) -> None:
+    context.meta[TEXT_KEY] = key
+
+
+text_key = calibration_option(
+    "--text-key",
+    metavar="KEY",
+    expose_value=False,
+    callback=_enter_text_key,
+    help="The key of a record's text or list of messages; by default the first known one.",
+)
 
 
 def samples(default: int, add: Callable[..., Add] = calibration_option) -> Add:

@@ -35,7 +35,7 @@ from bitwright.report.tables import print_sentence
 @options.overwrite
 @file_option("--allow-requantize", is_flag=True, help="Take a MODEL that is quantized already.")
 @options.links
-@options.calibration("; all methods but rtn need it, or --statistics.")
+@options.calibration(" (not for rtn)")
 @calibration_option(
     "--statistics",
     type=options.PATH,

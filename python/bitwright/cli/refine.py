@@ -23,7 +23,7 @@ from bitwright.spellings import Old
 @options.push
 @options.overwrite
 @options.links
-@options.calibration(required=True)
+@options.calibration()
 @options.chosen_tokens
 @method_option(
     "--drift/--no-drift",

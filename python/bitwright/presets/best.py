@@ -28,6 +28,7 @@ from bitwright.ranks import current
 from bitwright.records.card import made_by, python_call
 from bitwright.records.reports import DwqReport, QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
+from bitwright.text.builtin import given_or_builtin
 from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
 
@@ -163,7 +164,8 @@ def _require_room(
 ) -> None:
     """Raise, before anything is computed, what one of the stages would."""
     assert options.calibration is not None
-    source, estimated = options.calibration.source, _estimated(options)
+    source = given_or_builtin(options.calibration.source)
+    estimated = _estimated(options)
     quiet = replace(options, limits=replace(options.limits, progress=False))
     plans: list[Callable[[], object]] = [
         lambda: check_run(model, out, quiet),

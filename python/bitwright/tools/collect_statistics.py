@@ -39,7 +39,7 @@ from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
 def collect_statistics(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    calibration: TokenSource,
+    calibration: TokenSource | None = None,
     *,
     samples: int | None = None,
     length: int | None = None,

@@ -41,7 +41,7 @@ def refine_model(
     reference: str | os.PathLike[str],
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    calibration: TokenSource,
+    calibration: TokenSource | None = None,
     *,
     drift: bool = True,
     damping: float | None = None,
