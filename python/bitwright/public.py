@@ -22,6 +22,7 @@ from bitwright.errors import (
     CalibrationError,
     CheckpointError,
     CheckpointNotFoundError,
+    ConfigError,
     HubError,
     MemoryBudgetError,
     MissingExtraError,
@@ -61,6 +62,7 @@ from bitwright.precision.choices import choose_precisions
 from bitwright.precision.estimate import estimate_sensitivities
 from bitwright.precision.plot import plot_sensitivities
 from bitwright.precision.recipe import Recipe
+from bitwright.precision.schemes import SCHEMES
 from bitwright.precision.sensitivities import Sensitivities
 from bitwright.presets.best import quantize_best
 from bitwright.presets.dynamic import DynamicReport, dynamic_quantize
@@ -91,6 +93,7 @@ from bitwright.warned import BitwrightWarning
 __version__ = version("bitwright")
 
 __all__ = [
+    "SCHEMES",
     "AWQResult",
     "BitwrightError",
     "BitwrightWarning",
@@ -100,6 +103,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "ConfigError",
     "ConversionReport",
     "ConvertedLayer",
     "DwqReport",

@@ -4,13 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 
 import bitwright
 from bitwright.checkpoint.fingerprint import digest
 from bitwright.cli import options
-from bitwright.cli.grouped import Command, calibration_option, file_option, training_option
+from bitwright.cli.grouped import (
+    Command,
+    calibration_option,
+    file_option,
+    is_given,
+    training_option,
+)
 from bitwright.cli.parameters import Model, NewFile
 from bitwright.distill.losses import LOSSES
 from bitwright.distill.student import ZEROS
@@ -146,7 +151,7 @@ def dwq(
     context = click.get_current_context()
     if reference is not None:
         for name in MAKING:
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            if is_given(context, name):
                 option = name.replace("_", "-")
                 raise click.UsageError(
                     f"--{option} says how to quantize the original, but with --reference MODEL is "

@@ -22,6 +22,7 @@ from bitwright.files.links import follow_links
 from bitwright.formats import FORMATS
 from bitwright.grids.tensor import GRIDS
 from bitwright.methods.registry import METHODS
+from bitwright.precision.schemes import SCHEMES
 
 PATH = click.Path(path_type=Path)
 TEXT = (
@@ -158,6 +159,23 @@ chosen_tokens = together(samples(128), length(1), seed, bos())
 
 # Precision
 
+
+def _enter_scheme(context: click.Context, _: click.Parameter, name: str | None) -> None:
+    """Take what a scheme says where the command line has nothing."""
+    if name is None:
+        return
+    said = {each: str(value) for each, value in SCHEMES[name].items()}
+    context.default_map = {**said, **(context.default_map or {})}
+
+
+scheme = precision_option(
+    "--scheme",
+    type=click.Choice(list(SCHEMES)),
+    is_eager=True,
+    expose_value=False,
+    callback=_enter_scheme,
+    help="Format, bits, group size and grid by a known name, each of which an option may replace.",
+)
 bits = precision_option(
     "-b", "--bits", type=Bits(), default=4, help="Bits per code: 2, 3, 4, 5, 6 or 8."
 )

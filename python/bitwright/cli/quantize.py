@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 
 import bitwright
@@ -15,6 +14,7 @@ from bitwright.cli.grouped import (
     Command,
     calibration_option,
     file_option,
+    is_given,
     method_option,
     precision_option,
     run_option,
@@ -48,6 +48,7 @@ from bitwright.report.tables import print_sentence
     help="Whose outputs the next layers are calibrated on; by default quantized, and with --statistics "
     "original.",
 )
+@options.scheme
 @options.bits
 @options.group_size
 @options.grid
@@ -140,7 +141,7 @@ def quantize(backend: str, overrides: tuple[tuple[str, dict[str, int]], ...], **
         run = bitwright.quantize_with_transformers
         context = click.get_current_context()
         for name in sorted(set(given) - set(inspect.signature(run).parameters)):
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            if is_given(context, name):
                 option = name.replace("_", "-")
                 raise click.UsageError(f"--{option} is not an option of --backend transformers")
             del given[name]
