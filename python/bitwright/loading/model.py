@@ -93,6 +93,14 @@ class Model(Decoder):
         )
         self._channels |= {name: shape[1] for name, shape in self.linear_shapes().items()}
 
+    def __repr__(self) -> str:
+        config, stored = self.config, "float" if self.format is None else self.format.name
+        return (
+            f"<Model {self.checkpoint.folder.name}: {config.model_type} in {stored}, "
+            f"{config.num_hidden_layers} blocks, {config.hidden_size} channels, "
+            f"{config.vocab_size} tokens>"
+        )
+
     @property
     def vocab_size(self) -> int:
         """The size of the model's vocabulary."""

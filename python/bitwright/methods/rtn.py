@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
-from bitwright.arrays import require_finite
+from bitwright.arrays import floats, require_finite
 from bitwright.grids.choice import GridChoice, check_importance
 from bitwright.grids.superblocks import closed_form, expanded, fit_superblocks
 from bitwright.grids.tensor import SUPERBLOCK, Grid, QuantizedTensor
@@ -65,6 +65,7 @@ def quantize_rtn(
     >>> bitwright.quantize_rtn(weight, bits=2, group_size=64).scales
     array([[-0.5]], dtype=float32)
     """
+    weight = floats(weight, halves=True)
     choice = GridChoice.check(weight, bits, group_size, grid, scale_dtype, grid_search)
     require_finite(weight, "weight")
     weights = check_importance(importance, weight.shape[1])
