@@ -108,7 +108,7 @@ def evaluate(
     model
         Checkpoint folder, in float or quantized, or a loaded model.
     evaluation
-        A ``.txt``, ``.jsonl`` or ``.npy`` file, or token ids ``[samples, length]``; see
+        A file of text, JSON, tables or token ids, or token ids ``[samples, length]``; see
         `bitwright.load_tokens`.
     reference
         The original.

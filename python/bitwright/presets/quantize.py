@@ -90,7 +90,7 @@ def quantize(
         Folder to write; it appears when everything is done, or not at all.
     method
         ``"gptq"``, ``"rtn"``, ``"awq"``, ``"awq+gptq"`` (AWQ's scales, then GPTQ on the scaled weights) or
-        ``"salient"`` (see `awq_quantize`; 4 bits). All but rtn need `calibration`.
+        ``"salient"`` (see `awq_quantize`; 4 bits). All but rtn are calibrated.
     bits, group_size
         Of every linear layer in the decoder blocks; group size None or -1 is the whole row, ``"auto"`` 64
         or what the format asks for.
@@ -98,8 +98,8 @@ def quantize(
         ``"mlx"`` (mlx-lm), ``"gptq"``, ``"awq"`` or ``"compressed-tensors"`` (transformers, vLLM),
         ``"gguf"`` (llama.cpp), ``"marlin"`` (vLLM up to 0.10.1); see docs/formats.md.
     calibration
-        A ``.txt``, ``.jsonl`` or ``.npy`` file, token ids ``[samples, length]``, or a list of texts; see
-        `bitwright.load_tokens`. For ``"rtn"`` it only serves the grid search and the reported errors.
+        A file of text, JSON, tables or token ids, several with shares, token ids ``[samples, length]``, or a
+        list of texts; see `bitwright.load_tokens`. By default `bitwright.calibration_text`. For ``"rtn"`` it only serves the grid search and the reported errors.
     preset
         ``"fast"`` is the method by itself. ``"default"`` adds `refine` and `drift` to gptq, awq and
         awq+gptq. ``"high"`` then refines every layer by what its errors do to the model's predictions,
