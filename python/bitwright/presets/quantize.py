@@ -98,8 +98,9 @@ def quantize(
         ``"mlx"`` (mlx-lm), ``"gptq"``, ``"awq"`` or ``"compressed-tensors"`` (transformers, vLLM),
         ``"gguf"`` (llama.cpp), ``"marlin"`` (vLLM up to 0.10.1); see docs/formats.md.
     calibration
-        A file of text, JSON, tables or token ids, several with shares, token ids ``[samples, length]``, or a
-        list of texts; see `bitwright.load_tokens`. By default `bitwright.calibration_text`. For ``"rtn"`` it only serves the grid search and the reported errors.
+        A file of text, JSON, tables or token ids, several with shares, an array ``[samples, length]``, or
+        a list of texts; see `bitwright.load_tokens`. By default `bitwright.calibration_text`. For
+        ``"rtn"`` it only serves the grid search and the reported errors.
     preset
         ``"fast"`` is the method by itself. ``"default"`` adds `refine` and `drift` to gptq, awq and
         awq+gptq. ``"high"`` then refines every layer by what its errors do to the model's predictions,
