@@ -15,6 +15,7 @@ MOST_WORKERS = 4  # each imports and collects everything
 # Before a worker is pinned. Only Linux pins.
 PROCESSORS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # what is not there is not asked for at the hub
 settings.register_profile("shared processors", deadline=None)  # others may have them meanwhile
 settings.load_profile("shared processors")
 

@@ -55,6 +55,14 @@ class ResumeError(BitwrightError, ValueError):
     """An interrupted run cannot be resumed from what it has left."""
 
 
+class ConfigError(BitwrightError, ValueError):
+    """A file of settings holds something that a command does not take."""
+
+
+class HubError(BitwrightError, OSError):
+    """The hub does not take a model."""
+
+
 class RankError(BitwrightError, ValueError):
     """The ranks of one MPI run hold different things where they must not."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
+from bitwright.checkpoint.hub import finds_models
 from bitwright.errors import CalibrationError, NonFiniteError, check_choice
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import InputFiles, same_inputs
@@ -83,6 +84,7 @@ class Evaluation:
 @respelled(Old("text", "evaluation"))
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def evaluate(
     model: str | os.PathLike[str] | Model,
@@ -106,7 +108,7 @@ def evaluate(
     model
         Checkpoint folder, in float or quantized, or a loaded model.
     evaluation
-        A ``.txt``, ``.jsonl`` or ``.npy`` file, or token ids ``[samples, length]``; see
+        A file of text, JSON, tables or token ids, or token ids ``[samples, length]``; see
         `bitwright.load_tokens`.
     reference
         The original.

@@ -22,6 +22,8 @@ from bitwright.errors import (
     CalibrationError,
     CheckpointError,
     CheckpointNotFoundError,
+    ConfigError,
+    HubError,
     MemoryBudgetError,
     MissingExtraError,
     NonFiniteError,
@@ -60,6 +62,7 @@ from bitwright.precision.choices import choose_precisions
 from bitwright.precision.estimate import estimate_sensitivities
 from bitwright.precision.plot import plot_sensitivities
 from bitwright.precision.recipe import Recipe
+from bitwright.precision.schemes import SCHEMES
 from bitwright.precision.sensitivities import Sensitivities
 from bitwright.presets.best import quantize_best
 from bitwright.presets.dynamic import DynamicReport, dynamic_quantize
@@ -76,18 +79,22 @@ from bitwright.records.reports import (
 )
 from bitwright.statistics.folder import Statistics
 from bitwright.statistics.merging import merge_statistics
+from bitwright.text.builtin import calibration_text
 from bitwright.text.samples import load_tokens
+from bitwright.text.text_files import TextFiles
 from bitwright.tools.collect_activations import collect_activations
 from bitwright.tools.collect_statistics import collect_statistics
 from bitwright.tools.convert import convert
 from bitwright.tools.export_imatrix import export_imatrix
 from bitwright.tools.inspect import Inspection, LayerKind, inspect_model
 from bitwright.tools.refine import refine_model
+from bitwright.tools.upload import upload
 from bitwright.warned import BitwrightWarning
 
 __version__ = version("bitwright")
 
 __all__ = [
+    "SCHEMES",
     "AWQResult",
     "BitwrightError",
     "BitwrightWarning",
@@ -97,6 +104,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "ConfigError",
     "ConversionReport",
     "ConvertedLayer",
     "DwqReport",
@@ -106,6 +114,7 @@ __all__ = [
     "GptqTensor",
     "GramFactor",
     "GridChoice",
+    "HubError",
     "Inspection",
     "LayerKind",
     "LayerReport",
@@ -129,6 +138,7 @@ __all__ = [
     "Statistics",
     "StatisticsError",
     "TargetsError",
+    "TextFiles",
     "UnsupportedModelError",
     "allocate",
     "awq_dequantize",
@@ -136,6 +146,7 @@ __all__ = [
     "awq_quantize_model",
     "awq_scale",
     "build_info",
+    "calibration_text",
     "choose_precisions",
     "collect_activations",
     "collect_grams",
@@ -181,4 +192,5 @@ __all__ = [
     "token_loss",
     "unpack",
     "unpack_awq_weights",
+    "upload",
 ]

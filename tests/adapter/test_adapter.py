@@ -495,7 +495,6 @@ def test_model_of_other_modules_is_refused(tmp_path: Path) -> None:
     [
         ({"method": "salient"}, "method: expected one of awq, awq\\+gptq, gptq, rtn"),
         ({"format": "gguf"}, "format: gguf needs"),
-        ({"calibration": None}, "calibration: gptq needs"),
         ({"calibration": np.full((2, 8), 96)}, "token id 96"),
         ({"n_grid": 0}, "n_grid"),
         ({"exclude": ["*.nothing"]}, "matches no layer"),

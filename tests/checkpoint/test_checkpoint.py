@@ -144,7 +144,7 @@ def test_unknown_names_hint_at_the_closest(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_not_checkpoints(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointNotFoundError, match="download"):
+    with pytest.raises(CheckpointNotFoundError, match="there is no such folder"):
         Checkpoint("some-organization/some-model")
     file = tmp_path / "model.gguf"
     file.touch()

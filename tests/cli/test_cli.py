@@ -184,7 +184,6 @@ def test_info_and_version() -> None:
     ("arguments", "word"),
     [
         (("quantize", "nowhere", "--out", "OUT", "--calibration", TEXT), "nowhere"),
-        (("quantize", str(DEMO), "--out", "OUT"), "calibration"),
         (("quantize", str(DEMO), "--out", "OUT", "--calibration", "absent.txt"), "absent.txt"),
         (("quantize", str(DEMO), "--out", "OUT", "--bits", "7"), "7"),
         (("quantize", str(DEMO), "--out", "OUT", "--override", "a=b"), "a=b"),

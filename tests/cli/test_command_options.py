@@ -106,7 +106,13 @@ def test_options_of_one_type_have_one_name() -> None:
     """Models that are read are MODEL, and what they are compared with is --reference."""
     for name, command in COMMANDS.items():
         arguments = [each for each in command.params if isinstance(each, click.Argument)]
-        assert [each.name for each in arguments] in ([], ["model"], ["parts"], ["statistics"]), name
+        assert [each.name for each in arguments] in (
+            [],
+            ["model"],
+            ["parts"],
+            ["statistics"],
+            ["folder", "name"],
+        ), name
         assert all(isinstance(each.type, Model) for each in arguments if each.name == "model")
         read = [each.name for each in command.params if isinstance(each.type, Model)]
         assert read in ([], ["model"], ["model", "reference"]), name

@@ -376,7 +376,6 @@ def test_broken_files_are_named(tmp_path: Path, activations_file: Path) -> None:
             "activation_method",
         ),
         ({"calibration": TEXT}, "one of the two"),
-        ({"activations": None}, "calibration"),
         ({"method": "awq"}, "activations"),
     ],
 )

@@ -346,7 +346,6 @@ def test_wrong_students(students: Callable[..., Path], student: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"data": None}, "calibration: give text or token ids"),
         ({"data": IDS[:1]}, "calibration: has 1 samples"),
         ({"validation_samples": ROWS}, "18 are for validation"),
         ({"data": IDS[:0]}, "token array"),

@@ -31,9 +31,13 @@ CLIENTS = {
         "llmcompressor==0.14.0.1",
         "compressed-tensors==0.19.0",
     ],
+    "peft": ["torch==2.13.0", "transformers==5.23.0", "peft==0.21.2"],
     "llamacpp": ["llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy==2.4.6"],
 }
-OPTIONAL = ("llmcompressor",)  # tests skip where `python tests/interop/clients.py` has not built it
+OPTIONAL = (
+    "llmcompressor",
+    "peft",
+)  # tests skip where `python tests/interop/clients.py` has not built it
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1] / ".interop"
 # llama-cpp-python comes as its source: built without what only programs need, and quickly, not for speed.

@@ -466,7 +466,6 @@ def test_constant_channels_and_dead_ones_do_no_harm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "awq", "calibration": None, "samples": None, "length": None}, "calibration"),
         ({"method": "awq", "metric": "psnr"}, "metric"),
         ({"method": "awq", "objective": "model"}, "objective"),
         ({"method": "awq", "n_grid": 0}, "n_grid"),

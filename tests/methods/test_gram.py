@@ -108,13 +108,9 @@ def read_only() -> Array:
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (lambda: np.zeros((4, 6)), TypeError, "activations: .*float32.*float64"),
-        (lambda: np.zeros((4, 6), np.float16), TypeError, "activations: .*float16"),
-        (lambda: np.zeros((6, 4), np.float32).T, ValueError, "activations: .*contiguous"),
-        (lambda: np.zeros((4, 12), np.float32)[:, ::2], ValueError, "activations: .*contiguous"),
+        (lambda: np.zeros((4, 6), np.int32), TypeError, "activations: .*float32.*int32"),
         (lambda: np.zeros(6, np.float32), ValueError, "activations: .*2 axes"),
-        (lambda: np.zeros((2, 4, 6), np.float32), ValueError, "activations: .*2 axes"),
-        (lambda: np.zeros((4, 6), ">f4"), ValueError, "activations: .*byte order"),
+        (lambda: np.zeros((2, 2, 4, 6), np.float32), ValueError, "activations: .*2 axes"),
         (lambda: [[1.0] * 6] * 4, TypeError, "activations: .*list"),
         (lambda: np.zeros((0, 6), np.float32), ValueError, "activations: .*no tokens"),
     ],

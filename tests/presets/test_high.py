@@ -67,7 +67,6 @@ def test_every_format_is_refined(tmp_path: Path, format: str) -> None:
         ({"method": "rtn"}, "preset: high refines .* rtn does not"),
         ({"method": "salient"}, "preset: high refines .* salient does not"),
         ({"refine": False}, "preset: high refines"),
-        ({"calibration": None}, "calibration: preset high needs text or token ids"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

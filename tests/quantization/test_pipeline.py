@@ -186,7 +186,6 @@ NORM = "model.layers.1.post_attention_layernorm.weight"
         ({}, {"format": "gptq", "embedding_bits": 4}, ["embedding_bits"]),
         ({}, {"scale_dtype": "float64"}, ["scale_dtype"]),
         ({}, {"method": "magic"}, ["method", "magic"]),
-        ({}, {"calibration": None}, ["calibration"]),
         ({}, {"samples": 100000}, ["100000"]),
         ({}, {"calibration": ["too short"], "samples": None}, ["too few"]),
         ({}, {"exclude": ["*.dawn_proj"]}, ["dawn_proj"]),

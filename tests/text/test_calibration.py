@@ -219,7 +219,7 @@ def test_damaged_npy_files_never_surprise(
             'line 1: is a chat.*no chat template.*"text"',
         ),
         ("x.jsonl", b'"\\ud800"', "tokenizers library failed"),
-        ("x.csv", b"1,2", r"must end in one of \.txt, \.jsonl, \.npy"),
+        ("x.csv", b"1,2", "is empty"),
     ],
 )
 def test_bad_text_files(
@@ -311,3 +311,14 @@ def test_shared_text(tmp_path: Path) -> None:
         assert body.ravel().tolist() == ids[: body.size]
         assert len(ids) - body.size < 255
     assert load_tokens(SHARED / "text/small_calibration.npy", vocab_size=4096).shape == (64, 512)
+
+
+def test_an_old_tokenizer_says_how_to_make_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"0")
+    with pytest.raises(CalibrationError) as caught:
+        load_tokens(["a text"], tokenizer=tmp_path)
+    said = str(caught.value)
+    assert said.startswith(
+        f"{tmp_path}/tokenizer.model: is a tokenizer of sentencepiece or tiktoken"
+    )
+    assert f"T.from_pretrained({str(tmp_path)!r}).save_pretrained({str(tmp_path)!r})" in said

@@ -24,7 +24,7 @@ from bitwright.blocks.equalizing import (
 from bitwright.build import build_info
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.front_matter import CARD_NAME
-from bitwright.checkpoint.reader import require_model
+from bitwright.checkpoint.hub import finds_models
 from bitwright.errors import BitwrightError, NonFiniteError, check_choice
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import same_inputs
@@ -64,6 +64,7 @@ from bitwright.runs.progress import progress_bar
 from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import TokenSource, existing_file
+from bitwright.text.text_files import TextFiles
 from bitwright.warned import reports_warnings, warn
 
 Float32 = NDArray[np.float32]
@@ -78,6 +79,7 @@ NEVER_CLIPPED = ("q_proj", "k_proj", "query", "key", "qkv")
 
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def quantize_with_transformers(
     model: str | os.PathLike[str],
@@ -180,7 +182,6 @@ def quantize_with_transformers(
     """
     arguments = dict(locals())
     start = time.perf_counter()
-    require_model(model)
     offered = [each.name for each in METHODS.values() if each.through_transformers]
     check_choice("method", method, offered)
     options = QuantizationOptions.of({**arguments, "drift": False})
@@ -189,8 +190,9 @@ def quantize_with_transformers(
             f"format: {format} needs an architecture that bitwright and llama.cpp both know; with the "
             f"transformers backend choose another"
         )
-    if isinstance(calibration, str | os.PathLike):
-        existing_file(Path(calibration))
+    if isinstance(calibration, str | os.PathLike | Mapping | TextFiles):
+        for path, _ in TextFiles.of(calibration).files:
+            existing_file(path)
     CheckpointWriter(out, overwrite, source=Path(model)).check_place()
     tokens = None
 
@@ -275,6 +277,7 @@ def _write(
 
 @respelled(Old("tokens", "calibration"))
 @expands_home
+@finds_models
 def collect_grams(
     model: str | os.PathLike[str], calibration: TokenSource, *, bos: bool = True
 ) -> dict[str, NDArray[np.float32]]:

@@ -34,7 +34,7 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     CheckpointError
         If a weight file cannot be read.
     """
-    known = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    known = hashlib.sha256(json.dumps(checkpoint.settings, sort_keys=True).encode())
     for path in _weight_files(checkpoint):
         _add_pieces(known, path)
     return known.hexdigest()[:16]

@@ -127,7 +127,7 @@ class GgufCheckpoint(Checkpoint):
             _check_split(headers)
             known = _Headers(headers)
             self.metadata = known.metadata
-            self._stored_bytes = sum(info.nbytes for info in known.tensors.values())
+            self._file_bytes = sum(info.nbytes for info in known.tensors.values())
             self._types = {TYPE_NAMES[info.dtype] for info in known.tensors.values()}
             beside = self._names_beside(known)
             self._owns_folder = beside is not None
@@ -178,7 +178,7 @@ class GgufCheckpoint(Checkpoint):
 
     def stored_bytes(self) -> int:
         """As `Checkpoint.stored_bytes`."""
-        return self._stored_bytes
+        return self._file_bytes
 
     def decoded_type(self) -> str | None:
         """As `Checkpoint.decoded_type`."""

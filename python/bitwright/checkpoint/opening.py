@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from bitwright.checkpoint.adapter import AdapterCheckpoint, is_adapter
 from bitwright.checkpoint.gguf import GgufCheckpoint
 from bitwright.checkpoint.gguf_parts import parts_of
 from bitwright.checkpoint.reader import Checkpoint
@@ -15,8 +16,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Parameters
     ----------
     path : str or os.PathLike
-        A folder with config.json and safetensors files, a GGUF file, or a folder with one; of a model in
-        several GGUF files any of them.
+        A folder with config.json and safetensors files, a GGUF file, a folder with one, or an adapter's; of
+        a model in several GGUF files any of them.
 
     Returns
     -------
@@ -30,6 +31,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     place = Path(path)
     if place.suffix == ".gguf" and place.is_file():
         return GgufCheckpoint(place)
+    if is_adapter(place):
+        return AdapterCheckpoint(place)
     if place.is_dir() and not any(place.glob("*.safetensors*")):
         files = sorted(place.glob("*.gguf"))
         if files and not set(files) <= set(parts_of(files[0])):

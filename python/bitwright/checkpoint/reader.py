@@ -44,7 +44,6 @@ READ_BESIDE = (
 # Bytes. Python's objects may take 24 times as many; the largest public tokenizers and indexes are below
 # 40 MB.
 JSON_LIMIT = 128 << 20
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _MOST_NAMES = 4096  # of a folder, compared when a misspelled one is looked for
 _NUMBERED_SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
 
@@ -135,6 +134,11 @@ class Checkpoint:
                 self._check_place(name, self.folder / file_name)
             self._names = sorted(self._tensors)
             self._stack = stack.pop_all()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the model beside its tensors: config.json."""
+        return self.config
 
     @property
     def source(self) -> Path:
@@ -640,33 +644,23 @@ def is_plain_file_name(name: str) -> bool:
     return 0 < len(encoded) <= 255 and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
-def require_model(place: str | os.PathLike[str]) -> None:
-    """Make sure that there is something where a model should be.
-
-    Parameters
-    ----------
-    place : str or os.PathLike
-        A folder or file.
-
-    Raises
-    ------
-    CheckpointNotFoundError
-        If nothing is there; the message names what may be meant.
-    """
-    path = Path(place)
-    if os.path.exists(path):
-        return
-    if _HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
-        raise CheckpointNotFoundError(
-            f"{path}: there is no such folder. It looks like a model's name on a hub, but models are not "
-            f"downloaded: get it first (hf download {path} --local-dir {path.name}), then give the folder "
-            f"that it lies in"
-        )
+def missing_model(path: Path) -> str:
+    """Return what may be meant by the path of a model that is not there, as a sentence with a space before
+    it, or nothing."""
     near = difflib.get_close_matches(path.name[:200], _models_in(path.parent), n=3)
-    hint = f" Is {' or '.join(str(path.parent / each) for each in near)} meant?" if near else ""
-    raise CheckpointNotFoundError(
-        f"{path}: there is no such folder.{hint} Models are not downloaded from a hub: download the "
-        f"model first and give the folder it lies in"
+    return f" Is {' or '.join(str(path.parent / each) for each in near)} meant?" if near else ""
+
+
+def pickles_refused(place: str, revision: str | None = None) -> str:
+    """Return what to say of a model, in a folder or at the hub, that has its weights only as pickles."""
+    new = f"{Path(place).name}-safetensors"
+    source = repr(place) + (f", revision={revision!r}" if revision else "")
+    return (
+        f"{place}: holds weights only as PyTorch pickles, which can run code when they are opened and are "
+        f"therefore not read. Where they come from someone you trust, store them as safetensors and give "
+        f'{new}: pip install "bitwright[transformers]" && python -c "from transformers import '
+        f"AutoModelForCausalLM as M, AutoTokenizer as T; [each.from_pretrained({source}, **more)"
+        f".save_pretrained({new!r}) for each, more in ((M, {{'dtype': 'auto'}}), (T, {{}}))]\""
     )
 
 
@@ -689,7 +683,8 @@ def _existing_folder(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder}: this is a file; give the folder that holds config.json and the safetensors files"
         )
-    require_model(folder)
+    if not os.path.exists(folder):
+        raise CheckpointNotFoundError(f"{folder}: there is no such folder.{missing_model(folder)}")
     raise CheckpointError(f"{folder}: is neither a folder nor a file")
 
 
@@ -754,10 +749,7 @@ def _files_without_index(folder: Path) -> list[Path]:
                 )
     if not files:
         if any(file.suffix in (".bin", ".pt", ".pth") for file in present):
-            raise UnsupportedModelError(
-                f"{folder}: holds weights only as PyTorch pickles, which can run code when they "
-                f"are opened and are therefore not read. Convert them to safetensors"
-            )
+            raise UnsupportedModelError(pickles_refused(str(folder)))
         if any(file.suffix == ".gguf" for file in present):
             raise UnsupportedModelError(
                 f"{folder}: holds weights only as GGUF; open it by bitwright.load_model"

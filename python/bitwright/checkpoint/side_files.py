@@ -146,8 +146,30 @@ class SideFiles:
             if within in self._modules:
                 return False
             self._miss("other weights", f"{within}{name}")
-        left = _LEFT_FILES if within else _LEFT_FILES + _WRITTEN_ANEW
-        return lower.endswith((*WEIGHTS, INDEX, ".pyc")) or _matches(lower, left)
+        return _is_left_out(within, lower)
+
+
+def travels(name: str) -> bool:
+    """Tell whether a file travels with a model, by its path within the folder and for all that can be told
+    from that.
+
+    Examples
+    --------
+    >>> [travels(each) for each in ("tokenizer.json", "onnx/config.json", "pytorch_model.bin")]
+    [True, False, False]
+    """
+    *folders, last = name.split("/")
+    return (
+        not any(each.startswith(".") for each in (*folders, last))
+        and len(folders) <= DEPTH
+        and not any(_matches(each, _LEFT_FOLDERS) for each in folders)
+        and not _is_left_out("/".join(folders), last.lower())
+    )
+
+
+def _is_left_out(within: str, lower: str) -> bool:
+    left = _LEFT_FILES if within else _LEFT_FILES + _WRITTEN_ANEW
+    return lower.endswith((*WEIGHTS, INDEX, ".pyc")) or _matches(lower, left)
 
 
 def side_files(checkpoint: Checkpoint, besides: Path | None = None) -> list[str]:

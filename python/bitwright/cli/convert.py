@@ -17,6 +17,7 @@ from bitwright.spellings import Old
 @click.command(cls=Command, old=(Old("--to", "--format"),))
 @options.model
 @options.out
+@options.push
 @file_option(
     "-f",
     "--format",

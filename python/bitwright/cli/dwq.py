@@ -4,25 +4,30 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 
 import bitwright
 from bitwright.checkpoint.fingerprint import digest
 from bitwright.cli import options
-from bitwright.cli.grouped import Command, calibration_option, file_option, training_option
+from bitwright.cli.grouped import (
+    Command,
+    calibration_option,
+    file_option,
+    is_given,
+    training_option,
+)
 from bitwright.cli.parameters import Model, NewFile
 from bitwright.distill.losses import LOSSES
 from bitwright.distill.student import ZEROS
 from bitwright.distill.training import SCHEDULES
-from bitwright.files.home import expanded
 from bitwright.files.inputs import InputFiles, same_inputs
 from bitwright.files.seals import file_checksum
 from bitwright.files.text_file import TEXT_LIMIT, read_bytes
 from bitwright.methods.registry import METHODS
 from bitwright.report.printing import print_dwq_report
 from bitwright.spellings import Old
-from bitwright.text.samples import existing_file, mapped
+from bitwright.text.samples import existing_file, is_array, mapped
+from bitwright.text.text_files import TextFiles
 
 # What says how to quantize the original.
 MAKING = (
@@ -49,6 +54,7 @@ MAKING = (
     help="The original, which teaches. Without it MODEL is the original, and quantized first.",
 )
 @options.out
+@options.push
 @options.format("mlx")
 @file_option(
     "--targets",
@@ -58,7 +64,7 @@ MAKING = (
 @file_option("--plot", type=NewFile(), help="Plot loss and KL to this file (.png, .svg, .pdf).")
 @options.overwrite
 @options.links
-@options.calibration(" to train on, and to quantize the original with.")
+@options.calibration(", to train on and to quantize the original with")
 @calibration_option(
     "--student-calibration",
     type=options.PATH,
@@ -145,7 +151,7 @@ def dwq(
     context = click.get_current_context()
     if reference is not None:
         for name in MAKING:
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            if is_given(context, name):
                 option = name.replace("_", "-")
                 raise click.UsageError(
                     f"--{option} says how to quantize the original, but with --reference MODEL is "
@@ -162,8 +168,6 @@ def dwq(
     source = calibration if student_calibration is None else student_calibration
 
     def make(folder: Path) -> None:
-        if source is None:
-            raise click.UsageError("--calibration is missing: the original is quantized with it")
         limits = {name: given[name] for name in ("memory", "resume")}
         if target_bpw is not None:
             bitwright.dynamic_quantize(
@@ -196,13 +200,17 @@ def dwq(
     print_dwq_report(report, Console())
 
 
-def _digest(path: Path) -> str:
-    place, inputs = existing_file(Path(expanded(path))), InputFiles()
-    inputs.watch([place], recorded=True)
-    if place.suffix == ".npy":
-        mapped(place)  # which refuses what is no array, however long
-        known = f"{file_checksum(place, 0, place.stat().st_size):08x}"
-    else:
-        known = digest(read_bytes(place, TEXT_LIMIT))
+def _digest(source: Any) -> str:
+    """Return what tells the contents of files of texts apart."""
+    inputs, known = InputFiles(), []
+    given = TextFiles.of(source)
+    for place, share in given.files:
+        inputs.watch([existing_file(place)], recorded=True)
+        if is_array(place):
+            mapped(place)  # which refuses what is no array, however long
+            found = f"{file_checksum(place, 0, place.stat().st_size):08x}"
+        else:
+            found = digest(read_bytes(place, TEXT_LIMIT))
+        known.append(found if len(given.files) == 1 else f"{found}:{share:g}")
     inputs.take_checksums()
-    return known
+    return ",".join(known) if given.text_key is None else f"{','.join(known)} {given.text_key}"

@@ -25,6 +25,7 @@ from bitwright.spellings import Old
 )
 @options.model
 @options.out
+@options.push
 @options.format("mlx")
 @file_option(
     "--sensitivities",
@@ -39,7 +40,7 @@ from bitwright.spellings import Old
 )
 @options.overwrite
 @options.links
-@options.calibration(", for the sensitivities and the method.")
+@options.calibration(", for the sensitivities and the method")
 @options.samples(128)
 @options.length(2)
 @options.seed

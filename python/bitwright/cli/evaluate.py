@@ -24,6 +24,7 @@ from bitwright.spellings import Old
 @options.as_json
 @options.links
 @evaluation_option("--evaluation", required=True, type=options.PATH, help=f"{options.TEXT}.")
+@options.text_key
 @evaluation_option("--samples", type=click.IntRange(1), help="Use the first so many samples.")
 @options.length(2, evaluation_option)
 @options.bos(evaluation_option)

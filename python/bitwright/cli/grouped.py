@@ -4,9 +4,11 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from bitwright.cli.spellings import spelled_out
 from bitwright.ranks import current
@@ -22,6 +24,16 @@ WIDE = 100  # columns that are used of a wider one
 METAVARS = {"integer range": "N", "integer": "N", "float range": "X"}  # by click's names of types
 
 
+SAVED = "bitwright.saved"  # in a context: a file to write, and the settings that go there
+PUSH = "bitwright.push"  # in a context: the name at the hub that the output goes to
+TEXT_KEY = "bitwright.text_key"  # in a context: the key of texts in records
+TEXTS = (
+    "calibration",
+    "evaluation",
+    "student_calibration",
+    "sensitivity_calibration",
+    "validation",
+)
 COMMAND = "bitwright.command"  # in a context: as it was typed, in present spellings
 
 
@@ -78,6 +90,45 @@ class Context(click.Context):
     formatter_class = Formatter
 
 
+def _enter_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Take the settings of a file where the command line has none."""
+    if path is not None:
+        from bitwright.cli.config_file import read_settings
+
+        found = read_settings(path, context.command, context)
+        context.default_map = {**(context.default_map or {}), **found}
+
+
+def _config_options() -> list[Option]:
+    """Return the options for files of settings, which every command has."""
+    place = click.Path(path_type=Path)
+    return [
+        Option(
+            ["--config"],
+            group=RUN,
+            type=place,
+            metavar="YAML",
+            is_eager=True,
+            expose_value=False,
+            callback=_enter_config,
+            help="Settings by the names of the options; what the command line says counts more.",
+        ),
+        Option(
+            ["--save-config"],
+            group=RUN,
+            type=place,
+            metavar="YAML",
+            help="Write all settings of the run to this file, for --config.",
+        ),
+    ]
+
+
+def is_given(context: click.Context, name: str) -> bool:
+    """Tell whether a parameter's value comes from the command line or a file of settings."""
+    source = context.get_parameter_source(name)
+    return source in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
+
+
 class Command(click.Command):
     """A command with its options in groups.
 
@@ -92,6 +143,8 @@ class Command(click.Command):
     def __init__(self, *arguments: Any, old: Sequence[Old] = (), **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)
         self.old = old
+        for each in _config_options():
+            self.params.append(each)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the arguments, the old spellings as present ones; model cards tell the latter, too."""
@@ -104,7 +157,13 @@ class Command(click.Command):
             from bitwright.records.card import command_line  # which the command itself needs
 
             ctx.meta[COMMAND] = command_line([*before, *words])
-        return super().parse_args(ctx, words)
+        given = list(words)
+        rest = super().parse_args(ctx, words)
+        if (place := ctx.params.pop("save_config", None)) is not None:
+            from bitwright.cli.config_file import given_settings
+
+            ctx.meta[SAVED] = place, given_settings(self, ctx, given)
+        return rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; model cards that are written tell it."""
@@ -112,9 +171,25 @@ class Command(click.Command):
         from bitwright.records.card import made_by
 
         say_together(ctx)
+        if SAVED in ctx.meta and current().is_first:
+            from bitwright.cli.config_file import write_settings
+
+            place, settings = ctx.meta[SAVED]
+            write_settings(place, settings, str(self.name))
+        if (key := ctx.meta.get(TEXT_KEY)) is not None:
+            from bitwright.text.text_files import TextFiles
+
+            for name in TEXTS:
+                if ctx.params.get(name) is not None:
+                    ctx.params[name] = TextFiles.of(ctx.params[name], key)
         command = ctx.meta.get(COMMAND)
         with nullcontext() if command is None else made_by(command):
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+        if PUSH in ctx.meta and current().is_first:
+            from bitwright.tools.upload import upload
+
+            click.echo(upload(ctx.params["out"], ctx.meta[PUSH]))
+        return result
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in groups, all descriptions in one column."""

@@ -39,6 +39,7 @@ COMMANDS = {
     "sensitivities": "Estimate how much the precision of each layer of MODEL matters.",
     "statistics": "Collect what the layers of a model see, on several machines if need be, for "
     "quantize --statistics.",
+    "upload": "Put the checkpoint FOLDER on the hub as NAME (ORG/NAME, or ORG/NAME@BRANCH).",
     "demo": "Do the whole job on a small model that the package carries.",
     "info": "Print which kernels run here.",
 }

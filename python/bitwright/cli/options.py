@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from bitwright.cli.grouped import (
+    PUSH,
+    TEXT_KEY,
     Add,
     calibration_option,
     file_option,
@@ -28,9 +30,13 @@ from bitwright.files.home import expanded
 from bitwright.files.links import follow_links
 from bitwright.formats import FORMATS
 from bitwright.methods.registry import METHODS
+from bitwright.precision.schemes import SCHEMES
 
 PATH = click.Path(path_type=Path)
-TEXT = "Text (.txt, .jsonl, chats included) or token ids (.npy)"
+TEXT = (
+    "Text, JSON or JSON lines, .csv or Parquet, chats included, or token ids (.npy); several files with "
+    "shares are a.jsonl:3,b.txt:1"
+)
 DTYPE = click.Choice(["float32", "float16", "bfloat16"])
 
 
@@ -60,6 +66,15 @@ def _enter_links(context: click.Context, _: click.Parameter, follow: bool | None
         context.with_resource(follow_links(follow))
 
 
+def _enter_push(context: click.Context, _: click.Parameter, name: str | None) -> None:
+    """Note where the output goes, before anything is computed; the hub is asked who that is."""
+    if name is not None and not context.resilient_parsing:
+        from bitwright.tools.upload import check_upload
+
+        check_upload(name)
+        context.meta[PUSH] = name
+
+
 # Input and output
 
 model = click.argument("model", type=Model())
@@ -74,6 +89,21 @@ links = file_option(
     help="Follow all links out of folders of models, statistics and targets, or refuse folders with any; "
     "by default only weights, their index, statistics and targets may be links to other places.",
 )
+base_model = file_option(
+    "--base-model",
+    metavar="ORG/NAME",
+    help="The original, for the card at the hub; by default what the card in the folder says.",
+)
+private = file_option(
+    "--private", is_flag=True, help="Make a model at the hub that others do not see."
+)
+push = file_option(
+    "--push-to",
+    metavar="ORG/NAME",
+    expose_value=False,
+    callback=_enter_push,
+    help="Put the folder on the hub, too, when it is written; see bitwright upload.",
+)
 as_json = file_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -87,9 +117,25 @@ def format(default: str) -> Add:
 # Calibration
 
 
-def calibration(help: str = ".", required: bool = False) -> Add:
+def calibration(help: str = "") -> Add:
     """Return the option for what a command is calibrated on; `help` goes on after what that may be."""
-    return calibration_option("--calibration", required=required, type=PATH, help=TEXT + help)
+    given = calibration_option(
+        "--calibration", type=PATH, help=f"{TEXT}{help}; by default a text that bitwright carries."
+    )
+    return together(given, text_key)
+
+
+def _enter_text_key(context: click.Context, _: click.Parameter, key: str | None) -> None:
+    context.meta[TEXT_KEY] = key
+
+
+text_key = calibration_option(
+    "--text-key",
+    metavar="KEY",
+    expose_value=False,
+    callback=_enter_text_key,
+    help="The key of a record's text or list of messages; by default the first known one.",
+)
 
 
 def samples(default: int, add: Callable[..., Add] = calibration_option) -> Add:
@@ -121,6 +167,23 @@ chosen_tokens = together(samples(128), length(1), seed, bos())
 
 # Precision
 
+
+def _enter_scheme(context: click.Context, _: click.Parameter, name: str | None) -> None:
+    """Take what a scheme says where the command line has nothing."""
+    if name is None:
+        return
+    said = {each: str(value) for each, value in SCHEMES[name].items()}
+    context.default_map = {**said, **(context.default_map or {})}
+
+
+scheme = precision_option(
+    "--scheme",
+    type=click.Choice(list(SCHEMES)),
+    is_eager=True,
+    expose_value=False,
+    callback=_enter_scheme,
+    help="Format, bits, group size and grid by a known name, each of which an option may replace.",
+)
 bits = precision_option(
     "-b",
     "--bits",

@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from bitwright.checkpoint.gguf_file import FILE_TYPES
-from bitwright.checkpoint.reader import require_model
+from bitwright.checkpoint.hub import model_place
 from bitwright.files.home import expanded
 from bitwright.formats.spelling import Spelling, combined
 from bitwright.grids.tensor import BITS
@@ -29,14 +29,12 @@ class NewFile(click.ParamType[Path]):
 
 
 class Model(click.ParamType[Path]):
-    """A model, which is missed before anything else is."""
+    """A model, here or at the hub, which is missed before anything else is."""
 
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        path = Path(expanded(value))
-        require_model(path)
-        return path
+        return model_place(value)
 
 
 class Bits(click.ParamType[int]):

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 
 import bitwright
@@ -15,6 +14,7 @@ from bitwright.cli.grouped import (
     Command,
     calibration_option,
     file_option,
+    is_given,
     method_option,
     precision_option,
     run_option,
@@ -30,12 +30,13 @@ from bitwright.report.tables import print_sentence
 @click.command(cls=Command)
 @options.model
 @options.out
+@options.push
 @options.format("mlx")
 @options.split_max_size
 @options.overwrite
 @file_option("--allow-requantize", is_flag=True, help="Take a MODEL that is quantized already.")
 @options.links
-@options.calibration("; all methods but rtn need it, or --statistics.")
+@options.calibration(" (not for rtn)")
 @calibration_option(
     "--statistics",
     type=options.PATH,
@@ -53,6 +54,7 @@ from bitwright.report.tables import print_sentence
     help="Whose outputs the next layers are calibrated on; by default quantized, and with --statistics "
     "original.",
 )
+@options.scheme
 @options.bits
 @options.mixture
 @options.group_size
@@ -148,7 +150,7 @@ def quantize(
         run = bitwright.quantize_with_transformers
         context = click.get_current_context()
         for name in sorted(set(given) - set(inspect.signature(run).parameters)):
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            if is_given(context, name):
                 option = name.replace("_", "-")
                 raise click.UsageError(f"--{option} is not an option of --backend transformers")
             del given[name]

@@ -20,9 +20,10 @@ from bitwright.spellings import Old
     "--reference", required=True, type=Model(), help="The original that it was made from, in float."
 )
 @options.out
+@options.push
 @options.overwrite
 @options.links
-@options.calibration(required=True)
+@options.calibration()
 @options.chosen_tokens
 @method_option(
     "--drift/--no-drift",

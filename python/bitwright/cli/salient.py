@@ -13,6 +13,7 @@ from bitwright.checkpoint.work_folder import WorkFolder, kept_until_written
 from bitwright.cli import options
 from bitwright.cli.grouped import (
     Command,
+    calibration_option,
     file_option,
     method_option,
     precision_option,
@@ -49,7 +50,12 @@ from bitwright.tools.collect_activations import DEFAULT_SAMPLES, planned_samples
 @options.format("awq")
 @file_option("--overwrite", is_flag=True, help="Replace what is there.")
 @options.links
-@options.calibration(": run the model on it, and write the activations first.")
+@calibration_option(
+    "--calibration",
+    type=options.PATH,
+    help=f"{options.TEXT}: run the model on it, and write the activations first.",
+)
+@options.text_key
 @options.samples(DEFAULT_SAMPLES)
 @options.length(1)
 @options.seed

@@ -22,7 +22,7 @@ from bitwright.spellings import Old
 @file_option("--plot", type=NewFile(), help="Plot them to this file (.png, .svg, .pdf).")
 @file_option("--overwrite", is_flag=True, help="Replace files that hold something else.")
 @options.links
-@options.calibration(required=True)
+@options.calibration()
 @options.samples(DEFAULT_SAMPLES)
 @options.length(2)
 @options.seed

@@ -28,7 +28,7 @@ def statistics() -> None:
 @options.out
 @overwrite
 @options.links
-@options.calibration(required=True)
+@options.calibration()
 @options.chosen_tokens
 @options.resumable
 @options.threads

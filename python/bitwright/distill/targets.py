@@ -17,6 +17,7 @@ from bitwright.checkpoint.fingerprint import (
     tokenizer_fingerprint,
 )
 from bitwright.checkpoint.holes import hole_in_safetensors
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.checkpoint.shard import Shard
 from bitwright.checkpoint.work_folder import CHECKSUM, WorkFolder, content_of
@@ -160,6 +161,7 @@ class DwqTargets:
 
 @respelled(Old("data", "calibration"))
 @expands_home
+@finds_models
 @same_inputs()
 def compute_dwq_targets(
     model: str | os.PathLike[str] | Model,

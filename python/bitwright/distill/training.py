@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
 from bitwright.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint
 from bitwright.checkpoint.front_matter import CARD_NAME
-from bitwright.checkpoint.reader import require_model
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.work_folder import (
     CHECKSUM,
     WorkFolder,
@@ -153,6 +153,7 @@ class _Progress:
 @respelled(Old("teacher", "reference"), Old("student", "model"), Old("data", "calibration"))
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def dwq_quantize(
     reference: str | os.PathLike[str],
@@ -289,9 +290,6 @@ def dwq_quantize(
     arguments = dict(locals())
     started = time.perf_counter()
     RunLimits(threads=threads).set_threads()
-    require_model(reference)
-    if not callable(model):
-        require_model(model)
     _check_arguments(arguments)
     teacher_model = load_model(reference)
     student_made = model if callable(model) else load_model(model)
@@ -803,11 +801,7 @@ def _load(
     length: int | None,
     bos: bool,
 ) -> Samples:
-    if source is None:
-        if targets is None:
-            raise ValueError(
-                "calibration: give text or token ids to train on, or targets made of some"
-            )
+    if source is None and targets is not None:
         known = DwqTargets(targets)
         if length not in (None, known.length):
             raise CalibrationError(

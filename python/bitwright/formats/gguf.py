@@ -37,7 +37,7 @@ TYPES: dict[tuple[Grid, int], str] = {
     ("mxfp4", 4): "MXFP4",
     ("nvfp4", 4): "NVFP4",
 }
-FLOATS: tuple[Grid, ...] = ("mxfp4", "nvfp4")
+FLOAT_GRIDS: tuple[Grid, ...] = ("mxfp4", "nvfp4")
 GRIDS_OF_TYPES = {name: key for key, name in TYPES.items()}
 Blocks = NDArray[Any]
 
@@ -49,7 +49,7 @@ class GgufFormat(Format):
     bits = (2, 3, 4, 5, 6, 8)
     group_sizes = (16, 32)
     whole_row = False
-    grids = ("k", "affine", "symmetric", "iq4_nl", "iq4_xs", *FLOATS)
+    grids = ("k", "affine", "symmetric", "iq4_nl", "iq4_xs", *FLOAT_GRIDS)
     scale_dtypes = (HALF,)
     embeddings = True
     stacks_experts = True
@@ -204,7 +204,7 @@ class GgufFormat(Format):
                 f"{name}: the gguf format stores no {tensor.bits} bits with {grid} grids in groups of "
                 f"{tensor.group_size}"
             )
-        if grid in FLOATS:
+        if grid in FLOAT_GRIDS:
             return {f"{name}.weight": _pack_floats(kind, tensor)}
         return {
             f"{name}.weight": _pack_superblocks(kind, tensor, tensor.superblocks)
@@ -242,7 +242,7 @@ class GgufFormat(Format):
                 )
         scales: NDArray[Any]
         grid, bits = GRIDS_OF_TYPES[TYPE_NAMES[blocks.dtype]]
-        if grid in FLOATS:
+        if grid in FLOAT_GRIDS:
             return _unpacked_floats(blocks, grid, f"{checkpoint.file(tensor)}: tensor {tensor}")
         packed = np.ascontiguousarray(blocks).view(np.uint8)
         fields: dict[str, Any] = {"superblocks": None, "biases": None}

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from bitwright.arrays import require_finite
 from bitwright.checkpoint import Checkpoint, CheckpointSlice, open_checkpoint
+from bitwright.checkpoint.hub import model_place
 from bitwright.checkpoint.reader import written_dtype
 from bitwright.errors import CheckpointError, shown
 from bitwright.files.home import expands_home
@@ -130,6 +131,14 @@ class Model(Decoder):
             (self.embedding_name, self.head_name), self.config.hidden_size
         )
         self._channels |= {name: shape[1] for name, shape in self.linear_shapes().items()}
+
+    def __repr__(self) -> str:
+        config, stored = self.config, "float" if self.format is None else self.format.name
+        return (
+            f"<Model {self.checkpoint.folder.name}: {config.model_type} in {stored}, "
+            f"{config.num_hidden_layers} blocks, {config.hidden_size} channels, "
+            f"{config.vocab_size} tokens>"
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -524,7 +533,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     ----------
     path
         Folder with config.json and safetensors files, or a GGUF file: float, or quantized in a format that
-        is read.
+        is read; or the name of a model at the hub, ``ORG/NAME`` or ``ORG/NAME@REVISION``, which is fetched.
 
     Returns
     -------
@@ -541,6 +550,6 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     >>> bitwright.load_model(bitwright.demo_folder()).config.num_hidden_layers
     3
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(model_place(path))
     note_model(checkpoint)
     return Model(checkpoint)

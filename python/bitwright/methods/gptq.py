@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
-from bitwright.arrays import require_finite
+from bitwright.arrays import floats, require_finite
 from bitwright.grids.choice import GridChoice
 from bitwright.grids.tables import has_superblocks
 from bitwright.grids.tensor import Grid, QuantizedTensor, SuperBlocks
@@ -98,6 +98,7 @@ def factor_gram(
     """
     if not (damping >= 0 and np.isfinite(damping)):
         raise ValueError(f"damping: expected a finite value from 0 on, got {damping}")
+    gram = floats(gram)
     if not isinstance(gram, np.ndarray) or gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"gram: expected a matrix [in, in], got shape {np.shape(gram)}")
     diagonal = np.ascontiguousarray(gram.diagonal(), np.float32)
@@ -188,6 +189,7 @@ def quantize_gptq(
     >>> error(gptq) < 0.7 * error(bitwright.quantize_rtn(weight, bits=3))
     True
     """
+    weight = floats(weight, halves=True)
     choice = GridChoice.check(weight, bits, group_size, grid, scale_dtype, grid_search)
     require_finite(weight, "weight")
     if block_size < 1:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
+from bitwright.arrays import floats
 from bitwright.ranks import Sum, current
 
 
@@ -20,7 +21,8 @@ def gram(
     Parameters
     ----------
     activations
-        ``[tokens, in]`` float32, C-contiguous; used in place, never copied.
+        ``[tokens, in]`` or ``[batch, length, in]`` float32, C-contiguous: used in place. Tensors of
+        PyTorch are, too, by DLPack; float64, halves and other layouts are copied to float32.
     out
         ``[in, in]`` float32, C-contiguous, that receives the result; a new array by default.
 
@@ -41,6 +43,7 @@ def gram(
     array([[ 5.,  7.],
            [ 7., 10.]], dtype=float32)
     """
+    activations = floats(activations, rows=True)
     if np.ndim(activations) == 2 and len(activations) == 0:
         raise ValueError("activations: there are no tokens")
     if out is None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
-from bitwright.arrays import require_finite
+from bitwright.arrays import floats, require_finite
 from bitwright.grids.choice import GridChoice, check_importance
 from bitwright.grids.superblocks import closed_form, expanded, fit_superblocks
 from bitwright.grids.tables import E4M3, E8M0, TABLES, has_superblocks
@@ -67,6 +67,7 @@ def quantize_rtn(
     >>> bitwright.quantize_rtn(weight, bits=2, group_size=64).scales
     array([[-0.5]], dtype=float32)
     """
+    weight = floats(weight, halves=True)
     choice = GridChoice.check(weight, bits, group_size, grid, scale_dtype, grid_search)
     require_finite(weight, "weight")
     weights = check_importance(importance, weight.shape[1])

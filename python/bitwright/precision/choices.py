@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.checkpoint.fingerprint import model_checksum, model_fingerprint
+from bitwright.checkpoint.hub import finds_models
 from bitwright.errors import SensitivityError, check_choice
 from bitwright.files.home import expands_home
 from bitwright.formats import FORMATS, Format, FormatName, Precision
@@ -30,6 +31,7 @@ Candidate = tuple[int, int | None]
 
 
 @expands_home
+@finds_models
 def choose_precisions(
     model: str | os.PathLike[str] | Model,
     sensitivities: Sensitivities,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from bitwright import _kernels
 from bitwright.checkpoint.fingerprint import model_checksum, model_fingerprint
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.work_folder import WorkFolder, read_sealed, write_sealed
 from bitwright.distill.gradient_memory import batch_step, final_bytes, sub_block_bytes
 from bitwright.distill.losses import LOSSES, DistillationLoss, TopTokens, next_tokens
@@ -42,6 +43,7 @@ from bitwright.runs.budget import Budget
 from bitwright.runs.limits import RunLimits
 from bitwright.runs.progress import progress_bar
 from bitwright.spellings import Old, respelled
+from bitwright.text.builtin import given_or_builtin
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
 
@@ -60,10 +62,11 @@ class _Batch(TypedDict):
 
 @respelled(Old("data", "calibration"))
 @expands_home
+@finds_models
 @same_inputs()
 def estimate_sensitivities(
     model: str | os.PathLike[str] | Model,
-    calibration: TokenSource,
+    calibration: TokenSource | None = None,
     low_bits: int = 3,
     low_group_size: int | None = 64,
     high_bits: int = 5,
@@ -163,7 +166,7 @@ def estimate_sensitivities(
     check_choice("loss", loss, LOSSES)
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    loaded = _loaded(original, calibration, samples, length, seed, bos)
+    loaded = _loaded(original, given_or_builtin(calibration), samples, length, seed, bos)
     low, high = (low_bits, low_group_size), (high_bits, high_group_size)
     _check_groups(original, (low, high), grid)
     plan = plan_estimate(original, loaded.tokens, batch_size, memory)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from bitwright.checkpoint import CheckpointWriter
-from bitwright.checkpoint.reader import require_model
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
 from bitwright.distill.training import check_training, dwq_quantize
 from bitwright.files.home import expands_home
@@ -29,6 +29,7 @@ from bitwright.ranks import current
 from bitwright.records.card import made_by, python_call
 from bitwright.records.reports import DwqReport, QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
+from bitwright.text.builtin import given_or_builtin
 from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
 
@@ -38,6 +39,7 @@ LEARNING_RATE = 3e-4  # what is known to suit students that are good already
 
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def quantize_best(
     model: str | os.PathLike[str],
@@ -96,7 +98,6 @@ def quantize_best(
     ...     bitwright.quantize_best(demo, f"{folder}/q", bits=3, calibration=demo / "calibration.txt")
     """
     arguments = dict(locals())
-    require_model(model)
     given = {"preset": "best", **arguments, **options}
     del given["options"]
     with made_by(python_call(quantize_best, arguments)):
@@ -165,7 +166,8 @@ def _require_room(
 ) -> None:
     """Raise, before anything is computed, what one of the stages would."""
     assert options.calibration is not None
-    source, estimated = options.calibration.source, _estimated(options)
+    source = given_or_builtin(options.calibration.source)
+    estimated = _estimated(options)
     quiet = replace(options, limits=replace(options.limits, progress=False))
     plans: list[Callable[[], object]] = [
         lambda: check_run(model, out, quiet),

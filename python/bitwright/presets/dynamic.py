@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.work_folder import SENSITIVITIES, WorkFolder, kept_until_written
 from bitwright.checkpoint.writer import check_apart, completed
 from bitwright.errors import check_choice
@@ -66,6 +67,7 @@ class DynamicReport:
 )
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def dynamic_quantize(
     model: str | os.PathLike[str],
@@ -155,7 +157,7 @@ def dynamic_quantize(
     choices = dynamic_choices(original, target_bpw, candidates, format, *given_grid)
     _check_places(out, sensitivities, recipe, overwrite)
     _check_plan(original, format, choices.ends[1], choices.grid, options)
-    known = _known(original, sensitivities, estimated_on)
+    known = _known(original, sensitivities)
     reading: dict[str, Any] = {"length": length, "bos": bos, "memory": memory}
     judged = _Judged(original, evaluation, reading)
     estimated = {**reading, "samples": sensitivity_samples, "seed": seed}
@@ -291,7 +293,6 @@ def _check_plan(
 def _known(
     model: Model,
     sensitivities: str | os.PathLike[str] | Sensitivities | None,
-    data: TokenSource | None,
 ) -> Sensitivities | None:
     """Return sensitivities that are given, or that a file holds; None if they are to be estimated."""
 
@@ -304,6 +305,4 @@ def _known(
     known = current().on_first(read)
     if known is not None:
         check_model(known, model)
-    elif data is None:
-        raise ValueError("calibration: give text or token ids, or sensitivities that are known")
     return known

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from numpy.typing import DTypeLike
 
 from bitwright.blocks.scaling import Clip, Objective
-from bitwright.checkpoint.reader import require_model
+from bitwright.checkpoint.hub import finds_models
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import same_inputs
 from bitwright.formats import FormatName, GroupSize
@@ -28,6 +28,7 @@ from bitwright.warned import reports_warnings
 
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def quantize(
     model: str | os.PathLike[str],
@@ -96,7 +97,7 @@ def quantize(
         Folder to write; it appears when everything is done, or not at all.
     method
         ``"gptq"``, ``"rtn"``, ``"awq"``, ``"awq+gptq"`` (AWQ's scales, then GPTQ on the scaled weights) or
-        ``"salient"`` (see `awq_quantize`; 4 bits). All but rtn need `calibration`.
+        ``"salient"`` (see `awq_quantize`; 4 bits). All but rtn are calibrated.
     bits, group_size
         Of every linear layer in the decoder blocks; group size None or -1 is the whole row, ``"auto"`` 64
         or what the format asks for. Bits may be written with the group size, ``"4:64"``, and a grid or type
@@ -105,8 +106,9 @@ def quantize(
         ``"mlx"`` (mlx-lm), ``"gptq"``, ``"awq"`` or ``"compressed-tensors"`` (transformers, vLLM),
         ``"gguf"`` (llama.cpp), ``"marlin"`` (vLLM up to 0.10.1); see docs/formats.md.
     calibration
-        A ``.txt``, ``.jsonl`` or ``.npy`` file, token ids ``[samples, length]``, or a list of texts; see
-        `bitwright.load_tokens`. For ``"rtn"`` it only serves the grid search and the reported errors.
+        A file of text, JSON, tables or token ids, several with shares, an array ``[samples, length]``, or
+        a list of texts; see `bitwright.load_tokens`. By default `bitwright.calibration_text`. For
+        ``"rtn"`` it only serves the grid search and the reported errors.
     preset
         ``"fast"`` is the method by itself. ``"default"`` adds `refine` and `drift` to gptq, awq and
         awq+gptq. ``"high"`` then refines every layer by what its errors do to the model's predictions,
@@ -231,7 +233,6 @@ def quantize(
     4.5
     """
     arguments = dict(locals())
-    require_model(model)
     options = QuantizationOptions.of(arguments)
     with made_by(python_call(quantize, arguments)):
         if preset == "best":

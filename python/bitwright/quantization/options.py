@@ -13,6 +13,7 @@ from bitwright.methods.method import CORRECTED_DAMPING, DAMPING, MethodOptions
 from bitwright.methods.registry import METHODS
 from bitwright.precision.options import PrecisionOptions
 from bitwright.runs.limits import RunLimits
+from bitwright.text.builtin import given_or_builtin
 from bitwright.text.calibration import CalibrationOptions
 
 Preset = Literal["fast", "default", "high", "best"]
@@ -90,6 +91,11 @@ class QuantizationOptions:
             "drift": corrected,
         }
         calibration = given.get("calibration")
+        given_inputs = (calibration, given.get("activations"), statistics, given.get("imatrix"))
+        if (method.needs_inputs or preset in ("high", "best") or refine or drift) and all(
+            each is None for each in given_inputs
+        ):
+            calibration = given_or_builtin(None)
         options = cls(
             taken(PrecisionOptions, given),
             taken(MethodOptions, {**given, **chosen}),
@@ -105,7 +111,7 @@ class QuantizationOptions:
             given.get("allow_requantize", False),
             given.get("imatrix"),
         )
-        options._check_inputs(bool(refine), bool(drift))
+        options._check_inputs(bool(drift))
         return options
 
     @property
@@ -127,7 +133,7 @@ class QuantizationOptions:
             "propagates": self.propagates,
         }
 
-    def _check_inputs(self, refine: bool, drift: bool) -> None:
+    def _check_inputs(self, drift: bool) -> None:
         """Raise ValueError unless there are the inputs that a method asks for."""
         if self.preset in ("high", "best") and self.calibration is None:
             raise ValueError(f"calibration: preset {self.preset} needs text or token ids")
@@ -143,15 +149,10 @@ class QuantizationOptions:
             )
         method, is_given = self.method.method, self.calibration is not None
         unknown = not is_given and self.activations is None and self.statistics is None
-        weighted = unknown and self.imatrix is not None
-        if weighted and (method.scales_first or method.uses_magnitudes):
+        if unknown and self.imatrix is not None and (method.scales_first or method.uses_magnitudes):
             raise ValueError(
                 f"imatrix: {method.name} asks for more than the mean squares of inputs; give it "
                 f"calibration, too"
-            )
-        if method.needs_inputs and unknown and not weighted:
-            raise ValueError(
-                f"calibration: {method.name} needs text or token ids; method rtn does without"
             )
         if self.activations is not None and is_given:
             raise ValueError("activations: take the place of calibration; pass one of the two")
@@ -164,8 +165,6 @@ class QuantizationOptions:
             raise ValueError(
                 "activation_method: mean and max need activations; calibration gives rms"
             )
-        if refine and unknown:
-            raise ValueError("refine: needs calibration data")
         if drift and not is_given:
             raise ValueError("drift: needs calibration data, which the model is run on")
 

@@ -421,6 +421,26 @@ def _base_model(source: Checkpoint, card: Mapping[str, list[str]]) -> str | None
     return next((name for name in names if _HUB_NAME.fullmatch(name)), None)
 
 
+def with_base_model(card: str, base: str | None) -> str:
+    """Return a card whose YAML names another original, or none."""
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    block = REGEX_YAML_BLOCK.match(card)
+    entries = yaml.safe_load(block[2]) if block else {}
+    rest = card[block.end() :] if block else f"\n{card}"
+    if base is None:
+        entries = {
+            key: value
+            for key, value in entries.items()
+            if key not in ("base_model", "base_model_relation")
+        }
+    else:
+        entries = {**entries, "base_model": base}
+    text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}---\n{rest}"
+
+
 def _argument(value: object) -> str:
     """Write an argument of a call; of an absolute path its name."""
     return _literal(without_place(os.fspath(value)) if isinstance(value, str | Path) else value)

@@ -144,6 +144,16 @@ class QuantizationReport:
     peak_memory_bytes: int
     warnings: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        worst = self.worst(1)
+        named = f"; the largest error is {worst[0].error:.2e}, in {worst[0].name}" if worst else ""
+        return (
+            f"{self.out}: {len(self.layers)} layers by {self.method} in the {self.format} format, "
+            f"{self.layer_bits_per_weight:.3f} bits per weight of these, "
+            f"{megabytes(self.size_bytes)} (was {megabytes(self.original_bytes)}), "
+            f"{self.seconds:.1f} s{named}"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON, exactly."""
         blocks = [block.as_dict() for block in self.blocks]

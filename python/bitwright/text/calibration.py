@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from bitwright.text.builtin import given_or_builtin
 from bitwright.text.samples import DEFAULT_SAMPLES, Samples, TokenSource, Windows, load_samples
 
 
@@ -28,9 +29,9 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Text or token ids and what is taken of them; see `bitwright.quantize`."""
+    """Text or token ids, by default the built-in text, and what is taken; see `bitwright.quantize`."""
 
-    source: TokenSource
+    source: TokenSource | None
     samples: int | None = None
     length: int | None = None
     seed: int | None = 0
@@ -46,7 +47,7 @@ class CalibrationOptions:
             If the data cannot be read, holds ids that the model does not know, or is too little.
         """
         return load_samples(
-            self.source,
+            given_or_builtin(self.source),
             tokenizer=model.folder,
             length=self.length,
             samples=self.samples,

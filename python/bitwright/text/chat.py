@@ -34,25 +34,8 @@ class RefusedChatError(CalibrationError):
     """A sound chat that the template does not write."""
 
 
-def is_chat(line: dict[str, Any]) -> bool:
-    """Tell whether a JSON line is meant as a chat, sound or not.
-
-    Parameters
-    ----------
-    line : dict
-        Holds "messages", or "prompt" and "completion", if it is.
-
-    Returns
-    -------
-    bool
-        True for what `ChatTemplate.render` takes.
-
-    Examples
-    --------
-    >>> is_chat({"messages": []}), is_chat({"prompt": "2 + 2?"})
-    (True, False)
-    """
-    return "messages" in line or line.keys() >= {"prompt", "completion"}
+class MalformedChatError(CalibrationError):
+    """What is meant as a chat is none."""
 
 
 class Chats:
@@ -66,10 +49,13 @@ class Chats:
         The file, for warnings.
     lines : int
         How many it has. One of ten may be refused.
+    plain : bool
+        Whether chats are plain text where there is no template: names of roles, and what each says.
     """
 
-    def __init__(self, folder: Path | None, path: Path, lines: int) -> None:
+    def __init__(self, folder: Path | None, path: Path, lines: int, plain: bool = False) -> None:
         self._folder = folder
+        self._plain = plain and not _has_template(folder)
         self._path = path
         self._lines = lines
         self._template: ChatTemplate | None = None
@@ -84,6 +70,9 @@ class Chats:
         CalibrationError
             If there is no template, the chat is malformed, or too many are refused.
         """
+        if self._plain:
+            said = (f"{each['role'].capitalize()}: {each['content']}" for each in line["messages"])
+            return "\n\n".join(said) + "\n\n\n"
         self._template = self._template or ChatTemplate(self._folder, where)
         try:
             text = self._template.render(line, where)
@@ -114,6 +103,10 @@ class Chats:
                 f"{self._path}: {self._kinds.total()} parts of messages are no text ({kinds}); of them "
                 f"the model sees at most what the chat template writes in their place"
             )
+
+
+def _has_template(folder: Path | None) -> bool:
+    return folder is not None and bool({DEFAULT, TOOL_USE} & chat_templates(folder).keys())
 
 
 class ChatTemplate:
@@ -327,18 +320,18 @@ def _messages(line: dict[str, Any], where: str) -> list[dict[str, Any]]:
     if "messages" not in line:
         said = {"user": line["prompt"], "assistant": line["completion"]}
         if not all(isinstance(content, str) for content in said.values()):
-            raise CalibrationError(
+            raise MalformedChatError(
                 f'{where}: "prompt" and "completion" must be strings, but the line is {shown(line)}'
             )
         return [{"role": role, "content": content} for role, content in said.items()]
     messages = line["messages"]
     if not isinstance(messages, list) or not messages:
-        raise CalibrationError(
+        raise MalformedChatError(
             f'{where}: "messages" must be a list of at least one message, but is {shown(messages)}'
         )
     for number, message in enumerate(messages, start=1):
         if not _is_message(message):
-            raise CalibrationError(
+            raise MalformedChatError(
                 f'{where}: message {number} must be an object with a string as "role", and a '
                 f'string or a list of objects as "content", but is {shown(message)}'
             )
@@ -363,7 +356,7 @@ def _objects(line: dict[str, Any], name: str, where: str) -> list[dict[str, Any]
     value = _from_json(given)
     listed = [_from_json(each) for each in value] if isinstance(value, list) else []
     if not isinstance(value, list | None) or not _is_list_of_objects(listed):
-        raise CalibrationError(
+        raise MalformedChatError(
             f'{where}: "{name}" must be a list of objects, but is {shown(given)}'
         )
     return None if value is None else listed

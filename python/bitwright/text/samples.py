@@ -1,9 +1,8 @@
 """Calibration data: text, JSON lines or token arrays, as samples of equal length."""
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,23 @@ from bitwright.errors import CalibrationError, shown
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import InputFiles
 from bitwright.files.links import check_own
-from bitwright.files.text_file import TEXT_LIMIT, read_bytes, read_text
-from bitwright.text.chat import Chats, is_chat
+from bitwright.files.text_file import TEXT_LIMIT, read_bytes
+from bitwright.text.chat import Chats, MalformedChatError
+from bitwright.text.data_files import ARRAY, NoValue, Record, beginning, read_data
 from bitwright.text.first_tokens import first_tokens
+from bitwright.text.record_shapes import ShapeError, text_or_chat
+from bitwright.text.text_files import TextFiles
 from bitwright.text.tokenizer_growth import check_growth
 from bitwright.warned import warn
 
-TokenSource: TypeAlias = str | os.PathLike[str] | NDArray[Any] | Sequence[str]
+TokenSource: TypeAlias = (
+    str | os.PathLike[str] | NDArray[Any] | Sequence[str] | Mapping[str, float] | TextFiles
+)
 
 DEFAULT_LENGTH = 512
 TOKENIZER_LIMIT = 256 << 20  # bytes; the largest public tokenizers are below 40 MB
-_SUFFIXES = (".txt", ".jsonl", ".npy")
+BUILTIN = Path(__file__).parents[1] / "calibration_data" / "calibration.jsonl"
+LEFT_OUT = 10  # one of so many records may be of no use, and is left out then
 Windows = Literal["whole", "llama.cpp"]
 
 
@@ -73,14 +78,18 @@ def load_tokens(
 
     Parameters
     ----------
-    source : str, os.PathLike, numpy.ndarray or sequence of str
-        A ``.txt`` file (UTF-8); a ``.jsonl`` file, each line a string, an object with a "text",
-        or a chat; a ``.npy`` file or an array of token ids, integer [rows, row length]; or texts.
-        Several texts are joined by a blank line, chats by nothing. A chat is an object with
-        "messages", of "role" and "content" each, or with a "prompt" and a "completion"; it may
-        have "tools" and "documents". It is written by the chat template in the tokenizer's folder,
-        as transformers has it. Chats that the template refuses are left out with a warning; more
-        than one of ten lines is an error.
+    source : str, os.PathLike, numpy.ndarray, sequence of str, mapping or TextFiles
+        A file of text (UTF-8); of JSON, a list or one value in each line; a table (``.csv``, ``.tsv``) or
+        Parquet; a ``.npy`` file or an array of token ids, integer [rows, row length]; or texts. What a
+        file is its content tells. Several files are ``"a.jsonl:3,b.txt:1"``, or a mapping of paths to
+        shares; see `TextFiles`, which also takes the key of the text.
+        A record is a string, or an object with a text ("text", "content", "query") or a chat:
+        "messages" of "role" and "content", "conversations" of "from" and "value", a "prompt" and a
+        "completion" or "response" or what was "chosen", an "instruction" with "input" and "output", a
+        "question" and its "answer". Several texts are joined by a blank line, chats by nothing. A chat
+        may have "tools" and "documents". It is written by the chat template in the tokenizer's folder,
+        as transformers has it. Records of no use, and chats that the template refuses, are left out
+        with a warning; more than one of ten is an error.
     tokenizer : str, os.PathLike or tokenizers.Tokenizer, optional
         A tokenizer, its tokenizer.json, or the folder of that, which chats need. Needed for text
         only.
@@ -139,9 +148,9 @@ def load_samples(
     `bitwright.evaluate`.
     """
     usual = length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
-    found = _load(source, tokenizer, usual, length, samples, seed, vocab_size, bos, windows)
-    if samples is None and most is not None and len(found.tokens) > most:
-        found = Samples(load_tokens(found.tokens, samples=most, seed=seed), found.first)
+    found = _load(
+        source, tokenizer, usual, length, samples, seed, vocab_size, bos, windows, most=most
+    )
     if positions is not None and found.tokens.shape[1] > positions:
         warn(
             f"samples of {found.tokens.shape[1]} tokens are longer than the {positions} positions that "
@@ -161,43 +170,106 @@ def _load(
     vocab_size: int | None,
     bos: bool,
     windows: Windows = "whole",
+    most: int | None = None,
 ) -> Samples:
     """Load samples; text is cut to `text_length`, rows of token ids to `length`."""
     for name, value in (("length", length), ("samples", samples), ("vocab_size", vocab_size)):
         _check_integer(name, value, 1)
     _check_integer("seed", seed, 0)
-    first: tuple[int, ...] | None = None
-    text, files = None, InputFiles()
+    files = InputFiles()
+    cut = _Cut(tokenizer, text_length, length, bos, windows)
     if isinstance(source, np.ndarray):
-        origin, rows = "the token array", _checked_rows(source, "the token array", length)
-    elif isinstance(source, str | os.PathLike):
-        origin = os.fspath(source)
-        path = existing_file(Path(source))
-        files.watch([path], recorded=True)
-        if path.suffix == ".npy":
-            rows = _checked_rows(mapped(path), origin, length)
-        else:
-            is_lines = path.suffix == ".jsonl"
-            text = _json_lines(path, tokenizer) if is_lines else read_text(path, TEXT_LIMIT)
+        origin = "the token array"
+        found: list[Found] = [(origin, _checked_rows(source, origin, length), None)]
+        shares: TextFiles | None = None
+    elif isinstance(source, str | os.PathLike | Mapping | TextFiles):
+        shares = TextFiles.of(source)
+        paths = [existing_file(path) for path, _ in shares.files]
+        files.watch(paths, recorded=True)
+        found = [(str(path), *cut.file(path, shares.text_key, len(paths) == 1)) for path in paths]
     else:
-        origin = "the list of texts"
+        origin, shares = "the list of texts", None
         if not all(isinstance(text, str) for text in source):
             raise CalibrationError(f"{origin}: must hold strings only")
-        text = "\n\n".join(source)
-    if text is not None:
-        known = _tokenizer_of_text(text, tokenizer, origin)
-        with _tokenizer_errors(origin):
-            first = first_tokens(known) if bos else ()
-        if windows == "llama.cpp":
-            rows = _windows_of_llama_cpp(text, known, first, text_length, origin)
-        else:
-            rows = _cut(_tokenized(text, known, origin), first, text_length, origin)
-    chosen = _chosen(len(rows), samples, seed, origin)
-    tokens = rows[chosen]
-    _check_ids(tokens, chosen, vocab_size, origin)
+        found = [(origin, *cut.text("\n\n".join(source), origin))]
+    counts = [samples]
+    if len(found) > 1:
+        assert shares is not None
+        counts = list(_counts(shares, found, samples, most))
+    elif samples is None and most is not None:
+        counts = [min(most, len(found[0][1])) if len(found[0][1]) > most else None]
+    tokens = []
+    for number, ((origin, rows, _), count) in enumerate(zip(found, counts, strict=True)):
+        own = seed if seed is None or not number else seed + number
+        chosen = _chosen(len(rows), count, own, origin)
+        tokens.append(rows[chosen])
+        _check_ids(tokens[-1], chosen, vocab_size, origin)
     files.check()
     files.take_checksums()  # of what another stage of the command may read again
-    return Samples(np.ascontiguousarray(tokens, dtype=np.int32), first)
+    firsts = [first for _, _, first in found]
+    joined = tokens[0] if len(tokens) == 1 else np.concatenate(tokens)
+    return Samples(
+        np.ascontiguousarray(joined, dtype=np.int32),
+        next((each for each in firsts if each is not None), None),
+    )
+
+
+Found = tuple[
+    str, NDArray[Any], tuple[int, ...] | None
+]  # where from, all rows, what each begins with
+
+
+def _counts(
+    shares: TextFiles, found: Sequence[Found], samples: int | None, most: int | None
+) -> list[int]:
+    """Tell how many samples each of several files gives."""
+    widths = {rows.shape[1]: origin for origin, rows, _ in found}
+    if len(widths) > 1:
+        (one, first), (other, second) = list(widths.items())[:2]
+        raise CalibrationError(
+            f"{first}: gives samples of {one} tokens, but {second} of {other}. Ask for one length"
+        )
+    there = [len(rows) for _, rows, _ in found]
+    if samples is None:
+        all_of_them = sum(shares.shared(there, None))
+        samples = all_of_them if most is None else min(most, all_of_them)
+    return shares.shared(there, samples)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How files and texts become rows of tokens."""
+
+    tokenizer: str | os.PathLike[str] | Tokenizer | None
+    text_length: int
+    length: int | None
+    bos: bool
+    windows: Windows
+
+    def file(
+        self, path: Path, text_key: str | None, is_alone: bool
+    ) -> tuple[NDArray[Any], tuple[int, ...] | None]:
+        """Return the rows of a file, and what each begins with; None where they are taken as they are."""
+        if is_array(path):
+            return _checked_rows(mapped(path), str(path), self.length), None
+        data = read_data(path)
+        if isinstance(data, str):
+            if text_key is not None and is_alone:
+                raise CalibrationError(
+                    f"{path}: is plain text without records, so there is no key {shown(text_key)} in it"
+                )
+        else:
+            data = _joined(path, data, self.tokenizer, text_key)
+        return self.text(data, str(path))
+
+    def text(self, text: str, origin: str) -> tuple[NDArray[Any], tuple[int, ...] | None]:
+        """Return the rows of a text, and what each begins with."""
+        known = _tokenizer_of_text(text, self.tokenizer, origin)
+        with _tokenizer_errors(origin):
+            first = first_tokens(known) if self.bos else ()
+        if self.windows == "llama.cpp":
+            return _windows_of_llama_cpp(text, known, first, self.text_length, origin), first
+        return _cut(_tokenized(text, known, origin), first, self.text_length, origin), first
 
 
 def _check_integer(name: str, value: object, smallest: int) -> None:
@@ -210,53 +282,70 @@ def _check_integer(name: str, value: object, smallest: int) -> None:
 
 
 def existing_file(path: Path) -> Path:
-    """Return the path; CalibrationError unless it is that of a file of text or tokens."""
-    if path.suffix not in _SUFFIXES:
-        raise CalibrationError(f"{path}: must end in one of {', '.join(_SUFFIXES)}")
+    """Return the path; CalibrationError unless there is a file."""
     if not os.path.isfile(path):
         raise CalibrationError(f"{path}: there is no such file")
     return path
 
 
-def _json_lines(path: Path, tokenizer: str | os.PathLike[str] | Tokenizer | None) -> str:
+def is_array(path: Path) -> bool:
+    """Tell whether a file holds token ids."""
+    return path.suffix.lower() == ".npy" or beginning(path).startswith(ARRAY)
+
+
+def _joined(
+    path: Path,
+    records: Sequence[Record],
+    tokenizer: str | os.PathLike[str] | Tokenizer | None,
+    text_key: str | None,
+) -> str:
+    """Return the texts and chats of a file as one text."""
     texts: list[str] = []
     size, follows_chat = 0, False
-    # Not splitlines(): that would also split at separators which JSON allows inside a string.
-    lines = read_text(path, TEXT_LIMIT).split("\n")
-    chats = Chats(_folder(tokenizer), path, sum(1 for line in lines if line.strip()))
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+    chats, left_out = Chats(_folder(tokenizer), path, len(records), path == BUILTIN), list[str]()
+    for where, value in records:
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{where}: is not valid JSON: {error}") from error
-        text = value.get("text") if isinstance(value, dict) else value
-        chat = isinstance(value, dict) and text is None and is_chat(value)
-        if chat:
-            text = chats.render(value, where)
-            if text is None:
-                continue
-        if not isinstance(text, str):
-            raise CalibrationError(
-                f'{where}: must be a string, or an object with "text", "messages", or "prompt" and '
-                f'"completion", but is {shown(value)}'
-            )
+            if isinstance(value, NoValue):
+                raise ShapeError(value)
+            found = text_or_chat(value, text_key)
+            text = found if isinstance(found, str) else chats.render(found, where)
+        except (ShapeError, MalformedChatError) as error:
+            said = str(error)
+            left_out.append(said if said.startswith(where) else f"{where}: {said}")
+            if len(left_out) * LEFT_OUT > len(records):
+                raise CalibrationError(_too_many(left_out, len(records))) from error
+            continue
+        if text is None:
+            continue
         size += len(text.encode(errors="replace"))
         if size > TEXT_LIMIT:
             raise CalibrationError(
                 f"{where}: the chats up to here are longer than {TEXT_LIMIT >> 20} MiB once written "
                 f"out; give fewer"
             )
+        chat = not isinstance(found, str)
         if texts and chat == follows_chat:
             texts.append("" if chat else "\n\n")
         elif texts and not texts[-1].endswith("\n"):
             texts.append("\n")
         texts.append(text)
         follows_chat = chat
+    if left_out:
+        warn(
+            f"{path}: {len(left_out)} of {len(records)} records are of no use, and left out. The first: "
+            f"{left_out[0]}"
+        )
     chats.finish()
     return "".join(texts)
+
+
+def _too_many(left_out: Sequence[str], records: int) -> str:
+    if records < LEFT_OUT:
+        return left_out[0]
+    return (
+        f"{left_out[0]} ({len(left_out)} of {records} records are of no use up to here; one of {LEFT_OUT} "
+        f"would be left out)"
+    )
 
 
 def _folder(tokenizer: str | os.PathLike[str] | Tokenizer | None) -> Path | None:
@@ -384,10 +473,7 @@ def load_tokenizer(tokenizer: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
             path = path / "tokenizer.json"
             check_own(path, path.parent, CalibrationError)
         if not os.path.isfile(path):
-            raise CalibrationError(
-                f"{path}: is missing, and text cannot be tokenized without it. Copy it there, or "
-                f"calibrate on a .npy of token ids"
-            )
+            raise CalibrationError(_without_tokenizer(path))
         with _tokenizer_errors(str(path)):
             content = read_bytes(path, TOKENIZER_LIMIT).decode()
             Tokenizer.from_str(content)
@@ -395,6 +481,23 @@ def load_tokenizer(tokenizer: str | os.PathLike[str] | Tokenizer) -> Tokenizer:
     private.no_truncation()
     private.no_padding()
     return private
+
+
+def _without_tokenizer(path: Path) -> str:
+    """Return what to say where there is no tokenizer.json."""
+    old = path.with_name("tokenizer.model")
+    if not os.path.isfile(old):
+        return (
+            f"{path}: is missing, and text cannot be tokenized without it. Copy it there, or "
+            f"calibrate on a .npy of token ids"
+        )
+    place = repr(str(path.parent))
+    return (
+        f"{old}: is a tokenizer of sentencepiece or tiktoken, which are not read, and {path.name} is not "
+        f"beside it. Make that: pip install transformers sentencepiece tiktoken protobuf && python "
+        f'-c "from transformers import AutoTokenizer as T; '
+        f'T.from_pretrained({place}).save_pretrained({place})"'
+    )
 
 
 @contextmanager

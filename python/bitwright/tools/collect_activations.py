@@ -16,6 +16,7 @@ from bitwright.arrays import require_finite
 from bitwright.blocks.hidden_states import opened_states
 from bitwright.blocks.loop import through_blocks
 from bitwright.checkpoint.fingerprint import file_stamp, model_fingerprint
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.work_folder import STATE, WorkFolder
 from bitwright.errors import OutputExistsError
 from bitwright.files.home import expands_home
@@ -35,6 +36,7 @@ WHOLE = "activations.npz"  # in the work folder: what is moved into place
 
 
 @expands_home
+@finds_models
 @same_inputs()
 def collect_activations(
     model: str | os.PathLike[str],

@@ -13,6 +13,7 @@ from bitwright.blocks.gathering import advance, head_moments, require_finite_inp
 from bitwright.blocks.hidden_states import opened_states
 from bitwright.blocks.loop import through_blocks
 from bitwright.checkpoint.fingerprint import digest, model_checksum, model_fingerprint
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.checkpoint.writer import check_apart
 from bitwright.errors import CheckpointError
@@ -36,11 +37,12 @@ from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
 
 
 @expands_home
+@finds_models
 @same_inputs()
 def collect_statistics(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    calibration: TokenSource,
+    calibration: TokenSource | None = None,
     *,
     samples: int | None = None,
     length: int | None = None,

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from bitwright.arrays import require_finite
 from bitwright.checkpoint import CheckpointWriter, SafetensorsFiles, copy_side_files
 from bitwright.checkpoint.front_matter import CARD_NAME
+from bitwright.checkpoint.hub import finds_models
 from bitwright.errors import check_choice
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import same_inputs
@@ -50,6 +51,7 @@ Group = tuple[str, ...]  # layers that must have one precision
 @respelled(Old("source", "model"))
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def convert(
     model: str | os.PathLike[str],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bitwright.checkpoint.hub import finds_models
 from bitwright.errors import check_choice
 from bitwright.evaluation import bits_per_weight, parameter_count
 from bitwright.files.home import expands_home
@@ -90,6 +91,7 @@ class Inspection:
 
 @reports_warnings
 @expands_home
+@finds_models
 def inspect_model(
     model: str | os.PathLike[str],
     *,

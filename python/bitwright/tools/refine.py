@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bitwright.blocks.scaling import AwqOptions
+from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.writer import check_apart
 from bitwright.distill.training import check_pair
 from bitwright.errors import UnsupportedModelError
@@ -34,12 +35,13 @@ from bitwright.warned import reports_warnings
 @respelled(Old("original", "reference"), Old("quantized", "model"))
 @reports_warnings
 @expands_home
+@finds_models
 @same_inputs()
 def refine_model(
     reference: str | os.PathLike[str],
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    calibration: TokenSource,
+    calibration: TokenSource | None = None,
     *,
     drift: bool = True,
     damping: float | None = None,
