@@ -128,7 +128,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*CALIBRATED, "--format", "awq", "--bits", "3"), "awq format stores 4 bits"),
     ((*CALIBRATED, "--format", "gptq", "--bits", "5"), "2, 3, 4 or 8 bits"),
     ((*CALIBRATED, "--format", "gguf", "--group-size", "64"), "groups of 32"),
-    ((*CALIBRATED, "--grid", "k"), "affine grids"),
+    ((*CALIBRATED, "--grid", "k"), "grids, not k"),
     ((*CALIBRATED, "--include", "nope*"), "matches no layer"),
     ((*CALIBRATED, "--exclude", "*"), "leave no layer"),
     ((*CALIBRATED, "--override", "*.q_proj=bits:7"), "not 7"),

@@ -65,7 +65,7 @@ def test_a_run_from_a_file_and_the_file_of_a_run(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("bits: 3", "bits: 7", "c.yaml, line 4: bits: '7' is not one of 2, 3"),
+        ("bits: 3", "bits: 7", "c.yaml, line 4: bits: '7' is no precision"),
         ("bits: 3", "bit: 3", "c.yaml, line 4: quantize has no setting 'bit'; is bits meant?"),
         ("bits: 3", "zzz: 3", "c.yaml, line 4: quantize has no setting 'zzz'"),
         ("bits: 3", "bits: 3\nbits: 4", "c.yaml, line 5: 'bits' is there twice"),

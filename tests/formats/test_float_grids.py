@@ -170,6 +170,9 @@ def test_damaged_scales_of_gguf() -> None:
         def __contains__(self, name: str) -> bool:
             return True
 
+        def dtype(self, name: str) -> Any:
+            return blocks.dtype
+
         def read(self, name: str) -> Array:
             return blocks
 

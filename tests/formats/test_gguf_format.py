@@ -230,7 +230,8 @@ def test_random_bytes_are_read_as_the_reference_reads_them(
     if "e" in (dtype.names or ()):
         array["e"] %= 255 if grid == "mxfp4" else 0x7F  # the last is no number
     tensor = unpacked(array)
-    wanted = quants.dequantize(array.view(np.uint8).reshape(out, -1), kind)
+    with np.errstate(over="ignore"):  # powers of two up to 2^127
+        wanted = quants.dequantize(array.view(np.uint8).reshape(out, -1), kind)
     assert wanted.dtype == np.float32
     np.testing.assert_array_equal(tensor.dequantize(), wanted)
     assert packed(tensor).tobytes() == array.tobytes()

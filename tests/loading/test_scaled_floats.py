@@ -58,21 +58,21 @@ def halves(weight: Any) -> tuple[Any, Any]:
     return codes[:, ::2] | codes[:, 1::2] << 4, np.array(FLOAT4, np.float32)[codes]
 
 
-def nvfp4(weight: Any, end: str, divides: bool) -> Scaled:
+def nvfp4(weight: Any) -> Scaled:
     packed, values = halves(weight)
     scales = RNG.uniform(1, 400, (len(weight), weight.shape[1] // 16)).astype(E4M3)
-    factor = np.float32(3000 if divides else 1 / 3000)
-    grid = scales.astype(np.float32)
-    grid = (grid / factor if divides else grid * factor).repeat(16, 1)
-    name = "weight_packed" if divides else "weight"
-    return {name: packed, "weight_scale": scales, end: factor.reshape(1)}, values * grid
+    scales[0, 0] = 0  # a group of zeros
+    factor = np.float32(1 / 3000)
+    grid = (scales.astype(np.float32) * factor).repeat(16, 1)
+    stored = {"weight": packed, "weight_scale": scales, "weight_scale_2": factor.reshape(1)}
+    return stored, values * grid
 
 
 def mxfp4(weight: Any) -> Scaled:
     packed, values = halves(weight)
     powers = RNG.integers(115, 125, (len(weight), weight.shape[1] // 32)).astype(np.uint8)
     grid = powers.view(E8M0).astype(np.float32).repeat(32, 1)
-    return {"weight_packed": packed, "weight_scale": powers}, values * grid
+    return {"weight": packed, "weight_scale": powers}, values * grid
 
 
 def declares(method: str, **settings: Any) -> dict[str, Any]:
@@ -93,18 +93,8 @@ KINDS: dict[str, tuple[Kind, dict[str, Any]]] = {
         by_channel,
         declares("compressed-tensors", format="float-quantized", config_groups={"group_0": {}}),
     ),
-    "modelopt's 4 bits": (
-        lambda w: nvfp4(w, "weight_scale_2", False),
-        declares("modelopt", quant_algo="NVFP4"),
-    ),
-    "compressed-tensors' 4 bits": (
-        lambda w: nvfp4(w, "weight_global_scale", True),
-        declares("compressed-tensors", format="nvfp4-pack-quantized", config_groups={}),
-    ),
-    "powers": (
-        mxfp4,
-        declares("compressed-tensors", format="mxfp4-pack-quantized", config_groups={}),
-    ),
+    "4 bits": (nvfp4, declares("modelopt", quant_algo="NVFP4")),
+    "powers": (mxfp4, declares("modelopt", quant_algo="MXFP4")),
 }
 
 

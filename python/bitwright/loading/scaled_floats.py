@@ -9,12 +9,10 @@ weight, weight_scale       compressed-tensors, fbgemm, modelopt: 8 bits, a scale
                            row or group
 …, weight_scale_2          modelopt's NVFP4: 4 bits, a scale of 8 bits for 16 channels, and one
                            that multiplies these
-weight_packed, …,          compressed-tensors' NVFP4: the same, with one that divides
-weight_global_scale
-weight_packed,             compressed-tensors' MXFP4: a power of two for 32 channels
-weight_scale
 NAME_blocks, NAME_scales   gpt-oss' MXFP4 of stacked experts, which the model has transposed
 =========================  ===================================================================
+
+What compressed-tensors packs to 4 bits is on grids that its format reads as they are.
 """
 
 from dataclasses import dataclass
@@ -110,8 +108,6 @@ class _Scaled:
         The rows and columns that a scale is for.
     factor
         Name of the scale of scales, if there is one.
-    divides
-        Whether that divides.
     halves
         Whether a byte holds two values.
     transposed
@@ -124,7 +120,6 @@ class _Scaled:
     scales: str
     block: tuple[int, int]
     factor: str | None = None
-    divides: bool = False
     halves: bool = False
     transposed: bool = False
     powers: bool = False
@@ -158,16 +153,14 @@ def _scaled(checkpoint: Checkpoint, name: str, declared: Declared | None) -> _Sc
         return _Scaled(
             stem, stack, name, f"{stem}_scales", size, halves=True, transposed=True, powers=True
         )
-    halves = dtype in ("U8", "I8") and part in ("weight", "weight_packed")
+    halves = dtype in ("U8", "I8") and part == "weight"
     if not halves and dtype not in FLOATS_OF_8_BITS:
         return None
-    stem = f"{layer}.weight" if part == "weight_packed" else name
-    scales = next((stem + end for end in _SCALES if stem + end in checkpoint), None)
+    scales = next((name + end for end in _SCALES if name + end in checkpoint), None)
     if scales is None or len(shape) not in (2, 3):
         return None
     whole = (*shape[:-1], shape[-1] * (2 if halves else 1))
-    factors = [(f"{layer}.weight_scale_2", False), (f"{layer}.weight_global_scale", True)]
-    factor, divides = next(((each, d) for each, d in factors if each in checkpoint), (None, False))
+    factor = next((each for each in [f"{layer}.weight_scale_2"] if each in checkpoint), None)
     if factor is not None and len(shape) == 3:
         factor_size = int(np.prod(checkpoint.shape(factor)))
         if factor_size not in (1, shape[0]):
@@ -176,7 +169,7 @@ def _scaled(checkpoint: Checkpoint, name: str, declared: Declared | None) -> _Sc
     if block is None:
         raise _contradiction(checkpoint, name, scales)
     powers = checkpoint.stored_dtype(scales) in ("U8", "F8_E8M0") and factor is None
-    return _Scaled(stem, whole, name, scales, block, factor, divides, halves, powers=powers)
+    return _Scaled(name, whole, name, scales, block, factor, halves, powers=powers)
 
 
 def _declared_block(declared: Declared | None) -> tuple[int, int] | None:
@@ -280,8 +273,10 @@ class _Reader:
             factor = _of_matrix(checkpoint, self.of.factor, index).reshape(-1)[0]
             place = self.of.factor
         with np.errstate(all="ignore"):
-            scales = scales / factor if self.of.divides else scales * factor
-        wrong = ~((scales > 0) & np.isfinite(scales))
+            scales = scales * factor
+        # A group of zeros may have the scale 0, but not all groups of a tensor.
+        positive = scales >= 0 if self.of.factor is not None and factor > 0 else scales > 0
+        wrong = ~(positive & np.isfinite(scales))
         if wrong.any():
             raise CheckpointError(
                 f"{checkpoint.file(place)}: tensor {shown(place)}: {int(wrong.sum())} of its scales "
