@@ -8,8 +8,9 @@
 # transformers does not read "weight_block_size": it takes rows / scales for the
 # size of a block, here 96, and rows 96 to 127 get the scale of the next block. It
 # says nothing. Its own FP8 layer, made with blocks of 128, has two scales as well,
-# so both readings fit the file's shapes. Columns go the same way. Layers that 128 divides are right to the bit, and a layer whose
-# rows its scales do not divide (576 rows, 5 scales) is refused.
+# so both readings fit the file's shapes. Columns go the same way. Layers that 128
+# divides are right to the bit, and a layer whose rows its scales do not divide
+# (576 rows, 5 scales) is refused.
 #
 # It hurts whoever loads such a checkpoint to run it on a CPU, to fine-tune it or
 # to quantize it to another format: part of a layer has other weights.
