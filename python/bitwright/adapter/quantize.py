@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +163,10 @@ def quantize_with_transformers(
     earlier blocks are quantized), other than in `quantize`, which goes on layer by layer. In memory are the
     whole model in float32 and the statistics of one block, with those of all its experts.
 
-    Every nn.Linear in the blocks is quantized, and experts that are held in arrays ``gate_up_proj`` and
-    ``down_proj``, each with the tokens that are routed to it. What chooses experts, embedding and head
-    stay in float. Layers that no token reaches are rounded to nearest, with a warning.
+    Every nn.Linear in the blocks of the text decoder is quantized, and experts that are held in arrays
+    ``gate_up_proj`` and ``down_proj``, each with the tokens that are routed to it. What chooses experts,
+    embedding and head, and towers for images and sounds stay in float; the report names them. Layers
+    that no token reaches are rounded to nearest, with a warning.
 
     AWQ's scales are folded into norms: into one whose output is read by linears only, where its formula is
     that of rms_norm (with g or 1 + g) or layer_norm. A scale is undone if the block then computes something
@@ -264,7 +265,11 @@ def _write(
         seconds = time.perf_counter() - start
         count = 0 if tokens is None else tokens.size
         name = options.method.method.name
-        report = run.output.report(out, name, checkpoint, weights, count, seconds)
+        excluded = [each for each, precision in target.plan.items() if precision is None]
+        report = replace(
+            run.output.report(out, name, checkpoint, weights, count, seconds),
+            in_float=(*excluded, *model.never_quantized()),
+        )
         facts = {
             "grid": target.default.grid,
             "scales": stored_scales(target.default.grid, target.scale_dtype).name,
