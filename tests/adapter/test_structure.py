@@ -1,12 +1,16 @@
 """Which modules of transformers' models are text decoders and routers, and what stays in float."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+from shared_data import TESTS
 
 import bitwright
+from bitwright.grids.tensor import unpack
+from bitwright.quantization.output import relative_error
 
 REASON = 'needs pip install ".[transformers]"'
 torch = pytest.importorskip("torch", reason=REASON)
@@ -148,16 +152,20 @@ def test_of_towers_and_text_only_text_is_quantized(tmp_path: Path) -> None:
             assert after[name].tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_routers_stay_in_float_and_other_gates_do_not(tmp_path: Path, method: str) -> None:
+def save_hunyuan(folder: Path) -> Path:
+    """Save a mixture of a family that only transformers knows."""
     torch.manual_seed(0)
     more = {"moe_intermediate_size": [32, 32], "moe_topk": [2, 2], "num_experts": 4}
-    config = transformers.HunYuanMoEV1Config(**{**SMALL, **more})
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(tmp_path / "model")
+    config = transformers.HunYuanMoEV1Config(**{**SMALL, **more, "pad_id": 0})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_routers_stay_in_float_and_other_gates_do_not(tmp_path: Path, method: str) -> None:
     ids = torch.randint(96, (8, 32)).numpy()
     report = bitwright.quantize_with_transformers(
-        tmp_path / "model",
+        save_hunyuan(tmp_path / "model"),
         tmp_path / "out",
         method,
         4,
@@ -171,3 +179,58 @@ def test_routers_stay_in_float_and_other_gates_do_not(tmp_path: Path, method: st
     assert chosen.isdisjoint(layer.name for layer in report.layers)
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert {f"{name}.weight" for name in chosen} < after.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    [
+        ("qwen3_moe", "mlp.switch_mlp"),
+        ("qwen3_next", "mlp.switch_mlp"),
+        ("ernie4_5_moe", "mlp.switch_mlp"),
+        ("lfm2_moe", "feed_forward.switch_mlp"),
+        ("minimax_m2", "block_sparse_moe.switch_mlp"),
+        ("dots1", "mlp.experts"),
+    ],
+)
+def test_mlx_has_stacked_experts_as_without_transformers(
+    tmp_path: Path, name: str, stack: str
+) -> None:
+    model = TESTS / "data" / "tiny" / name
+    options: dict[str, Any] = {"format": "mlx", "progress": False}
+    if name == "qwen3_next":
+        options["exclude"] = ["*.in_proj_ba"]  # which is always in float without transformers
+    some = {**options, "exclude": [*options.get("exclude", ()), "*.experts.0.*"]}
+    with pytest.raises(ValueError, match="must treat them alike"):
+        bitwright.quantize_with_transformers(model, tmp_path / "some", "rtn", 4, 32, **some)
+    bitwright.quantize_with_transformers(model, tmp_path / "ours", "rtn", 4, 32, **options)
+    options.pop("exclude", None)
+    bitwright.quantize(model, tmp_path / "native", "rtn", 4, 32, **options)
+    ours, native = (load_file(tmp_path / each / "model.safetensors") for each in ("ours", "native"))
+    assert any(f".{stack}.down_proj.scales" in each for each in ours)
+    assert ours.keys() == native.keys()
+    assert all(ours[each].tobytes() == native[each].tobytes() for each in native)
+    ours_says, native_says = (
+        json.loads((tmp_path / each / "config.json").read_text()) for each in ("ours", "native")
+    )
+    assert ours_says == native_says
+
+
+def test_mlx_has_stacked_experts_of_other_families(tmp_path: Path) -> None:
+    """One after the other, each near what it was."""
+    model = save_hunyuan(tmp_path / "model")
+    options: dict[str, Any] = {"format": "mlx", "progress": False}
+    bitwright.quantize_with_transformers(model, tmp_path / "out", "rtn", 4, 32, **options)
+    before = load_file(model / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert not any(".experts." in name for name in after)
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        stack = f"model.layers.1.mlp.switch_mlp.{part}"
+        words, scales, biases = (
+            after[f"{stack}.{each}"] for each in ("weight", "scales", "biases")
+        )
+        assert len(words) == len(scales) == len(biases) == 4
+        for expert in range(4):
+            weight = before[f"model.layers.1.mlp.experts.{expert}.{part}.weight"]
+            codes = unpack(words[expert], 4).reshape(*scales[expert].shape, 32)
+            stored = codes * scales[expert][..., None] + biases[expert][..., None]
+            assert relative_error(weight, stored.reshape(weight.shape), None) < 0.02

@@ -48,7 +48,7 @@ from bitwright.models.config import plainly_spelled
 from bitwright.models.fold import fold_scale
 from bitwright.precision.options import PrecisionOptions
 from bitwright.precision.recipe import check_plan, plan_shapes
-from bitwright.precision.target import Target
+from bitwright.precision.target import Target, as_written, check_stacks
 from bitwright.quantization.options import QuantizationOptions
 from bitwright.quantization.output import Output, QuantizedLayer, Trial, block_error, relative_error
 from bitwright.quantization.small_weights import (
@@ -233,6 +233,7 @@ def _target(model: TorchModel, asked: PrecisionOptions) -> Target:
     )
     plan.update(dict.fromkeys(n for n in shapes if kind.keeps_in_float(model_type, n)))
     check_plan(plan, shapes, kind, asked.allow_unfused)
+    check_stacks(model, kind, plan)
     return Target(kind, plan, default, kind.chosen_scale_dtype(model.dtype, asked.scale_dtype))
 
 
@@ -248,7 +249,9 @@ def _write(
     kind, checkpoint = target.format, model.checkpoint
     config = kind.spell(plainly_spelled(checkpoint.config))
     in_float: dict[str, Precision | None] = dict.fromkeys(model.routers())
-    config.update(kind.config(target.default, {**in_float, **target.plan}, ""))
+    layers = as_written(model, kind, {**in_float, **target.plan})
+    config.update(kind.config(target.default, layers, ""))
+    stacks = kind.stacks_experts
     left_out = set(model.unused) if kind.refuses_unknown else set()
     weights = sum(
         math.prod(checkpoint.shape(name)) for name in checkpoint.names() if name not in left_out
@@ -258,7 +261,15 @@ def _write(
         out, options.limits.overwrite, metadata=metadata, source=model.folder
     ) as writer:
         writer.inputs.watch_model(checkpoint)
-        run = _Run(model, Output(writer, kind), target, options, tokens, left_out)
+        output = Output(
+            writer,
+            kind,
+            model.experts if stacks else None,
+            model.stack_size() if stacks else 0,
+            model.nested,
+            model.family,
+        )
+        run = _Run(model, output, target, options, tokens, left_out)
         run.go(options.limits.progress)
         writer.write_json("config.json", config)
         copy_side_files(checkpoint, writer)

@@ -32,8 +32,11 @@ from bitwright.loading.contents import (
     without_harmless,
 )
 from bitwright.methods.moments import LayerStatistics
+from bitwright.models.architecture import Stack
 from bitwright.models.config import MODEL_DTYPES
+from bitwright.models.families import known_families
 from bitwright.models.fold import FoldKind
+from bitwright.models.layout import ExpertPlace, Role
 from bitwright.warned import warn
 
 Float32 = NDArray[np.float32]
@@ -41,6 +44,7 @@ Float32 = NDArray[np.float32]
 OLDEST_TRANSFORMERS = 5
 CHUNK_TOKENS = 1024  # that a block sees at a time, in whole samples
 EXPERTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))  # as checkpoints name them
+ROLES: tuple[Role, Role, Role] = ("gate", "up", "down")
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 EQUAL = 1e-4  # relative difference of two float32 computations of the same thing
 SHOWN_NAMES = 3
@@ -189,6 +193,7 @@ class TorchModel:
             TorchBlock(index, f"{name}.{index}", module, routers(module, self.torch.nn))
             for index, module in enumerate(modules)
         ]
+        self.experts: dict[str, ExpertPlace] = {}
         others: list[str] = []
         for block in self.blocks:
             others += self._describe(block)
@@ -215,6 +220,26 @@ class TorchModel:
         """Whether embedding and head are one matrix."""
         head, embedding = self.module.get_output_embeddings(), self.module.get_input_embeddings()
         return head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
+
+    @property
+    def family(self) -> str:
+        """The model type of the text part."""
+        return str(self.module.config.get_text_config().model_type)
+
+    @property
+    def nested(self) -> bool:
+        """Whether the language model is part of a multimodal model."""
+        return "language_model." in self.blocks[0].name
+
+    def stack_size(self) -> int:
+        """Return how many experts a layer has; ValueError where that differs from layer to layer."""
+        counts = {len(trios) for block in self.blocks for trios in block.experts.values()}
+        if len(counts) > 1:
+            raise ValueError(
+                f"{self.folder}: layers have {min(counts)} to {max(counts)} experts, which formats that "
+                f"store all experts of a layer in one tensor are not written with; choose another format"
+            )
+        return next(iter(counts), 0)
 
     def linears(self) -> dict[str, Linear]:
         """Return the linears of the blocks that can be quantized, by name."""
@@ -431,6 +456,8 @@ class TorchModel:
                 f"[experts, 2 * inner, hidden] and [experts, hidden, inner] are supported"
             )
         stem, parts = self._expert_names(block, name)
+        stacked = self._stacked(block, stem)
+        stack = Stack(f"{stem}.gate_up_proj", f"{stem}.down_proj")
         found = []
         for number in range(len(gate_up)):
             arrays = gate_up[number, :inner], gate_up[number, inner:], down[number]
@@ -442,8 +469,20 @@ class TorchModel:
                 if f"{linear.name}.weight" not in self.checkpoint:
                     raise self._unsupported(f"expert {linear.name} is not stored")
                 self._check_values(linear.name, linear.weight)
+            for linear, role in zip(linears, ROLES, strict=True):
+                self.experts[linear.name] = ExpertPlace(
+                    stem, stacked, stack, number, role, inner, down.shape[1]
+                )
             found.append((linears[0], linears[1], linears[2]))
         return found
+
+    def _stacked(self, block: TorchBlock, stem: str) -> str:
+        """Return what mlx-lm calls all experts of a layer: as of families that are known, or switch_mlp."""
+        family = known_families().get(self.family)
+        if family is not None and family.experts is not None:
+            start = stem[: stem.index(block.name.removeprefix(self.prefix))]
+            return f"{start}{block.name.removeprefix(self.prefix)}.{family.experts.stacked}"
+        return f"{stem.removesuffix('experts')}switch_mlp"
 
     def _expert_names(self, block: TorchBlock, name: str) -> tuple[str, tuple[str, str, str]]:
         """Return what precedes an expert's number in the checkpoint, and the names of its three parts."""
