@@ -234,3 +234,24 @@ def test_mlx_has_stacked_experts_of_other_families(tmp_path: Path) -> None:
             codes = unpack(words[expert], 4).reshape(*scales[expert].shape, 32)
             stored = codes * scales[expert][..., None] + biases[expert][..., None]
             assert relative_error(weight, stored.reshape(weight.shape), None) < 0.02
+
+
+@pytest.mark.parametrize("format", ["mlx", "compressed-tensors"])
+def test_towers_and_rotary_scaling_are_declared_as_without_transformers(
+    tmp_path: Path, format: str
+) -> None:
+    """Gemma 4's proportional scaling has no older spelling, and its towers are no layers to quantize."""
+    model = TESTS / "data" / "tiny" / "gemma4"
+    options: dict[str, Any] = {"format": format, "progress": False}
+    bitwright.quantize_with_transformers(model, tmp_path / "ours", "rtn", 4, 32, **options)
+    bitwright.quantize(model, tmp_path / "native", "rtn", 4, 32, **options)
+    ours, native = (
+        json.loads((tmp_path / each / "config.json").read_text()) for each in ("ours", "native")
+    )
+    assert ours == native
+    assert "rope_scaling" not in ours["text_config"]
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "ours").get_text_config()
+    assert config.rope_parameters["full_attention"]["rope_type"] == "proportional"
+    weights = [load_file(tmp_path / each / "model.safetensors") for each in ("ours", "native")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(weights[0][name].tobytes() == weights[1][name].tobytes() for name in weights[1])

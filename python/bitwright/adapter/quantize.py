@@ -248,9 +248,10 @@ def _write(
     """Quantize the model and write the folder."""
     kind, checkpoint = target.format, model.checkpoint
     config = kind.spell(plainly_spelled(checkpoint.config))
-    in_float: dict[str, Precision | None] = dict.fromkeys(model.routers())
+    in_float: dict[str, Precision | None] = dict.fromkeys(model.never_quantized())
     layers = as_written(model, kind, {**in_float, **target.plan})
-    config.update(kind.config(target.default, layers, ""))
+    blocks = kind.name_written(model.block_prefix, model.nested)
+    config.update(kind.config(target.default, layers, blocks))
     stacks = kind.stacks_experts
     left_out = set(model.unused) if kind.refuses_unknown else set()
     weights = sum(

@@ -227,6 +227,12 @@ class TorchModel:
         return str(self.module.config.get_text_config().model_type)
 
     @property
+    def block_prefix(self) -> str:
+        """What the names of all layers begin with, up to the number of the block; empty if not all do."""
+        prefix = self.blocks[0].name.removesuffix("0")
+        return prefix if all(name.startswith(prefix) for name in self.linears()) else ""
+
+    @property
     def nested(self) -> bool:
         """Whether the language model is part of a multimodal model."""
         return "language_model." in self.blocks[0].name
