@@ -290,6 +290,7 @@ def test_statistics_in_holes(tmp_path: Path, run: Run) -> None:
     content, channels = json.loads(manifest.read_text()), 1 << 19
     name, stage = next(iter(content["files"][path.name].items()))
     content["files"] = {path.name: {name: {**stage, "channels": channels}}}
+    content["tensors"] = {}
     manifest.write_text(json.dumps(content))
     means = {"dtype": "F64", "shape": [channels], "data_offsets": [0, 8 * channels]}
     header = json.dumps({f"{name}.mean_abs": means}).encode()

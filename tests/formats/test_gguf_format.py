@@ -237,7 +237,8 @@ def test_random_bytes_are_read_as_the_reference_reads_them(
     assert packed(tensor).tobytes() == array.tobytes()
     ours = random_tensor(grid, bits, out, blocks, seed)
     stored = packed(ours).view(np.uint8).reshape(out, -1)
-    np.testing.assert_array_equal(ours.dequantize(), quants.dequantize(stored, kind))
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(ours.dequantize(), quants.dequantize(stored, kind))
 
 
 @pytest.mark.parametrize("size", [64, 128])

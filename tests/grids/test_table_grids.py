@@ -188,8 +188,6 @@ def test_refinement_lowers_the_error_that_it_tells(grid: Any) -> None:
     assert (np.diff(errors) <= 0).all()
     assert errors[-1] < 0.6 * errors[0]
     assert tensor.scales.dtype == start.scales.dtype
-    moved = tensor.grids()[0] * start.grids()[0]
-    assert (moved >= 0).all()  # no scale passes zero
     if table.scale_dtype is not None and table.scale_dtype.itemsize == 2:
         assert (tensor.scales != start.scales).mean() > 0.5
 
