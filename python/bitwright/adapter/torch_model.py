@@ -272,11 +272,8 @@ class TorchModel:
         aside: in the blocks, and outside of them."""
         blocks = [block.module for block in self.blocks]
         apart = outside(self.module, blocks, self.torch.nn)
-        return [
-            *self.routers(),
-            *self._others,
-            *(self._stored_name(each) or each for each in apart),
-        ]
+        outer = sorted(self._stored_name(each) or each for each in apart)
+        return [*self.routers(), *self._others, *outer]
 
     def _unsupported(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.folder}: {what}")
