@@ -255,3 +255,39 @@ def test_towers_and_rotary_scaling_are_declared_as_without_transformers(
     weights = [load_file(tmp_path / each / "model.safetensors") for each in ("ours", "native")]
     assert weights[0].keys() == weights[1].keys()
     assert all(weights[0][name].tobytes() == weights[1][name].tobytes() for name in weights[1])
+
+
+def save_stablelm(folder: Path, **settings: int) -> Path:
+    torch.manual_seed(0)
+    config = transformers.StableLmConfig(**{**SMALL, **settings})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "format", "in_float"),
+    [
+        ({"intermediate_size": 100}, "mlx", {"down_proj"}),  # rows of no whole groups
+        ({"intermediate_size": 100}, "gptq", {"gate_proj", "up_proj", "down_proj"}),
+        # Two heads of 8 are too small, and vLLM computes them in one module with the queries.
+        (
+            {"num_key_value_heads": 2, "num_attention_heads": 8},
+            "gptq",
+            {"q_proj", "k_proj", "v_proj"},
+        ),
+    ],
+)
+def test_what_no_groups_do_for_stays_in_float(
+    tmp_path: Path, settings: dict[str, int], format: Any, in_float: set[str]
+) -> None:
+    model = save_stablelm(tmp_path / "model", **settings)
+    with pytest.warns(bitwright.BitwrightWarning, match=f"stay in float: the {format} format"):
+        report = bitwright.quantize_with_transformers(
+            model, tmp_path / "out", "rtn", 4, 32, format=format, progress=False
+        )
+    assert {name.rpartition(".")[2] for name in report.in_float} == in_float
+    assert len(report.layers) == 2 * (7 - len(in_float))
+    with pytest.raises(ValueError, match="helps: --group-size 64"):  # which another size does for
+        bitwright.quantize_with_transformers(
+            model, tmp_path / "other", "rtn", 4, 128, format=format, progress=False
+        )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from bitwright.adapter.storable import warn_of_unstorable, without_unstorable
 from bitwright.adapter.torch_memory import needed_bytes
 from bitwright.adapter.torch_model import Input, Linear, Norm, Stream, TorchBlock, TorchModel
 from bitwright.blocks.equalizing import (
@@ -166,7 +167,8 @@ def quantize_with_transformers(
     Every nn.Linear in the blocks of the text decoder is quantized, and experts that are held in arrays
     ``gate_up_proj`` and ``down_proj``, each with the tokens that are routed to it. What chooses experts,
     embedding and head, and towers for images and sounds stay in float; the report names them. Layers
-    that no token reaches are rounded to nearest, with a warning.
+    that no token reaches are rounded to nearest, with a warning; those of shapes that the format does
+    not store in groups of any size stay in float, with one, too.
 
     AWQ's scales are folded into norms: into one whose output is read by linears only, where its formula is
     that of rms_norm (with g or 1 + g) or layer_norm. A scale is undone if the block then computes something
@@ -232,8 +234,11 @@ def _target(model: TorchModel, asked: PrecisionOptions) -> Target:
         overrides=asked.overrides,
     )
     plan.update(dict.fromkeys(n for n in shapes if kind.keeps_in_float(model_type, n)))
+    wished = plan
+    plan = without_unstorable(wished, shapes, default, kind, asked.allow_unfused)
     check_plan(plan, shapes, kind, asked.allow_unfused)
     check_stacks(model, kind, plan)
+    warn_of_unstorable(wished, plan, shapes, kind, model.folder)
     return Target(kind, plan, default, kind.chosen_scale_dtype(model.dtype, asked.scale_dtype))
 
 
