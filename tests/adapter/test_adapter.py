@@ -336,7 +336,8 @@ def test_every_method_beats_rounding(
         assert all(0 < layer.error < 0.5 for layer in report.layers)
         assert bool(report.blocks) == method.startswith("awq")
         if method == "awq":  # after GPTQ, which does most of it, scales need not help
-            assert all(block.scaled and block.searches for block in report.blocks)
+            assert all(block.searches for block in report.blocks)
+            assert 2 * sum(block.scaled for block in report.blocks) > len(report.blocks)
     assert len(set(sizes.values())) == 1
     assert errors["gptq"] < 0.8 * errors["rtn"]
     assert errors["awq"] < errors["rtn"]
@@ -623,7 +624,7 @@ def test_old_transformers_are_refused(
 def test_the_command(tmp_path: Path, folders: Callable[[str], Path]) -> None:
     np.save(tmp_path / "tokens.npy", tokens(96))
     command = [
-        *(sys.executable, "-m", "bitwright", "quantize", str(folders("stablelm"))),
+        *(sys.executable, "-m", "bitwright", "quantize", str(folders("gpt_neox"))),
         *("--out", str(tmp_path / "out"), "--calibration", str(tmp_path / "tokens.npy")),
         *("--group-size", "32", "--threads", "1"),
     ]

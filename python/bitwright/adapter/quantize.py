@@ -4,13 +4,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from bitwright.adapter.storable import warn_of_unstorable, without_unstorable
 from bitwright.adapter.torch_memory import needed_bytes
 from bitwright.adapter.torch_model import Input, Linear, Norm, Stream, TorchBlock, TorchModel
 from bitwright.blocks.equalizing import (
@@ -48,7 +49,7 @@ from bitwright.models.config import plainly_spelled
 from bitwright.models.fold import fold_scale
 from bitwright.precision.options import PrecisionOptions
 from bitwright.precision.recipe import check_plan, plan_shapes
-from bitwright.precision.target import Target
+from bitwright.precision.target import Target, as_written, check_stacks
 from bitwright.quantization.options import QuantizationOptions
 from bitwright.quantization.output import Output, QuantizedLayer, Trial, block_error, relative_error
 from bitwright.quantization.small_weights import (
@@ -163,9 +164,11 @@ def quantize_with_transformers(
     earlier blocks are quantized), other than in `quantize`, which goes on layer by layer. In memory are the
     whole model in float32 and the statistics of one block, with those of all its experts.
 
-    Every nn.Linear in the blocks is quantized, and experts that are held in arrays ``gate_up_proj`` and
-    ``down_proj``, each with the tokens that are routed to it. What chooses experts, embedding and head
-    stay in float. Layers that no token reaches are rounded to nearest, with a warning.
+    Every nn.Linear in the blocks of the text decoder is quantized, and experts that are held in arrays
+    ``gate_up_proj`` and ``down_proj``, each with the tokens that are routed to it. What chooses experts,
+    embedding and head, and towers for images and sounds stay in float; the report names them. Layers
+    that no token reaches are rounded to nearest, with a warning; those of shapes that the format does
+    not store in groups of any size stay in float, with one, too.
 
     AWQ's scales are folded into norms: into one whose output is read by linears only, where its formula is
     that of rms_norm (with g or 1 + g) or layer_norm. A scale is undone if the block then computes something
@@ -231,7 +234,11 @@ def _target(model: TorchModel, asked: PrecisionOptions) -> Target:
         overrides=asked.overrides,
     )
     plan.update(dict.fromkeys(n for n in shapes if kind.keeps_in_float(model_type, n)))
+    wished = plan
+    plan = without_unstorable(wished, shapes, default, kind, asked.allow_unfused)
     check_plan(plan, shapes, kind, asked.allow_unfused)
+    check_stacks(model, kind, plan)
+    warn_of_unstorable(wished, plan, shapes, kind, model.folder)
     return Target(kind, plan, default, kind.chosen_scale_dtype(model.dtype, asked.scale_dtype))
 
 
@@ -246,8 +253,11 @@ def _write(
     """Quantize the model and write the folder."""
     kind, checkpoint = target.format, model.checkpoint
     config = kind.spell(plainly_spelled(checkpoint.config))
-    in_float: dict[str, Precision | None] = dict.fromkeys(model.routers())
-    config.update(kind.config(target.default, {**in_float, **target.plan}, ""))
+    in_float: dict[str, Precision | None] = dict.fromkeys(model.never_quantized())
+    layers = as_written(model, kind, {**in_float, **target.plan})
+    blocks = kind.name_written(model.block_prefix, model.nested)
+    config.update(kind.config(target.default, layers, blocks))
+    stacks = kind.stacks_experts
     left_out = set(model.unused) if kind.refuses_unknown else set()
     weights = sum(
         math.prod(checkpoint.shape(name)) for name in checkpoint.names() if name not in left_out
@@ -257,14 +267,26 @@ def _write(
         out, options.limits.overwrite, metadata=metadata, source=model.folder
     ) as writer:
         writer.inputs.watch_model(checkpoint)
-        run = _Run(model, Output(writer, kind), target, options, tokens, left_out)
+        output = Output(
+            writer,
+            kind,
+            model.experts if stacks else None,
+            model.stack_size() if stacks else 0,
+            model.nested,
+            model.family,
+        )
+        run = _Run(model, output, target, options, tokens, left_out)
         run.go(options.limits.progress)
         writer.write_json("config.json", config)
         copy_side_files(checkpoint, writer)
         seconds = time.perf_counter() - start
         count = 0 if tokens is None else tokens.size
         name = options.method.method.name
-        report = run.output.report(out, name, checkpoint, weights, count, seconds)
+        excluded = [each for each, precision in target.plan.items() if precision is None]
+        report = replace(
+            run.output.report(out, name, checkpoint, weights, count, seconds),
+            in_float=(*excluded, *model.never_quantized()),
+        )
         facts = {
             "grid": target.default.grid,
             "scales": stored_scales(target.default.grid, target.scale_dtype).name,

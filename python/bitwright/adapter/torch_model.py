@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.adapter.structure import decoder_blocks, outside, routers
 from bitwright.arrays import require_finite
 from bitwright.checkpoint import Checkpoint
 from bitwright.checkpoint.reader import written_dtype
@@ -31,19 +32,19 @@ from bitwright.loading.contents import (
     without_harmless,
 )
 from bitwright.methods.moments import LayerStatistics
+from bitwright.models.architecture import Stack
 from bitwright.models.config import MODEL_DTYPES
+from bitwright.models.families import known_families
 from bitwright.models.fold import FoldKind
+from bitwright.models.layout import ExpertPlace, Role
 from bitwright.warned import warn
 
 Float32 = NDArray[np.float32]
 
 OLDEST_TRANSFORMERS = 5
 CHUNK_TOKENS = 1024  # that a block sees at a time, in whole samples
-ROUTERS = (
-    "gate",
-    "router",
-)  # ends of the names of linears that choose experts; shared_expert_gate too
 EXPERTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))  # as checkpoints name them
+ROLES: tuple[Role, Role, Role] = ("gate", "up", "down")
 EPSILONS = ("variance_epsilon", "eps", "epsilon")
 EQUAL = 1e-4  # relative difference of two float32 computations of the same thing
 SHOWN_NAMES = 3
@@ -96,11 +97,13 @@ class Input:
 
 @dataclass(eq=False)
 class TorchBlock:
-    """A decoder block: its linears, experts (gate, up and down of each) and norms, by module."""
+    """A decoder block: what chooses its experts, and by module its linears, experts (gate, up and down of
+    each) and norms."""
 
     index: int
     name: str
     module: Any
+    routers: set[Any] = field(default_factory=set)
     linears: dict[Any, Linear] = field(default_factory=dict)
     experts: dict[Any, list[tuple[Linear, Linear, Linear]]] = field(default_factory=dict)
     norms: dict[Any, Norm] = field(default_factory=dict)
@@ -187,11 +190,14 @@ class TorchModel:
         name, modules = self.find_blocks()
         self._warn_of_unused(f"{name}.{{}}", len(modules))
         self.blocks = [
-            TorchBlock(index, f"{name}.{index}", module) for index, module in enumerate(modules)
+            TorchBlock(index, f"{name}.{index}", module, routers(module, self.torch.nn))
+            for index, module in enumerate(modules)
         ]
+        self.experts: dict[str, ExpertPlace] = {}
         others: list[str] = []
         for block in self.blocks:
             others += self._describe(block)
+        self._others = [name.removesuffix(".weight") for name in others]
         if not self.linears():
             raise self._unsupported("has no nn.Linear in its decoder blocks; nothing to quantize")
         if others:
@@ -215,6 +221,32 @@ class TorchModel:
         head, embedding = self.module.get_output_embeddings(), self.module.get_input_embeddings()
         return head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
 
+    @property
+    def family(self) -> str:
+        """The model type of the text part."""
+        return str(self.module.config.get_text_config().model_type)
+
+    @property
+    def block_prefix(self) -> str:
+        """What the names of all layers begin with, up to the number of the block; empty if not all do."""
+        prefix = self.blocks[0].name.removesuffix("0")
+        return prefix if all(name.startswith(prefix) for name in self.linears()) else ""
+
+    @property
+    def nested(self) -> bool:
+        """Whether the language model is part of a multimodal model."""
+        return "language_model." in self.blocks[0].name
+
+    def stack_size(self) -> int:
+        """Return how many experts a layer has; ValueError where that differs from layer to layer."""
+        counts = {len(trios) for block in self.blocks for trios in block.experts.values()}
+        if len(counts) > 1:
+            raise ValueError(
+                f"{self.folder}: layers have {min(counts)} to {max(counts)} experts, which formats that "
+                f"store all experts of a layer in one tensor are not written with; choose another format"
+            )
+        return next(iter(counts), 0)
+
     def linears(self) -> dict[str, Linear]:
         """Return the linears of the blocks that can be quantized, by name."""
         return {
@@ -227,12 +259,21 @@ class TorchModel:
     def routers(self) -> list[str]:
         """Return the names of what chooses experts: linears for some readers, not for all."""
         modules = {module: name for name, module in self.module.named_modules()}
-        found = []
-        for block in self.blocks:
-            for module in block.module.modules():
-                if _is_router(modules[module]) and hasattr(module, "weight"):
-                    found.append(self._stored_name(modules[module]))
+        found = [
+            self._stored_name(modules[module])
+            for block in self.blocks
+            for module in block.module.modules()
+            if module in block.routers
+        ]
         return [name for name in found if name]
+
+    def never_quantized(self) -> list[str]:
+        """Return the names of the matrices that stay in float whatever is asked for, embedding and head
+        aside: in the blocks, and outside of them."""
+        blocks = [block.module for block in self.blocks]
+        apart = outside(self.module, blocks, self.torch.nn)
+        outer = sorted(self._stored_name(each) or each for each in apart)
+        return [*self.routers(), *self._others, *outer]
 
     def _unsupported(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.folder}: {what}")
@@ -335,31 +376,19 @@ class TorchModel:
         warn_of_unused(self.checkpoint, names, kinds_of(names, block, count))
 
     def find_blocks(self) -> tuple[str, list[Any]]:
-        """Return the longest outermost list of modules that all have linears, and its name."""
-        nn = self.torch.nn
-        lists: dict[str, list[Any]] = {}
-        for name, module in self.module.named_modules():
-            if not isinstance(module, nn.ModuleList) or any(
-                name.startswith(f"{outer}.") for outer in lists
-            ):
-                continue
-            elements = list(module)
-            if elements and all(
-                any(isinstance(each, nn.Linear) for each in element.modules())
-                for element in elements
-            ):
-                lists[name] = elements
-        if not lists:
+        """Return the blocks of the text decoder, and the name of their list."""
+        found = decoder_blocks(self.module, self.torch.nn)
+        if found is None:
             raise self._unsupported(
                 f"{type(self.module).__name__} has no list of decoder blocks with nn.Linear layers, so "
                 f"it cannot be quantized"
             )
-        name = max(lists, key=lambda each: len(lists[each]))
-        if len({id(each) for each in lists[name]}) < len(lists[name]):
+        name, blocks = found
+        if len({id(each) for each in blocks}) < len(blocks):
             raise self._unsupported(
                 f"the blocks {name} share their weights, which is not supported"
             )
-        return name, lists[name]
+        return found
 
     def _describe(self, block: TorchBlock) -> list[str]:
         """Fill in what a block consists of; return the names of matrices that are no linears."""
@@ -368,14 +397,14 @@ class TorchModel:
         for name, module in block.module.named_modules(prefix=block.name):
             own = dict(module.named_parameters(recurse=False))
             if isinstance(module, nn.Linear):
-                block.linears[module] = self._linear(name, module)
+                block.linears[module] = self._linear(name, module, module in block.routers)
             elif all(n in own and own[n].ndim == 3 for n in ("gate_up_proj", "down_proj")):
                 block.experts[module] = self._experts(block, name, module)
             elif "weight" in own and own["weight"].ndim == 1 and not list(module.children()):
                 norm = self._norm(name, module)
                 if norm is not None:
                     block.norms[module] = norm
-            elif not isinstance(module, nn.Embedding) and not _is_router(name):
+            elif not isinstance(module, nn.Embedding) and module not in block.routers:
                 others += [
                     f"{name}.{each}"
                     for each, parameter in own.items()
@@ -389,9 +418,9 @@ class TorchModel:
         candidates = (name, name.removeprefix(self.prefix), self.prefix + name)
         return next((each for each in candidates if f"{each}.weight" in self.checkpoint), "")
 
-    def _linear(self, name: str, module: Any) -> Linear:
+    def _linear(self, name: str, module: Any, router: bool) -> Linear:
         weight = module.weight.detach().numpy()
-        stored, router = self._stored_name(name), _is_router(name)
+        stored = self._stored_name(name)
         if not router:
             if not stored:
                 raise self._unsupported(
@@ -430,6 +459,8 @@ class TorchModel:
                 f"[experts, 2 * inner, hidden] and [experts, hidden, inner] are supported"
             )
         stem, parts = self._expert_names(block, name)
+        stacked = self._stacked(block, stem)
+        stack = Stack(f"{stem}.gate_up_proj", f"{stem}.down_proj")
         found = []
         for number in range(len(gate_up)):
             arrays = gate_up[number, :inner], gate_up[number, inner:], down[number]
@@ -441,8 +472,20 @@ class TorchModel:
                 if f"{linear.name}.weight" not in self.checkpoint:
                     raise self._unsupported(f"expert {linear.name} is not stored")
                 self._check_values(linear.name, linear.weight)
+            for linear, role in zip(linears, ROLES, strict=True):
+                self.experts[linear.name] = ExpertPlace(
+                    stem, stacked, stack, number, role, inner, down.shape[1]
+                )
             found.append((linears[0], linears[1], linears[2]))
         return found
+
+    def _stacked(self, block: TorchBlock, stem: str) -> str:
+        """Return what mlx-lm calls all experts of a layer: as of families that are known, or switch_mlp."""
+        family = known_families().get(self.family)
+        if family is not None and family.experts is not None:
+            start = stem[: stem.index(block.name.removeprefix(self.prefix))]
+            return f"{start}{block.name.removeprefix(self.prefix)}.{family.experts.stacked}"
+        return f"{stem.removesuffix('experts')}switch_mlp"
 
     def _expert_names(self, block: TorchBlock, name: str) -> tuple[str, tuple[str, str, str]]:
         """Return what precedes an expert's number in the checkpoint, and the names of its three parts."""
@@ -889,10 +932,6 @@ def _positions(config: Any) -> int | None:
         return None
     original = rope.get("original_max_position_embeddings") or declared
     return max(declared, int(original * (rope.get("factor") or 1)))
-
-
-def _is_router(name: str) -> bool:
-    return name.rpartition(".")[2].endswith(ROUTERS)
 
 
 def _first(output: Any) -> Any:

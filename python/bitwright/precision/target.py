@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from bitwright.checkpoint.writer import FileOptions
 from bitwright.formats import Format, Precision
 from bitwright.loading.model import Model
+from bitwright.models.layout import ExpertPlace
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,26 +49,42 @@ class Target:
             If the experts of a layer that are stored as one tensor are planned differently.
         """
         config = model.config_for(self.format)
-        self._check_experts(model)
+        check_stacks(model, self.format, self.plan)
         written = as_written(model, self.format, self.plan)
         blocks = self.format.name_written(model.names.block.format(""), model.nested)
         config.update(self.format.config(self.default, written, blocks))
         return config
 
-    def _check_experts(self, model: Model) -> None:
-        if not self.format.stacks_experts:
-            return
-        seen: dict[str, Precision | None] = {}
-        for name, place in model.experts.items():
-            if seen.setdefault(place.stacked_name, self.plan[name]) != self.plan[name]:
-                raise ValueError(
-                    f"{name}: the {self.format.name} format stores all experts of a layer in one tensor, "
-                    f"so include, exclude and overrides must treat them alike"
-                )
+
+class StackedExperts(Protocol):
+    """A model, of which some layers belong to experts that a format stores as one tensor."""
+
+    @property
+    def experts(self) -> Mapping[str, ExpertPlace]:
+        """The place of each such layer, by name."""
+
+    @property
+    def nested(self) -> bool:
+        """Whether the language model is part of a multimodal model."""
+
+
+def check_stacks(
+    model: StackedExperts, format: type[Format], plan: Mapping[str, Precision | None]
+) -> None:
+    """Raise ValueError if the experts of a layer that are stored as one tensor are planned differently."""
+    if not format.stacks_experts:
+        return
+    seen: dict[str, Precision | None] = {}
+    for name, place in model.experts.items():
+        if seen.setdefault(place.stacked_name, plan[name]) != plan[name]:
+            raise ValueError(
+                f"{name}: the {format.name} format stores all experts of a layer in one tensor, "
+                f"so include, exclude and overrides must treat them alike"
+            )
 
 
 def as_written(
-    model: Model, format: type[Format], plan: Mapping[str, Precision | None]
+    model: StackedExperts, format: type[Format], plan: Mapping[str, Precision | None]
 ) -> dict[str, Precision | None]:
     """Return the plan by the names that are written: of experts that are stacked, those of the stacks."""
     places = model.experts if format.stacks_experts else {}

@@ -128,6 +128,9 @@ class QuantizationReport:
         Largest resident memory of the process so far.
     warnings
         What was warned of, one line each.
+    in_float
+        Of a run through transformers, the matrices that stay in float, embedding and head aside: what
+        chooses experts, what was excluded, and all that is no linear of the text decoder's blocks.
     """
 
     out: Path
@@ -143,15 +146,17 @@ class QuantizationReport:
     seconds: float
     peak_memory_bytes: int
     warnings: tuple[str, ...] = ()
+    in_float: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         worst = self.worst(1)
+        left = f"; {len(self.in_float)} matrices stay in float" if self.in_float else ""
         named = f"; the largest error is {worst[0].error:.2e}, in {worst[0].name}" if worst else ""
         return (
             f"{self.out}: {len(self.layers)} layers by {self.method} in the {self.format} format, "
             f"{self.layer_bits_per_weight:.3f} bits per weight of these, "
             f"{megabytes(self.size_bytes)} (was {megabytes(self.original_bytes)}), "
-            f"{self.seconds:.1f} s{named}"
+            f"{self.seconds:.1f} s{named}{left}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -168,6 +173,7 @@ class QuantizationReport:
                 **content,
                 "out": Path(content["out"]),
                 "warnings": tuple(content.get("warnings", ())),
+                "in_float": tuple(content.get("in_float", ())),
                 "layers": tuple(LayerReport(**layer) for layer in content["layers"]),
                 "blocks": tuple(BlockReport.from_dict(block) for block in content["blocks"]),
             }
