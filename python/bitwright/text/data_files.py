@@ -183,7 +183,7 @@ def _table(path: Path, text: str) -> Iterator[Record]:
 
 def _parquet(path: Path) -> Iterator[Record]:
     try:
-        import pyarrow.parquet as parquet  # type: ignore[import-not-found, unused-ignore]
+        import pyarrow.parquet as parquet  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
         raise MissingExtraError(
             f"{path}: is Parquet, which takes pyarrow: pip install bitwright[parquet]"
