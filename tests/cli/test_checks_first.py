@@ -3,9 +3,8 @@
 import inspect
 import json
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +82,6 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         *((Network, "gradients"), (_Conversion, "plan")),
     ):
         monkeypatch.setattr(kind, name, fail)
-
-
-@pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    """The command answers to them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def run(
