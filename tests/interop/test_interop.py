@@ -215,7 +215,7 @@ def test_families_in_llama_cpp(tmp_path: Path, name: str) -> None:
     (source / "tokenizer.json").write_text(json.dumps(content))
     bitwright.convert(source, tmp_path / "out", "gguf", dtype="float32", progress=False)
     tokens = np.random.default_rng(0).integers(3, size, (3, 20)).astype(np.int32)
-    check_loads("llamacpp", [tmp_path / "out"], tokens, 1e-4)
+    check_loads("llamacpp", [tmp_path / "out"], tokens, 5e-4)
 
 
 def test_adapter_where_transformers_is_installed() -> None:

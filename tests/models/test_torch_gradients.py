@@ -23,8 +23,19 @@ def plain(name: str) -> str:
     return name.replace("language_model.", "").removeprefix("model.").removesuffix(".weight")
 
 
+# Transformers loads the first only with their towers; of the others' own parts, which nothing trains, the
+# kernels' tests have the gradients.
+NOT_COMPARED = (
+    *("mistral3-ministral3", "mistral3-mistral4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    *("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen3_next", "gpt_oss", "lfm2", "lfm2_moe"),
+    *("bamba", "granitemoehybrid", "granitemoehybrid-experts"),
+)
+
+
 @pytest.mark.parametrize(
-    "folder", [*TINY, *ARCH], ids=lambda folder: f"{folder.parent.name}-{folder.name}"
+    "folder",
+    [folder for folder in (*TINY, *ARCH) if folder.name not in NOT_COMPARED],
+    ids=lambda folder: f"{folder.parent.name}-{folder.name}",
 )
 def test_gradients_are_those_of_autograd(folder: Any) -> None:
     model = bitwright.load_model(folder)
