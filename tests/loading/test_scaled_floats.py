@@ -144,6 +144,18 @@ def test_scaled_floats_quantize_as_their_values(kind: str, tmp_path: Path) -> No
     assert "quant_method" not in config["quantization_config"]
 
 
+def test_they_take_the_disk_of_their_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitwright.quantization.plan._free_disk", lambda _: 0)
+    said = []
+    for folder in twins(bitwright.demo_folder(), "blocks", tmp_path):
+        with pytest.raises(bitwright.OutputError, match="of the disk") as error:
+            bitwright.quantize(folder, tmp_path / "out", "rtn", 4, 32, progress=False)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize("source", ["qwen3_moe", "deepseek_v3"])
 def test_experts_and_latents_are_decoded(source: str, tmp_path: Path) -> None:
     scaled, plain = twins(TINY / source, "blocks", tmp_path)
@@ -282,4 +294,5 @@ def test_of_a_part_only_that_part_is_decoded(tmp_path: Path) -> None:
     checkpoint.read("a.weight")
     tracemalloc.stop()
     assert few < 2**20
-    assert checkpoint.nbytes() == codes.size + 4 * 256  # as it is stored
+    assert checkpoint.stored_bytes() == codes.size + 4 * 256
+    assert checkpoint.nbytes() == 4 * codes.size  # as it is read

@@ -34,7 +34,7 @@ def needed_bytes(
     parameters = [*model.module.parameters(), *model.module.buffers()]
     weights = 4 * sum(each.numel() for each in parameters)
     # Pages of the files count until they are closed.
-    files = model.checkpoint.nbytes()
+    files = model.checkpoint.stored_bytes()
     width = max(model.checkpoint.dtype(name).itemsize for name in model.checkpoint.names())
     compared = (width + 4 + 1) * max(each.numel() for each in parameters)
     _, blocks = model.find_blocks()

@@ -127,7 +127,7 @@ class GgufCheckpoint(Checkpoint):
             _check_split(headers)
             known = _Headers(headers)
             self.metadata = known.metadata
-            self._file_bytes = sum(info.nbytes for info in known.tensors.values())
+            self._stored_bytes = sum(info.nbytes for info in known.tensors.values())
             self._types = {TYPE_NAMES[info.dtype] for info in known.tensors.values()}
             beside = self._names_beside(known)
             self._owns_folder = beside is not None
@@ -140,7 +140,6 @@ class GgufCheckpoint(Checkpoint):
                 if key not in QUANTIZATION_KEYS
             }
             self._made = {}
-            self._stored_bytes = None
             self._shards, self._tensors = {}, {}
             for header in headers:
                 shard = _GgufShard(
@@ -175,10 +174,6 @@ class GgufCheckpoint(Checkpoint):
     def dtype(self, name: str) -> np.dtype[Any]:
         """As `Checkpoint.dtype`, but quantized matrices are of structured types, see `BLOCKS`."""
         return BLOCKS[self._tensor(name).dtype]
-
-    def stored_bytes(self) -> int:
-        """As `Checkpoint.stored_bytes`."""
-        return self._file_bytes
 
     def decoded_type(self) -> str | None:
         """As `Checkpoint.decoded_type`."""

@@ -125,7 +125,7 @@ class Checkpoint:
         self._shards: dict[Path, Any] = {}  # the library's handles have no types
         self._tensors: dict[str, _Tensor] = {}
         self._made: dict[str, Callable[[tuple[slice, ...]], NDArray[Any]]] = {}
-        self._stored_bytes: int | None = None  # where some tensors are made
+        self._stored_bytes: int | None = None  # where they are not those of what is read
         with ExitStack() as stack:
             for file in files:
                 self._shards[file] = stack.enter_context(_open_shard(file))
@@ -315,7 +315,7 @@ class Checkpoint:
             Whether the parts stay, for others that are made of them.
         """
         whole = copy.copy(self)
-        self._stored_bytes = whole.nbytes()
+        self._stored_bytes = whole.stored_bytes()
         gone = set[str]() if kept else {part for each in made for part in each.parts}
         self._tensors = {name: each for name, each in whole._tensors.items() if name not in gone}
         self._made = dict(whole._made)
@@ -476,13 +476,11 @@ class Checkpoint:
         CheckpointError
             If a tensor's dtype is not supported.
         """
-        if self._stored_bytes is not None:
-            return self._stored_bytes
         return sum(math.prod(self.shape(name)) * self.dtype(name).itemsize for name in self._names)
 
     def stored_bytes(self) -> int:
         """Add up the sizes of all tensors in the files, which may be smaller than when they are read."""
-        return self.nbytes()
+        return self.nbytes() if self._stored_bytes is None else self._stored_bytes
 
     def decoded_type(self) -> str | None:
         """Return a type of quantized tensors that are read as floats, None if there are none."""

@@ -373,6 +373,7 @@ def _written_bytes(work: Work) -> int:
         return sum(4 * c**2 + 8 * c for _, c in expected_stages(work.model))
     model, total = work.model, float(work.model.checkpoint.nbytes())
     shapes = dict(model.linear_shapes())
+    floats = {name for name in shapes if not model.is_quantized(name)}
     matrix = (model.config.vocab_size, model.config.hidden_size)
     shapes |= {model.names.embedding: matrix, model.names.head: matrix}
     for name, precision in work.plan.items():
@@ -380,7 +381,8 @@ def _written_bytes(work: Work) -> int:
             out, channels = shapes[name]
             size = precision.group_size or channels
             bits = stored_bits(precision.bits, size, precision.grid, work.scale_dtype)
-            total += out * channels * (bits / 8 - model.dtype.itemsize)
+            dtype = model.stored_dtype(f"{name}.weight") if name in floats else model.dtype
+            total += out * channels * (bits / 8 - dtype.itemsize)
     return max(0, int(total))
 
 
@@ -394,7 +396,7 @@ def _disk_bytes(work: Work) -> int:
 def _seconds(work: Work, spilled: int) -> float:
     ranks = current()
     products = _products(work) / ranks.size
-    moved = work.model.checkpoint.nbytes() * (1 + (work.drift_tokens > 0) + 2 * work.scaled)
+    moved = work.model.checkpoint.stored_bytes() * (1 + (work.drift_tokens > 0) + 2 * work.scaled)
     blocks = work.model.config.num_hidden_layers
     stages = 8 * spilled * blocks  # read and written at every stage
     commits = 4 * (work.tokens + work.drift_tokens) * work.model.config.hidden_size * blocks
