@@ -76,6 +76,18 @@ class Made:
     shape: tuple[int, ...]
     make: "Callable[[Checkpoint, tuple[slice, ...]], NDArray[Any]]"
 
+    @classmethod
+    def whole(
+        cls,
+        parts: Collection[str],
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        make: "Callable[[Checkpoint], NDArray[Any]]",
+    ) -> "Made":
+        """Return a tensor that is computed as a whole, whatever part of it is read."""
+        return cls(parts, name, dtype, shape, lambda source, ranges: make(source)[ranges])
+
 
 class Checkpoint:
     """An open checkpoint folder: its configuration and its tensors.
@@ -285,8 +297,6 @@ class Checkpoint:
         dtype: str,
         shape: tuple[int, ...],
         make: "Callable[[Checkpoint], NDArray[Any]]",
-        *,
-        kept: bool = False,
     ) -> None:
         """Replace some tensors by one that is computed from them when it is read.
 
@@ -298,25 +308,22 @@ class Checkpoint:
             Of the new tensor; the dtype by its safetensors name.
         make : callable
             Returns the new tensor, given a checkpoint with the parts.
-        kept : bool
-            Whether the parts stay, for others that are made of them.
         """
-        made = Made(parts, name, dtype, shape, lambda whole, ranges: make(whole)[ranges])
-        self.replace_all([made], kept=kept)
+        self.replace_all([Made.whole(parts, name, dtype, shape, make)])
 
-    def replace_all(self, made: Collection[Made], *, kept: bool = False) -> None:
+    def replace_all(self, made: Collection[Made]) -> None:
         """Replace tensors by some of which parts are computed from them when they are read.
 
         Parameters
         ----------
         made : collection of Made
-            The new tensors, and which ones each replaces.
-        kept : bool
-            Whether the parts stay, for others that are made of them.
+            The new tensors, and which ones each replaces; several may be made of one.
         """
+        if not made:
+            return
         whole = copy.copy(self)
         self._stored_bytes = whole.stored_bytes()
-        gone = set[str]() if kept else {part for each in made for part in each.parts}
+        gone = {part for each in made for part in each.parts}
         self._tensors = {name: each for name, each in whole._tensors.items() if name not in gone}
         self._made = dict(whole._made)
         for each in made:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint
+from bitwright.checkpoint.reader import Made
 from bitwright.models.architecture import Experts
 
 
@@ -25,6 +26,7 @@ def split_biases(checkpoint: Checkpoint, experts: Experts, blocks: Iterable[str]
     stack = experts.own_stack
     if stack.gate_up_bias is None or stack.down_bias is None:
         return
+    made: list[Made] = []
     renamed: dict[str, str] = {}
     for block in blocks:
         both, down = block + stack.gate_up_bias, block + stack.down_bias
@@ -35,11 +37,12 @@ def split_biases(checkpoint: Checkpoint, experts: Experts, blocks: Iterable[str]
         gates, ups = slice(0, half), slice(half, None)
         if stack.interleaved:
             gates, ups = slice(0, None, 2), slice(1, None, 2)
-        for role, columns, kept in (("gate", gates, True), ("up", ups, False)):
+        for role, columns in (("gate", gates), ("up", ups)):
             name = f"{block}{experts.stacked}.{role}_proj.bias"
             make = partial(_columns, name=both, columns=columns)
-            checkpoint.replace((both,), name, dtype, (count, half), make, kept=kept)
+            made.append(Made.whole((both,), name, dtype, (count, half), make))
         renamed[down] = f"{block}{experts.stacked}.down_proj.bias"
+    checkpoint.replace_all(made)
     checkpoint.rename(renamed)
 
 

@@ -15,7 +15,7 @@ NAME_blocks, NAME_scales   gpt-oss' MXFP4 of stacked experts, which the model ha
 What compressed-tensors packs to 4 bits is on grids that its format reads as they are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -85,11 +85,9 @@ def decode_scaled_floats(checkpoint: Checkpoint) -> None:
         Made(each.parts, each.name, each.dtype, each.shape, _Reader(each).make) for each in found
     ]
     ignored = [name for name in checkpoint.names() if name.rpartition(".")[2] in _OF_ACTIVATIONS]
-    if ignored:
-        made[0] = Made(
-            (*made[0].parts, *ignored), made[0].name, made[0].dtype, made[0].shape, made[0].make
-        )
+    made[0] = replace(made[0], parts=(*made[0].parts, *ignored))  # which are gone with them
     checkpoint.replace_all(made)
+    # What is packed to 4 bits beside them is still described there.
     if not any(name.endswith(".weight_packed") for name in checkpoint.names()):
         checkpoint.config = float_config(checkpoint.config)
 
@@ -112,6 +110,8 @@ class _Scaled:
         Whether a byte holds two values.
     transposed
         Whether what is decoded has the columns first.
+    powers
+        Whether the scales are powers of two.
     """
 
     name: str
@@ -160,7 +160,8 @@ def _scaled(checkpoint: Checkpoint, name: str, declared: Declared | None) -> _Sc
     if scales is None or len(shape) not in (2, 3):
         return None
     whole = (*shape[:-1], shape[-1] * (2 if halves else 1))
-    factor = next((each for each in [f"{layer}.weight_scale_2"] if each in checkpoint), None)
+    whole_factor = f"{layer}.weight_scale_2"
+    factor = whole_factor if whole_factor in checkpoint else None
     if factor is not None and len(shape) == 3:
         factor_size = int(np.prod(checkpoint.shape(factor)))
         if factor_size not in (1, shape[0]):

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitwright.checkpoint import Checkpoint
+from bitwright.checkpoint.reader import Made
 from bitwright.models.architecture import Architecture, Attention, GatedDelta
 
 
@@ -34,21 +35,22 @@ def undo_shifts(
     norms = [architecture.attention_norm, architecture.mlp_norm]
     if isinstance(attention, Attention):
         norms += [attention.query_norm, attention.key_norm]
-    changed = False
+    made: list[Made] = []
     names = [f"{final_norm}.weight"]
     for block in blocks:
         names += [f"{block}{norm}.weight" for norm in norms if norm is not None]
         convolution = f"{block}{deltas[0].convolution}.weight"
         shape = checkpoint.shape(convolution) if convolution in checkpoint else ()
         if len(shape) == 3 and shape[2] == 1 and shape[1] > 1:
-            changed = True
             dtype = checkpoint.stored_dtype(convolution)
             make = partial(_channels_first, name=convolution)
-            checkpoint.replace((convolution,), convolution, dtype, (shape[0], 1, shape[1]), make)
-    for name in names if changed else ():
+            whole = (convolution,), convolution, dtype, (shape[0], 1, shape[1])
+            made.append(Made.whole(*whole, make))
+    for name in names if made else ():
         if name in checkpoint:
             make = partial(_less_one, name=name)
-            checkpoint.replace((name,), name, "F32", checkpoint.shape(name), make)
+            made.append(Made.whole((name,), name, "F32", checkpoint.shape(name), make))
+    checkpoint.replace_all(made)
 
 
 def _channels_first(checkpoint: Checkpoint, name: str) -> NDArray[np.generic]:
