@@ -1,9 +1,7 @@
 """Gemma 3: as Gemma 2 with norms of queries and keys in place of soft caps, and one rotary base for full
 layers, another for sliding ones. Only the text part of multimodal checkpoints is read."""
 
-from dataclasses import replace
-
-from bitwright.models.architecture import Architecture, Attention, Names
+from bitwright.models.architecture import Architecture, Attention, Wrapper, beside
 from bitwright.models.keys import ConfigRules
 
 _OF_IMAGES = (
@@ -50,27 +48,13 @@ _TEXT = Architecture(
 
 FAMILIES = (
     _TEXT,
-    replace(
-        _TEXT,
+    Wrapper(
         model_types=("gemma3",),
-        rules=replace(
-            _TEXT.rules,
-            section="text_config",
-            harmless=(*_TEXT.rules.harmless, *_OF_IMAGES),
-        ),
+        texts=("gemma3_text",),
         names=(
-            Names(
-                "language_model.model.embed_tokens",
-                "language_model.model.layers.{}",
-                "language_model.model.norm",
-                "language_model.lm_head",
-            ),
-            Names(
-                "model.language_model.embed_tokens",
-                "model.language_model.layers.{}",
-                "model.language_model.norm",
-                "lm_head",
-            ),
+            beside("language_model.model", "language_model.lm_head"),
+            beside("model.language_model"),
         ),
+        harmless=_OF_IMAGES,
     ),
 )

@@ -1,10 +1,10 @@
-"""Qwen 2 VL: a Qwen 2 that sees images; for text alone its three rotations are one."""
+"""The text part of Qwen 2 VL and 2.5 VL: Qwen 2, whose three rotations are one for text alone."""
 
-from bitwright.models.architecture import Relative, Wrapper, beside
+from bitwright.models.architecture import Relative
 
 FAMILIES = (
     Relative(
-        model_types=("qwen2_vl_text",),
+        model_types=("qwen2_vl_text", "qwen2_5_vl_text"),
         of="qwen2",
         rules={
             "defaults": {
@@ -20,18 +20,5 @@ FAMILIES = (
             },
             "meanings": {"rope_type": {"mrope": "default"}},
         },
-    ),
-    Wrapper(
-        model_types=("qwen2_vl",),
-        texts=("qwen2_vl_text",),
-        names=(beside("model.language_model", tower="model.visual"), beside("model")),
-        harmless=(
-            "vision_config",
-            "image_token_id",
-            "video_token_id",
-            "vision_start_token_id",
-            "vision_end_token_id",
-            "vision_token_id",
-        ),
     ),
 )

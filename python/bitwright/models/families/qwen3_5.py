@@ -1,6 +1,13 @@
-"""Qwen 3.5 and 3.6, dense: Qwen 3 Next with a linear for each input of the delta-nets."""
+"""The text parts of Qwen 3.5 and 3.6: Qwen 3 Next with a linear for each input of the delta-nets, dense or
+with mixtures of experts."""
 
-from bitwright.models.architecture import GatedDelta, Relative, Wrapper, beside
+from bitwright.models.architecture import GatedDelta, Relative
+
+_BOTH = {
+    "harmless": ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype"),
+    "disputed": {"attn_output_gate": (True,)},
+}
+_MIXERS = {"linear_attention": GatedDelta()}
 
 FAMILIES = (
     Relative(
@@ -27,28 +34,24 @@ FAMILIES = (
                 ),
             },
             "is_sparse": lambda _keys, _layer: False,
-            "harmless": (
-                "mtp_num_hidden_layers",
-                "mtp_use_dedicated_embeddings",
-                "mamba_ssm_dtype",
-            ),
-            "disputed": {"attn_output_gate": (True,)},
+            **_BOTH,
         },
-        parts={"mixers": {"linear_attention": GatedDelta()}, "experts": None},
+        parts={"mixers": _MIXERS, "experts": None},
     ),
-    Wrapper(
-        model_types=("qwen3_5",),
-        texts=("qwen3_5_text",),
-        names=(
-            beside("model.language_model", tower="model.visual"),
-            beside("language_model.model"),
-        ),
-        harmless=(
-            "vision_config",
-            "image_token_id",
-            "video_token_id",
-            "vision_start_token_id",
-            "vision_end_token_id",
-        ),
+    Relative(
+        model_types=("qwen3_5_moe_text",),
+        of="qwen3_next",
+        rules={
+            "defaults": {
+                "vocab_size": 248320,
+                "num_hidden_layers": 40,
+                "num_experts": 256,
+                "num_experts_per_tok": 8,
+            },
+            "is_sparse": lambda _keys, _layer: True,
+            "always_normalized": True,
+            **_BOTH,
+        },
+        parts={"mixers": _MIXERS},
     ),
 )

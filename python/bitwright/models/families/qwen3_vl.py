@@ -1,6 +1,6 @@
-"""Qwen 3 VL: a Qwen 3 that sees images."""
+"""The text part of Qwen 3 VL: Qwen 3."""
 
-from bitwright.models.architecture import Relative, Wrapper, beside
+from bitwright.models.architecture import Relative
 
 FAMILIES = (
     Relative(
@@ -13,21 +13,5 @@ FAMILIES = (
                 "sliding_window": None,
             },
         },
-    ),
-    Wrapper(
-        model_types=("qwen3_vl",),
-        texts=("qwen3_vl_text",),
-        names=(
-            beside("model.language_model", tower="model.visual"),
-            beside("language_model.model"),
-        ),
-        harmless=(
-            "vision_config",
-            "image_token_id",
-            "video_token_id",
-            "vision_start_token_id",
-            "vision_end_token_id",
-            "vision_token_id",
-        ),
     ),
 )

@@ -1,6 +1,6 @@
 """Qwen 3 VL with mixtures of experts, which its files stack with inputs before outputs."""
 
-from bitwright.models.architecture import Experts, Relative, Stack, Wrapper, beside
+from bitwright.models.architecture import Experts, Relative, Stack
 
 FAMILIES = (
     Relative(
@@ -26,21 +26,5 @@ FAMILIES = (
                 stack=Stack("mlp.experts.gate_up_proj", "mlp.experts.down_proj", transposed=True)
             )
         },
-    ),
-    Wrapper(
-        model_types=("qwen3_vl_moe",),
-        texts=("qwen3_vl_moe_text",),
-        names=(
-            beside("model.language_model", tower="model.visual"),
-            beside("language_model.model"),
-        ),
-        harmless=(
-            "vision_config",
-            "image_token_id",
-            "video_token_id",
-            "vision_start_token_id",
-            "vision_end_token_id",
-            "vision_token_id",
-        ),
     ),
 )
