@@ -200,8 +200,9 @@ struct GridError {
 };
 
 // The grid of plain rounding. An affine one is MLX's own as long as that keeps half of the energy
-// of a group; below its floor it need not, and then a smaller scale takes its place. Of the other
-// two, the better of the roundings up and down is taken where a scale has few steps.
+// of a group; below its floor, or where a scale has few steps, it need not, and then another scale
+// takes its place. Of the other two, the better of the roundings up and down is taken where a scale
+// has few steps.
 template <typename WeightAt>
 [[gnu::noinline]] GridLanes plain_grid(const Grid& grid, const Lanes& low, const Lanes& high,
                                        const WeightAt& weight, const float* importance,
@@ -210,10 +211,10 @@ template <typename WeightAt>
     const bool affine = grid.kind == GridKind::affine;
     const Lanes stretch = other_rounding(grid, low, high);
     const Lanes largest = (high > -low).select(high, -low);
-    const bool sure = affine
-                          ? (largest == 0.0f || spanning_scale(grid, low, high) >= mlx_floor).all()
-                          : (stretch == 1.0f).all();
-    if (sure) return spanning;
+    // Of each row by itself, whatever those beside it are.
+    auto sure = (stretch == 1.0f).eval();
+    if (affine) sure = sure && (largest == 0.0f || spanning_scale(grid, low, high) >= mlx_floor);
+    if (sure.all()) return spanning;
 
     const Lanes unit = (largest > 0.0f).select(largest, 1.0f);  // of which squares are in range
     const auto lost = [&](const GridLanes& candidate) {
@@ -229,7 +230,8 @@ template <typename WeightAt>
     for (Index i = 0; i < count; ++i)
         if (importance[i] != 0.0f) energy += (weight(i) / unit).square();
     BestGrid found{spanning, lost(spanning)};
-    if (affine) found.error = (found.error > 0.5f * energy).select(found.error, -INFINITY);
+    if (affine) sure = sure || found.error <= 0.5f * energy;
+    found.error = sure.select(-INFINITY, found.error);
     const GridLanes smaller = span_grid(grid, low, high, 0.0f);
     found.offer(smaller, lost(smaller));
     const GridLanes other = span_grid(grid, low * stretch, high * stretch, 0.0f);

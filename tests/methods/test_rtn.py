@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 import reference
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import DTYPES, Array
 from shared_data import SHARED, needs_shared
@@ -80,9 +80,13 @@ def test_affine_grids_are_those_of_mlx(dtype: str, bits: int, group_size: int) -
         np.testing.assert_array_equal(bitwright.pack(tensor.codes, bits), golden()[f"{case}_codes"])
 
 
-# The same examples each time: between scales of two or three of the smallest steps of float16, whose
-# errors are all but equal, kernel and reference choose differently in one of some thousand cases.
-@settings(deadline=None, max_examples=250, derandomize=True)
+# Grids of two or three of the smallest steps of float16.
+TINY = {"bits": 2, "group_size": 32, "grid": "affine", "scale_dtype": "float16"}
+
+
+@settings(deadline=None, max_examples=250)
+@example(shape=(3, 128), **TINY, weight_dtype="float16", power=-28, seed=115)
+@example(shape=(35, 384), **TINY, weight_dtype="float32", power=-20, seed=0)
 @given(
     shape=st.sampled_from(SHAPES),
     bits=st.sampled_from(BITS),

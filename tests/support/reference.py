@@ -122,9 +122,10 @@ def smaller_steps(
     stretch = np.where(coarse, step / np.where(coarse, exact, 1), 1).astype(np.float32)
     best = lost(fit)
     allowed, doubtful = coarse, np.zeros_like(coarse)
-    if grid == "affine":  # MLX's floor takes more than half of a group's energy
+    if grid == "affine":  # MLX's floor, or few steps, may take more than half of a group's energy
         half = 0.5 * ((groups / unit) ** 2).sum(2, keepdims=True)
-        allowed, doubtful = best > half, np.abs(best - half) <= 1e-4 * half
+        unsure = coarse | (exact < np.float32(1e-7))
+        allowed, doubtful = unsure & (best > half), unsure & (np.abs(best - half) <= 1e-4 * half)
     ranges = [(low * factor, high * factor) for factor in (np.ones_like(stretch), stretch)]
     others = [(allowed, span(*each, bits, grid, scale_dtype, floor=0)) for each in ranges]
     if grid == "affine":  # whose scale the end of the range may have taken to the same multiple
@@ -135,7 +136,8 @@ def smaller_steps(
     for where, other in others:
         error = lost(other)
         better = where & (error < best)
-        tied = where & (np.abs(error - best) <= 1e-4 * best) & (other.scale != fit.scale)
+        alike = (other.scale == fit.scale) & (other.bias == fit.bias)
+        tied = where & (np.abs(error - best) <= 1e-4 * best) & ~alike
         best = np.where(better, error, best)
         yield better, tied | doubtful, other
 
