@@ -240,9 +240,15 @@ split_max_size = file_option(
     metavar="SIZE",
     help="Write several GGUF files, with tensors of at most so many bytes in each, such as 2G or 500M.",
 )
+float_embeddings = precision_option(
+    "--float-embeddings",
+    is_flag=True,
+    help="Leave embedding and head in float, unless their bits are given (mlx, gguf).",
+)
 ends = together(
-    precision_option("--embedding-bits", type=Bits(), help="Quantize the embedding too."),
-    precision_option("--head-bits", type=Bits(), help="Quantize the head too."),
+    float_embeddings,
+    precision_option("--embedding-bits", type=Bits(), help="Other bits for the embedding."),
+    precision_option("--head-bits", type=Bits(), help="Other bits for the head."),
 )
 allow_unfused = precision_option(
     "--allow-unfused",

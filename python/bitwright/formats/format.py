@@ -102,6 +102,14 @@ class Format:
         return 64 if 64 in cls.group_sizes else cls.group_sizes[-1]
 
     @classmethod
+    def ends(
+        cls, model_type: str, default: Precision, channels: int
+    ) -> tuple[Precision | None, Precision | None]:
+        """Return what embedding and head, with rows of so many channels, are stored in by default: what the
+        tools of the format's engines choose for a model whose layers have this precision."""
+        return default, default
+
+    @classmethod
     def precisions(cls) -> list[Precision]:
         """Return all precisions that can be stored."""
         sizes = (*cls.group_sizes, *((None,) if cls.whole_row else ()))

@@ -8,6 +8,7 @@ from numpy.typing import DTypeLike
 
 from bitwright.checkpoint.gguf_parts import named_after
 from bitwright.checkpoint.writer import FileOptions
+from bitwright.errors import RecipeError
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize
 from bitwright.formats.gguf_mix import FLOATS, Mix
 from bitwright.formats.spelling import Spelling, combined
@@ -33,6 +34,7 @@ class PrecisionOptions:
     format: FormatName = "mlx"
     grid: Grid | None = None
     scale_dtype: DTypeLike | None = None
+    float_embeddings: bool = False
     embedding_bits: int | None = None
     head_bits: int | None = None
     include: Sequence[str] = ()
@@ -132,7 +134,15 @@ class PrecisionOptions:
         recipe = found.recipe if isinstance(found.recipe, Recipe) else Recipe.load(found.recipe)
         check_recipe(recipe, model)
         bits, group_size = recipe.most_common
-        overrides: Overrides = {**recipe.overrides(), **(found.overrides or {})}
+        known = recipe.overrides()
+        for name in (model.names.embedding, model.names.head):
+            if name in known and not found.kind.embeddings:
+                raise RecipeError(
+                    f"recipe: names {name}, which the {found.format} format keeps in float"
+                )
+            if found.float_embeddings:
+                known.pop(name, None)
+        overrides: Overrides = {**known, **(found.overrides or {})}
         return replace(found, bits=bits, group_size=group_size, overrides=overrides)
 
     def target(self, model: Model, method: Method, has_imatrix: bool = False) -> Target:
@@ -153,8 +163,10 @@ class PrecisionOptions:
             include=self.include,
             exclude=self.exclude,
             overrides=self.overrides,
+            float_embeddings=self.float_embeddings,
             embedding_bits=self.embedding_bits,
             head_bits=self.head_bits,
+            only_bits=method.bits,
             allow_unfused=self.allow_unfused,
             mix=mix,
         )

@@ -203,7 +203,7 @@ def _chosen(original: Model, options: QuantizationOptions, work: WorkFolder) -> 
         weight * stored_bits(asked.bits, size or shape[1], precision.grid, dtype)
         for weight, shape in zip(weights, shapes, strict=True)
     )
-    return choose_precisions(
+    chosen = choose_precisions(
         original,
         found,
         taken / sum(weights),
@@ -213,6 +213,15 @@ def _chosen(original: Model, options: QuantizationOptions, work: WorkFolder) -> 
         scale_dtype=dtype,
         allow_unfused=asked.allow_unfused,
     )
+    method = options.method.method
+    plan = asked.for_model(original, method).target(original, method).plan
+    # What goes with the precision asked for, whatever most layers get.
+    ends = {
+        name: (each.bits, each.group_size)
+        for name in (original.names.embedding, original.names.head)
+        if (each := plan.get(name)) is not None
+    }
+    return replace(chosen, layers={**chosen.layers, **ends})
 
 
 def _trained(

@@ -285,7 +285,8 @@ def _check_plan(
 ) -> None:
     """Raise ValueError if layers that are left out or overridden cannot be so."""
     kind = FORMATS[format]
-    asked = ("include", "exclude", "overrides", "embedding_bits", "head_bits", "allow_unfused")
+    ends = ("float_embeddings", "embedding_bits", "head_bits")
+    asked = ("include", "exclude", "overrides", *ends, "allow_unfused")
     given = {name: options[name] for name in asked if name in options}
     plan_layers(model, kind, kind.precision(*finest, grid, model.input_channels()), **given)
 

@@ -63,6 +63,7 @@ def quantize(
     statistics: str | os.PathLike[str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     propagate: Literal["quantized", "original"] | None = None,
+    float_embeddings: bool = False,
     embedding_bits: int | None = None,
     head_bits: int | None = None,
     include: Sequence[str] = (),
@@ -162,11 +163,15 @@ def quantize(
         range of each group; beside it, the embedding is.
     propagate
         What feeds the next layers: the ``"quantized"`` ones (default) or the ``"original"`` ones.
+    float_embeddings
+        Leave embedding and head in float, but for those whose bits are given. By default they are quantized
+        where the tools of the format's engines do so: for mlx in the precision of the layers, for gguf in
+        Q6_K (Q5_K beside 2 bits) or more; the other formats keep them in float.
     embedding_bits, head_bits
-        Quantize the embedding (round-to-nearest) and the head (with `method`) too; they stay in float by
-        default. A tied head follows the embedding.
+        Other bits for the embedding, which is rounded to nearest, and the head, which `method` quantizes. A
+        tied head follows the embedding.
     include, exclude
-        Shell globs over layer names: quantize only, and leave in float.
+        Shell globs over layer names, embedding and head among them: quantize only, and leave in float.
     overrides
         ``{glob: "4:64"}``, or ``{glob: {"bits": …, "group_size": …, "grid": …}}``, for layers that differ;
         the last match wins.
