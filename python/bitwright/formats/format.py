@@ -233,6 +233,15 @@ class Format:
         return dtype
 
     @classmethod
+    def wider_dtype(
+        cls, model_dtype: np.dtype[Any], asked: DTypeLike | None
+    ) -> np.dtype[Any] | None:
+        """Return the dtype of scales of layers that the default one cannot hold: the model's, where another
+        is the default; otherwise None."""
+        own = asked is not None or cls.chosen_scale_dtype(model_dtype, None) == model_dtype
+        return None if own or model_dtype not in cls.scale_dtypes else model_dtype
+
+    @classmethod
     def fits(cls, channels: int, precision: Precision) -> bool:
         """Tell whether rows of so many channels divide into whole groups."""
         return channels % precision.group_for(channels) == 0

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.checkpoint.writer import FileOptions
@@ -204,6 +204,14 @@ class MlxFormat(Format):
                 f"format: mlx-lm knows {model_type} only {known} a head of its own, but {here} here. "
                 f"Choose another format"
             )
+
+    @classmethod
+    def chosen_scale_dtype(
+        cls, model_dtype: np.dtype[Any], asked: DTypeLike | None
+    ) -> np.dtype[Any]:
+        # Scales of 32 bits would make a 4-bit model of floats of 32 bits larger than one of 16.
+        half = asked is None and model_dtype == np.float32
+        return super().chosen_scale_dtype(model_dtype, np.float16 if half else asked)
 
     @classmethod
     def ends(

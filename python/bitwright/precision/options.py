@@ -179,4 +179,5 @@ class PrecisionOptions:
         dtype = kind.chosen_scale_dtype(model.dtype, self.scale_dtype)
         stem = "model" if mix is None else f"{named_after(model.checkpoint)}-{mix.name}"
         file = FileOptions(stem, None if mix is None else mix.name, self.split_max_size)
-        return Target(kind, plan, default, dtype, file)
+        wider = kind.wider_dtype(model.dtype, self.scale_dtype)
+        return Target(kind, plan, default, dtype, file, wider)
