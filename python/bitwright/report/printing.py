@@ -185,6 +185,9 @@ def print_inspection(found: Inspection, console: Console) -> None:
         "to quantize": f"{found.method}, preset {found.preset}, would take about "
         f"{megabytes(found.memory_bytes)} of memory and {found.seconds:,.0f} s here, with "
         f"{found.tokens:,} calibration tokens",
+        "to write": f"not in the {found.output_format} format: {found.output_problem}"
+        if found.output_bytes is None
+        else f"{megabytes(found.output_bytes)} of weights in the {found.output_format} format",
     }
     print_facts(facts, console)
     rows = [
