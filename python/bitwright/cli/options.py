@@ -271,12 +271,18 @@ exceptions = together(
 )
 
 
-def target_bpw(help: str, required: bool = False) -> Add:
+def target_bpw(help: str) -> Add:
     """Return the option for the size of a model of dynamic precision."""
-    return precision_option(
-        "--target-bpw", required=required, type=click.FloatRange(0, min_open=True), help=help
-    )
+    return precision_option("--target-bpw", type=click.FloatRange(0, min_open=True), help=help)
 
+
+target_size = precision_option(
+    "--target-size",
+    type=Size(),
+    metavar="SIZE",
+    help="Bytes of all weight files, such as 3.2GB, 500M or 2GiB: precisions are chosen within that, also "
+    "of embedding and head.",
+)
 
 # Method
 

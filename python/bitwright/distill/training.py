@@ -701,8 +701,8 @@ class _Run:
         return mean
 
     def _sum(self, losses: Callable[[], NDArray[np.float64]]) -> float:
-        """Return the sum of losses; NaN where training has made rows of the embedding infinite, which only of
-        a student as it was given is an error of its own."""
+        """Return the sum of losses; NaN where training has made rows of the embedding infinite, which is an
+        error only of a student as it was given."""
         try:
             return float(losses().sum())
         except NonFiniteError:

@@ -15,6 +15,7 @@ from bitwright.formats.spelling import Spelling, combined
 from bitwright.grids.tensor import Grid
 from bitwright.loading.model import Model
 from bitwright.methods.method import Method
+from bitwright.precision.byte_count import size_in_bytes
 from bitwright.precision.recipe import Overrides, Recipe, check_recipe, plan_layers
 from bitwright.precision.target import Target
 
@@ -48,9 +49,12 @@ class PrecisionOptions:
     token_embedding_type: str | None = None
     output_tensor_type: str | None = None
     split_max_size: int | None = None
+    target_size: int | str | None = None
 
     def __post_init__(self) -> None:
         self._check_type()
+        if self.target_size is not None:
+            self._check_size()
         said: dict[str, Spelling] = {}
         if self.grid is not None:
             said["grid"] = Spelling.parse(self.grid)
@@ -61,6 +65,18 @@ class PrecisionOptions:
         found = combined(said)
         for name in ("bits", "group_size", "grid"):
             object.__setattr__(self, name, getattr(found, name))
+
+    def _check_size(self) -> None:
+        """Take the bytes of a target; ValueError if it is none, or options say what it decides."""
+        try:
+            object.__setattr__(self, "target_size", size_in_bytes(self.target_size or 0))
+        except ValueError as error:
+            raise ValueError(f"target_size: {error}") from error
+        for name, usual in (("bits", USUAL_BITS), ("group_size", "auto"), ("recipe", None)):
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name}: target_size decides that; leave it out")
+        if self.type is not None:
+            raise ValueError(f"type: {self.type} has a size of its own; leave out one of the two")
 
     def _check_type(self) -> None:
         """Raise ValueError if options say what a mixture says, or change none."""

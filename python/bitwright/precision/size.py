@@ -24,6 +24,8 @@ def layer_bytes(
 ) -> int:
     """Return the bytes of a layer ``[out, in]``: of its rows, and of what it has but once."""
     rows, channels = shape
+    if scale_dtype not in format.scale_dtypes:  # such as products of a superblock's parts
+        scale_dtype = format.scale_dtypes[0]
     once, by_row = _packed_bytes(format.name, channels, precision, scale_dtype)
     return once + math.ceil(by_row * rows)
 

@@ -76,6 +76,7 @@ def quantize(
     token_embedding_type: str | None = None,
     output_tensor_type: str | None = None,
     split_max_size: int | None = None,
+    target_size: int | str | None = None,
     allow_requantize: bool = False,
     allow_unfused: bool = False,
     memory: float | None = None,
@@ -191,6 +192,9 @@ def quantize(
         Those of embedding and head. F32, F16 and BF16 leave a tensor in float, as the model has it.
     split_max_size
         Write several GGUF files, with at most so many bytes of tensors in each.
+    target_size
+        For preset best, in place of `bits`: bytes of all weight files, such as ``"3.2GB"``, that the
+        precisions of all layers, embedding and head among them, are chosen within.
     allow_requantize
         Take a model that is quantized already, in any format that is read, as if its weights were the
         original's. What its first rounding lost stays lost: use the original where there is one.

@@ -82,7 +82,7 @@ def print_recipe(recipe: Recipe, found: Sensitivities, console: Console) -> None
     rows = []
     for precision in sorted(set(recipe.layers.values()), key=str):
         names = [name for name, each in recipe.layers.items() if each == precision]
-        share = sum(found.parameters[name] for name in names) / total
+        share = sum(found.parameters.get(name, 0) for name in names) / total
         rows.append((precision_name(precision), str(len(names)), f"{100 * share:.1f} %"))
     title = f"{recipe.bits_per_weight:.4f} bits per weight"
     print_table(("bits:group", "layers", "weights"), rows, console, title)
