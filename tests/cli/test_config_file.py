@@ -98,6 +98,27 @@ def test_mistakes_are_named_with_their_line(
     assert [path.name for path in place.iterdir()] == ["c.yaml"]
 
 
+@pytest.mark.parametrize("content", ["mine: 1\n", "", "\0\xff"])
+def test_settings_replace_no_file_of_others(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+) -> None:
+    """Unless that is asked for; a link to settings is followed."""
+    Path("s.yaml").write_text(content)
+    words = ["quantize", "--config", "c.yaml", "--method", "rtn", "--save-config"]
+    assert run(monkeypatch, *words, "s.yaml") == 1
+    assert "s.yaml: exists already, and is not what this command" in capsys.readouterr().err
+    assert Path("s.yaml").read_text() == content
+    assert not Path("a").exists()
+    Path("link.yaml").symlink_to("s.yaml")
+    assert run(monkeypatch, *words, "link.yaml", "--overwrite") == 0
+    assert run(monkeypatch, *words, "link.yaml", "--out", "b") == 0
+    assert Path("link.yaml").is_symlink()
+    assert "out: b" in Path("s.yaml").read_text()
+
+
 def test_words_are_words(tmp_path: Path) -> None:
     """YAML takes 3:32 for the number 212, and no for a truth; here both are what is written."""
     (tmp_path / "c.yaml").write_text("low: 3:32\nhigh: 5:64\nloss: kl\n")

@@ -10,10 +10,11 @@ import yaml
 
 from bitwright.errors import ConfigError, shown
 from bitwright.files.home import expanded
-from bitwright.files.replacing import replaced
+from bitwright.files.replacing import check_new_file, followed, replaced
 from bitwright.files.text_file import read_bytes
 
 LIMIT = 1 << 20  # bytes
+OWN = "# bitwright "  # how files that are written here begin
 UNSET = ("", "~", "null", "Null", "NULL")
 
 
@@ -53,11 +54,29 @@ def read_settings(path: Path, command: click.Command, context: click.Context) ->
     return settings
 
 
-def write_settings(path: Path, settings: Mapping[str, Any], command: str) -> None:
-    """Write settings so that `read_settings` gives them back."""
+def write_settings(
+    path: Path, settings: Mapping[str, Any], command: str, overwrite: bool = False
+) -> None:
+    """Write settings so that `read_settings` gives them back.
+
+    Raises
+    ------
+    OutputExistsError
+        If there is a file that this has not written, unless that may be overwritten.
+    OutputError
+        If the operating system refuses.
+    """
+    place = Path(expanded(path))
+    check_new_file(place, _check_own, overwrite)
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    with replaced(Path(expanded(path))) as temporary:
-        temporary.write_text(f"# bitwright {command} --config THIS_FILE\n{text}", encoding="utf-8")
+    with replaced(followed(place)) as temporary:
+        temporary.write_text(f"{OWN}{command} --config THIS_FILE\n{text}", encoding="utf-8")
+
+
+def _check_own(path: Path) -> None:
+    """Raise ConfigError unless a file begins as those that are written here."""
+    if not read_bytes(path, LIMIT, ConfigError).startswith(OWN.encode()):
+        raise ConfigError(f"{path}: was not written by --save-config")
 
 
 def given_settings(
