@@ -1,6 +1,6 @@
 """Kills every command before every change it makes to files, repeats it, and compares all bytes.
 
-    python tests/kill_at_events.py [COMMAND …] [--sample SEED] [--twice] [--errors] [--list]
+    python tests/kill_at_events.py [COMMAND …] [--sample SEED [--draw N]] [--twice] [--errors] [--list]
 
 Each command is run undisturbed once, and its events are counted: what it opens to write, makes, writes,
 renames, removes and synchronizes; see file_system_events.py. Then, for each of these events, it is started
@@ -9,7 +9,7 @@ say that the output exists, where all of it was there), all files must have the 
 run, and nothing else may be left, in the folder of the output or in the one for temporary files. Of
 several writes in a row to one file, the first, one between and the last are taken.
 
-With --sample only some events are: all around those by which something appears in its place, and a few
+With --sample only some events are: all around those by which something appears in its place, and N
 more, drawn by the seed. With --twice the repeat is killed, too, at an event drawn for each, and repeated
 again. With --errors nothing is killed, but each event ends with the error of a full or a broken disk: the
 command must end well all the same, or say what is wrong, and the repeat goes on. One row is printed for
@@ -56,7 +56,6 @@ FAMILIES = ("bamba", "gemma4", "gpt_oss", "lfm2", "qwen3_5")  # whose blocks are
 HUB_NAME = "org/story"
 DEMO = bitwright.demo_folder()
 _served: list[object] = []
-DRAWN = 1  # events of a sample beside those around the moves
 Content = dict[str, bytes | None]
 Run = list[str] | Callable[[], object]
 
@@ -169,7 +168,7 @@ def at(number: int, answer: int) -> Answer:
     return lambda found, event: answer if found == number else 0
 
 
-def taken(events: Sequence[Event], sample: random.Random | None) -> list[int]:
+def taken(events: Sequence[Event], sample: random.Random | None, drawn: int) -> list[int]:
     """Choose events to kill at; of writes in a row the first, one between and the last."""
     numbers: list[int] = []
     row: list[int] = []
@@ -188,8 +187,8 @@ def taken(events: Sequence[Event], sample: random.Random | None) -> list[int]:
     moves = [place for place, number in enumerate(numbers) if shows(events[number])]
     near = {place + step for place in moves for step in (0, 1)} & set(range(len(numbers)))
     rest = sorted(set(range(len(numbers))) - near)
-    drawn = sample.sample(rest, min(DRAWN, len(rest)))
-    return [numbers[place] for place in sorted({*near, *drawn})]
+    more = sample.sample(rest, min(drawn, len(rest)))
+    return [numbers[place] for place in sorted({*near, *more})]
 
 
 def shows(event: Event) -> bool:
@@ -210,7 +209,7 @@ class Trial:
         What it does.
     """
 
-    def __init__(self, command: Command, place: Place, seed: int | None) -> None:
+    def __init__(self, command: Command, place: Place, seed: int | None, drawn: int = 1) -> None:
         self.command, self.place, self.row = command, place, Row()
         self.rng = random.Random(f"{command.name} {seed}")
         place.begin(empty=True)
@@ -230,7 +229,7 @@ class Trial:
         if command.begun and self.expected != expected:
             self.row.faults.append("a resumed run ends otherwise than one that never stopped")
         self.row.events = len(self.events)
-        self.numbers = taken(self.events, None if seed is None else self.rng)
+        self.numbers = taken(self.events, None if seed is None else self.rng, drawn)
 
     def kill(self, number: int, twice: bool) -> None:
         """Kill the command before an event, and repeat it."""
@@ -606,6 +605,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", nargs="*", help="Names, or their beginnings; by default all.")
     parser.add_argument("--sample", type=int, metavar="SEED", help="Kill at some events only.")
+    parser.add_argument("--draw", type=int, metavar="N", default=1, help="How many of them.")
     parser.add_argument("--twice", action="store_true", help="Kill the repeat, too.")
     parser.add_argument("--errors", action="store_true", help="Let events fail, instead of kills.")
     parser.add_argument("--list", action="store_true", help="Print the commands' names.")
@@ -641,7 +641,7 @@ def main() -> int:
                 continue
             start = time.perf_counter()
             try:
-                trial = Trial(command, place, options.sample)
+                trial = Trial(command, place, options.sample, options.draw)
             except RuntimeError as error:
                 print(f"{command.name}: {error}", file=sys.stderr, flush=True)
                 failed = True

@@ -77,6 +77,11 @@ def test_a_run_from_a_file_and_the_file_of_a_run(
         ),
         ("samples: 4", "samples: none", "c.yaml, line 12: samples: 'none' is not a valid int"),
         ("{bits: 4, group_size: 32}", "4", "c.yaml, line 9: overrides: must map each glob"),
+        ("{bits: 4, group_size: 32}", "{bits: [4]}", "c.yaml, line 9: overrides: must map each"),
+        ("{bits: 4, group_size: 32}", "{[a]: 4}", "c.yaml, line 9: a key must be a word"),
+        ('["*.v_proj"]', "&a [*a]", "c.yaml, line 8: is nested too deeply"),
+        ('["*.v_proj"]', f"{'[' * 3000}a{']' * 3000}", "c.yaml: is nested too deeply"),
+        ("samples: 4", f"samples: {'9' * 5000}", "c.yaml, line 12: samples: '9999"),
         ("out: a", "out: [", "is not sound YAML"),
         (SETTINGS, "- a", "c.yaml, line 1: must be settings, KEY: VALUE"),
         ("", "", "there is no such file"),
@@ -95,6 +100,7 @@ def test_mistakes_are_named_with_their_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert said in lines[0]
+    assert len(lines[0]) < 1000
     assert [path.name for path in place.iterdir()] == ["c.yaml"]
 
 
