@@ -88,8 +88,9 @@ class GgufFiles:
     ) -> None:
         """As `WeightFiles.write`."""
         infos = [TensorInfo(each.name, each.dtype, each.shape) for each in tensors]
-        number = self._options.type and np.uint32(FILE_TYPES[self._options.type])
-        file_type = {"general.file_type": _file_type(infos) if number is None else number}
+        kind = self._options.type or ("F32" if self.part_bytes else None)  # or not known yet
+        number = _file_type(infos) if kind is None else np.uint32(FILE_TYPES[kind])
+        file_type = {"general.file_type": number}
         said = {**self._metadata, **file_type, **self._options.keys}
         if not self.part_bytes:  # or nobody knows yet
             said.setdefault("general.size_label", size_label(infos))
@@ -118,10 +119,19 @@ class GgufFiles:
             with open(path, "rb") as file:
                 headers.append(Header(file, path))
         infos = [info for header in headers for info, _ in header.tensors.values()]
-        said = {} if self._options.type else {"general.file_type": _file_type(infos)}
+        kind = _file_type(infos)
         for number, path in enumerate(files):
-            with open(path, "r+b") as file:
-                overwrite_values(file, {**_split(number, len(files), len(infos)), **said})
+            self._overwrite(path, number, len(files), len(infos), kind)
+
+    def reopen(self, file: Path, number: int) -> None:
+        """As `WeightFiles.reopen`."""
+        if self.part_bytes:
+            self._overwrite(file, number, 1, 0, np.uint32(FILE_TYPES["F32"]))
+
+    def _overwrite(self, path: Path, part: int, count: int, tensors: int, kind: np.uint32) -> None:
+        said = {} if self._options.type else {"general.file_type": kind}
+        with open(path, "r+b") as file:
+            overwrite_values(file, {**_split(part, count, tensors), **said})
 
 
 def _split(number: int, count: int, tensors: int) -> dict[str, Any]:

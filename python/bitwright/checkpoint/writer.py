@@ -140,6 +140,10 @@ class WeightFiles(Protocol):
         number of the file of each, `size` are the bytes of all."""
         ...
 
+    def reopen(self, file: Path, number: int) -> None:
+        """Take back what `complete` has changed in a file, if it has: more files may come."""
+        ...
+
 
 class SafetensorsFiles:
     """Tensors as they are, in safetensors files."""
@@ -185,6 +189,9 @@ class SafetensorsFiles:
         }
         path = files[0].with_name(INDEX_NAME)
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def reopen(self, file: Path, number: int) -> None:
+        """As `WeightFiles.reopen`: files stay as they were written."""
 
 
 @contextmanager
@@ -395,8 +402,9 @@ class CheckpointWriter:
                 elif path not in sizes:
                     path.unlink()
             self.committed()
-            for path, size in sizes.items():
+            for number, (path, size) in enumerate(sizes.items()):
                 self._work.require(path, size)
+                self.container.reopen(path, number)
             if self._waiting:
                 self._work.require(data, self._waiting_bytes, or_more=True)
                 os.truncate(data, self._waiting_bytes)

@@ -24,6 +24,7 @@ from bitwright.precision.estimate import check_estimate, estimate_sensitivities
 from bitwright.precision.options import PrecisionOptions
 from bitwright.precision.recipe import Recipe
 from bitwright.precision.whole_size import WholeSize
+from bitwright.presets.high import check_high, high_quantization
 from bitwright.quantization.options import QuantizationOptions
 from bitwright.quantization.quantize import check_run, run_quantization
 from bitwright.ranks import current
@@ -68,9 +69,10 @@ def quantize_best(
 
     Sensitivities are estimated, and every layer gets a precision around the one asked for, in groups of the
     same or twice the size, so that all layers together take no more than they would have. Then come the
-    method with refinement and drift correction, and DWQ on as many as 100,000 tokens of `calibration`.
-    Where the format has one precision for all layers, or a recipe is given, that is what is used. With
-    `target_size` (an option) they are chosen within the bytes of all weight files, see `dynamic_quantize`.
+    method as preset ``"high"`` does it, where it refines, and DWQ on as many as 100,000 tokens of
+    `calibration`. Where the format has one precision for all layers, or a recipe is given, that is what is
+    used. With `target_size` (an option) they are chosen within the bytes of all weight files, see
+    `dynamic_quantize`.
 
     Parameters
     ----------
@@ -113,10 +115,8 @@ def best_quantization(
     started = time.perf_counter()
     options.limits.set_threads()
     original = load_model(model)
-    if options.two_sided:
-        raise ValueError("preset: high is no part of best yet; take one of the two")
-    if options.preset == "best":  # which is what this is: the stages have the default one
-        options = replace(options, preset="default")
+    if options.preset == "best":  # which is what this is: the stages have another one
+        options = replace(options, preset="high" if options.method.refine else "default")
     recipe = options.precision.recipe
     if recipe is not None and not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
@@ -181,7 +181,9 @@ def _require_room(
             )
         WholeSize.of(original, asked, options.method.method)
     plans: list[Callable[[], object]] = [
-        lambda: check_run(model, out, quiet),
+        lambda: (
+            check_high(original, out, quiet) if options.two_sided else check_run(model, out, quiet)
+        ),
         lambda: check_training(original, source, *estimated.values()),
     ]
     if chooses:
@@ -247,9 +249,8 @@ def _trained(
     calibration, limits, recipe = options.calibration, options.limits, options.precision.recipe
 
     def make(folder: Path) -> QuantizationReport:
-        return run_quantization(
-            model, folder, replace(options, limits=replace(limits, overwrite=False))
-        )
+        quantize = high_quantization if options.two_sided else run_quantization
+        return quantize(model, folder, replace(options, limits=replace(limits, overwrite=False)))
 
     layers = sorted(recipe.layers.items()) if isinstance(recipe, Recipe) else None
     chosen = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]

@@ -115,7 +115,7 @@ def quantize(
         ``"fast"`` is the method by itself. ``"default"`` adds `refine` and `drift` to gptq, awq and
         awq+gptq. ``"high"`` then refines every layer by what its errors do to the model's predictions,
         which gradients over half of the calibration tell, see `refine_two_sided`. ``"best"`` chooses the
-        precision of every layer within the same size, and trains the scales after `"default"`; see
+        precision of every layer within the same size, and trains the scales after ``"high"``; see
         `bitwright.quantize_best`.
     refine
         After a layer is quantized, improve codes and scales in the metric of its gram, see `refine`. By
