@@ -173,7 +173,7 @@ class AdapterCheckpoint(Checkpoint):
                 f"{place}: says rank {shown(expected)} and alpha {shown(alpha)} of "
                 f"{shown(layer)}, whose factors have rank {rank}"
             )
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def _require_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if found != expected:
