@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,9 @@ from bitwright.checkpoint.gguf_file import (
 from bitwright.checkpoint.gguf_general import size_label
 from bitwright.checkpoint.gguf_metadata import gguf_metadata
 from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames
-from bitwright.checkpoint.writer import FileOptions, StoredTensor
+from bitwright.checkpoint.writer import ENTRY_BYTES, FileOptions, StoredTensor
+
+HEADER_BYTES = 512  # of what is said of the file when its tensors are known
 
 
 class GgufFiles:
@@ -100,6 +103,12 @@ class GgufFiles:
         for tensor, end in zip(tensors, offsets[1:], strict=True):
             tensor.copy(data, file)
             file.write(bytes(start + end - file.tell()))
+
+    def overhead(self, names: Iterable[str]) -> int:
+        """As `WeightFiles.overhead`."""
+        said = {**self._metadata, **self._options.keys}
+        start = write_header(BytesIO(), said, [])
+        return start + HEADER_BYTES + sum(len(name.encode()) + ENTRY_BYTES for name in names)
 
     def complete(self, files: Sequence[Path], tensors: Mapping[str, int], size: int) -> None:
         """As `WeightFiles.complete`: each of several files says which of how many it is."""

@@ -34,6 +34,7 @@ from bitwright.files.inputs import InputFiles
 from bitwright.files.replacing import output_errors, synchronize, taken
 
 SHARD_BYTES = 5_000_000_000  # as model hubs have them
+ENTRY_BYTES = 96  # of a tensor in a header at most, beside its name
 COPY_BYTES = 8 << 20
 DATA_NAME = "data.{}"  # in the work folder: of weight file number …, until that is written
 STACK_NAME = "stack.{}"  # in the work folder: of a tensor whose parts are not all there
@@ -130,6 +131,10 @@ class WeightFiles(Protocol):
         """Write a file of tensors whose data lie in another file; the `number` of the first is 0."""
         ...
 
+    def overhead(self, names: Iterable[str]) -> int:
+        """Return how many bytes the files take at most beside the data of tensors of such names."""
+        ...
+
     def complete(self, files: Sequence[Path], tensors: Mapping[str, int], size: int) -> None:
         """Finish the files under their last names, once it is known how many there are: `tensors` has the
         number of the file of each, `size` are the bytes of all."""
@@ -169,6 +174,10 @@ class SafetensorsFiles:
         file.write(_safetensors_header(ordered, metadata))
         for tensor in ordered:
             tensor.copy(data, file)
+
+    def overhead(self, names: Iterable[str]) -> int:
+        """As `WeightFiles.overhead`."""
+        return ENTRY_BYTES + sum(len(name.encode()) + ENTRY_BYTES for name in names)
 
     def complete(self, files: Sequence[Path], tensors: Mapping[str, int], size: int) -> None:
         """As `WeightFiles.complete`: of several files there is an index."""
