@@ -18,8 +18,15 @@ from bitwright.files.replacing import check_new_file
 from bitwright.formats import FORMATS, FormatName
 from bitwright.grids.tensor import Grid
 from bitwright.loading.model import Model, load_model
+from bitwright.methods.method import Method
 from bitwright.methods.registry import METHODS
-from bitwright.precision.choices import Candidate, check_model, choose_precisions, dynamic_choices
+from bitwright.precision.choices import (
+    Candidate,
+    Choices,
+    check_model,
+    choose_precisions,
+    dynamic_choices,
+)
 from bitwright.precision.estimate import check_estimate, estimate_sensitivities
 from bitwright.precision.options import PrecisionOptions
 from bitwright.precision.recipe import Recipe, plan_layers
@@ -33,7 +40,6 @@ from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
 from bitwright.runs.limits import RunLimits
 from bitwright.spellings import Old, respelled
-from bitwright.text.builtin import given_or_builtin
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
@@ -162,18 +168,10 @@ def dynamic_quantize(
     RunLimits(threads=threads).set_threads()
     original = load_model(model)
     check_choice("method", method, [each.name for each in METHODS.values() if each.bits is None])
-    given_grid = grid, options.get("scale_dtype")
     estimated_on: Any = calibration if sensitivity_calibration is None else sensitivity_calibration
-    if (target_bpw is None) == (target_size is None):
-        raise ValueError("target_bpw: give it, or target_size in its place")
-    whole = None
-    if target_size is not None:
-        asked = {"format": format, "grid": grid, "target_size": target_size, **options}
-        precision = taken(PrecisionOptions, asked)
-        whole = WholeSize.of(original, precision, METHODS[method], candidates)
-        choices = whole.choices
-    elif target_bpw is not None:
-        choices = dynamic_choices(original, target_bpw, candidates, format, *given_grid)
+    stored = {"format": format, "grid": grid, "target_size": target_size, **options}
+    within = _Within.of(original, target_bpw, candidates, METHODS[method], stored)
+    choices = within.choices
     _check_places(out, sensitivities, recipe, overwrite)
     _check_plan(original, format, choices.ends[1], choices.grid, options)
     known = _known(original, sensitivities)
@@ -208,22 +206,11 @@ def dynamic_quantize(
                 resume=resume,
                 progress=progress,
             )
-        if whole is not None:
-            source = given_or_builtin(estimated_on)
-            judging = CalibrationOptions(source, sensitivity_samples, length, seed, bos)
-            chosen = whole.chosen(known, judging.load(original, JUDGED_SAMPLES).tokens)
-        elif target_bpw is not None:
-            chosen = choose_precisions(
-                *(original, known, target_bpw, choices.candidates),
-                format=format,
-                grid=choices.grid,
-                scale_dtype=choices.scale_dtype,
-                allow_unfused=options.get("allow_unfused", False),
-            )
+        judging = CalibrationOptions(estimated_on, sensitivity_samples, length, seed, bos)
+        chosen = within.chosen(known, judging)
 
         def complete(folder: Path) -> None:
-            if whole is not None:
-                whole.compare(folder)
+            within.compare(folder)
             judged.evaluate(folder)
             _check_recipe_file(recipe, overwrite)  # hours may have passed
             if recipe is not None:
@@ -241,6 +228,54 @@ def _calibration(
 ) -> TokenSource | None:
     """Return what a method is calibrated on, if it asks for that."""
     return text if METHODS[method].needs_inputs or options.get("grid_search") else None
+
+
+@dataclass(frozen=True)
+class _Within:
+    """What precisions are chosen within: bits per weight of the layers, or the size of whole files."""
+
+    model: Model
+    choices: Choices
+    options: PrecisionOptions
+    target_bpw: float
+    whole: WholeSize | None
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        target_bpw: float | None,
+        candidates: Sequence[Candidate] | None,
+        method: Method,
+        stored: Mapping[str, Any],
+    ) -> "_Within":
+        """Return it; ValueError unless it is one of the two, and within reach."""
+        if (target_bpw is None) == (stored["target_size"] is None):
+            raise ValueError("target_bpw: give it, or target_size in its place")
+        if target_bpw is not None:
+            form = stored["format"], stored["grid"], stored.get("scale_dtype")
+            choices = dynamic_choices(model, target_bpw, candidates, *form)
+            return cls(model, choices, taken(PrecisionOptions, stored), target_bpw, None)
+        options = taken(PrecisionOptions, stored)
+        whole = WholeSize.of(model, options, method, candidates)
+        return cls(model, whole.choices, options, 0.0, whole)
+
+    def chosen(self, known: Sensitivities, judging: CalibrationOptions) -> Recipe:
+        """Return the precision of every layer; what embedding and head cost is measured on some text."""
+        if self.whole is not None:
+            return self.whole.chosen(known, judging.load(self.model, JUDGED_SAMPLES).tokens)
+        return choose_precisions(
+            *(self.model, known, self.target_bpw, self.choices.candidates),
+            format=self.options.format,
+            grid=self.choices.grid,
+            scale_dtype=self.choices.scale_dtype,
+            allow_unfused=self.options.allow_unfused,
+        )
+
+    def compare(self, folder: Path) -> None:
+        """Warn if the files are larger than they should be."""
+        if self.whole is not None:
+            self.whole.compare(folder)
 
 
 class _Judged:
