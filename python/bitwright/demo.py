@@ -38,7 +38,7 @@ def run_demo(console: Console) -> None:
     text = folder / "evaluation.txt"
     print_sentence(f"The model is {folder}; 3 bits in groups of 64.", console)
     console.print()
-    rows = {"original": evaluate(folder, text, length=256)}
+    rows = {"original": evaluate(folder, text, length=256, progress=False)}
     with _scratch() as scratch:
         jobs: tuple[tuple[Literal["rtn", "gptq"], Path | None], ...] = (
             ("rtn", None),
@@ -49,7 +49,7 @@ def run_demo(console: Console) -> None:
             report = quantize(
                 folder, out, method, bits=3, calibration=calibration, length=256, progress=False
             )
-            rows[method] = evaluate(out, text, reference=folder, length=256)
+            rows[method] = evaluate(out, text, reference=folder, length=256, progress=False)
         print_report(report, console)
     print_evaluations(rows, console)
     console.print(

@@ -22,6 +22,7 @@ from bitwright.models.operations import Float32
 from bitwright.process.memory import peak_memory_bytes
 from bitwright.runs.budget import Budget
 from bitwright.runs.forecast import inner_width, passing_bytes
+from bitwright.runs.progress import Progressing, phase
 from bitwright.spellings import Old, respelled
 from bitwright.text.samples import Samples, TokenSource, Windows, load_samples
 from bitwright.warned import reports_warnings
@@ -97,6 +98,7 @@ def evaluate(
     windows: Windows = "whole",
     memory: float | None = None,
     on_progress: Callable[[float], None] | None = None,
+    progress: Progressing = True,
 ) -> Evaluation:
     """Measure perplexity and, next to a reference, KL divergence and agreement of the first choice.
 
@@ -128,6 +130,8 @@ def evaluate(
         Budget in gigabytes (10⁹ bytes); by default three quarters of what is free.
     on_progress
         Called with the share of the work that is done, from 0 to 1.
+    progress
+        Show a bar or lines on standard error, or what gets each record, see `Progress`.
 
     Returns
     -------
@@ -165,24 +169,25 @@ def evaluate(
     batch, _ = plan_evaluation(models, len(tokens), tokens.shape[1], memory)
     parts = [tokens[first : first + batch] for first in range(0, len(tokens), batch)]
     steps = len(parts) * (sum(each.config.num_hidden_layers + 1 for each in models) + 1)
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if on_progress:
-            on_progress(done / steps)
-
-    total, inputs = _Comparison(), InputFiles()
+    total, inputs, done = _Comparison(), InputFiles(), 0
     for each in models:
         inputs.watch_model(each.checkpoint)
-    for number, part in enumerate(parts, start=1):
-        hidden = [_final_states(each, part, step) for each in models]
-        total.add(models, hidden, part, _compared(part.shape, windows))
-        inputs.check()
-        if number < len(parts):
-            inputs.take_checksums()
-        step()
+    with phase("evaluating", progress, steps) as shown:
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            shown.update(done)
+            if on_progress:
+                on_progress(done / steps)
+
+        for number, part in enumerate(parts, start=1):
+            hidden = [_final_states(each, part, step) for each in models]
+            total.add(models, hidden, part, _compared(part.shape, windows))
+            inputs.check()
+            if number < len(parts):
+                inputs.take_checksums()
+            step()
     followed = len(tokens) * (tokens.shape[1] - 1 - skipped)
     positions = followed if skipped else tokens.size
     perplexities = [float(np.exp(loss / followed)) for loss in total.losses[: len(models)]]

@@ -77,6 +77,7 @@ from bitwright.records.reports import (
     LayerReport,
     QuantizationReport,
 )
+from bitwright.runs.progress import Progress
 from bitwright.statistics.folder import Statistics
 from bitwright.statistics.merging import merge_statistics
 from bitwright.text.builtin import calibration_text
@@ -126,6 +127,7 @@ __all__ = [
     "NonFiniteError",
     "OutputError",
     "OutputExistsError",
+    "Progress",
     "QuantizationReport",
     "QuantizedTensor",
     "RankError",

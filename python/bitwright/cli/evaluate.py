@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import bitwright
 from bitwright.cli import options
@@ -42,17 +41,7 @@ def evaluate(
     """Measure the perplexity of MODEL, and its KL divergence from a reference."""
     if threads is not None:
         bitwright.set_num_threads(threads)
-    bar = Progress(
-        TextColumn("evaluating"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-    )
-    with bar:
-        task = bar.add_task("", total=1.0, visible=False)  # until there is some
-        result = bitwright.evaluate(
-            model,
-            evaluation,
-            on_progress=lambda share: bar.update(task, completed=share, visible=True),
-            **given,
-        )
+    result = bitwright.evaluate(model, evaluation, **given)
     if as_json:
         click.echo(json.dumps(asdict(result)))
     else:

@@ -29,6 +29,7 @@ from bitwright.ranks import current
 from bitwright.records.card import made_by, python_call
 from bitwright.records.reports import DwqReport, QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
+from bitwright.runs.progress import Progressing, in_phases
 from bitwright.text.builtin import given_or_builtin
 from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
@@ -60,7 +61,7 @@ def quantize_best(
     overwrite: bool = False,
     resume: bool = True,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
     **options: Any,
 ) -> QuantizationReport:
     """Quantize as well as is known within the size that `bits` and `group_size` would take.
@@ -120,9 +121,13 @@ def best_quantization(
         recipe = Recipe.load(recipe)
     chooses = recipe is None and _can_choose(original, options.precision)
     writer = CheckpointWriter(out, options.limits.overwrite, source=original.checkpoint.source)
+    phases = [("quantizing", 2), ("teaching", 1), ("distilling", 12)]
+    if chooses:
+        phases.insert(0, ("estimating sensitivities", 2))
     with (
         kept_until_written(WorkFolder(out, SENSITIVITIES)) as work,
         one_budget(options.limits.memory),
+        in_phases(options.limits.progress, *phases),
     ):
         current().on_first(writer.check_place)
         _require_room(original, model, out, options, chooses)

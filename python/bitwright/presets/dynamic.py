@@ -29,6 +29,7 @@ from bitwright.records.card import add_evaluations, made_by, python_call
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
 from bitwright.runs.limits import RunLimits
+from bitwright.runs.progress import Progressing, in_phases
 from bitwright.spellings import Old, respelled
 from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
@@ -92,7 +93,7 @@ def dynamic_quantize(
     overwrite: bool = False,
     resume: bool = True,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
     **options: Any,
 ) -> DynamicReport:
     """Quantize a checkpoint folder to a target size, with more bits where they matter.
@@ -159,7 +160,7 @@ def dynamic_quantize(
     _check_plan(original, format, choices.ends[1], choices.grid, options)
     known = _known(original, sensitivities)
     reading: dict[str, Any] = {"length": length, "bos": bos, "memory": memory}
-    judged = _Judged(original, evaluation, reading)
+    judged = _Judged(original, evaluation, reading, progress)
     estimated = {**reading, "samples": sensitivity_samples, "seed": seed}
     making: dict[str, Any] = {
         **{**reading, "method": method, "format": format, "grid": choices.grid, "seed": seed},
@@ -170,6 +171,7 @@ def dynamic_quantize(
         kept_until_written(WorkFolder(out, SENSITIVITIES)) as work,
         made_by(python_call(dynamic_quantize, arguments)),
         one_budget(memory),
+        in_phases(progress, *_phases(known is not None, evaluation is not None)),
     ):
         # All that does not depend on which layer gets what.
         lowest = dict.fromkeys(original.linear_shapes(), choices.ends[0])
@@ -199,15 +201,20 @@ def dynamic_quantize(
 
         def complete(folder: Path) -> None:
             judged.evaluate(folder)
-            _check_recipe_file(recipe, overwrite)  # hours may have passed
-            if recipe is not None:
-                chosen.save(recipe)
+            _save_recipe(chosen, recipe, overwrite)
 
         with completed(out, complete):
             report = quantize(model, out, recipe=chosen, progress=progress, **making)
     before, after, seconds = judged.result()
     spent = replace(report, seconds=report.seconds - seconds)
     return DynamicReport(chosen, known, spent, before, after)
+
+
+def _phases(known: bool, judged: bool) -> list[tuple[str, float]]:
+    """Return what is done, and what that usually takes."""
+    estimating = [] if known else [("estimating sensitivities", 2.0)]
+    evaluating = [("evaluating", 0.2), ("evaluating", 0.4)] if judged else []
+    return [*estimating, ("quantizing", 2.0), *evaluating]
 
 
 def _calibration(
@@ -221,9 +228,14 @@ class _Judged:
     """The evaluations of the original and of the result, where there is a text for them."""
 
     def __init__(
-        self, original: Model, text: TokenSource | None, reading: Mapping[str, Any]
+        self,
+        original: Model,
+        text: TokenSource | None,
+        reading: Mapping[str, Any],
+        progress: Progressing,
     ) -> None:
         self._original = original
+        self._progress = progress
         self._text = text
         self._reading = reading
         self._found: tuple[Evaluation | None, Evaluation | None] = (None, None)
@@ -244,8 +256,9 @@ class _Judged:
             return
         start = time.perf_counter()
         try:
-            before = evaluate(self._original, self._text, **self._reading)
-            after = evaluate(folder, self._text, reference=self._original, **self._reading)
+            how: dict[str, Any] = {**self._reading, "progress": self._progress}
+            before = evaluate(self._original, self._text, **how)
+            after = evaluate(folder, self._text, reference=self._original, **how)
             self._found = before, after
             add_evaluations(folder, {"original": before, "quantized": after})
         except ValueError as error:
@@ -278,6 +291,12 @@ def _check_places(
 def _check_recipe_file(recipe: str | os.PathLike[str] | None, overwrite: bool) -> None:
     if recipe is not None:
         check_new_file(Path(recipe), Recipe.load, overwrite)
+
+
+def _save_recipe(chosen: Recipe, recipe: str | os.PathLike[str] | None, overwrite: bool) -> None:
+    _check_recipe_file(recipe, overwrite)  # hours may have passed
+    if recipe is not None:
+        chosen.save(recipe)
 
 
 def _check_plan(

@@ -18,6 +18,7 @@ from bitwright.quantization.quantize import check_run, run_quantization
 from bitwright.ranks import current
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
+from bitwright.runs.progress import in_phases
 
 
 def high_quantization(
@@ -37,7 +38,11 @@ def high_quantization(
     def plan() -> GradientPlan:
         return plan_gradients(original, tokens, limits.memory)
 
-    with one_budget(limits.memory), kept_until_written(WorkFolder(out, GRADIENTS)) as work:
+    with (
+        one_budget(limits.memory),
+        in_phases(limits.progress, ("gradients of outputs", 3), ("quantizing", 2)),
+        kept_until_written(WorkFolder(out, GRADIENTS)) as work,
+    ):
         current().on_first(writer.check_place)
         quiet = replace(options, limits=replace(limits, progress=False))
         require_all([lambda: check_run(model, out, quiet), plan])

@@ -202,7 +202,7 @@ class Run:
             two_sided=self.two_sided,
         )
         limits = self.limits
-        return tell(plan_run(work, limits.memory, out, timed=limits.progress), limits)
+        return tell(plan_run(work, limits.memory, out, timed=bool(limits.progress)), limits)
 
     def _identity(self, identity: Mapping[str, object]) -> dict[str, object]:
         """Return what decides the result, in words for whoever changes it between two runs."""

@@ -25,6 +25,7 @@ from bitwright.quantization.run import Run
 from bitwright.records.card import made_by, python_call
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.limits import RunLimits
+from bitwright.runs.progress import Progressing
 from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import TokenSource
@@ -53,7 +54,7 @@ def refine_model(
     resume: bool = True,
     overwrite: bool = False,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
 ) -> QuantizationReport:
     """Improve the codes and scales of a model that any tool has quantized; format and size stay.
 
