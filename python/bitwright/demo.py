@@ -32,8 +32,9 @@ def demo_folder() -> Path:
     return Path(__file__).parent / "demo_data"
 
 
-def run_demo(console: Console) -> None:
-    """Evaluate the demo model, quantize it by both methods, evaluate the results, compare."""
+def run_demo(console: Console) -> dict[str, object]:
+    """Evaluate the demo model, quantize it by both methods, evaluate the results, compare; return the
+    figures."""
     folder = demo_folder()
     text = folder / "evaluation.txt"
     print_sentence(f"The model is {folder}; 3 bits in groups of 64.", console)
@@ -56,6 +57,7 @@ def run_demo(console: Console) -> None:
         "GPTQ stores as many bytes as rounding to nearest (rtn) and stays closer to the original.\n"
         "Next: bitwright quantize MODEL --out DIR --bits 4 --calibration FILE"
     )
+    return {"quantization": report, "evaluations": rows}
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from bitwright.errors import CalibrationError, NonFiniteError, check_choice
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import InputFiles, same_inputs
 from bitwright.loading.model import Model, load_model
+from bitwright.markup import html_table
 from bitwright.models.block import Rotation
 from bitwright.models.matrix_rows import piece_rows
 from bitwright.models.network import logit_rows
@@ -75,6 +76,24 @@ class Evaluation:
     reference_perplexity: float | None = None
     windows: Windows = "whole"
     first_tokens: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        compared = (
+            "" if self.kl_divergence is None else f", KL {self.kl_divergence:.5f} nats per token"
+        )
+        agreed = "" if self.top1_agreement is None else f", {100 * self.top1_agreement:.2f} % top-1"
+        figures = f"perplexity {self.perplexity:.4f}{compared}{agreed}"
+        return f"{figures}, {self.bits_per_weight:.3f} bits per weight"
+
+    def _repr_html_(self) -> str:
+        agreed = None if self.top1_agreement is None else f"{100 * self.top1_agreement:.2f} %"
+        known = (self.perplexity, self.reference_perplexity, self.kl_divergence)
+        figures = [None if each is None else f"{each:.5g}" for each in known]
+        names = ("perplexity", "perplexity of the reference", "KL, nats per token")
+        more = [("same first choice", agreed), ("bits per weight", f"{self.bits_per_weight:.3f}")]
+        return html_table(
+            [*zip(names, figures, strict=True), *more, ("tokens", f"{self.tokens:,}")]
+        )
 
     @property
     def tokens_per_second(self) -> float:

@@ -68,6 +68,7 @@ from bitwright.presets.best import quantize_best
 from bitwright.presets.dynamic import DynamicReport, dynamic_quantize
 from bitwright.presets.quantize import quantize
 from bitwright.ranks import spread_over
+from bitwright.records.page import report_page
 from bitwright.records.plots import plot_dwq
 from bitwright.records.reports import (
     BlockReport,
@@ -188,6 +189,7 @@ __all__ = [
     "refine",
     "refine_model",
     "refine_two_sided",
+    "report_page",
     "search_scale",
     "set_num_threads",
     "spread_over",

@@ -58,7 +58,9 @@ from bitwright.quantization.small_weights import (
     require_kept,
     warn_of_small_weights,
 )
-from bitwright.records.card import made_by, model_card, python_call
+from bitwright.records.card import model_card, python_call
+from bitwright.records.described import write_report
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import Budget
 from bitwright.runs.progress import Progressing, phase
@@ -294,6 +296,7 @@ def _write(
         differ = bool(unfused(kind, target.plan))
         card = model_card(checkpoint, out, kind, [report], facts=facts, unfused=differ)
         writer.write_text(CARD_NAME, card)
+        write_report(writer, report)
     return report
 
 

@@ -12,6 +12,7 @@ from bitwright.errors import ConfigError, shown
 from bitwright.files.home import expanded
 from bitwright.files.replacing import replaced
 from bitwright.files.text_file import read_bytes
+from bitwright.records.described import settings_text
 
 LIMIT = 1 << 20  # bytes
 UNSET = ("", "~", "null", "Null", "NULL")
@@ -55,9 +56,8 @@ def read_settings(path: Path, command: click.Command, context: click.Context) ->
 
 def write_settings(path: Path, settings: Mapping[str, Any], command: str) -> None:
     """Write settings so that `read_settings` gives them back."""
-    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     with replaced(Path(expanded(path))) as temporary:
-        temporary.write_text(f"# bitwright {command} --config THIS_FILE\n{text}", encoding="utf-8")
+        temporary.write_text(settings_text(settings, command), encoding="utf-8")
 
 
 def given_settings(
@@ -68,11 +68,13 @@ def given_settings(
     found: dict[str, Any] = {}
     for each in command.params:
         name = each.name
-        if name is None or name in ("config", "save_config", "help"):
+        if name is None or name in ("config", "save_config", "help", "as_json"):
             continue
         value = raw.get(name)
         if not isinstance(value, str | bool | int | float | list | tuple):
             value = (context.default_map or {}).get(name)
+        if isinstance(each, click.Option) and each.is_flag and isinstance(value, str):
+            value = click.BOOL.convert(value, each, context)
         if value is None:
             value = each.get_default(context)
         if isinstance(value, tuple | list):

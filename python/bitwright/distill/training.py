@@ -65,7 +65,9 @@ from bitwright.models.network import Network
 from bitwright.models.operations import Float32
 from bitwright.process.memory import peak_memory_bytes
 from bitwright.ranks import current
-from bitwright.records.card import made_by, model_card, python_call
+from bitwright.records.card import model_card, python_call
+from bitwright.records.described import write_report
+from bitwright.records.made_by import made_by
 from bitwright.records.plots import PlotBeside, plot_dwq
 from bitwright.records.reports import DwqReport, QuantizationReport
 from bitwright.runs.budget import Budget, one_budget
@@ -471,6 +473,7 @@ def _write_all(
             unfused=kind is not None and bool(unfused(kind, stored)),
         )
         writer.write_text(CARD_NAME, card)
+        write_report(writer, report)
 
 
 def _token_count(teacher: Model, k: int | None, targets: Path | None) -> int:

@@ -26,7 +26,8 @@ from bitwright.precision.recipe import Recipe
 from bitwright.quantization.options import QuantizationOptions
 from bitwright.quantization.quantize import check_run, run_quantization
 from bitwright.ranks import current
-from bitwright.records.card import made_by, python_call
+from bitwright.records.card import python_call
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import DwqReport, QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
 from bitwright.runs.progress import Progressing, in_phases
@@ -138,6 +139,7 @@ def best_quantization(
     return replace(
         cast(QuantizationReport, trained.student),
         out=Path(out),
+        training=replace(trained, student=None),
         seconds=time.perf_counter() - started,
         peak_memory_bytes=trained.peak_memory_bytes,
     )

@@ -25,7 +25,9 @@ from bitwright.precision.recipe import Recipe, plan_layers
 from bitwright.precision.sensitivities import Sensitivities
 from bitwright.presets.quantize import check_quantization, quantize
 from bitwright.ranks import current
-from bitwright.records.card import add_evaluations, made_by, python_call
+from bitwright.records.card import add_evaluations, python_call
+from bitwright.records.described import extend_report
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
 from bitwright.runs.limits import RunLimits
@@ -59,6 +61,14 @@ class DynamicReport:
     before: Evaluation | None
     after: Evaluation | None
     warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        judged = "" if self.after is None else f"; {self.after}"
+        return f"{self.quantization}{judged}"
+
+    def _repr_html_(self) -> str:
+        judged = "" if self.after is None else self.after._repr_html_()
+        return self.quantization._repr_html_() + judged
 
 
 @respelled(
@@ -200,7 +210,8 @@ def dynamic_quantize(
         )
 
         def complete(folder: Path) -> None:
-            judged.evaluate(folder)
+            said = {"recipe": chosen, "sensitivities": known, **judged.evaluate(folder)}
+            extend_report(folder, "quantization", said)
             _save_recipe(chosen, recipe, overwrite)
 
         with completed(out, complete):
@@ -250,10 +261,10 @@ class _Judged:
             both = [self._original, self._original]  # the quantized one takes no more
             check_evaluation(both, self._text, **self._reading)
 
-    def evaluate(self, folder: Path) -> None:
-        """Evaluate both, and add that to the result's card."""
+    def evaluate(self, folder: Path) -> dict[str, Evaluation | None]:
+        """Evaluate both, add that to the result's card, and return it by names."""
         if self._text is None:
-            return
+            return {"before": None, "after": None}
         start = time.perf_counter()
         try:
             how: dict[str, Any] = {**self._reading, "progress": self._progress}
@@ -264,6 +275,7 @@ class _Judged:
         except ValueError as error:
             self._problem = error  # what does not depend on it is worth having
         self._seconds = time.perf_counter() - start
+        return dict(zip(("before", "after"), self._found, strict=True))
 
     def result(self) -> tuple[Evaluation | None, Evaluation | None, float]:
         """Return the evaluations and the seconds that they took, or raise what was wrong with them."""

@@ -20,7 +20,8 @@ from bitwright.presets.best import best_quantization
 from bitwright.presets.high import high_quantization
 from bitwright.quantization.options import Preset, QuantizationOptions
 from bitwright.quantization.quantize import check_run, run_quantization
-from bitwright.records.card import made_by, python_call
+from bitwright.records.card import python_call
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.progress import Progressing
 from bitwright.text.samples import TokenSource

@@ -31,6 +31,7 @@ from bitwright.quantization.small_weights import warn_of_small_weights
 from bitwright.quantization.source import StatisticsSource
 from bitwright.ranks import current
 from bitwright.records.card import model_card
+from bitwright.records.described import write_report
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.journal import Journal, kept_when_interrupted
 from bitwright.runs.limits import RunLimits
@@ -296,6 +297,7 @@ class Run:
                 file=self.target.file,
             )
             self.writer.write_text(CARD_NAME, card)
+            write_report(self.writer, report)
         return report
 
     def _carry(self, names: Iterable[str]) -> None:

@@ -31,7 +31,9 @@ from bitwright.models.matrix_rows import piece_rows
 from bitwright.precision.target import as_written
 from bitwright.quantization.output import Output, QuantizedLayer
 from bitwright.quantization.small_weights import MOST_LOST, largest_of, require_kept
-from bitwright.records.card import made_by, model_card, python_call
+from bitwright.records.card import model_card, python_call
+from bitwright.records.described import write_report
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import ConversionReport, ConvertedLayer
 from bitwright.runs.budget import Budget
 from bitwright.runs.progress import Progressing, phase
@@ -177,6 +179,7 @@ def convert(
             unfused=kind is not None and bool(unfused(kind, conversion.everything(plan))),
         )
         writer.write_text(CARD_NAME, card)
+        write_report(writer, report)
     return report
 
 

@@ -22,7 +22,8 @@ from bitwright.methods.registry import METHODS
 from bitwright.precision.target import Target
 from bitwright.quantization.live import LiveStatistics
 from bitwright.quantization.run import Run
-from bitwright.records.card import made_by, python_call
+from bitwright.records.card import python_call
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.limits import RunLimits
 from bitwright.runs.progress import Progressing
