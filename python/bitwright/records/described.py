@@ -102,7 +102,7 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def extend_report(folder: Path, within: str, more: Mapping[str, object]) -> None:
-    """Make a report that lies in a folder a part of that of the call around it.
+    """Make a report that lies in a folder a part of that of the call around it, unless it is one already.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def extend_report(folder: Path, within: str, more: Mapping[str, object]) -> None
     """
     content = read_report(folder)
     made = {name: content.pop(name) for name in ("bitwright", "command", "settings")}
-    whole = {within: content, **described(more, VARYING), **made}
+    whole = {within: content.get(within, content), **described(more, VARYING), **made}
     with replaced(folder / REPORT_FILE) as partial:
         partial.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
