@@ -34,11 +34,11 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 SAID = {
     "model": "llama in float, 3 blocks",
-    "quantize": "21 layers by rtn in the mlx format, 3.500 bits per weight",
-    "convert": "21 layers from mlx to float",
+    "quantize": "22 layers by rtn in the mlx format, 3.500 bits per weight",
+    "convert": "22 layers from mlx to float",
     "evaluate": "bits per weight",
     "sensitivities": "sensitivities of 21 layers to 3:64 in place of 5:64",
-    "dynamic": "21 layers by rtn",
+    "dynamic": "22 layers by rtn",
     "dwq": "after 512 tokens in 4 steps",
 }
 

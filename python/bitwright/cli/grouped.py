@@ -138,7 +138,9 @@ def is_given(context: click.Context, name: str) -> bool:
     if source is ParameterSource.DEFAULT_MAP:
         parameter = next(each for each in context.command.params if each.name == name)
         usual = context.command.context_class(context.command)  # without the file
-        return str(context.lookup_default(name)) != str(parameter.get_default(usual))
+        found, default = context.lookup_default(name), parameter.get_default(usual)
+        cast = parameter.type_cast_value
+        return bool(cast(context, found) != cast(context, default))
     return source is ParameterSource.COMMANDLINE
 
 
@@ -190,7 +192,9 @@ class Command(click.Command):
         if ctx.meta[SAVED] is not None and current().is_first:
             from bitwright.cli.config_file import write_settings
 
-            write_settings(ctx.meta[SAVED], ctx.meta[SETTINGS], str(self.name))
+            overwrite = ctx.params.get("overwrite", False)
+            place, settings = ctx.meta[SAVED], ctx.meta[SETTINGS]
+            write_settings(place, settings, str(self.name), overwrite=overwrite)
         if (key := ctx.meta.get(TEXT_KEY)) is not None:
             from bitwright.text.text_files import TextFiles
 

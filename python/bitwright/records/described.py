@@ -16,6 +16,7 @@ from bitwright.files.replacing import replaced
 from bitwright.records.made_by import made_with, without_place
 
 REPORT_FILE, SETTINGS_FILE = "report.json", "bitwright.yaml"
+SETTINGS_MARK = "# bitwright "  # how files of settings begin
 VARYING = ("out", "seconds", "tokens_per_second", "peak_memory_bytes", "warnings")
 """What differs between two runs of one command, or from where it is; report.json has none of it."""
 
@@ -125,7 +126,7 @@ def settings_text(settings: Mapping[str, object], command: str) -> str:
     import yaml  # takes a while
 
     text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    return f"# bitwright {command} --config THIS_FILE\n{text}"
+    return f"{SETTINGS_MARK}{command} --config THIS_FILE\n{text}"
 
 
 def without_places(settings: Mapping[str, object]) -> dict[str, object]:
