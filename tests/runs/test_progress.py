@@ -108,7 +108,10 @@ CALLS: dict[str, tuple[Callable[[Path, Path, Callable[[Progress], object]], obje
         lambda out, _, tell: bitwright.quantize_best(
             DEMO, out / "q", bits=3, calibration=ids(64), progress=tell
         ),
-        ["estimating sensitivities", "quantizing", "teaching", "distilling"],
+        [
+            *("estimating sensitivities", "gradients of outputs", "quantizing"),
+            *("teaching", "distilling"),
+        ],
     ),
     "dynamic": (
         lambda out, _, tell: bitwright.dynamic_quantize(

@@ -124,13 +124,10 @@ def best_quantization(
         recipe = Recipe.load(recipe)
     chooses = recipe is None and _can_choose(original, options.precision)
     writer = CheckpointWriter(out, options.limits.overwrite, source=original.checkpoint.source)
-    phases = [("quantizing", 2), ("teaching", 1), ("distilling", 12)]
-    if chooses:
-        phases.insert(0, ("estimating sensitivities", 2))
     with (
         kept_until_written(WorkFolder(out, SENSITIVITIES)) as work,
         one_budget(options.limits.memory),
-        in_phases(options.limits.progress, *phases),
+        in_phases(options.limits.progress, *_phases(chooses, options.two_sided)),
     ):
         current().on_first(writer.check_place)
         _require_room(original, model, out, options, chooses)
@@ -146,6 +143,13 @@ def best_quantization(
         seconds=time.perf_counter() - started,
         peak_memory_bytes=trained.peak_memory_bytes,
     )
+
+
+def _phases(chooses: bool, two_sided: bool) -> list[tuple[str, float]]:
+    """Return what is done, and what that usually takes."""
+    estimating = [("estimating sensitivities", 2.0)] if chooses else []
+    gradients = [("gradients of outputs", 3.0)] if two_sided else []
+    return [*estimating, *gradients, ("quantizing", 2.0), ("teaching", 1.0), ("distilling", 12.0)]
 
 
 def _can_choose(original: Model, asked: PrecisionOptions) -> bool:
