@@ -169,15 +169,16 @@ struct AttentionInputs {
         require_positive(rule.length, "length");
         require_positive(rule.heads, "heads");
         require_positive(rule.key_heads, "key_heads");
-        if (rule.window < 0 || !(rule.softcap >= 0.0))
-            throw py::value_error("window and softcap: expected 0 or more");
+        if (rule.window < 0 || rule.past < 0 || !(rule.softcap >= 0.0))
+            throw py::value_error("window, past and softcap: expected 0 or more");
         if (rule.heads % rule.key_heads != 0 || query.cols() % rule.heads != 0 ||
             query.rows() % rule.length != 0)
             throw py::value_error(
                 "query: key_heads must divide heads, heads the columns and length the rows");
+        const Index seen = query.rows() / rule.length * rule.seen();
         new (&key) ConstMatrixView<Scalar>(
-            matrix<Scalar>(keys, "key", query.rows(), query.cols() / rule.heads * rule.key_heads));
-        new (&value) ConstMatrixView<Scalar>(matrix<Scalar>(values, "value", query.rows()));
+            matrix<Scalar>(keys, "key", seen, query.cols() / rule.heads * rule.key_heads));
+        new (&value) ConstMatrixView<Scalar>(matrix<Scalar>(values, "value", seen));
         if (value.cols() % rule.key_heads != 0)
             throw py::value_error("value: key_heads must divide its columns");
     }
@@ -214,10 +215,10 @@ void bind_attention(py::module_& module) {
         "attention",
         [](const py::object& query, const py::object& key, const py::object& value, Index length,
            Index heads, Index key_heads, double scale, const py::object& out, Index window,
-           double softcap, const py::object& sinks) {
+           double softcap, const py::object& sinks, Index past) {
             with_floats(query, [&]<typename Scalar>(Scalar) {
                 const AttentionInputs<Scalar> from(
-                    query, key, value, {length, heads, key_heads, window, scale, softcap});
+                    query, key, value, {length, heads, key_heads, window, scale, softcap, past});
                 const Scalar* s = optional_vector<Scalar>(sinks, "sinks", heads);
                 auto y =
                     writable_matrix<Scalar>(out, "out", from.query.rows(), from.output_columns());
@@ -227,7 +228,7 @@ void bind_attention(py::module_& module) {
         },
         py::arg("query"), py::arg("key"), py::arg("value"), py::arg("length"), py::arg("heads"),
         py::arg("key_heads"), py::arg("scale"), py::arg("out"), py::arg("window") = 0,
-        py::arg("softcap") = 0.0, py::arg("sinks") = py::none());
+        py::arg("softcap") = 0.0, py::arg("sinks") = py::none(), py::arg("past") = 0);
     module.def(
         "attention_backward",
         [](const py::object& query, const py::object& key, const py::object& value, Index length,
@@ -346,19 +347,26 @@ void bind_recurrence(py::module_& module) {
         "recurrence",
         [](const py::object& query, const py::object& key, const py::object& value,
            const py::object& decay, const py::object& strength, Index length, Index heads,
-           Index key_heads, bool corrects, const py::object& out) {
+           Index key_heads, bool corrects, const py::object& out, const py::object& states) {
             with_floats(query, [&]<typename Scalar>(Scalar) {
                 const RecurrenceInputs<Scalar> from(query, key, value, decay, strength,
                                                     {length, heads, key_heads});
                 auto y = writable_matrix<Scalar>(out, "out", from.value.rows(), from.value.cols());
+                Scalar* kept =
+                    states.is_none()
+                        ? nullptr
+                        : writable_matrix<Scalar>(
+                              states, "states", from.query.rows() / length * heads,
+                              from.query.cols() / key_heads * (from.value.cols() / heads))
+                              .data();
                 const py::gil_scoped_release release;
                 recurrence(from.query, from.key, from.value, from.decay, from.strength, from.rule,
-                           corrects, y);
+                           corrects, kept, y);
             });
         },
         py::arg("query"), py::arg("key"), py::arg("value"), py::arg("decay"), py::arg("strength"),
         py::arg("length"), py::arg("heads"), py::arg("key_heads"), py::arg("corrects"),
-        py::arg("out"));
+        py::arg("out"), py::arg("states") = py::none());
     module.def(
         "recurrence_backward",
         [](const py::object& query, const py::object& key, const py::object& value,

@@ -6,6 +6,7 @@
 #include "quant/dequantize.hpp"
 #include "quant/gguf_blocks.hpp"
 #include "quant/output_metric.hpp"
+#include "quant/packed_product.hpp"
 #include "quant/packing.hpp"
 #include "quant/quantize.hpp"
 #include "quant/refine.hpp"
@@ -511,6 +512,11 @@ void bind_decoding(py::module_& module) {
         py::arg("name"));
 }
 
+void check_bits(int bits) {
+    if (bits != 2 && bits != 3 && bits != 4 && bits != 5 && bits != 6 && bits != 8)
+        throw py::value_error("bits: expected 2, 3, 4, 5, 6 or 8, got " + std::to_string(bits));
+}
+
 void bind_codes(py::module_& module) {
     module.def(
         "dequantize",
@@ -541,13 +547,9 @@ void bind_codes(py::module_& module) {
         py::arg("codes"), py::arg("scales"), py::arg("zeros"), py::arg("biases"), py::arg("groups"),
         py::arg("out"), py::arg("points") = py::none());
 
-    const auto check_bits = [](int bits) {
-        if (bits != 2 && bits != 3 && bits != 4 && bits != 5 && bits != 6 && bits != 8)
-            throw py::value_error("bits: expected 2, 3, 4, 5, 6 or 8, got " + std::to_string(bits));
-    };
     module.def(
         "pack",
-        [check_bits](const py::object& codes, int bits) {
+        [](const py::object& codes, int bits) {
             check_bits(bits);
             const auto c = matrix<std::uint8_t>(codes, "codes");
             if (c.cols() * bits % 32 != 0)
@@ -567,7 +569,7 @@ void bind_codes(py::module_& module) {
         py::arg("codes"), py::arg("bits"));
     module.def(
         "unpack",
-        [check_bits](const py::object& words, int bits) {
+        [](const py::object& words, int bits) {
             check_bits(bits);
             const auto w = matrix<std::uint32_t>(words, "words");
             if (w.cols() * 32 % bits != 0)
@@ -585,6 +587,124 @@ void bind_codes(py::module_& module) {
         py::arg("words"), py::arg("bits"));
 }
 
+// A matrix of numbers in whichever of these types it has; extents of −1 are free.
+StoredNumbers stored_numbers(const py::object& object, const char* name, Index rows,
+                             Index columns) {
+    StoredNumbers numbers;
+    if (object.is_none()) return numbers;
+    const py::array array = contiguous(object, name, 2);
+    require_extent(array, name, 0, rows);
+    require_extent(array, name, 1, columns);
+    const auto is = [&]<typename Scalar>(Scalar, StoredNumbers::Type type) {
+        if (!has_dtype<Scalar>(array)) return false;
+        numbers = {array.data(), array.shape(1), type};
+        return true;
+    };
+    if (!is(float{}, StoredNumbers::Type::float32) &&
+        !is(std::uint8_t{}, StoredNumbers::Type::uint8) &&
+        !is(std::int8_t{}, StoredNumbers::Type::int8) &&
+        !is(Eigen::half{}, StoredNumbers::Type::float16) &&
+        !is(Eigen::bfloat16{}, StoredNumbers::Type::bfloat16))
+        throw py::type_error(std::string(name) +
+                             ": expected dtype float32, float16, bfloat16, int8 or uint8, got " +
+                             describe(array));
+    return numbers;
+}
+
+// What is packed, checked once; the arrays are kept.
+struct PackedMatrix {
+    py::object planes, scales, offsets, superscales, supermins, points;
+    PackedWeight weight;
+
+    PackedMatrix(const py::object& planes_, Index channels, int bits, const py::object& scales_,
+                 const py::object& offsets_, const py::object& superscales_,
+                 const py::object& supermins_, const py::object& points_, float zero, float divisor)
+        : planes(planes_),
+          scales(scales_),
+          offsets(offsets_),
+          superscales(superscales_),
+          supermins(supermins_),
+          points(points_),
+          weight{matrix<std::uint8_t>(planes_, "planes"), channels, bits, {}, {}, {}, {}} {
+        check_bits(bits);
+        if (channels < 1 || weight.planes.cols() != packed_bytes(channels, bits))
+            throw py::value_error("planes: they do not hold " + std::to_string(channels) +
+                                  " codes a row");
+        const Index rows = weight.planes.rows();
+        weight.scales = stored_numbers(scales, "scales", rows, -1);
+        if (!weight.scales.data || weight.groups() < 1 || channels % weight.groups() != 0)
+            throw py::value_error("scales: their number must divide the channels");
+        weight.offsets = stored_numbers(offsets, "offsets", rows, weight.groups());
+        weight.superscales = stored_numbers(superscales, "superscales", rows, -1);
+        weight.supermins = stored_numbers(supermins, "supermins", rows, -1);
+        for (const StoredNumbers* numbers : {&weight.superscales, &weight.supermins})
+            if (numbers->data && (numbers->columns < 1 || weight.groups() % numbers->columns != 0))
+                throw py::value_error("superscales: their number must divide that of the scales");
+        weight.points = optional_vector<float>(points, "points", every_code);
+        weight.zero = zero;
+        weight.divisor = divisor;
+    }
+};
+
+void bind_packed(py::module_& module) {
+    py::class_<PackedMatrix>(module, "PackedMatrix")
+        .def(py::init<const py::object&, Index, int, const py::object&, const py::object&,
+                      const py::object&, const py::object&, const py::object&, float, float>(),
+             py::arg("planes"), py::arg("channels"), py::arg("bits"), py::arg("scales"),
+             py::arg("offsets") = py::none(), py::arg("superscales") = py::none(),
+             py::arg("supermins") = py::none(), py::arg("points") = py::none(),
+             py::arg("zero") = 0.0f, py::arg("divisor") = 1.0f);
+    module.def(
+        "pack_planes",
+        [](const py::object& codes, int bits) {
+            check_bits(bits);
+            const auto c = matrix<std::uint8_t>(codes, "codes");
+            auto planes = new_matrix<std::uint8_t>(c.rows(), packed_bytes(c.cols(), bits));
+            auto target = view(planes);
+            {
+                const py::gil_scoped_release release;
+                pack_planes(c, bits, target);
+            }
+            return planes;
+        },
+        py::arg("codes"), py::arg("bits"));
+    module.def(
+        "decode_packed",
+        [](const PackedMatrix& packed, const py::object& out) {
+            auto w = writable_matrix<float>(out, "out", packed.weight.planes.rows(),
+                                            packed.weight.channels);
+            const py::gil_scoped_release release;
+            decode_packed(packed.weight, w);
+        },
+        py::arg("packed"), py::arg("out"));
+    module.def(
+        "packed_linear",
+        [](const py::object& input, const PackedMatrix& packed, const py::object& bias,
+           const py::object& out, bool add) {
+            const Index rows = packed.weight.planes.rows();
+            const auto x = matrix<float>(input, "input", -1, packed.weight.channels);
+            const float* b = optional_vector<float>(bias, "bias", rows);
+            auto y = writable_matrix<float>(out, "out", x.rows(), rows);
+            const py::gil_scoped_release release;
+            packed_linear(x, packed.weight, b, add, y);
+        },
+        py::arg("input"), py::arg("packed"), py::arg("bias"), py::arg("out"), py::arg("add"));
+    module.def(
+        "stored_linear",
+        [](const py::object& input, const py::object& weight, const py::object& bias,
+           const py::object& out, bool add) {
+            const auto x = matrix<float>(input, "input");
+            const auto w = stored_numbers(weight, "weight", -1, x.cols());
+            if (!w.data) throw py::type_error("weight: expected a NumPy array, got None");
+            const Index rows = py::reinterpret_borrow<py::array>(weight).shape(0);
+            const float* b = optional_vector<float>(bias, "bias", rows);
+            auto y = writable_matrix<float>(out, "out", x.rows(), rows);
+            const py::gil_scoped_release release;
+            stored_linear(x, w, b, add, y);
+        },
+        py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("add"));
+}
+
 }  // namespace
 
 void bind_quant(py::module_& module) {
@@ -595,6 +715,7 @@ void bind_quant(py::module_& module) {
     bind_blocks(module);
     bind_decoding(module);
     bind_codes(module);
+    bind_packed(module);
 }
 
 }  // namespace bitwright

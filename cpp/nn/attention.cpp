@@ -33,14 +33,14 @@ struct Tile {
     Tile(Index index, const AttentionRule& rule)
         : start(index * tile_queries),
           rows(std::min(tile_queries, rule.length - start)),
-          seen_from(std::max<Index>(0, start - window_of(rule) + 1)),
-          seen(start + rows - seen_from) {}
+          seen_from(std::max<Index>(0, rule.past + start - window_of(rule) + 1)),
+          seen(rule.past + start + rows - seen_from) {}
 
     static Index window_of(const AttentionRule& rule) {
-        return rule.window > 0 ? std::min(rule.window, rule.length) : rule.length;
+        return rule.window > 0 ? std::min(rule.window, rule.seen()) : rule.seen();
     }
     static Index most_seen(const AttentionRule& rule) {
-        return std::min(rule.length, window_of(rule) + tile_queries);
+        return std::min(rule.seen(), window_of(rule) + tile_queries);
     }
 };
 
@@ -54,7 +54,7 @@ void attention_weights(const Queries& queries, const Keys& keys, const Tile& til
     weights.noalias() = queries.middleRows(tile.start, tile.rows) *
                         keys.middleRows(tile.seen_from, tile.seen).transpose();
     for (Index i = 0; i < tile.rows; ++i) {
-        const Index past = tile.start + i + 1 - tile.seen_from;
+        const Index past = rule.past + tile.start + i + 1 - tile.seen_from;
         const Index skipped = std::max<Index>(0, past - Tile::window_of(rule));
         auto row = weights.row(i).segment(skipped, past - skipped).array();
         if (cap > 0) {
@@ -89,11 +89,11 @@ void attention(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
             const Index key_head = head / (heads / rule.key_heads);
             auto weights = scores.topLeftCorner(tile.rows, tile.seen);
             attention_weights<Scalar>(head_of(query, length, sample, head, width),
-                                      head_of(key, length, sample, key_head, width), tile, rule,
-                                      sinks ? sinks + head : nullptr, weights, nullptr);
+                                      head_of(key, rule.seen(), sample, key_head, width), tile,
+                                      rule, sinks ? sinks + head : nullptr, weights, nullptr);
             head_of(output, length, sample, head, value_width)
                 .middleRows(tile.start, tile.rows)
-                .noalias() = weights * head_of(value, length, sample, key_head, value_width)
+                .noalias() = weights * head_of(value, rule.seen(), sample, key_head, value_width)
                                            .middleRows(tile.seen_from, tile.seen);
         }
     });

@@ -174,20 +174,26 @@ template <typename Scalar>
 void recurrence(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
                 ConstMatrixView<Scalar> value, ConstMatrixView<Scalar> decay,
                 ConstMatrixView<Scalar> strength, const RecurrenceRule& rule, bool corrects,
-                MatrixView<Scalar> output) {
+                Scalar* states, MatrixView<Scalar> output) {
     const Inputs<Scalar> from{query, key, value, decay, strength, rule, corrects};
     const Index width = from.width(), value_width = from.value_width();
     parallel_for(query.rows() / rule.length * rule.heads, 1, [&](Index first, Index last) {
         Matrix<Scalar> state(width, value_width);
         for (Index item = first; item < last; ++item) {
             const Index head = item % rule.heads, sample = item / rule.heads;
-            state.setZero();
+            MatrixView<Scalar> kept(states ? states + item * state.size() : nullptr, width,
+                                    value_width);
+            if (states)
+                state = kept;
+            else
+                state.setZero();
             for (Index index = 0; index < from.chunks(); ++index) {
                 const Chunk<Scalar> chunk(from, sample, head, index, state);
                 output.block(chunk.start, head * value_width, chunk.rows, value_width) =
                     chunk.output(state);
                 chunk.pass(state);
             }
+            if (states) kept = state;
         }
     });
 }
@@ -283,7 +289,7 @@ void convolve_backward(ConstMatrixView<Scalar> gradient, ConstMatrixView<Scalar>
 #define BITWRIGHT_RECURRENCE(Scalar)                                                               \
     template void recurrence(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,                     \
                              ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,                     \
-                             ConstMatrixView<Scalar>, const RecurrenceRule&, bool,                 \
+                             ConstMatrixView<Scalar>, const RecurrenceRule&, bool, Scalar*,        \
                              MatrixView<Scalar>);                                                  \
     template void recurrence_backward(ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,            \
                                       ConstMatrixView<Scalar>, ConstMatrixView<Scalar>,            \

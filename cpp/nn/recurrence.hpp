@@ -11,7 +11,8 @@ struct RecurrenceRule {
     Index length, heads, key_heads;
 };
 
-// For each sample and head, over the state S [width, value_width], which begins as zero:
+// For each sample and head, over the state S [width, value_width], which begins as zero or, if
+// `states` [batch · heads, width · value_width] is not null, as it is there, where it is left:
 //
 //     S ← exp(decay) S,   u = strength · (value − Sᵀ key),   S ← S + key uᵀ,   output = Sᵀ query
 //
@@ -23,7 +24,7 @@ template <typename Scalar>
 void recurrence(ConstMatrixView<Scalar> query, ConstMatrixView<Scalar> key,
                 ConstMatrixView<Scalar> value, ConstMatrixView<Scalar> decay,
                 ConstMatrixView<Scalar> strength, const RecurrenceRule& rule, bool corrects,
-                MatrixView<Scalar> output);
+                Scalar* states, MatrixView<Scalar> output);
 
 template <typename Scalar>
 struct RecurrenceGradients {

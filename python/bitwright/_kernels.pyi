@@ -184,6 +184,7 @@ def attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: _Float | None = None,
+    past: int = 0,
 ) -> None: ...
 def attention_backward(
     query: _Float,
@@ -241,6 +242,7 @@ def recurrence(
     key_heads: int,
     corrects: bool,
     out: _Float,
+    states: _Float | None = None,
 ) -> None: ...
 def recurrence_backward(
     query: _Float,
@@ -263,3 +265,27 @@ def convolve(
     states: _Float, weight: _Float, bias: _Float | None, length: int, out: _Float
 ) -> None: ...
 def convolve_backward(gradient: _Float, weight: _Float, length: int, out: _Float) -> None: ...
+
+class PackedMatrix:
+    def __init__(
+        self,
+        planes: _Codes,
+        channels: int,
+        bits: int,
+        scales: NDArray[Any],
+        offsets: NDArray[Any] | None = None,
+        superscales: _Half | None = None,
+        supermins: _Half | None = None,
+        points: _Float32 | None = None,
+        zero: float = 0.0,
+        divisor: float = 1.0,
+    ) -> None: ...
+
+def pack_planes(codes: _Codes, bits: int) -> _Codes: ...
+def decode_packed(packed: PackedMatrix, out: _Float32) -> None: ...
+def packed_linear(
+    input: _Float32, packed: PackedMatrix, bias: _Float32 | None, out: _Float32, add: bool
+) -> None: ...
+def stored_linear(
+    input: _Float32, weight: NDArray[Any], bias: _Float32 | None, out: _Float32, add: bool
+) -> None: ...

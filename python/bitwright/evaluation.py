@@ -188,7 +188,7 @@ def evaluate(
     batch, _ = plan_evaluation(models, len(tokens), tokens.shape[1], memory)
     parts = [tokens[first : first + batch] for first in range(0, len(tokens), batch)]
     steps = len(parts) * (sum(each.config.num_hidden_layers + 1 for each in models) + 1)
-    total, inputs, done = _Comparison(), InputFiles(), 0
+    total, inputs, done = LossSums(), InputFiles(), 0
     for each in models:
         inputs.watch_model(each.checkpoint)
     with phase("evaluating", progress, steps) as shown:
@@ -201,8 +201,8 @@ def evaluate(
                 on_progress(done / steps)
 
         for number, part in enumerate(parts, start=1):
-            hidden = [_final_states(each, part, step) for each in models]
-            total.add(models, hidden, part, _compared(part.shape, windows))
+            hidden = [final_states(each, part, step) for each in models]
+            total.add(models, hidden, part, compared_positions(part.shape, windows))
             inputs.check()
             if number < len(parts):
                 inputs.take_checksums()
@@ -336,7 +336,7 @@ def _inner(model: Model) -> int:
     return max((inner_width(layout) for layout in model.layouts if layout.experts), default=0)
 
 
-def _final_states(model: Model, tokens: NDArray[np.int32], step: Callable[[], None]) -> Float32:
+def final_states(model: Model, tokens: NDArray[np.int32], step: Callable[[], None]) -> Float32:
     """Return the input of the head ``[samples * length, hidden_size]``."""
     states = np.empty((0, 0, 0), np.float32)
     for after_block in model.hidden_states(tokens):
@@ -347,7 +347,7 @@ def _final_states(model: Model, tokens: NDArray[np.int32], step: Callable[[], No
     return states.reshape(-1, states.shape[-1])
 
 
-def _compared(shape: tuple[int, ...], windows: Windows) -> NDArray[np.bool_]:
+def compared_positions(shape: tuple[int, ...], windows: Windows) -> NDArray[np.bool_]:
     """Return which positions ``[samples, length]`` are judged; no token follows the last of a whole sample,
     which counts for KL only."""
     chosen = np.ones(shape, bool)
@@ -357,7 +357,7 @@ def _compared(shape: tuple[int, ...], windows: Windows) -> NDArray[np.bool_]:
 
 
 @dataclass(eq=False)
-class _Comparison:
+class LossSums:
     """Sums of losses, by model, and divergences, and how often first choices agree."""
 
     losses: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))

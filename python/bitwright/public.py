@@ -39,6 +39,9 @@ from bitwright.errors import (
 )
 from bitwright.evaluation import Evaluation, evaluate
 from bitwright.files.links import follow_links
+from bitwright.generation.generate import Chat, Generation, generate
+from bitwright.generation.score import Score, score
+from bitwright.generation.session import ContextError
 from bitwright.grids.choice import GridChoice
 from bitwright.grids.tensor import QuantizedTensor, dequantize, pack, unpack
 from bitwright.loading.model import Model, load_model
@@ -86,6 +89,7 @@ from bitwright.text.samples import load_tokens
 from bitwright.text.text_files import TextFiles
 from bitwright.tools.collect_activations import collect_activations
 from bitwright.tools.collect_statistics import collect_statistics
+from bitwright.tools.compare import Compared, Comparison, compare
 from bitwright.tools.convert import convert
 from bitwright.tools.export_imatrix import export_imatrix
 from bitwright.tools.inspect import Inspection, LayerKind, inspect_model
@@ -103,16 +107,21 @@ __all__ = [
     "BlockReport",
     "BuildInfo",
     "CalibrationError",
+    "Chat",
     "Checkpoint",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "Compared",
+    "Comparison",
     "ConfigError",
+    "ContextError",
     "ConversionReport",
     "ConvertedLayer",
     "DwqReport",
     "DwqTargets",
     "DynamicReport",
     "Evaluation",
+    "Generation",
     "GptqTensor",
     "GramFactor",
     "GridChoice",
@@ -136,6 +145,7 @@ __all__ = [
     "RecipeError",
     "ResumeError",
     "ScaleSearch",
+    "Score",
     "Sensitivities",
     "SensitivityError",
     "Statistics",
@@ -154,6 +164,7 @@ __all__ = [
     "collect_activations",
     "collect_grams",
     "collect_statistics",
+    "compare",
     "compute_activation_stats",
     "compute_dwq_targets",
     "compute_salient_scaling",
@@ -170,6 +181,7 @@ __all__ = [
     "find_salient_weights",
     "fold_scale",
     "follow_links",
+    "generate",
     "gram",
     "gram_loss",
     "inspect_model",
@@ -190,6 +202,7 @@ __all__ = [
     "refine_model",
     "refine_two_sided",
     "report_page",
+    "score",
     "search_scale",
     "set_num_threads",
     "spread_over",

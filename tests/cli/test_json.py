@@ -1,7 +1,9 @@
 """One JSON object from every command, and the same beside every output."""
 
+import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,13 @@ RUNS: dict[str, tuple[str, ...]] = {
     "convert": ("q", "--out", "new", "--format", "float"),
     "inspect": (str(DEMO),),
     "evaluate": ("q", "--reference", str(DEMO), "--evaluation", TEXT, *DATA[2:]),
+    "generate": (str(DEMO), "--prompt", "Once", "--max-tokens", "2", "--against", "q"),
+    "chat": ("chatty", "--max-tokens", "2"),
+    "score": (str(DEMO), "--questions", "questions.jsonl"),
+    "compare": (
+        *(str(DEMO), "--out", "results", "--bits", "3", "--method", "rtn", "--evaluation", TEXT),
+        *("--samples", "2", "--length", "32"),
+    ),
     "sensitivities": (str(DEMO), "--out", "s.json", *DATA),
     "statistics collect": (str(DEMO), "--out", "s", *DATA),
     "statistics merge": ("made", "--out", "s"),
@@ -93,6 +102,13 @@ def test_one_object_with_the_keys_that_are_documented(
     if command == "upload":
         request.getfixturevalue("hub")
         monkeypatch.chdir(place)
+    if command == "chat":
+        shutil.copytree(DEMO, "chatty")
+        Path("chatty", "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    if command == "score":
+        record = {"question": "Is it?", "choices": ["Yes", "No"], "answer": "A"}
+        Path("questions.jsonl").write_text(json.dumps(record))
     if "made" in RUNS[command]:
         bitwright.collect_statistics(DEMO, "made", TEXT, samples=2, length=32, progress=False)
     capfd.readouterr()

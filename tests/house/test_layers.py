@@ -12,7 +12,16 @@ LAYERS = (
     *("errors", "markup", "ranks", "warned", "spellings", "process"),
     *("_kernels", "build", "arrays", "files"),
     *("grids", "methods", "models", "text", "checkpoint", "formats", "loading"),
-    *("runs", "evaluation", "records", "distill", "precision", "statistics", "blocks"),
+    *(
+        "runs",
+        "evaluation",
+        "generation",
+        "records",
+        "distill",
+        "precision",
+        "statistics",
+        "blocks",
+    ),
     *("quantization", "adapter", "presets", "tools", "compat"),
     *("report", "demo", "public", "cli", "__main__", "__init__"),
 )

@@ -47,13 +47,13 @@ def test_small_budgets_are_refused_with_one_that_works(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:samples of 512 tokens are longer")
 def test_evaluations_in_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples that do not fit together are evaluated one part after the other, with the same figures."""
-    final_states, rows = evaluate_module._final_states, list[int]()
+    final_states, rows = evaluate_module.final_states, list[int]()
 
     def counted(model: Any, tokens: Any, step: Any) -> Any:
         rows.append(len(tokens))
         return final_states(model, tokens, step)
 
-    monkeypatch.setattr(evaluate_module, "_final_states", counted)
+    monkeypatch.setattr(evaluate_module, "final_states", counted)
     ids = np.random.default_rng(0).integers(0, 512, (64, 512))
     whole = bitwright.evaluate(DEMO, ids, reference=DEMO)
     assert rows == [64, 64]  # of the model and of the reference

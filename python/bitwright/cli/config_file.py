@@ -112,14 +112,15 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | bool | int | float) else str(value)
 
 
-def _entries(path: Path) -> Iterable[tuple[str, Any, int]]:
-    """Yield keys, values and lines; scalars as the text that they are, so that 3:32 is no number."""
+def yaml_root(path: Path) -> yaml.Node | None:
+    """Return what a YAML file holds, scalars as the text that they are, so that 3:32 is no number."""
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file")
     try:
-        root = yaml.compose(
+        root: yaml.Node | None = yaml.compose(
             read_bytes(path, LIMIT, ConfigError).decode("utf-8-sig"), yaml.BaseLoader
         )
+        return root
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text, see byte {error.start}") from error
     except RecursionError as error:
@@ -129,6 +130,11 @@ def _entries(path: Path) -> Iterable[tuple[str, Any, int]]:
         line = f", line {mark.line + 1}" if mark is not None else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{path}{line}: is not sound YAML: {reason}") from error
+
+
+def _entries(path: Path) -> Iterable[tuple[str, Any, int]]:
+    """Yield keys, values and lines."""
+    root = yaml_root(path)
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):

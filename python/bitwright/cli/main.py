@@ -36,6 +36,10 @@ COMMANDS = {
     "convert": "Store MODEL, a checkpoint folder or GGUF file, in another format.",
     "inspect": "Describe MODEL: its layers, what would be quantized, and what a run would take.",
     "evaluate": "Measure the perplexity of MODEL, and its KL divergence from a reference.",
+    "generate": "Let MODEL go on from a text, with the weights in memory as they are stored.",
+    "chat": "Chat with MODEL: every line of standard input is a message, until the input ends.",
+    "score": "Score MODEL on multiple-choice questions, as lm-evaluation-harness does.",
+    "compare": "Quantize MODEL in several ways, and compare what each loses with its size.",
     "sensitivities": "Estimate how much the precision of each layer of MODEL matters.",
     "statistics": "Collect what the layers of a model see, on several machines if need be, for "
     "quantize --statistics.",

@@ -341,6 +341,18 @@ class Model(Decoder):
             return weight
         return self._floats(self._source(name), shape)
 
+    def floats(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        """Return the weight of a layer that is not quantized as it is stored, in 16 or 32 bits; raises as
+        `weight`."""
+        part, checkpoint = self._source(name), self.checkpoint
+        self._check_shape(part.tensor, part.shape(checkpoint.shape(part.tensor)), shape)
+        self._check_floats(part.tensor)
+        array = part.read(checkpoint)
+        if array.dtype not in MODEL_DTYPES.values():
+            array = array.astype(np.float32)
+        require_finite(array, f"{checkpoint.file(part.tensor)}: tensor {part.tensor}")
+        return np.ascontiguousarray(array)
+
     def vector(self, name: str, shape: tuple[int, ...]) -> Float32:
         """Return tensor `name` in float32; raises as `weight`."""
         place = self.experts.get(name.removesuffix(".bias"))

@@ -1,10 +1,13 @@
 """Prints the reports of runs as figures and tables."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from bitwright.evaluation import Evaluation
+from bitwright.generation.generate import Generation
+from bitwright.generation.score import Score
 from bitwright.precision.recipe import Recipe
 from bitwright.precision.sensitivities import Sensitivities, precision_name
 from bitwright.records.described import megabytes
@@ -16,6 +19,7 @@ from bitwright.records.reports import (
     error_text,
 )
 from bitwright.report.tables import print_facts, print_sentence, print_table
+from bitwright.tools.compare import Comparison
 from bitwright.tools.inspect import Inspection
 
 SHOWN_EXPERTS = 12
@@ -171,6 +175,57 @@ def print_evaluations(rows: dict[str, Evaluation], console: Console) -> None:
         print_sentence(
             "judged as by llama-perplexity: the second halves of windows of the text", console
         )
+
+
+def print_generations(
+    said: Sequence[tuple[str, Generation]], console: Console, notes: Console
+) -> None:
+    """Print what several models have said side by side, by the names given, and how fast on `notes`."""
+    if len(said) > 1:
+        names, rows = tuple(name for name, _ in said), [tuple(each.text for _, each in said)]
+        print_table(names, rows, console, words=tuple(range(len(said))))
+    for name, each in said:
+        speed = f"{each.tokens_per_second:.1f} tokens/s"
+        print_sentence(
+            f"{name}: {len(each.tokens)} tokens after {each.prompt_tokens}, {speed}, "
+            f"{megabytes(each.peak_memory_bytes)} of memory",
+            notes,
+        )
+
+
+def print_score(name: str, result: Score, console: Console) -> None:
+    """Print how many questions a model answers."""
+    row = (
+        name,
+        f"{100 * result.acc:.2f} ± {100 * result.acc_stderr:.2f} %",
+        f"{100 * result.acc_norm:.2f} ± {100 * result.acc_norm_stderr:.2f} %",
+        f"{100 * result.chance:.2f} %",
+        str(result.questions),
+    )
+    headings = ("model", "acc", "acc_norm", "guessing", "questions")
+    print_table(headings, [row], console, words=(0,))
+
+
+def print_comparison(found: Comparison, console: Console) -> None:
+    """Print what each setting gives; those that no other beats in both size and KL are marked."""
+    best = found.best()
+    rows = [
+        (
+            row.name + (" *" if row in best else ""),
+            megabytes(row.size_bytes),
+            f"{row.bits_per_weight:.3f}",
+            f"{row.perplexity:.4f}",
+            f"{row.kl_divergence:.5f}",
+            f"{100 * row.top1_agreement:.2f} %",
+            "" if row.seconds is None else f"{row.seconds:.1f} s",
+        )
+        for row in found.rows
+    ]
+    size, perplexity = megabytes(found.reference_bytes), f"{found.reference_perplexity:.4f}"
+    rows.append(("original", size, "", perplexity, "", "", ""))
+    of_setting = ("setting", "size", "bits/weight", "perplexity", "KL (nats/token)")
+    print_table((*of_setting, "top-1", "quantized in"), rows, console, words=(0,))
+    print_sentence("* no other is both smaller and nearer to the original", console)
 
 
 def print_inspection(found: Inspection, console: Console) -> None:

@@ -141,7 +141,7 @@ class ChatTemplate:
         if DEFAULT in found:
             self._template(DEFAULT)
 
-    def render(self, line: dict[str, Any], where: str) -> str:
+    def render(self, line: dict[str, Any], where: str, *, prompts: bool = False) -> str:
         """Write a chat as the model is used to read it.
 
         Parameters
@@ -151,6 +151,8 @@ class ChatTemplate:
             "tools", which may be in a message, too, and "documents".
         where : str
             The line's place, for errors.
+        prompts : bool
+            Whether the beginning of the model's next answer follows.
 
         Returns
         -------
@@ -174,7 +176,7 @@ class ChatTemplate:
                 f'"{TOOL_USE}". Add one that is "{DEFAULT}"'
             )
         template = self._template(name)
-        others = {"documents": _objects(line, "documents", where), "add_generation_prompt": False}
+        others = {"documents": _objects(line, "documents", where), "add_generation_prompt": prompts}
         messages = _with_reasoning(messages, template.names)
         worth, best, refused = Worth(messages), None, None
         for form in forms(messages):
