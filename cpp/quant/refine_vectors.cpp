@@ -175,11 +175,10 @@ struct Refinement {
         const float d = static_cast<float>(grids.d(row, block));
         std::int8_t& code = grids.scale_codes(row, block * groups() + group);
         if (d == 0.0f) return 0.0;
-        std::array<float, 32> here{};
+        alignas(64) std::array<float, 32> here{}, turned{};  // where they lie changes no bit
         for (Index j = 0; j < width; ++j)
             here[static_cast<size_t>(j)] = points[codes(row, block * size + first + j)];
         const Eigen::Map<const Eigen::RowVectorXf> point(here.data(), width);
-        std::array<float, 32> turned{};
         Eigen::Map<Eigen::RowVectorXf> curved(turned.data(), width);
         curved.noalias() = point.lazyProduct(leaf.gram.block(first, first, width, width));
         const double slope = dot(leaf.residual.row(i).segment(first, width), point),
