@@ -13,7 +13,7 @@ from bitwright.grids.tables import TABLES, TableGrid
 IqGrid = Literal[
     "iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"
 ]
-FloatGrid = Literal["mxfp4", "nvfp4", "nvfp4_divided"]
+FloatGrid = Literal["mxfp4", "mxfp8", "nvfp4", "nvfp4_divided"]
 Grid = Literal["affine", "zero_point", "symmetric", "k", IqGrid, FloatGrid]
 GRIDS: tuple[Grid, ...] = (
     "affine",
