@@ -165,8 +165,8 @@ class GgufFormat(Format):
     def ends(
         cls, model_type: str, default: Precision, channels: int
     ) -> tuple[Precision | None, Precision | None]:
-        """As llama-quantize has the head: Q6_K or more, Q5_K beside 2 bits."""
-        bits = 5 if default.bits == 2 else 6
+        """As llama-quantize has the head: Q6_K or more, Q5_K beside 2 bits or 1."""
+        bits = 5 if default.bits <= 2 else 6
         if default.bits >= bits and cls.fits(channels, default):
             return default, default
         found = cls.of_type(whole_blocks(f"Q{bits}_K", channels))
