@@ -1,7 +1,7 @@
 #include "bindings/arrays.hpp"
 #include "bindings/bind.hpp"
 #include "quant/awq.hpp"
-#include "quant/codebooks.hpp"
+#include "quant/codebook_types.hpp"
 #include "quant/decode_blocks.hpp"
 #include "quant/dequantize.hpp"
 #include "quant/gguf_blocks.hpp"
@@ -9,6 +9,7 @@
 #include "quant/packed_product.hpp"
 #include "quant/packing.hpp"
 #include "quant/quantize.hpp"
+#include "quant/quantize_vectors.hpp"
 #include "quant/refine.hpp"
 #include "quant/refine_two_sided.hpp"
 #include "quant/superblocks.hpp"
@@ -332,9 +333,12 @@ struct Superblocks {
     py::tuple arrays() const { return py::make_tuple(d, scale_codes, dmin, min_codes); }
 };
 
-KGrid k_grid(int bits, bool table) {
-    if (table && bits != 4) throw py::value_error("bits: tables with superblocks have 4");
-    if (table) return KGrid::iq4_xs();
+// "" stands for a k grid.
+KGrid k_grid(int bits, const std::string& table) {
+    if (const CodebookType* type = codebook_type(table)) return type->scales();
+    if (table == "iq4_xs" && bits != 4) throw py::value_error("bits: iq4_xs has 4");
+    if (table == "iq4_xs") return KGrid::iq4_xs();
+    if (!table.empty()) throw py::value_error("table: none with superblocks is called " + table);
     if (bits < 2 || bits > 6)
         throw py::value_error("bits: expected 2 to 6, got " + std::to_string(bits));
     return KGrid::of(bits);
@@ -348,11 +352,15 @@ Index blocks_in(Index row, Index size) {
     return row / size;
 }
 
+void require_planes(const KGrid& grid) {
+    if (grid.odd) throw py::value_error("table: blocks of vectors are for pack_vectors");
+}
+
 void bind_superblocks(py::module_& module) {
     module.def(
         "fit_superblocks",
         [](const py::object& scales, const py::object& offsets, const py::object& importance,
-           int bits, bool table) -> py::object {
+           int bits, const std::string& table) -> py::object {
             const KGrid grid = k_grid(bits, table);
             const auto h = vector<float>(importance, "importance");
             const Index blocks = blocks_in(h.size(), superblock_size),
@@ -369,14 +377,16 @@ void bind_superblocks(py::module_& module) {
             return held ? py::object(result.arrays()) : py::none();
         },
         py::arg("scales"), py::arg("offsets"), py::arg("importance"), py::arg("bits"),
-        py::arg("table") = false);
+        py::arg("table") = "");
 
     module.def(
         "closed_form",
         [](const py::object& weight, const py::object& codes, const py::object& importance,
-           int bits, const py::object& points) {
+           int bits, const py::object& points, const std::string& table) {
             const float* of_codes = optional_vector<float>(points, "points", every_code);
-            const KGrid grid = k_grid(bits, of_codes != nullptr);
+            const KGrid grid = k_grid(bits, table);
+            if (grid.table != (of_codes != nullptr))
+                throw py::value_error("points: expected those of a table, or none");
             const auto w = matrix<float>(weight, "weight");
             const auto c = matrix<std::uint8_t>(codes, "codes", w.rows(), w.cols());
             const auto h = vector<float>(importance, "importance", w.cols());
@@ -391,13 +401,15 @@ void bind_superblocks(py::module_& module) {
             return py::make_tuple(scales, offsets);
         },
         py::arg("weight"), py::arg("codes"), py::arg("importance"), py::arg("bits"),
-        py::arg("points") = py::none());
+        py::arg("points") = py::none(), py::arg("table") = "");
 
     module.def(
         "pack_superblocks",
         [](const py::object& codes, const py::object& d, const py::object& scale_codes,
-           const py::object& dmin, const py::object& min_codes, int bits, bool table) {
+           const py::object& dmin, const py::object& min_codes, int bits,
+           const std::string& table) {
             const KGrid grid = k_grid(bits, table);
+            require_planes(grid);
             const auto c = matrix<std::uint8_t>(codes, "codes");
             const Index blocks = blocks_in(c.cols(), superblock_size);
             const auto grids =
@@ -411,12 +423,13 @@ void bind_superblocks(py::module_& module) {
             return packed;
         },
         py::arg("codes"), py::arg("d"), py::arg("scale_codes"), py::arg("dmin"),
-        py::arg("min_codes"), py::arg("bits"), py::arg("table") = false);
+        py::arg("min_codes"), py::arg("bits"), py::arg("table") = "");
 
     module.def(
         "unpack_superblocks",
-        [](const py::object& blocks, int bits, bool table) {
+        [](const py::object& blocks, int bits, const std::string& table) {
             const KGrid grid = k_grid(bits, table);
+            require_planes(grid);
             const auto packed = matrix<std::uint8_t>(blocks, "blocks");
             const Index count = blocks_in(packed.cols(), superblock_bytes(grid));
             auto codes = new_matrix<std::uint8_t>(packed.rows(), count * superblock_size);
@@ -430,7 +443,7 @@ void bind_superblocks(py::module_& module) {
             return py::make_tuple(codes, result.d, result.scale_codes, result.dmin,
                                   result.min_codes);
         },
-        py::arg("blocks"), py::arg("bits"), py::arg("table") = false);
+        py::arg("blocks"), py::arg("bits"), py::arg("table") = "");
 }
 
 void check_block_bits(int bits) {
@@ -515,6 +528,148 @@ void bind_decoding(py::module_& module) {
 void check_bits(int bits) {
     if (bits != 2 && bits != 3 && bits != 4 && bits != 5 && bits != 6 && bits != 8)
         throw py::value_error("bits: expected 2, 3, 4, 5, 6 or 8, got " + std::to_string(bits));
+}
+
+const CodebookType& type_named(const std::string& name) {
+    const CodebookType* type = codebook_type(name);
+    if (!type) throw py::value_error("type: none with a codebook is called " + name);
+    return *type;
+}
+
+void bind_vectors(py::module_& module) {
+    module.def(
+        "pack_vectors",
+        [](const py::object& codes, const py::object& d, const py::object& scale_codes,
+           const std::string& name) -> py::object {
+            const CodebookType& type = type_named(name);
+            const auto c = matrix<std::uint8_t>(codes, "codes");
+            const Index blocks = blocks_in(c.cols(), superblock_size);
+            const auto grids = Superblocks{d, scale_codes}.checked(c.rows(), blocks, type.scales());
+            auto packed = new_matrix<std::uint8_t>(c.rows(), blocks * type.bytes);
+            const auto target = view(packed);
+            bool held = false;
+            {
+                const py::gil_scoped_release release;
+                held = pack_vectors(c, grids, type, target);
+            }
+            return held ? py::object(packed) : py::none();
+        },
+        py::arg("codes"), py::arg("d"), py::arg("scale_codes"), py::arg("type"));
+
+    module.def(
+        "unpack_vectors",
+        [](const py::object& blocks, const std::string& name) {
+            const CodebookType& type = type_named(name);
+            const auto packed = matrix<std::uint8_t>(blocks, "blocks");
+            const Index count = blocks_in(packed.cols(), type.bytes);
+            auto codes = new_matrix<std::uint8_t>(packed.rows(), count * superblock_size);
+            const auto c = view(codes);
+            const auto result = Superblocks::empty(packed.rows(), count, type.scales());
+            const auto grids = result.checked(packed.rows(), count, type.scales());
+            {
+                const py::gil_scoped_release release;
+                unpack_vectors(packed, type, c, grids);
+            }
+            return py::make_tuple(codes, result.d, result.scale_codes);
+        },
+        py::arg("blocks"), py::arg("type"));
+
+    module.def(
+        "vector_scales",
+        [](const py::object& weight, const py::object& importance, const std::string& name,
+           bool search) {
+            const CodebookType& type = type_named(name);
+            const auto w = matrix<float>(weight, "weight");
+            const auto h = vector<float>(importance, "importance", w.cols());
+            blocks_in(w.cols(), superblock_size);
+            auto scales = new_matrix<float>(w.rows(), w.cols() / type.group_size);
+            const auto s = view(scales);
+            {
+                const py::gil_scoped_release release;
+                vector_scales(w, h, type, search, s);
+            }
+            return scales;
+        },
+        py::arg("weight"), py::arg("importance"), py::arg("type"), py::arg("search"));
+
+    module.def(
+        "encode_vectors",
+        [](const py::object& weight, const py::object& scales, const py::object& importance,
+           const std::string& name) {
+            const CodebookType& type = type_named(name);
+            const auto w = matrix<float>(weight, "weight");
+            blocks_in(w.cols(), superblock_size);
+            const auto s = matrix<float>(scales, "scales", w.rows(), w.cols() / type.group_size);
+            const auto h = vector<float>(importance, "importance", w.cols());
+            auto codes = new_matrix<std::uint8_t>(w.rows(), w.cols());
+            const auto c = view(codes);
+            {
+                const py::gil_scoped_release release;
+                encode_vectors(w, s, h, type, c);
+            }
+            return codes;
+        },
+        py::arg("weight"), py::arg("scales"), py::arg("importance"), py::arg("type"));
+
+    module.def(
+        "quantize_vectors",
+        [](const py::object& weight, const py::object& upper, const py::object& order,
+           const py::object& codes, const py::object& scales, const std::string& name,
+           Index block_size) {
+            const CodebookType& type = type_named(name);
+            const auto w = matrix<float>(weight, "weight");
+            const Index in = w.cols();
+            blocks_in(in, superblock_size);
+            const auto u = matrix<float>(upper, "upper", in, in);
+            const auto columns = vector<std::int32_t>(order, "order", in);
+            if (!are_indices(columns, in) || !are_units(columns))
+                throw py::value_error("order: expected a permutation of runs of " +
+                                      std::to_string(unit_size) + " of weight's columns");
+            const auto c = writable_matrix<std::uint8_t>(codes, "codes", w.rows(), in);
+            const auto s = matrix<float>(scales, "scales", w.rows(), in / type.group_size);
+            if (block_size < 1) throw py::value_error("block_size: expected at least 1");
+            py::array_t<double> losses(in);
+            const VectorView<double> loss(losses.mutable_data(), in);
+            {
+                const py::gil_scoped_release release;
+                quantize_vectors(w, u, columns, s, type, block_size, c, loss);
+            }
+            return losses;
+        },
+        py::arg("weight"), py::arg("upper"), py::arg("order"), py::arg("codes"), py::arg("scales"),
+        py::arg("type"), py::arg("block_size"));
+
+    module.def(
+        "refine_vectors",
+        [](const py::object& weight, const py::object& gram, const py::object& codes,
+           const py::object& d, const py::object& scale_codes, const std::string& name,
+           Index rounds) {
+            const CodebookType& type = type_named(name);
+            const auto w = matrix<float>(weight, "weight");
+            const Index in = w.cols(), blocks = blocks_in(in, superblock_size);
+            const auto g = matrix<float>(gram, "gram", in, in);
+            const auto c = writable_matrix<std::uint8_t>(codes, "codes", w.rows(), in);
+            const SuperblocksView grids{
+                writable_matrix<Eigen::half>(d, "d", w.rows(), blocks),
+                writable_matrix<std::int8_t>(scale_codes, "scale_codes", w.rows(),
+                                             in / type.group_size),
+                {nullptr, 0, 0},
+                {nullptr, 0, 0}};
+            for (Index i = 0; i < c.size(); ++i)
+                if (c.data()[i] >= type.points())
+                    throw py::value_error("codes: expected values below " +
+                                          std::to_string(type.points()));
+            if (rounds < 0) throw py::value_error("rounds: expected 0 or more");
+            py::array_t<double> objectives(rounds + 1);
+            const VectorView<double> values(objectives.mutable_data(), rounds + 1);
+            {
+                const py::gil_scoped_release release;
+                refine_vectors(w, g, type, rounds, c, grids, values);
+            }
+            return objectives;
+        },
+        py::arg("weight"), py::arg("gram"), py::arg("codes"), py::arg("d"), py::arg("scale_codes"),
+        py::arg("type"), py::arg("rounds"));
 }
 
 void bind_codes(py::module_& module) {
@@ -714,6 +869,7 @@ void bind_quant(py::module_& module) {
     bind_superblocks(module);
     bind_blocks(module);
     bind_decoding(module);
+    bind_vectors(module);
     bind_codes(module);
     bind_packed(module);
 }

@@ -133,24 +133,27 @@ constexpr std::array<std::int8_t, 3> three_magnitudes = {8, 25, 43};
 constexpr std::array<std::int8_t, 8> eight_magnitudes = {4, 12, 20, 28, 36, 44, 52, 62};
 constexpr std::array<std::int8_t, 8> odd_magnitudes = {1, 3, 5, 7, 9, 11, 13, 15};
 
-std::vector<std::int8_t> members(std::span<const std::uint64_t> set,
-                                 std::span<const std::int8_t> digits, Index width) {
-    std::vector<std::int8_t> values;
-    for (size_t word = 0; word < set.size(); ++word)
-        for (std::uint64_t rest = set[word]; rest != 0; rest &= rest - 1) {
-            size_t number = 64 * word + static_cast<size_t>(std::countr_zero(rest));
-            for (Index i = 0; i < width; ++i, number /= digits.size())
-                values.push_back(digits[number % digits.size()]);
-        }
-    return values;
-}
-
 // Made once, when first asked for.
 struct Kept {
     std::vector<std::int8_t> values;
+    std::vector<std::int16_t> codes;
     Codebook book;
-    Kept(std::span<const std::uint64_t> set, std::span<const std::int8_t> digits, Index width)
-        : values(members(set, digits, width)), book{width, values} {}
+
+    Kept(std::span<const std::uint64_t> set, std::span<const std::int8_t> digits, Index width) {
+        std::int16_t count = 0;
+        for (size_t word = 0; word < set.size(); ++word)
+            for (std::uint64_t rest = set[word]; rest != 0; rest &= rest - 1) {
+                size_t number = 64 * word + static_cast<size_t>(std::countr_zero(rest));
+                codes.resize(number + 1, -1);
+                codes[number] = count++;
+                for (Index i = 0; i < width; ++i, number /= digits.size())
+                    values.push_back(digits[number % digits.size()]);
+            }
+        size_t numbers = 1;
+        for (Index i = 0; i < width; ++i) numbers *= digits.size();
+        codes.resize(numbers, -1);
+        book = {width, values, digits, codes};
+    }
 };
 
 }  // namespace

@@ -14,9 +14,13 @@ namespace bitwright {
 struct Codebook {
     Index width;
     std::span<const std::int8_t> values;
+    std::span<const std::int8_t> magnitudes;  // that its vectors consist of: their digits' values
+    std::span<const std::int16_t> codes;  // by the number of the digits, the lowest first, or −1
 
     const std::int8_t* vector(Index code) const { return values.data() + code * width; }
     Index size() const { return static_cast<Index>(values.size()) / width; }
+    Index base() const { return static_cast<Index>(magnitudes.size()); }
+    bool has_signs() const { return magnitudes[0] > 0; }
 };
 
 enum class CodebookName : std::uint8_t { iq1, iq2_xxs, iq2_xs, iq2_s, iq3_xxs, iq3_s };

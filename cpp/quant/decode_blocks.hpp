@@ -1,4 +1,4 @@
-// Weights of GGUF's blocks whose codes stand for vectors, or for points that no grid here has.
+// Weights of GGUF's blocks that no grid here holds: fractions of bits, and points without a zero.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct BlockType {
     void (*decode)(const std::uint8_t* block, float* weights);
 };
 
-// The type of this name, such as IQ3_S; null where there is none.
+// The type of this name, such as TQ1_0; null where there is none.
 const BlockType* block_type(std::string_view name);
 
 // Blocks [out, count · bytes] to weights [out, count · weights].

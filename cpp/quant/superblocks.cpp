@@ -40,6 +40,7 @@ struct CodeSearch {
     const Values& values;
     const Values& costs;
     float low, high;
+    bool odd;
     ScaledCodes<groups> best;
     float least = infinity;
 
@@ -49,7 +50,9 @@ struct CodeSearch {
             d = Eigen::half(std::copysign(least_d, candidate));
         const float wide = static_cast<float>(d);
         if (!std::isfinite(wide)) return;
-        Values codes = (values / wide).rint().max(low).min(high);
+        Values codes = values / wide;
+        codes = odd ? Values(((codes - 1.0f) * 0.5f).rint() * 2.0f + 1.0f) : Values(codes.rint());
+        codes = codes.max(low).min(high);
         if constexpr (nonzero) {
             const Values unit = (values * wide < 0.0f).select(Values::Constant(-1.0f), 1.0f);
             codes = (codes == 0.0f).select(unit, codes).max(low == 0.0f ? 1.0f : low).min(high);
@@ -91,10 +94,10 @@ struct CodeSearch {
 
 template <int groups, bool nonzero>
 bool fit_codes(const Eigen::Array<float, groups, 1>& values,
-               const Eigen::Array<float, groups, 1>& costs, int low, int high,
+               const Eigen::Array<float, groups, 1>& costs, const KGrid& grid, int low,
                ScaledCodes<groups>& found) {
     CodeSearch<groups, nonzero> search{
-        values, costs, static_cast<float>(low), static_cast<float>(high), {}};
+        values, costs, static_cast<float>(low), static_cast<float>(grid.high), grid.odd, {}};
     const bool done = search.run();
     found = search.best;
     return done;
@@ -145,7 +148,7 @@ bool fit_superblock(const ConstMatrixView<float>& scales, const ConstMatrixView<
     Values scale = of(scales);
     ScaledCodes<groups> found;
     if constexpr (!affine) {
-        if (!fit_codes<groups, true>(scale, cost, grid.low, grid.high, found)) return false;
+        if (!fit_codes<groups, true>(scale, cost, grid, grid.low, found)) return false;
         store(found, result.d, result.scale_codes);
         return true;
     } else {
@@ -154,13 +157,13 @@ bool fit_superblock(const ConstMatrixView<float>& scales, const ConstMatrixView<
         if (!one_end.isFinite().all() || !other_end.isFinite().all()) return false;
         const Values bottom = one_end.min(other_end).min(0.0f), peak = one_end.max(other_end);
         scale = (peak - bottom).max(0.0f) / top;
-        if (!fit_codes<groups, true>(scale, cost, grid.low, grid.high, found)) return false;
+        if (!fit_codes<groups, true>(scale, cost, grid, grid.low, found)) return false;
         store(found, result.d, result.scale_codes);
         // Where the scale has been rounded, the middle of the range stays where it is.
         const Values rounded = static_cast<float>(found.d) * found.codes;
         Values mins = ((rounded - scale) * (top / 2.0f) - bottom).max(0.0f);
         mins = (scale == 0.0f && bottom == 0.0f).select(0.0f, mins);  // so that zeros stay zeros
-        if (!fit_codes<groups, false>(mins, cost, 0, grid.high, found)) return false;
+        if (!fit_codes<groups, false>(mins, cost, grid, 0, found)) return false;
         store(found, result.dmin, result.min_codes);
         return true;
     }

@@ -7,13 +7,15 @@ namespace bitwright {
 
 constexpr Index superblock_size = 256;  // weights that share the scale of their scales
 
-// What the bits of a "k" grid stand for, Q2_K to Q6_K; and IQ4_XS, a table with superblocks.
+// What the bits of a "k" grid stand for, Q2_K to Q6_K; IQ4_XS, a table with superblocks, and types
+// with codebooks.
 struct KGrid {
     int bits;
     Index group_size;
     bool affine;    // w = scale·c − min, otherwise w = scale·(c − 2^(bits − 1)) or scale·T[c]
     int low, high;  // the least and the largest code of a scale
     bool table = false;
+    bool odd = false;  // whether codes of scales are odd
 
     static KGrid of(int bits);  // 2 to 6
     static KGrid iq4_xs() { return {4, 32, false, -32, 31, true}; }

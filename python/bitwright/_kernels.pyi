@@ -88,7 +88,7 @@ def refine_two_sided(
 ) -> NDArray[np.float64]: ...
 def add_output_metric(gradient: _Float32, weight: _Float32, sum: _Float32) -> None: ...
 def fit_superblocks(
-    scales: _Float32, offsets: _Float32, importance: _Float32, bits: int, table: bool = False
+    scales: _Float32, offsets: _Float32, importance: _Float32, bits: int, table: str = ""
 ) -> _Superblocks | None: ...
 def closed_form(
     weight: _Float32,
@@ -96,6 +96,7 @@ def closed_form(
     importance: _Float32,
     bits: int,
     points: _Float32 | None = None,
+    table: str = "",
 ) -> tuple[_Float32, _Float32]: ...
 def pack_superblocks(
     codes: _Codes,
@@ -104,10 +105,10 @@ def pack_superblocks(
     dmin: _Half | None,
     min_codes: _Codes | None,
     bits: int,
-    table: bool = False,
+    table: str = "",
 ) -> _Codes: ...
 def unpack_superblocks(
-    blocks: _Codes, bits: int, table: bool = False
+    blocks: _Codes, bits: int, table: str = ""
 ) -> tuple[_Codes, _Half, _Int8, _Half | None, _Codes | None]: ...
 def pack_blocks(codes: _Codes, d: _Half, m: _Half | None, bits: int) -> _Codes: ...
 def unpack_blocks(
@@ -115,6 +116,30 @@ def unpack_blocks(
 ) -> tuple[_Codes, _Half, _Half | None]: ...
 def decode_blocks(blocks: _Codes, name: str) -> _Float32: ...
 def codebook(name: str) -> _Int8: ...
+def pack_vectors(codes: _Codes, d: _Half, scale_codes: _Int8, type: str) -> _Codes | None: ...
+def unpack_vectors(blocks: _Codes, type: str) -> tuple[_Codes, _Half, _Int8]: ...
+def vector_scales(weight: _Float32, importance: _Float32, type: str, search: bool) -> _Float32: ...
+def encode_vectors(
+    weight: _Float32, scales: _Float32, importance: _Float32, type: str
+) -> _Codes: ...
+def quantize_vectors(
+    weight: _Float32,
+    upper: _Float32,
+    order: _Int32,
+    codes: _Codes,
+    scales: _Float32,
+    type: str,
+    block_size: int,
+) -> NDArray[np.float64]: ...
+def refine_vectors(
+    weight: _Float32,
+    gram: _Float32,
+    codes: _Codes,
+    d: _Half,
+    scale_codes: _Int8,
+    type: str,
+    rounds: int,
+) -> NDArray[np.float64]: ...
 def dequantize(
     codes: _Codes,
     scales: _Float32,

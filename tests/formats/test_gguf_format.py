@@ -27,7 +27,7 @@ from bitwright.checkpoint.gguf_file import BLOCKS, TYPE_NAMES, weights_per_block
 from bitwright.distill.student import PACE, Student, TrainedSuperBlocks
 from bitwright.errors import CheckpointError
 from bitwright.formats.gguf import TYPES, GgufFormat
-from bitwright.grids.tables import TABLES, has_superblocks
+from bitwright.grids.tables import TABLES, has_superblocks, vectors_of
 from bitwright.grids.tensor import GRIDS, K_GRIDS, SUPERBLOCK, Grid, SuperBlocks
 from bitwright.models.network import Network
 
@@ -35,6 +35,9 @@ Array = NDArray[Any]
 DEMO = Path(str(bitwright.demo_folder()))
 IDS = np.random.default_rng(0).integers(1, 512, (8, 24)).astype(np.int32)
 by_type = pytest.mark.parametrize(("grid", "bits"), TYPES, ids=TYPES.values())
+by_type_of_points = pytest.mark.parametrize(
+    ("grid", "bits"), [key for key in TYPES if vectors_of(key[0]) is None]
+)
 by_k_bits = pytest.mark.parametrize("bits", K_GRIDS)
 
 
@@ -51,6 +54,8 @@ def random_halves(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[n
 def random_tensor(grid: Grid, bits: int, out: int, blocks: int, seed: int) -> QuantizedTensor:
     """Codes and scales that no method would choose, each as likely as the others."""
     rng = np.random.default_rng(seed)
+    if vectors_of(grid) is not None:
+        return random_vectors(rng, grid, out, blocks)
     kind = K_GRIDS[bits] if grid == "k" else None
     size, base = (kind.group_size, kind.grid) if kind else (32, grid)
     codes = kind.scale_codes if kind else TABLES[grid].scale_codes if grid in TABLES else None
@@ -90,6 +95,20 @@ def random_tensor(grid: Grid, bits: int, out: int, blocks: int, seed: int) -> Qu
         group_size=size,
         grid=base,
         superblocks=superblocks,
+    )
+
+
+def random_vectors(rng: np.random.Generator, grid: Grid, out: int, blocks: int) -> QuantizedTensor:
+    """Every vector, sign and scale, as all bits of a block say something."""
+    table = TABLES[grid]
+    size = BLOCKS[grid.upper()].itemsize * blocks
+    content = np.frombuffer(rng.bytes(out * size), np.uint8).reshape(out, size)
+    codes, _, scale_codes = _kernels.unpack_vectors(content, grid.upper())
+    superblocks = SuperBlocks(random_halves(rng, (out, blocks)), scale_codes)
+    scales = superblocks.scales()
+    size = table.group_size or 0
+    return QuantizedTensor(
+        codes, scales, None, None, table.bits, size, grid, superblocks=superblocks
     )
 
 
@@ -150,7 +169,7 @@ PARTS = ("scales", "biases")
 shapes = {"out": st.integers(1, 4), "blocks": st.integers(1, 3), "seed": st.integers(0, 1 << 30)}
 
 
-@by_type
+@by_type_of_points
 @settings(deadline=None, max_examples=20)
 @given(out=st.integers(1, 20), blocks=st.integers(1, 3), seed=st.integers(0, 10**6))
 def test_blocks_have_the_bytes_of_numpy(
@@ -227,6 +246,8 @@ def test_random_bytes_are_read_as_the_reference_reads_them(
     array = array.reshape(out, blocks)
     for name in {"d", "dmin", "m"} & set(dtype.names or ()):
         array[name] = random_halves(rng, (out, blocks))
+    if vectors_of(grid) is not None:
+        array = packed(random_tensor(grid, bits, out, blocks, seed))
     if "e" in (dtype.names or ()):
         array["e"] %= 255 if grid == "mxfp4" else 0x7F  # the last is no number
     tensor = unpacked(array)

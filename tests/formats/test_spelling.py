@@ -56,7 +56,7 @@ def test_what_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         Spelling.parse(text)
     assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 400
+    assert len(str(error.value)) < 450
 
 
 def test_every_type_has_its_name() -> None:

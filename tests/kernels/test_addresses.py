@@ -85,4 +85,5 @@ def test_products_are_taken_in_one_place() -> None:
         "quant/output_metric.cpp",
         "quant/refine.cpp",
         "quant/refine_two_sided.cpp",
+        "quant/refine_vectors.cpp",
     }

@@ -71,6 +71,25 @@ def test_types_of_single_tensors(model: Path, tmp_path: Path) -> None:
     assert types["blk.1.attn_k.weight"] == "BF16"
 
 
+@pytest.mark.parametrize(
+    ("name", "number", "others"),
+    [
+        ("IQ3_M", 27, {"attn_v": "Q4_K", "ffn_up": "IQ3_S"}),
+        ("IQ2_XS", 20, {"attn_v": "Q2_K", "ffn_up": "IQ2_XS", "token_embd": "Q2_K"}),
+        ("IQ1_M", 31, {"attn_output": "IQ2_XXS", "ffn_up": "IQ1_M", "output.": "Q5_K"}),
+    ],
+)
+def test_mixes_with_codebooks_are_written(
+    model: Path, tmp_path: Path, name: str, number: int, others: dict[str, str]
+) -> None:
+    metadata, types = made(model, tmp_path / "out", name)
+    assert metadata["general.file_type"] == number
+    for part, kind in others.items():
+        assert kind in {each for tensor, each in types.items() if part in tensor}, part
+    found = bitwright.load_model(tmp_path / "out")
+    assert np.isfinite(found.logits(np.zeros((1, 4), np.int32))).all()
+
+
 def test_types_that_rows_cannot_take_are_told(tmp_path: Path) -> None:
     demo = shutil.copytree(bitwright.demo_folder(), tmp_path / "demo")
     _, types = made(demo, tmp_path / "out", "Q4_K_M")
@@ -107,8 +126,8 @@ def test_experts_are_typed_as_stacks(tmp_path: Path) -> None:
     [
         ({"type": "Q4_K_X"}, "near are .*Q4_K_M"),
         (
-            {"type": "IQ3_M"},
-            "IQ3_M has most tensors of the type IQ3_S, which is read but not written",
+            {"type": "TQ1_0"},
+            "TQ1_0 has most tensors of the type TQ1_0, which is read but not written",
         ),
         ({"type": "F16"}, "F16 quantizes nothing; bitwright convert --format gguf --dtype float16"),
         ({"type": "Q4_0", "format": "mlx"}, "is a mixture of types of the gguf format"),
@@ -116,7 +135,7 @@ def test_experts_are_typed_as_stacks(tmp_path: Path) -> None:
         ({"type": "Q4_0", "group_size": 32}, "group_size: every type has its own"),
         ({"type": "Q4_0", "embedding_bits": 8}, "embedding_bits: the type Q4_0 says"),
         ({"type": "Q4_0", "tensor_types": {"attn_z": "Q8_0"}}, "'attn_z' is in no tensor's name"),
-        ({"type": "Q4_0", "output_tensor_type": "IQ2_S"}, r"output\.weight of the type IQ2_S"),
+        ({"type": "Q4_0", "output_tensor_type": "TQ2_0"}, r"output\.weight of the type TQ2_0"),
         ({"pure": True}, "pure: changes a mixture of types; name it"),
         ({"split_max_size": 0}, "split_max_size: must be a number of bytes"),
         ({"split_max_size": 9, "format": "mlx"}, "split_max_size: is for the gguf format"),

@@ -81,6 +81,7 @@ def quantizing_cases() -> list[tuple[str, tuple[Any, ...]]]:
     return [
         *cases,
         *superblock_cases(),
+        *vector_cases(),
         *block_cases(),
         *(
             ("decode_blocks", (RNG.integers(0, 24, (ROWS, 2 * size), np.uint8), name))
@@ -113,6 +114,29 @@ def superblock_cases() -> list[tuple[str, tuple[Any, ...]]]:
             ("closed_form", (weight, codes, importance, bits)),
             ("pack_superblocks", (codes, *found, bits)),
             ("unpack_superblocks", (_kernels.pack_superblocks(codes, *found, bits), bits)),
+        ]
+    return cases
+
+
+def vector_cases() -> list[tuple[str, tuple[Any, ...]]]:
+    cases: list[tuple[str, tuple[Any, ...]]] = []
+    weight, gram, importance = normal(ROWS, 256), gram_of(256), np.abs(normal(256))
+    upper = _kernels.inverse_factor(gram, np.arange(256, dtype=np.int32), 0.01)
+    order = np.arange(256, dtype=np.int32).reshape(-1, 8)[::-1].reshape(-1).copy()
+    for kind in ("IQ3_S", "IQ3_XXS", "IQ2_XS", "IQ1_M", "IQ1_S"):
+        scales = _kernels.vector_scales(weight, importance, kind, True)
+        codes = _kernels.encode_vectors(weight, scales, importance, kind)
+        found = _kernels.fit_superblocks(scales, np.zeros_like(scales), importance, 4, kind)
+        assert found is not None
+        d, scale_codes = found[:2]
+        packed = _kernels.pack_vectors(codes, d, scale_codes, kind)
+        cases += [
+            ("vector_scales", (weight, importance, kind, True)),
+            ("encode_vectors", (weight, scales, importance, kind)),
+            ("quantize_vectors", (weight, upper, order, codes, scales, kind, 64)),
+            ("refine_vectors", (weight, gram, codes, d, scale_codes, kind, 2)),
+            ("pack_vectors", (codes, d, scale_codes, kind)),
+            ("unpack_vectors", (packed, kind)),
         ]
     return cases
 

@@ -55,7 +55,7 @@ BLOCKS: dict[str, np.dtype[Any]] = {
 }
 """The tensor types, as ggml's structs: one element is one block of weights."""
 
-DECODED = {  # number, weights and bytes of a block
+_VECTORS = {  # number, weights and bytes of a block
     "IQ2_XXS": (16, 256, 66),
     "IQ2_XS": (17, 256, 74),
     "IQ3_XXS": (18, 256, 98),
@@ -63,13 +63,16 @@ DECODED = {  # number, weights and bytes of a block
     "IQ3_S": (21, 256, 110),
     "IQ2_S": (22, 256, 82),
     "IQ1_M": (29, 256, 56),
+}
+DECODED = {  # which no grid here holds
     "TQ1_0": (34, 256, 54),
     "TQ2_0": (35, 256, 66),
     "Q1_0": (41, 128, 18),
     "Q2_0": (42, 64, 18),
 }
 # The field has the type's name, so that each type has a dtype of its own.
-BLOCKS |= {name: np.dtype([(name, "u1", (size,))]) for name, (_, _, size) in DECODED.items()}
+_OPAQUE = _VECTORS | DECODED
+BLOCKS |= {name: np.dtype([(name, "u1", (size,))]) for name, (_, _, size) in _OPAQUE.items()}
 
 TYPE_IDS = {
     "F32": 0,
@@ -90,7 +93,7 @@ TYPE_IDS = {
     "BF16": 30,
     "MXFP4": 39,
     "NVFP4": 40,
-    **{name: number for name, (number, _, _) in DECODED.items()},
+    **{name: number for name, (number, _, _) in _OPAQUE.items()},
 }
 
 FILE_TYPES = {
@@ -151,8 +154,8 @@ def weights_per_block(dtype: np.dtype[Any]) -> int:
     256
     """
     name = TYPE_NAMES[dtype]
-    if name in DECODED:
-        return DECODED[name][1]
+    if name in _OPAQUE:
+        return _OPAQUE[name][1]
     if dtype.names is None:
         return 1
     return 256 if name.endswith(("_K", "IQ4_XS")) else 64 if name == "NVFP4" else 32

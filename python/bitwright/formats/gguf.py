@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,26 @@ from bitwright.formats.format import Format, Precision, read_scales
 from bitwright.formats.gguf_mix import FLOATS, Mix, MixModel, types_of, whole_blocks
 from bitwright.formats.globs import as_globs
 from bitwright.formats.loading_code import PROMPT, Code, shell_word
-from bitwright.grids.tables import TABLES, has_superblocks
-from bitwright.grids.tensor import K_GRIDS, SUPERBLOCK, Grid, QuantizedTensor, SuperBlocks
+from bitwright.grids.superblocks import kernel_table
+from bitwright.grids.tables import TABLES, Vectors, has_superblocks, vectors_of
+from bitwright.grids.tensor import (
+    K_GRIDS,
+    SUPERBLOCK,
+    Grid,
+    IqGrid,
+    QuantizedTensor,
+    SuperBlocks,
+)
 from bitwright.warned import warn
 
 BLOCK = 32
 HALF = np.dtype(np.float16)
+VECTOR_GRIDS: tuple[Grid, ...] = tuple(
+    each for each in get_args(IqGrid) if vectors_of(each) is not None
+)
+VECTOR_TYPES: dict[tuple[Grid, int], str] = {
+    (each, TABLES[each].bits): each.upper() for each in VECTOR_GRIDS
+}
 TYPES: dict[tuple[Grid, int], str] = {
     ("symmetric", 4): "Q4_0",
     ("affine", 4): "Q4_1",
@@ -34,6 +48,7 @@ TYPES: dict[tuple[Grid, int], str] = {
     **{("k", bits): f"Q{bits}_K" for bits in K_GRIDS},
     ("iq4_nl", 4): "IQ4_NL",
     ("iq4_xs", 4): "IQ4_XS",
+    **VECTOR_TYPES,
     ("mxfp4", 4): "MXFP4",
     ("nvfp4", 4): "NVFP4",
 }
@@ -49,7 +64,7 @@ class GgufFormat(Format):
     bits = (2, 3, 4, 5, 6, 8)
     group_sizes = (16, 32)
     whole_row = False
-    grids = ("k", "affine", "symmetric", "iq4_nl", "iq4_xs", *FLOAT_GRIDS)
+    grids = ("k", "affine", "symmetric", *get_args(IqGrid), *FLOAT_GRIDS)
     scale_dtypes = (HALF,)
     embeddings = True
     stacks_experts = True
@@ -150,8 +165,8 @@ class GgufFormat(Format):
     def ends(
         cls, model_type: str, default: Precision, channels: int
     ) -> tuple[Precision | None, Precision | None]:
-        """As llama-quantize has the head: Q6_K or more, Q5_K beside 2 bits."""
-        bits = 5 if default.bits == 2 else 6
+        """As llama-quantize has the head: Q6_K or more, Q5_K beside 2 bits or 1."""
+        bits = 5 if default.bits <= 2 else 6
         if default.bits >= bits and cls.fits(channels, default):
             return default, default
         found = cls.of_type(whole_blocks(f"Q{bits}_K", channels))
@@ -217,6 +232,9 @@ class GgufFormat(Format):
             )
         if grid in FLOAT_GRIDS:
             return {f"{name}.weight": _pack_floats(kind, tensor)}
+        vectors = vectors_of(grid)
+        if vectors is not None and tensor.superblocks is not None:
+            return {f"{name}.weight": _pack_vectors(vectors, name, tensor, tensor.superblocks)}
         return {
             f"{name}.weight": _pack_superblocks(kind, tensor, tensor.superblocks)
             if tensor.superblocks is not None
@@ -246,20 +264,18 @@ class GgufFormat(Format):
                 f"{checkpoint.file(tensor)}: tensor {tensor} has {blocks.ndim} axes, expected 2"
             )
         for field in {"d", "dmin", "m"} & set(parts):
-            if not np.isfinite(blocks[field]).all():
-                raise CheckpointError(
-                    f"{checkpoint.file(tensor)}: tensor {tensor} has scales that are NaN or infinite. "
-                    f"The file is damaged: fetch or make it again"
-                )
+            _require_scales(blocks[field], f"{checkpoint.file(tensor)}: tensor {tensor}")
         scales: NDArray[Any]
         grid, bits = GRIDS_OF_TYPES[TYPE_NAMES[blocks.dtype]]
         if grid in FLOAT_GRIDS:
             return _unpacked_floats(blocks, grid, f"{checkpoint.file(tensor)}: tensor {tensor}")
+        if vectors_of(grid) is not None:
+            return _unpacked_vectors(blocks, grid, f"{checkpoint.file(tensor)}: tensor {tensor}")
         packed = np.ascontiguousarray(blocks).view(np.uint8)
         fields: dict[str, Any] = {"superblocks": None, "biases": None}
         if has_superblocks(grid):
             codes, d, scale_codes, dmin, min_codes = _kernels.unpack_superblocks(
-                packed, bits, grid in TABLES
+                packed, bits, kernel_table(grid)
             )
             superblocks = SuperBlocks(d, scale_codes, dmin, min_codes)
             scales, grid = superblocks.scales(), K_GRIDS[bits].grid if grid == "k" else grid
@@ -335,6 +351,42 @@ def _unpacked_floats(blocks: Blocks, grid: Grid, where: str) -> QuantizedTensor:
     )
 
 
+def _require_scales(scales: NDArray[Any], where: str) -> None:
+    if not np.isfinite(scales).all():
+        raise CheckpointError(
+            f"{where} has scales that are NaN or infinite. The file is damaged: fetch or make it again"
+        )
+
+
+def _pack_vectors(
+    vectors: Vectors, name: str, tensor: QuantizedTensor, grid: SuperBlocks
+) -> Blocks:
+    codes = np.ascontiguousarray(tensor.codes)
+    packed = _kernels.pack_vectors(codes, grid.d, grid.scale_codes, vectors.type)
+    if packed is None:
+        raise ValueError(
+            f"{name}: has codes that are no vectors of {vectors.type}, or scales that it does not store"
+        )
+    return packed.view(BLOCKS[vectors.type])
+
+
+def _unpacked_vectors(blocks: Blocks, grid: Grid, where: str) -> QuantizedTensor:
+    packed = np.ascontiguousarray(blocks).view(np.uint8)
+    codes, d, scale_codes = _kernels.unpack_vectors(packed, kernel_table(grid))
+    _require_scales(d, where)
+    superblocks = SuperBlocks(d, scale_codes)
+    return QuantizedTensor(
+        codes=codes,
+        scales=superblocks.scales(),
+        biases=None,
+        zeros=None,
+        bits=TABLES[grid].bits,
+        group_size=codes.shape[1] // scale_codes.shape[1],
+        grid=grid,
+        superblocks=superblocks,
+    )
+
+
 def _pack_superblocks(kind: str, tensor: QuantizedTensor, grid: SuperBlocks) -> Blocks:
     packed = _kernels.pack_superblocks(
         np.ascontiguousarray(tensor.codes),
@@ -343,7 +395,7 @@ def _pack_superblocks(kind: str, tensor: QuantizedTensor, grid: SuperBlocks) -> 
         grid.dmin,
         grid.min_codes,
         tensor.bits,
-        tensor.table is not None,
+        kernel_table(tensor.stored_grid),
     )
     return packed.view(BLOCKS[kind])
 

@@ -60,15 +60,19 @@ def kernel_grid(
     table: TableGrid | None = TABLES.get(grid)
     if table is None:
         return _kernels.Grid(bits, group_size, grid, scale_dtype.name, search)
-    points = table.by_code[: len(table.points)]
+    count = 1 << table.point_bits
+    points, bounds = table.by_code[:count], table.bounds
+    if len(table.points) < count:  # the last one fills the rest, which no weight takes
+        points = np.minimum(np.nan_to_num(points, nan=np.inf), points[len(table.points) - 1])
+        bounds = np.pad(bounds, (0, count - len(table.points)), constant_values=np.inf)
     return _kernels.Grid(
-        bits,
+        table.point_bits,
         group_size,
         "table",
         scale_dtype.name,
         search,
         points,
-        table.bounds,
+        bounds,
         table.either_sign,
         divisor,
     )
@@ -105,7 +109,7 @@ class GridChoice:
             raise TypeError(f"weight: expected float32, float16 or bfloat16, got {weight.dtype}")
         if weight.ndim != 2 or weight.size == 0:
             raise ValueError(f"weight: expected shape [out, in], got {list(weight.shape)}")
-        if bits not in BITS:
+        if bits not in BITS and grid not in TABLES:
             raise ValueError(f"bits: expected one of {BITS}, got {bits}")
         known = (*GRIDS, "k", *TABLES)
         if grid not in known:

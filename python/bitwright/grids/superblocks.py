@@ -1,10 +1,10 @@
-"""The "k" and "iq4_xs" grids of GGUF: scales and mins of groups as codes with one scale for 256 weights."""
+"""Grids of GGUF whose scales and mins of groups are codes with one scale for 256 weights."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitwright import _kernels
-from bitwright.grids.tables import TABLES
+from bitwright.grids.tables import TABLES, vectors_of
 from bitwright.grids.tensor import Grid, SuperBlocks
 
 Float32 = NDArray[np.float32]
@@ -22,22 +22,30 @@ def fit_superblocks(
     importance
         ``[in]`` what an error costs in each channel.
     bits, grid
-        Of the codes; "k" or "iq4_xs".
+        Of the codes; "k", or a table with superblocks.
 
     Raises
     ------
     ValueError
         If a scale is too large for float16.
     """
-    found = _kernels.fit_superblocks(scales, offsets, importance, bits, grid in TABLES)
+    found = _kernels.fit_superblocks(scales, offsets, importance, bits, kernel_table(grid))
     if found is None:
         raise ValueError(
             f"weight: its scales are more than float16 can hold; use another grid than {grid}"
         )
     blocks = SuperBlocks(*found)
-    if grid in TABLES:  # of which no point need be zero
+    if vectors_of(grid) is not None:  # whose scales have no code for zero
+        blocks.d[~scales.reshape(*blocks.d.shape, -1).any(axis=2)] = 0
+    elif grid in TABLES:  # of which no point need be zero
         blocks.scale_codes[scales == 0] = 0
     return blocks
+
+
+def kernel_table(grid: Grid) -> str:
+    """Return what kernels call a table with superblocks, nothing for "k"."""
+    vectors = vectors_of(grid)
+    return "" if grid not in TABLES else grid if vectors is None else vectors.type
 
 
 def closed_form(
@@ -52,7 +60,7 @@ def closed_form(
     importance
         ``[in]``.
     bits, grid
-        Of the codes; "k" or "iq4_xs".
+        Of the codes; "k", or a table with superblocks.
 
     Returns
     -------
@@ -60,7 +68,7 @@ def closed_form(
         ``[out, groups]``; scales are NaN where all codes of a group are the same, which says nothing.
     """
     points = TABLES[grid].by_code if grid in TABLES else None
-    return _kernels.closed_form(weight, codes, importance, bits, points)
+    return _kernels.closed_form(weight, codes, importance, bits, points, kernel_table(grid))
 
 
 def expanded(blocks: SuperBlocks, bits: int, grid: Grid = "k") -> tuple[Float32, Float32]:

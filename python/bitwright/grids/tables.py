@@ -1,4 +1,4 @@
-"""Grids whose points are a table: GGUF's IQ4 types, and floating-point numbers of 4 and 8 bits."""
+"""Grids whose points are a table: GGUF's IQ types, and floating-point numbers of 4 and 8 bits."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,14 +13,33 @@ EVERY_CODE = 256  # what kernels look codes up in
 
 
 @dataclass(frozen=True)
+class Vectors:
+    """How the codes of neighbours depend on each other: together they are vectors of a codebook.
+
+    Parameters
+    ----------
+    type
+        GGUF's, which says what vectors there are.
+    bits
+        What it is said to have.
+    stored_bits
+        Bits per weight of codes, signs and the scales of groups, without those of superblocks.
+    """
+
+    type: str
+    bits: int
+    stored_bits: float
+
+
+@dataclass(frozen=True)
 class TableGrid:
     """A grid ``w = scale * points[code]``.
 
     Parameters
     ----------
     points
-        In rising order, 16 or 256; where there is a negative zero, it comes before the positive one. Where
-        the ends stand twice, the outer ones are NaN's codes, which no weight takes.
+        In rising order, 16 or 256, or 6 of some vectors; where there is a negative zero, it comes before
+        the positive one. Where the ends stand twice, the outer ones are NaN's codes, which no weight takes.
     scale_dtype
         That scales are stored in; None where the file decides.
     group_size
@@ -37,6 +56,8 @@ class TableGrid:
         Whether scales are searched for even by plain rounding.
     divided
         Whether all scales of a tensor are divided by one float32 of its own.
+    vectors
+        Where not every weight has a point by itself.
     """
 
     points: tuple[float, ...]
@@ -47,11 +68,17 @@ class TableGrid:
     scale_codes: tuple[int, int] | None = None
     fitted: bool = False
     divided: bool = False
+    vectors: Vectors | None = None
 
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return len(self.points).bit_length() - 1
+        return self.vectors.bits if self.vectors is not None else self.point_bits
+
+    @property
+    def point_bits(self) -> int:
+        """Bits of the number of a point."""
+        return (len(self.points) - 1).bit_length()
 
     @property
     def span(self) -> float:
@@ -120,6 +147,29 @@ class TableGrid:
         return scales
 
 
+def _of_vectors(
+    kind: str,
+    bits: int,
+    stored_bits: float,
+    magnitudes: tuple[int, ...],
+    unit: int,
+    group_size: int,
+) -> TableGrid:
+    """Return the grid of a type with signed magnitudes, in so many parts of the scale."""
+    points = tuple(sign * each / unit for sign in (-1, 1) for each in magnitudes)
+    vectors = Vectors(kind, bits, stored_bits)
+    return TableGrid(
+        tuple(sorted(points)), None, group_size, scale_codes=(1, 31), fitted=True, vectors=vectors
+    )
+
+
+def _of_moved_ones(kind: str, stored_bits: float, group_size: int) -> TableGrid:
+    """Return the grid of a type with −1, 0 and 1, all moved by an eighth."""
+    points = tuple(one + move for one in (-1, 0, 1) for move in (-0.125, 0.125))
+    vectors = Vectors(kind, 1, stored_bits)
+    return TableGrid(points, None, group_size, scale_codes=(1, 15), fitted=True, vectors=vectors)
+
+
 def _signed(magnitudes: NDArray[Any]) -> tuple[float, ...]:
     """Return magnitudes from 0 on with both signs, zero too."""
     sizes = [float(each) for each in magnitudes]
@@ -133,12 +183,20 @@ MOST_E4M3 = np.float32(448)
 E2M1_POINTS = _signed(np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6]))
 E4M3_POINTS = _signed(np.append(np.arange(127, dtype=np.uint8).view(E4M3), MOST_E4M3))
 _IQ4_POINTS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_ODD, _THREE = tuple(range(1, 16, 2)), (8, 25, 43)
 
 TABLES: dict[str, TableGrid] = {
     "iq4_nl": TableGrid(_IQ4_POINTS, FLOAT16, 32, "up", either_sign=True, fitted=True),
     "iq4_xs": TableGrid(
         _IQ4_POINTS, None, 32, "up", either_sign=True, scale_codes=(-32, 31), fitted=True
     ),
+    "iq3_s": _of_vectors("IQ3_S", 3, 3.375, _ODD, 1, 32),
+    "iq3_xxs": _of_vectors("IQ3_XXS", 3, 3.0, (4, 12, 20, 28, 36, 44, 52, 62), 4, 32),
+    "iq2_s": _of_vectors("IQ2_S", 2, 2.5, _THREE, 8, 16),
+    "iq2_xs": _of_vectors("IQ2_XS", 2, 2.25, _THREE, 8, 16),
+    "iq2_xxs": _of_vectors("IQ2_XXS", 2, 2.0, _THREE, 8, 32),
+    "iq1_m": _of_moved_ones("IQ1_M", 1.6875, 16),
+    "iq1_s": _of_moved_ones("IQ1_S", 1.5, 32),
     "mxfp4": TableGrid(E2M1_POINTS, E8M0, 32, "small"),
     "mxfp8": TableGrid(E4M3_POINTS, E8M0, 32),
     "nvfp4": TableGrid(E2M1_POINTS, E4M3, 16, "small"),
@@ -149,6 +207,11 @@ TABLES: dict[str, TableGrid] = {
 def has_superblocks(grid: str) -> bool:
     """Tell whether a grid's scales are codes times one float16 for 256 weights."""
     return grid == "k" or (grid in TABLES and TABLES[grid].scale_codes is not None)
+
+
+def vectors_of(grid: str) -> Vectors | None:
+    """Return how the codes of neighbours depend on each other; None where they do not."""
+    return TABLES[grid].vectors if grid in TABLES else None
 
 
 def fits_whole_rows(grid: str) -> bool:

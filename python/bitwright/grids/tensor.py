@@ -10,18 +10,11 @@ from numpy.typing import DTypeLike, NDArray
 from bitwright import _kernels
 from bitwright.grids.tables import TABLES, TableGrid
 
-Grid = Literal[
-    "affine",
-    "zero_point",
-    "symmetric",
-    "k",
-    "iq4_nl",
-    "iq4_xs",
-    "mxfp4",
-    "mxfp8",
-    "nvfp4",
-    "nvfp4_divided",
+IqGrid = Literal[
+    "iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"
 ]
+FloatGrid = Literal["mxfp4", "mxfp8", "nvfp4", "nvfp4_divided"]
+Grid = Literal["affine", "zero_point", "symmetric", "k", IqGrid, FloatGrid]
 GRIDS: tuple[Grid, ...] = (
     "affine",
     "zero_point",
@@ -152,16 +145,18 @@ class QuantizedTensor:
     zeros
         ``[out, groups]`` uint8; the integer grids ``w = scale * (code - zero)`` only.
     bits
-        2, 3, 4, 5, 6 or 8.
+        2, 3, 4, 5, 6 or 8; 1 of a table.
     group_size
         Consecutive input channels that share a scale; equal to ``in`` for one scale a row.
     grid
         ``"affine"``, ``"zero_point"`` or ``"symmetric"`` (every zero is ``2**(bits - 1)``); or one of
-        `TABLES`, ``w = scale * points[code]``, which has neither biases nor zeros.
+        `TABLES`, ``w = scale * points[code]``, which has neither biases nor zeros. Of some tables only
+        certain vectors of codes can be stored, see `bitwright.grids.tables.Vectors`.
     group_index
         ``[in]`` int32, the group of each channel, for files whose groups are not consecutive.
     superblocks
-        Of "k" and "iq4_xs" grids: what `scales` and `biases` (float32 then) are the products of.
+        Of "k" grids and most of GGUF's tables: what `scales` and `biases` (float32 then) are the products
+        of.
     divisor
         Of all scales, where the grid has one ("nvfp4_divided").
 
@@ -191,7 +186,7 @@ class QuantizedTensor:
     divisor: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
+        if self.bits not in BITS and self.table is None:
             raise ValueError(f"bits: expected one of {BITS}, got {self.bits}")
         if self.grid not in GRIDS and self.table is None:
             raise ValueError(f"grid: expected one of {(*GRIDS, *TABLES)}, got {self.grid!r}")
@@ -373,6 +368,8 @@ def stored_bits(bits: int, group_size: int, grid: Grid, scale_dtype: DTypeLike) 
     if grid == "k":
         return bits + K_GRIDS[bits].stored_bits
     table = TABLES.get(grid)
+    if table is not None and table.vectors is not None:
+        return table.vectors.stored_bits + 16 / SUPERBLOCK
     if table is not None:
         return table.bits + _stored_scale_bits(table, scale_dtype) / (
             table.group_size or group_size

@@ -517,7 +517,7 @@ class Model(Decoder):
             self._check_floats(tensor)
             return
         # The format compares the sizes of packed tensors when it reads them. Until then, there must be
-        # some, and no code has less than two bits.
+        # some, and no weight has less than 1.5 bits.
         place, stored = self.experts.get(name), 0
         for layer in (name,) if place is None else (name, place.stacked_name):
             for packed in (f"{layer}.{end}" for end in self.format.parts):
@@ -526,7 +526,7 @@ class Model(Decoder):
                     stored += count * self.checkpoint.dtype(packed).itemsize
         if not stored:
             self.checkpoint.shape(tensor)  # which is not there
-        if math.prod(shape) > 4 * stored:
+        if 1.5 * math.prod(shape) > 8 * stored:
             raise CheckpointError(
                 f"{self.checkpoint.folder}: quantized layer {name} has {stored} bytes, too few for the "
                 f"shape {list(shape)} that config.json asks for"

@@ -9,12 +9,13 @@ from numpy.typing import DTypeLike, NDArray
 from bitwright import _kernels
 from bitwright.arrays import floats, require_finite
 from bitwright.grids.choice import GridChoice
-from bitwright.grids.tables import has_superblocks
+from bitwright.grids.tables import has_superblocks, vectors_of
 from bitwright.grids.tensor import Grid, QuantizedTensor, SuperBlocks
 from bitwright.methods.method import Method, MethodOptions, Solver, StageInputs
 from bitwright.methods.rtn import quantize_rtn
 
 MOST_DAMPING = 1.0
+UNIT = 8  # columns whose vectors are chosen together
 SOLVING_SPEED = 0.86  # next to a large product of matrices (bench/RESULTS.md)
 
 
@@ -61,7 +62,7 @@ class GptqTensor(QuantizedTensor):
 
 
 def factor_gram(
-    gram: NDArray[np.float32], *, damping: float = 0.01, act_order: bool = True
+    gram: NDArray[np.float32], *, damping: float = 0.01, act_order: bool = True, unit: int = 1
 ) -> GramFactor:
     """Factor the inverse of a damped gram, once for all layers that share it.
 
@@ -74,6 +75,8 @@ def factor_gram(
         positive definite in float32 the damping is raised tenfold until it is.
     act_order
         Quantize the columns with the largest inputs first.
+    unit
+        Consecutive columns that stay together: `UNIT` for grids of vectors.
 
     Returns
     -------
@@ -106,7 +109,10 @@ def factor_gram(
         raise ValueError("gram: the diagonal holds NaN, infinite or negative values")
     order = np.arange(len(diagonal), dtype=np.int32)
     if act_order:
-        order = np.argsort(-diagonal, kind="stable").astype(np.int32)
+        if len(diagonal) % unit:
+            raise ValueError(f"unit: {unit} does not divide the {len(diagonal)} channels of gram")
+        energies = diagonal.reshape(-1, unit).sum(axis=1)
+        order = order.reshape(-1, unit)[np.argsort(-energies, kind="stable")].reshape(-1)
     live = diagonal[diagonal > 0]
     mean = float(live.mean()) if live.size else 1.0
     while True:
@@ -194,8 +200,10 @@ def quantize_gptq(
     require_finite(weight, "weight")
     if block_size < 1:
         raise ValueError(f"block_size: expected at least 1, got {block_size}")
+    vectors = vectors_of(grid)
     if not isinstance(gram, GramFactor):
-        gram = factor_gram(gram, damping=damping, act_order=act_order)
+        unit = 1 if vectors is None else UNIT
+        gram = factor_gram(gram, damping=damping, act_order=act_order, unit=unit)
     if gram.importance.shape != weight.shape[1:]:
         raise ValueError(f"gram: has {gram.importance.size} channels, weight has {weight.shape[1]}")
     if static_groups is None:
@@ -218,6 +226,23 @@ def quantize_gptq(
             importance=gram.importance,
         )
         blocks, given = rounded.superblocks, rounded.grids()
+        if vectors is not None:
+            codes = rounded.codes
+            losses = _kernels.quantize_vectors(
+                np.ascontiguousarray(weight, np.float32),
+                gram.upper,
+                gram.order,
+                codes,
+                given[0],
+                vectors.type,
+                block_size,
+            )
+            return GptqTensor(
+                **choice.fields(codes, *given),
+                superblocks=blocks,
+                column_losses=losses,
+                damping=gram.damping,
+            )
     codes, scales, offsets, losses = _kernels.quantize_gptq(
         weight,
         gram.upper,
@@ -240,14 +265,24 @@ def gptq_solver(inputs: StageInputs, options: MethodOptions) -> Solver:
     """GPTQ, with the gram factored once for all layers that share it."""
     if inputs.gram is None:
         raise ValueError("method: gptq needs calibration data")
-    factor = factor_gram(inputs.gram, damping=options.damping, act_order=options.act_order)
+    moments = inputs.gram
+    factors: dict[int, GramFactor] = {}  # one at most, since layers of one input rarely need two
+
+    def factor(grid: Grid) -> GramFactor:
+        unit = 1 if vectors_of(grid) is None or not options.act_order else UNIT
+        if unit not in factors:
+            factors.clear()
+            factors[unit] = factor_gram(
+                moments, damping=options.damping, act_order=options.act_order, unit=unit
+            )
+        return factors[unit]
 
     def solve(
         weight: NDArray[Any], bits: int, size: int | None, grid: Grid, dtype: np.dtype[Any]
     ) -> QuantizedTensor:
         return quantize_gptq(
             weight,
-            factor,
+            factor(grid),
             bits,
             size,
             grid=grid,

@@ -16,10 +16,12 @@ from bitwright.arrays import require_finite
 from bitwright.grids.choice import FLOAT_DTYPES
 from bitwright.grids.choice import kernel_grid as grid_for_kernels
 from bitwright.grids.superblocks import expanded, fit_superblocks
+from bitwright.grids.tables import Vectors, vectors_of
 from bitwright.grids.tensor import QuantizedTensor, SuperBlocks
 from bitwright.methods.gptq import GptqTensor
 
 ROUNDS = 2
+VECTOR_SWEEPS = 2  # of each round, over vectors, whose scales are only fitted on the way
 
 
 def refine(
@@ -37,7 +39,8 @@ def refine(
     Then, group by group, a new range or integer zero is taken where that gains, with its codes rounded as
     GPTQ does within the group, and each code gets its best value given all others. Scales and biases are
     rounded to their stored dtype inside the loop: no step raises the error of what is stored.
-    The scales of "k" grids are fitted with their superblocks again, and each row keeps the better.
+    The scales of "k" grids are fitted with their superblocks again, and each row keeps the better. Where
+    codes are vectors, the eight weights of a unit get their best ones together.
 
     Parameters
     ----------
@@ -123,8 +126,11 @@ def kernel_grid(tensor: QuantizedTensor) -> _kernels.Grid:
 def _refine_damped(
     tensor: QuantizedTensor, weight: NDArray[np.float32], damped: NDArray[np.float32], rounds: int
 ) -> tuple[QuantizedTensor, NDArray[np.float64]]:
-    if tensor.superblocks is not None:
-        return _refine_superblocks(tensor, tensor.superblocks, weight, damped, rounds)
+    vectors, blocks = vectors_of(tensor.grid), tensor.superblocks
+    if vectors is not None and blocks is not None:
+        return _refine_vectors(tensor, vectors, blocks, weight, damped, rounds)
+    if blocks is not None:
+        return _refine_superblocks(tensor, blocks, weight, damped, rounds)
     codes, (scales, offsets) = tensor.codes.copy(), tensor.grids()
     objectives = _kernels.refine(
         weight,
@@ -197,6 +203,23 @@ def _refine_superblocks(
         blocks = blocks.replaced(rows, fitted)
         objectives.append(float(np.where(rows, tried, kept).sum()))
     return with_superblocks(tensor, codes, blocks), np.array(objectives)
+
+
+def _refine_vectors(
+    tensor: QuantizedTensor,
+    vectors: Vectors,
+    blocks: SuperBlocks,
+    weight: NDArray[np.float32],
+    gram: NDArray[np.float32],
+    rounds: int,
+) -> tuple[QuantizedTensor, NDArray[np.float64]]:
+    """Refine vectors and their scales as they are stored."""
+    codes, d, scale_codes = tensor.codes.copy(), blocks.d.copy(), blocks.scale_codes.copy()
+    objectives = _kernels.refine_vectors(
+        weight, gram, codes, d, scale_codes, vectors.type, VECTOR_SWEEPS * rounds
+    )
+    found = with_superblocks(tensor, codes, SuperBlocks(d, scale_codes))
+    return found, objectives[::VECTOR_SWEEPS]
 
 
 def with_superblocks(

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitwright.grids.tables import vectors_of
 from bitwright.grids.tensor import Grid, QuantizedTensor
 from bitwright.methods.method import MethodOptions, Solver
 from bitwright.methods.refine import refine
@@ -30,7 +31,8 @@ def refined(
         target = np.ascontiguousarray(weight, np.float32)
         damping = options.damping
         tensor, _ = refine(tensor, target, known, damping=damping, overwrite_gram=True)
-        if output_metric is not None:
+        # Vectors have no sweep over single codes in the metric of outputs.
+        if output_metric is not None and vectors_of(tensor.grid) is None:
             tensor, _ = refine_two_sided(
                 tensor, target, known, output_metric, damping=damping, overwrite_gram=True
             )

@@ -11,7 +11,7 @@ from bitwright import _kernels
 from bitwright.arrays import floats, require_finite
 from bitwright.grids.choice import GridChoice, check_importance
 from bitwright.grids.superblocks import closed_form, expanded, fit_superblocks
-from bitwright.grids.tables import E4M3, E8M0, TABLES, has_superblocks
+from bitwright.grids.tables import E4M3, E8M0, TABLES, has_superblocks, vectors_of
 from bitwright.grids.tensor import SUPERBLOCK, Grid, QuantizedTensor
 from bitwright.methods.method import Method, MethodOptions, Solver, StageInputs
 
@@ -42,7 +42,7 @@ def quantize_rtn(
     grid
         ``"affine"`` (as MLX fits it), ``"zero_point"``, ``"symmetric"``, or ``"k"``: GGUF's, whose scales
         are quantized as well; its group size is None, and its scales are products in float32. Or a table
-        of points, ``"iq4_nl"`` or ``"iq4_xs"``, with its bits and None as group size.
+        of points, such as ``"iq4_nl"`` or ``"iq3_s"``, with its bits and None as group size.
     scale_dtype
         Dtype that scales and biases are stored in, by default that of `weight`. They are rounded to it
         before the codes are chosen.
@@ -73,9 +73,15 @@ def quantize_rtn(
     weights = check_importance(importance, weight.shape[1])
     if grid in TABLES and choice.scale_dtype in (E4M3, E8M0) and not grid_search:
         return _plainly_rounded(weight, weights, choice)
-    codes, scales, offsets = _kernels.quantize_rtn(weight, weights, choice.kernel_grid)
-    if not has_superblocks(grid):
-        return QuantizedTensor(**choice.fields(codes, scales, offsets))
+    vectors = vectors_of(grid)
+    if vectors is not None:
+        wide = np.ascontiguousarray(weight, np.float32)
+        scales = _kernels.vector_scales(wide, weights, vectors.type, grid_search)
+        offsets = np.zeros_like(scales)
+    else:
+        codes, scales, offsets = _kernels.quantize_rtn(weight, weights, choice.kernel_grid)
+        if not has_superblocks(grid):
+            return QuantizedTensor(**choice.fields(codes, scales, offsets))
     # Groups of zeros have a scale of their own choice, which must not count in that of the superblock.
     live = (weight != 0) & (weights != 0)
     empty = ~live.reshape(*scales.shape, -1).any(axis=2)
@@ -119,7 +125,11 @@ def _on_superblocks(
     bits, grid = choice.bits, choice.grid
     blocks = fit_superblocks(scales, offsets, importance, bits, grid)
     grids = expanded(blocks, bits, grid)
-    codes = _kernels.encode(weight, *grids, choice.kernel_grid)
+    vectors = vectors_of(grid)
+    if vectors is None:
+        codes = _kernels.encode(weight, *grids, choice.kernel_grid)
+    else:
+        codes = _kernels.encode_vectors(weight, grids[0], importance, vectors.type)
     return QuantizedTensor(**choice.fields(codes, *grids), superblocks=blocks)
 
 

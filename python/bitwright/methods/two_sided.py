@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.superblocks import expanded
+from bitwright.grids.tables import vectors_of
 from bitwright.grids.tensor import QuantizedTensor
 from bitwright.methods.refine import (
     check_refinable,
@@ -109,6 +110,10 @@ def refine_two_sided(
     True
     """
     check_refinable(tensor, weight, damping)
+    if vectors_of(tensor.grid) is not None:
+        raise ValueError(
+            f"tensor: codes of {tensor.grid} are chosen eight together, which only refine does"
+        )
     if output_metric.ndim != 2 or len(output_metric) != len(weight):
         raise ValueError(
             f"output_metric: expected {len(weight)} rows, got shape {output_metric.shape}"

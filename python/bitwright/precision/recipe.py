@@ -92,7 +92,7 @@ class Recipe:
             layers: dict[str, tuple[int, int | None]] = {}
             for name, each in content["layers"].items():
                 bits, size = each["bits"], each["group_size"]
-                sound = type(bits) is int and bits in BITS and type(size) is int
+                sound = type(bits) is int and bits in (1, *BITS) and type(size) is int
                 if not sound or not (size > 0 or size == -1):
                     raise ValueError(f"layer {name}: {each}")
                 layers[name] = bits, None if size == -1 else size
