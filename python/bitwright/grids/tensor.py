@@ -21,6 +21,9 @@ Grid = Literal[
     "mxfp8",
     "nvfp4",
     "nvfp4_divided",
+    "fp8",
+    "fp8_tensor",
+    "fp8_block",
 ]
 GRIDS: tuple[Grid, ...] = (
     "affine",
@@ -374,9 +377,8 @@ def stored_bits(bits: int, group_size: int, grid: Grid, scale_dtype: DTypeLike) 
         return bits + K_GRIDS[bits].stored_bits
     table = TABLES.get(grid)
     if table is not None:
-        return table.bits + _stored_scale_bits(table, scale_dtype) / (
-            table.group_size or group_size
-        )
+        size = (table.group_size or group_size) * table.rows
+        return table.bits + (_stored_scale_bits(table, scale_dtype) / size if size else 0)
     scale = 8 * np.dtype(scale_dtype).itemsize
     return bits + (scale + (scale if grid == "affine" else bits)) / group_size
 

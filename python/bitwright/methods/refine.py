@@ -16,6 +16,7 @@ from bitwright.arrays import require_finite
 from bitwright.grids.choice import FLOAT_DTYPES
 from bitwright.grids.choice import kernel_grid as grid_for_kernels
 from bitwright.grids.superblocks import expanded, fit_superblocks
+from bitwright.grids.tables import shares_rows
 from bitwright.grids.tensor import QuantizedTensor, SuperBlocks
 from bitwright.methods.gptq import GptqTensor
 
@@ -37,7 +38,8 @@ def refine(
     Then, group by group, a new range or integer zero is taken where that gains, with its codes rounded as
     GPTQ does within the group, and each code gets its best value given all others. Scales and biases are
     rounded to their stored dtype inside the loop: no step raises the error of what is stored.
-    The scales of "k" grids are fitted with their superblocks again, and each row keeps the better.
+    The scales of "k" grids are fitted with their superblocks again, and each row keeps the better; those
+    that rows share stay.
 
     Parameters
     ----------
@@ -134,6 +136,7 @@ def _refine_damped(
         offsets,
         kernel_grid(tensor),
         rounds,
+        shares_rows(tensor.grid),
     )
     return with_grids(tensor, codes, scales, offsets), objectives
 
