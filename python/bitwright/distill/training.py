@@ -2,6 +2,7 @@
 
 Distilled weight quantization, as in mlx-lm: the codes stay, so the result has the same size and speed."""
 
+import functools
 import hashlib
 import json
 import math
@@ -32,7 +33,13 @@ from bitwright.checkpoint.work_folder import (
 )
 from bitwright.checkpoint.writer import UNFINISHED, check_apart, completed, write_safetensors
 from bitwright.distill.adam import Adam
-from bitwright.distill.gradient_memory import final_bytes, head_bytes, logits_bytes, sub_block_bytes
+from bitwright.distill.gradient_memory import (
+    backward_bytes,
+    final_bytes,
+    head_bytes,
+    logits_bytes,
+    sub_block_bytes,
+)
 from bitwright.distill.losses import LOSSES, DistillationLoss, LossFunction, TopTokens, next_tokens
 from bitwright.distill.student import ZEROS, Student, Zeros, trained_bytes
 from bitwright.distill.targets import (
@@ -680,14 +687,15 @@ class _Run:
         losses = []
         parts: list[dict[str, Float32]] = []
         for batch in self._passes(samples):
-            found = self.network.gradients(
+            found = functools.partial(
+                self.network.gradients,
                 self.samples[batch],
                 self._loss(batch, self.loss, 1 / positions),
                 student.add_gradient,
                 on_embedding=student.add_row_gradient,
                 on_head=student.add_gradient,
             )
-            losses.append(float(found.sum()))
+            losses.append(self._sum(found))
             if self.ranks.fixed_order:
                 parts.append(student.gradients())
         mean = self.ranks.total(losses) / positions
@@ -697,6 +705,16 @@ class _Run:
         if math.isfinite(mean):
             self.adam.step(gradients, settings.rate(self.state.step))
         return mean
+
+    def _sum(self, losses: Callable[[], NDArray[np.float64]]) -> float:
+        """Return the sum of losses; NaN where training has made rows of the embedding infinite, which is an
+        error only of a student as it was given."""
+        try:
+            return float(losses().sum())
+        except NonFiniteError:
+            if not self.state.validations:
+                raise
+            return math.nan
 
     def _passes(self, samples: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
         """Yield this rank's part of some samples, so many at a time: one by one where the order of sums
@@ -725,7 +743,11 @@ class _Run:
         Return whether it is finite."""
         valid, state = self.plan.valid, self.state
         losses = [
-            float(self.network.losses(self.samples[batch], self._loss(batch, "kl", 1.0)).sum())
+            self._sum(
+                functools.partial(
+                    self.network.losses, self.samples[batch], self._loss(batch, "kl", 1.0)
+                )
+            )
             for batch in self._passes(valid)
         ]
         value = self.ranks.total(losses) / (len(valid) * self.samples.shape[1])
@@ -851,7 +873,7 @@ def plan_training(
     taught = together * (2 * packed + 2 * 4 * config.hidden_size)
     logits = logits_bytes(model, together, 1) * 5 // 4  # and which of them are finite
     teaching = head_bytes(model, together) + logits + taught
-    most = budget.base + trained + max(teaching, training)
+    most = budget.base + backward_bytes() + trained + max(teaching, training)
     budget.require(most, model.checkpoint.folder)
     return most
 
