@@ -18,6 +18,7 @@ from bitwright.formats.compressed_tensors import CompressedTensorsFormat
 from bitwright.formats.gguf import GgufFormat
 from bitwright.formats.mlx import MlxFormat
 from bitwright.grids.tables import TABLES
+from bitwright.precision.options import PrecisionOptions
 
 Array = NDArray[Any]
 DEMO = Path(str(bitwright.demo_folder()))
@@ -214,6 +215,40 @@ def test_grids_of_other_containers(format: Any, grid: Any, message: str, tmp_pat
         bitwright.quantize(DEMO, tmp_path / "q", "rtn", format=format, grid=grid, progress=False)
     assert "--group-size" not in str(error.value)
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "wanted"),
+    [
+        ("mlx", "mxfp8", ("mxfp8", 8, 32)),
+        ("mlx", "MXFP4", ("mxfp4", 4, 32)),
+        ("compressed-tensors", "fp8:tensor", ("fp8_tensor", 8, -1)),
+        ("gguf", "nvfp4", ("nvfp4", 4, 16)),
+        ("mlx", "4:32", (None, 4, 32)),
+    ],
+)
+def test_a_type_is_what_a_grid_is(format: Any, text: str, wanted: tuple[Any, ...]) -> None:
+    by_type = PrecisionOptions(format=format, type=text)
+    assert by_type == PrecisionOptions(format=format, grid=text)  # type: ignore[arg-type]
+    assert (by_type.grid, by_type.bits, by_type.group_size) == wanted
+    assert PrecisionOptions(format="gguf", type="q4_k_m").type == "q4_k_m"  # a mixture
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            {"type": "mxfp8", "grid": "mxfp4"},
+            "grid: mxfp4 contradicts type mxfp8, which says bits 8",
+        ),
+        ({"type": "mxfp8", "group_size": 64}, "group_size: 64 contradicts grid mxfp8"),
+        ({"type": "fp8", "bits": 6}, "bits: 6 contradicts grid fp8, which says bits 8"),
+        ({"type": "mxfp5"}, "there is no 'MXFP5'"),
+    ],
+)
+def test_types_that_contradict(said: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        bitwright.quantize(DEMO, tmp_path / "q", "rtn", format="gguf", progress=False, **said)
 
 
 def stored_weights(folder: Path, layer: str, format: str, grid: str) -> Array:

@@ -217,7 +217,8 @@ mixture = together(
     precision_option(
         "--type",
         metavar="NAME",
-        help="A mixture of types by llama.cpp's name, such as Q4_K_M, in place of --bits (gguf).",
+        help="A mixture of types by llama.cpp's name, such as Q4_K_M, in place of --bits (gguf); or a "
+        "precision, as --grid takes it.",
     ),
     precision_option(
         "--pure", is_flag=True, help="The type of most tensors for all of them (gguf)."
