@@ -302,6 +302,10 @@ def test_models(format: Any, grid: Any, method: Any, tmp_path: Path) -> None:
     assert tensor is not None
     wanted = stored_weights(tmp_path / "q", layer, format, grid)
     np.testing.assert_array_equal(tensor.dequantize(), wanted)
+    card = (tmp_path / "q" / "README.md").read_text()
+    assert f"| grid | {grid} |" in card
+    groups = {"nvfp4": "4 bits in groups of 16", "mxfp4": "4 bits in groups of 32"}
+    assert groups.get(grid, "| 8 bits in ") in card
     assert tensor.nbytes == pytest.approx(wanted.size * BITS_PER_WEIGHT[grid] / 8)
     if method != "rtn":
         return

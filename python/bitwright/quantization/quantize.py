@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from bitwright.blocks.output_metrics import OutputMetrics
-from bitwright.grids.tables import stored_scales
+from bitwright.grids.tables import SPELLED, stored_scales
 from bitwright.loading.model import Model, load_model
 from bitwright.models.config import float_config
 from bitwright.quantization.known import (
@@ -59,7 +59,7 @@ def run_quantization(
         )
         facts = {
             "preset": options.preset,
-            "grid": target.default.grid,
+            "grid": SPELLED.get(target.default.grid, target.default.grid),
             "scales": stored_scales(target.default.grid, target.scale_dtype).name,
         }
         identity = {
