@@ -82,12 +82,34 @@ def test_mxfp8_of_mlx() -> None:
     assert floats.tolist()[:4] == [126, 126, 56, 56]
 
 
+@pytest.mark.parametrize("grid_search", [False, True])
+def test_searched_powers_of_two_do_not_clip_floats_of_8_bits(grid_search: bool) -> None:
+    weight = np.random.default_rng(0).standard_normal((128, 256), np.float32)
+    rng = np.random.default_rng(1)
+    inputs = rng.standard_normal((1024, 256), np.float32)
+    gram = bitwright.gram(inputs @ rng.standard_normal((256, 256), np.float32))
+
+    def error(tensor: QuantizedTensor) -> float:
+        change = tensor.dequantize() - weight
+        return float(((change @ gram) * change).sum())
+
+    def square(tensor: QuantizedTensor) -> float:
+        return float(np.square(tensor.dequantize() - weight).sum())
+
+    plain = bitwright.quantize_rtn(weight, 8, 32, grid="mxfp8")
+    other = bitwright.quantize_rtn(weight, 8, 32, grid="mxfp8", grid_search=grid_search)
+    assert square(other) <= square(plain)
+    better = bitwright.quantize_gptq(weight, gram, 8, 32, grid="mxfp8", grid_search=grid_search)
+    assert error(better) < 0.7 * error(plain)
+
+
 def test_no_weight_becomes_the_code_of_nan() -> None:
     weight = np.random.default_rng(0).standard_normal((64, 64), np.float32)
     gram = bitwright.gram(np.random.default_rng(1).standard_normal((256, 64), np.float32))
     plain = bitwright.quantize_rtn(weight, 8, 32, grid="mxfp8", grid_search=True)
     better = bitwright.quantize_gptq(weight, gram, 8, 32, grid="mxfp8")
     for tensor in (plain, better, bitwright.refine(better, weight, gram)[0]):
+        assert np.abs(tensor.dequantize() - weight).max() < 0.3  # none was clipped
         assert 0 < tensor.codes.min() < tensor.codes.max() < 255
 
 

@@ -171,9 +171,15 @@ def fits_all_rows(grid: str) -> bool:
     return shares_rows(grid) or (grid in TABLES and TABLES[grid].divided)
 
 
+def fits_plainly(grid: str) -> bool:
+    """Tell whether scales are those of plain rounding in every method: of points as close as those of 8
+    bits, and powers of two, clipping costs more than any other scale could gain."""
+    return grid in TABLES and TABLES[grid].bits == 8 and TABLES[grid].scale_dtype == E8M0
+
+
 def fits_whole_rows(grid: str) -> bool:
     """Tell whether the scales of a grid's groups cannot be fitted each by itself."""
-    return has_superblocks(grid) or fits_all_rows(grid)
+    return has_superblocks(grid) or fits_all_rows(grid) or fits_plainly(grid)
 
 
 def row_starts(grid: str, rows: int) -> NDArray[np.intp]:

@@ -15,6 +15,7 @@ from bitwright.grids.tables import (
     E4M3,
     E8M0,
     TABLES,
+    fits_plainly,
     has_superblocks,
     over_rows,
     row_starts,
@@ -80,7 +81,8 @@ def quantize_rtn(
     choice = GridChoice.check(weight, bits, group_size, grid, scale_dtype, grid_search)
     require_finite(weight, "weight")
     weights = check_importance(importance, weight.shape[1])
-    if grid in TABLES and choice.scale_dtype in (E4M3, E8M0) and not grid_search:
+    few = grid in TABLES and choice.scale_dtype in (E4M3, E8M0)
+    if few and (fits_plainly(grid) or not grid_search):
         return _plainly_rounded(weight, weights, choice)
     if shares_rows(grid):
         return _on_shared_scales(weight, weights, choice)
