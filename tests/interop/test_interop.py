@@ -64,6 +64,12 @@ DEMO_KINDS: dict[str, list[dict[str, Any]]] = {
         {"bits": 4, "exclude": ["*.0.*"], "scale_dtype": "float32"},
         {"method": "awq", "bits": 3},
         {"method": "salient"},
+        {"grid": "mxfp8"},
+        {
+            "grid": "nvfp4",
+            "overrides": {"*.down_proj": "mxfp8", "*.o_proj": "5:64"},
+            "exclude": ["*.q_proj"],
+        },
     ],
     "gptqmodel": [
         {"bits": 4, **GPTQ},
@@ -76,6 +82,8 @@ DEMO_KINDS: dict[str, list[dict[str, Any]]] = {
         {"bits": 4, **COMPRESSED, "exclude": ["*.0.*"]},
         {"bits": 4, **COMPRESSED, "grid": "zero_point", "group_size": 32},
         {"bits": 8, **COMPRESSED, "group_size": None},
+        {"grid": "fp8", **COMPRESSED, "exclude": ["*.0.*"]},
+        {"grid": "fp8:tensor", **COMPRESSED},
         {"format": "gguf", "bits": 5, "grid": "affine"},
     ],
     "llamacpp": [

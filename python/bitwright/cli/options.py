@@ -223,13 +223,15 @@ grid = precision_option(
     type=PrecisionWords(),
     metavar="PRECISION",
     help="What codes stand for, by default the format's first: affine, zero_point, symmetric, or k (GGUF's "
-    "Q2_K to Q6_K); mxfp4, nvfp4 or mxfp8; or a type of GGUF, such as Q4_K or IQ3_S.",
+    "Q2_K to Q6_K); mxfp4, nvfp4, mxfp8 or fp8[:channel|:tensor|:128x128]; or a type of GGUF, such as "
+    "Q4_K, IQ4_XS or IQ3_S.",
 )
 mixture = together(
     precision_option(
         "--type",
         metavar="NAME",
-        help="A mixture of types by llama.cpp's name, such as Q4_K_M, in place of --bits (gguf).",
+        help="A mixture of types by llama.cpp's name, such as Q4_K_M, in place of --bits (gguf); or a "
+        "precision, as --grid takes it.",
     ),
     precision_option(
         "--pure", is_flag=True, help="The type of most tensors for all of them (gguf)."

@@ -12,6 +12,7 @@ from bitwright import _kernels
 from bitwright.errors import UnsupportedModelError
 from bitwright.formats.gguf import BLOCK
 from bitwright.grids.choice import rounded_scales
+from bitwright.grids.tables import over_rows, row_starts, shares_rows
 from bitwright.grids.tensor import QuantizedTensor, SuperBlocks
 from bitwright.loading.model import Model
 from bitwright.models.matrix_rows import MatrixRows
@@ -113,6 +114,10 @@ class TrainedTensor:
             if self.moves_zeros:
                 scales = tensor.scales.astype(np.float32)
                 result[1] = PACE * (self.middle / 2) * scales * by_weight
+        if shares_rows(self.start.grid):  # then they move together
+            starts = row_starts(self.start.grid, result.shape[1])
+            together = np.add.reduceat(result[0], starts, axis=0)
+            result[0] = over_rows(self.start.grid, together, result.shape[1])
         self.sums[...] = 0
         return result
 

@@ -16,12 +16,13 @@ from bitwright.formats.format import (
     INT32,
     Format,
     Precision,
+    read_codes,
     read_group_index,
     read_scales,
     read_shaped,
 )
 from bitwright.formats.loading_code import Code, transformers_code, vllm_command
-from bitwright.grids.tables import E4M3, TABLES
+from bitwright.grids.tables import E4M3, TABLES, over_rows, row_starts
 from bitwright.grids.tensor import BITS, Grid, QuantizedTensor, pack, unpack
 from bitwright.warned import warn
 
@@ -30,6 +31,10 @@ FLOAT_LAYOUTS: dict[Grid, str] = {
     "mxfp4": "mxfp4-pack-quantized",
     "nvfp4_divided": "nvfp4-pack-quantized",
 }
+FP8_LAYOUT = "float-quantized"  # also called naive-quantized, where activations stay as they are
+FP8_LAYOUTS = (FP8_LAYOUT, "naive-quantized")
+STRATEGIES: dict[Grid, str] = {"fp8": "channel", "fp8_tensor": "tensor", "fp8_block": "block"}
+BLOCK = [128, 128]
 MIXED = "mixed-precision"
 HEAD = "lm_head"  # a module of its own for loaders even where it is tied to the embedding
 
@@ -48,7 +53,7 @@ WEIGHTS = Settings(
     # Bits, groups and zeros follow from the tensors.
     read="num_bits symmetric strategy group_size",
     harmless="dynamic actorder scale_dtype zp_dtype observer observer_kwargs",
-    neutral={"type": ("int", "float"), "block_structure": ()},
+    neutral={"type": ("int", "float"), "block_structure": (BLOCK,)},
 )
 
 
@@ -63,11 +68,12 @@ class CompressedTensorsFormat(Format):
     bits = (4, 8)
     group_sizes = (32, 64, 128)
     whole_row = True
-    grids = ("symmetric", "zero_point", *FLOAT_LAYOUTS)
+    grids = ("symmetric", "zero_point", *FLOAT_LAYOUTS, *STRATEGIES)
     scale_dtypes = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
     embeddings = False
     fuses_shared_inputs = True  # vLLM
     parts = (
+        "weight",
         "weight_packed",
         "weight_scale",
         "weight_zero_point",
@@ -109,7 +115,7 @@ class CompressedTensorsFormat(Format):
             if not isinstance(group, dict):
                 raise CheckpointError(f'{place}" is {shown(group)}')
             layout = group.get("format") or settings.get("format")
-            known = (LAYOUT, *FLOAT_LAYOUTS.values())
+            known = (LAYOUT, *FLOAT_LAYOUTS.values(), *FP8_LAYOUTS)
             if layout not in known:
                 raise UnsupportedModelError(
                     f'{where}.format" is {shown(layout)}; only {", ".join(known)} are supported'
@@ -150,6 +156,9 @@ class CompressedTensorsFormat(Format):
             floats = tensor.table.floats[tensor.codes]
             pairs = floats[:, ::2] | floats[:, 1::2] << 4
             return {f"{name}.weight_packed": pairs, **_float_grid(name, tensor)}
+        if tensor.grid in STRATEGIES and tensor.table is not None:
+            floats = tensor.table.floats[tensor.codes]
+            return {f"{name}.weight": floats.view(E4M3), **_fp8_grid(name, tensor)}
         if tensor.zeros is None or tensor.group_index is not None:
             raise ValueError(
                 f"{name}: the {cls.name} format stores integer zeros and consecutive groups, "
@@ -162,6 +171,8 @@ class CompressedTensorsFormat(Format):
         }
 
     def pack_grid(self, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+        if tensor.grid in STRATEGIES:
+            return _fp8_grid(name, tensor)
         return _float_grid(name, tensor) if tensor.grid in FLOAT_LAYOUTS else _grid(name, tensor)
 
     @classmethod
@@ -182,7 +193,7 @@ class CompressedTensorsFormat(Format):
                 "weights": _weights(kind),
                 "input_activations": None,
                 "output_activations": None,
-                "format": FLOAT_LAYOUTS.get(kind.grid, LAYOUT),
+                "format": _layout(kind.grid),
             }
             for number, (kind, chosen) in enumerate(kinds.items())
         }
@@ -203,7 +214,7 @@ class CompressedTensorsFormat(Format):
         self, checkpoint: Checkpoint | CheckpointSlice, name: str, channels: int | None = None
     ) -> QuantizedTensor | None:
         if f"{name}.weight_packed" not in checkpoint:
-            return None
+            return self._read_fp8(checkpoint, name)
         words = read_shaped(checkpoint, f"{name}.weight_packed", (*INT32, np.dtype(np.uint8)))
         if words.dtype == np.uint8:
             return _read_floats(checkpoint, name, words)
@@ -247,6 +258,39 @@ class CompressedTensorsFormat(Format):
             group_index=read_group_index(checkpoint, f"{name}.weight_g_idx", channels, groups),
         )
 
+    def _read_fp8(
+        self, checkpoint: Checkpoint | CheckpointSlice, name: str
+    ) -> QuantizedTensor | None:
+        tensor, place = f"{name}.weight", f"{name}.weight_scale"
+        if tensor not in checkpoint or place not in checkpoint:
+            return None
+        floats = read_shaped(checkpoint, tensor, (E4M3,))
+        stored = checkpoint.read(place)
+        grid = fp8_grid(floats.shape, stored.shape)
+        if grid is None or stored.dtype not in self.scale_dtypes:
+            raise CheckpointError(
+                f"{checkpoint.file(place)}: layer {name}: weight {list(floats.shape)} and weight_scale "
+                f"{list(stored.shape)} ({stored.dtype}) contradict each other"
+            )
+        table, (out, channels) = TABLES[grid], floats.shape
+        rows = len(row_starts(grid, out))
+        where = f"{checkpoint.file(place)}: layer {name}: weight_scale"
+        scales = over_rows(grid, read_scales(stored.reshape(rows, -1), table, where), out)
+        where = f"{checkpoint.file(tensor)}: layer {name}: weight"
+        return QuantizedTensor(
+            codes=read_codes(floats.view(np.uint8), table, where),
+            scales=np.ascontiguousarray(scales),
+            biases=None,
+            zeros=None,
+            bits=table.bits,
+            group_size=table.group_size or channels,
+            grid=grid,
+        )
+
+
+def _layout(grid: Grid) -> str:
+    return FP8_LAYOUT if grid in STRATEGIES else FLOAT_LAYOUTS.get(grid, LAYOUT)
+
 
 def _weights(kind: Precision) -> dict[str, Any]:
     """Return what a scheme says of weights."""
@@ -258,6 +302,10 @@ def _weights(kind: Precision) -> dict[str, Any]:
         "group_size": kind.group_size,
         "dynamic": False,
     }
+    if kind.grid in STRATEGIES:
+        settings |= {"type": "float", "symmetric": True, "strategy": STRATEGIES[kind.grid]}
+        block = {"block_structure": BLOCK} if kind.grid == "fp8_block" else {}
+        return settings | {"group_size": None} | block
     if kind.grid not in FLOAT_LAYOUTS:
         return settings
     table = TABLES[kind.grid]
@@ -267,6 +315,11 @@ def _weights(kind: Precision) -> dict[str, Any]:
         "strategy": "tensor_group" if table.divided else "group",
         "scale_dtype": "torch.float8_e4m3fn" if table.scale_dtype == E4M3 else "torch.uint8",
     }
+
+
+def _fp8_grid(name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
+    scales = tensor.scales[row_starts(tensor.grid, len(tensor.scales))]
+    return {f"{name}.weight_scale": scales[0] if tensor.grid == "fp8_tensor" else scales}
 
 
 def _float_grid(name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
@@ -303,7 +356,7 @@ def _read_floats(
         )
     floats = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), channels)
     return QuantizedTensor(
-        codes=table.codes_of_floats[floats],
+        codes=read_codes(floats, table, where),
         scales=read_scales(stored, table, f"{where}: weight_scale"),
         biases=None,
         zeros=None,
@@ -312,6 +365,19 @@ def _read_floats(
         grid=grid,
         divisor=divisor,
     )
+
+
+def fp8_grid(shape: tuple[int, ...], scales: tuple[int, ...]) -> Grid | None:
+    """Return the grid of a matrix in 8 bits by the shape of its scales, None where it is none of ours."""
+    if len(shape) != 2:
+        return None
+    out, channels = shape
+    if scales in ((), (1,)):
+        return "fp8_tensor"
+    if scales == (out, 1):
+        return "fp8"
+    whole = channels % BLOCK[1] == 0 and scales == (-(-out // BLOCK[0]), channels // BLOCK[1])
+    return "fp8_block" if whole else None
 
 
 def _check_scheme(scheme: Mapping[str, Any], where: str) -> None:

@@ -13,7 +13,7 @@ from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError
 from bitwright.formats.gguf_mix import Mix
 from bitwright.formats.loading_code import Code, transformers_code, vllm_command
-from bitwright.grids.tables import TABLES, TableGrid
+from bitwright.grids.tables import SPELLED, TABLES, TableGrid
 from bitwright.grids.tensor import Grid, QuantizedTensor
 
 FormatName = str  # of one of FORMATS
@@ -38,7 +38,7 @@ class Precision:
     def words(self) -> str:
         """Return it in words, for messages."""
         size = "whole rows" if self.group_size is None else f"groups of {self.group_size}"
-        return f"{self.bits} bits in {size} ({self.grid})"
+        return f"{self.bits} bits in {size} ({SPELLED.get(self.grid, self.grid)})"
 
 
 class Format:
@@ -95,10 +95,10 @@ class Format:
 
     @classmethod
     def default_group_size(cls, bits: int, grid: Grid) -> int:
-        """Return the default group size."""
+        """Return the default group size, -1 for whole rows."""
         table = TABLES.get(grid)
-        if table is not None and table.group_size is not None:
-            return table.group_size
+        if table is not None:
+            return table.group_size or -1
         return 64 if 64 in cls.group_sizes else cls.group_sizes[-1]
 
     @classmethod
@@ -139,7 +139,7 @@ class Format:
         """Return the precision of a layer that only differs in its bits, as far as its grid has them."""
         if default.grid in TABLES and bits != default.bits:
             grid = cls.default_grid(bits, ())
-            return Precision(bits, cls.default_group_size(bits, grid), grid)
+            return cls.precision(bits, "auto", grid, ())
         return replace(default, bits=bits)
 
     @classmethod
@@ -255,6 +255,8 @@ class Format:
     def change_that_fits(cls, channels: int, precision: Precision) -> dict[str, int]:
         """Return what an override says so that rows are whole groups, the largest there are; empty if
         none are."""
+        if precision.grid in TABLES:  # which has one size only
+            return {}
         sizes = [size for size in cls.group_sizes if channels % size == 0]
         return {"group_size": max(sizes)} if sizes and not cls.one_precision else {}
 
@@ -273,28 +275,36 @@ class Format:
         channels = shape[1]
         size = precision.group_for(channels)
         bits = cls.bits
+        if precision.grid in TABLES:  # which have bits of their own
+            cls._check_grid(name, precision)
         if precision.grid in cls.grids and precision.grid in TABLES:
             bits = (TABLES[precision.grid].bits,)
         if precision.bits not in bits:
             raise ValueError(
                 f"{name}: the {cls.name} format stores {_any_of(bits)} bits, not {precision.bits}"
             )
-        if precision.grid not in cls.grids:
-            raise ValueError(
-                f"{name}: the {cls.name} format stores {_any_of(cls.grids)} grids, "
-                f"not {precision.grid}"
-            )
+        cls._check_grid(name, precision)
         if not cls.fits(channels, precision):
             raise ValueError(
                 f"{name}: group size {size} does not divide its {channels} input channels"
             )
         table = TABLES.get(precision.grid)
-        if table is not None and size == table.group_size:
+        if table is not None and size == (table.group_size or channels):
             return
         if size not in cls.group_sizes and not (cls.whole_row and size == channels):
             raise ValueError(
                 f"{name}: the {cls.name} format stores groups of {_any_of(cls.group_sizes)}"
                 f"{' or whole rows' if cls.whole_row else ''}, not {size}"
+            )
+
+    @classmethod
+    def _check_grid(cls, name: str, precision: Precision) -> None:
+        if precision.grid not in cls.grids:
+            known = tuple(dict.fromkeys(SPELLED.get(each, each) for each in cls.grids))
+            own = SPELLED.get(precision.grid, precision.grid)
+            own = precision.grid if own in known else own
+            raise ValueError(
+                f"{name}: the {cls.name} format stores {_any_of(known)} grids, not {own}"
             )
 
 

@@ -20,7 +20,7 @@ from bitwright.formats.gguf_mix import FLOATS, Mix, MixModel, types_of, whole_bl
 from bitwright.formats.globs import as_globs
 from bitwright.formats.loading_code import PROMPT, Code, shell_word
 from bitwright.grids.superblocks import kernel_table
-from bitwright.grids.tables import TABLES, Vectors, has_superblocks, vectors_of
+from bitwright.grids.tables import SPELLED, TABLES, Vectors, has_superblocks, vectors_of
 from bitwright.grids.tensor import (
     K_GRIDS,
     SUPERBLOCK,
@@ -206,7 +206,8 @@ class GgufFormat(Format):
         if (grid, bits) not in TYPES:
             known = ", ".join(f"{b} bits {g}" for g, b in sorted(TYPES, key=lambda key: key[1]))
             raise ValueError(
-                f"{name}: the gguf format stores no {bits} bits with {grid} grids, but {known}"
+                f"{name}: the gguf format stores no {bits} bits with {SPELLED.get(grid, grid)} grids, "
+                f"but {known}"
             )
         size = cls.default_group_size(bits, grid)
         if precision.group_for(shape[1]) != size:

@@ -47,6 +47,11 @@ _EIGHT_EXPERTS_Q5 = (  # mixtures whose attention output has 5 bits where there 
 )
 
 
+def is_mixture(name: str) -> bool:
+    """Tell whether llama-quantize knows a mixture by this name, in any case."""
+    return name.upper() in (*FILE_TYPES, *FILE_TYPE_ALIASES)
+
+
 @dataclass(frozen=True)
 class MixModel:
     """What a mixture looks at in a model: llama.cpp's name of its family, its numbers of blocks, heads,

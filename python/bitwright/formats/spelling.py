@@ -1,4 +1,5 @@
-"""How people write a precision: ``BITS[:GROUP]``, ``GRID[:GROUP]``, or a type of GGUF."""
+"""How people write a precision: ``BITS[:GROUP]``, ``GRID[:GROUP]``, ``fp8[:channel|:tensor|:128x128]``, or
+a type of GGUF."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,10 +9,11 @@ from typing import get_args
 from bitwright.errors import shown
 from bitwright.formats.format import GroupSize
 from bitwright.formats.gguf import BLOCK, GRIDS_OF_TYPES
-from bitwright.grids.tables import TABLES
+from bitwright.grids.tables import SPELLED, TABLES
 from bitwright.grids.tensor import BITS, K_GRIDS, Grid
 
 KNOWN_GRIDS: dict[str, Grid] = {each: each for each in get_args(Grid)}
+SCALED_BY: dict[str, Grid] = {"channel": "fp8", "tensor": "fp8_tensor", "128x128": "fp8_block"}
 NEAR = 4  # names that are offered in place of an unknown one
 
 
@@ -47,6 +49,8 @@ class Spelling:
             If it is none; the message tells the names that are near.
         """
         word, colon, size = str(text).partition(":")
+        if word.lower() == "fp8" and colon:
+            return cls._of_fp8(size.lower(), text)
         group_size: GroupSize = "auto"
         if colon:
             group_size = _group_size(text, size)
@@ -87,9 +91,19 @@ class Spelling:
     @classmethod
     def _of_table(cls, grid: Grid, group_size: GroupSize, text: str) -> "Spelling":
         table = TABLES[grid]
-        if table.group_size is not None and group_size not in ("auto", table.group_size):
-            raise ValueError(f"{shown(text)}: {grid} has groups of {table.group_size}, no others")
-        return cls(table.bits, table.group_size or group_size, grid, text)
+        size = table.group_size or -1
+        if group_size not in ("auto", size):
+            words = "whole rows" if size == -1 else f"groups of {size}"
+            raise ValueError(f"{shown(text)}: {grid} has {words}, no others")
+        return cls(table.bits, size, grid, text)
+
+    @classmethod
+    def _of_fp8(cls, what: str, text: str) -> "Spelling":
+        if what not in SCALED_BY:
+            raise ValueError(
+                f"{shown(text)}: fp8 has a scale for each {' or '.join(SCALED_BY)}, not {shown(what)}"
+            )
+        return cls._of_table(SCALED_BY[what], "auto", text)
 
     def changes(self) -> dict[str, int | str]:
         """Return what is said, as an override of `bitwright.quantize`."""
@@ -136,7 +150,8 @@ def _group_size(text: str, size: str) -> int:
 
 
 def _known(word: str) -> str:
-    names = {each.lower(): each for each in (*KNOWN_GRIDS, *GRIDS_OF_TYPES)}
+    grids = [SPELLED.get(each, each) for each in KNOWN_GRIDS]
+    names = {each.lower(): each for each in (*grids, *GRIDS_OF_TYPES)}
     near = [names[each] for each in get_close_matches(word.lower(), names, NEAR, 0.4)]
     bits = ", ".join(map(str, BITS))
     return (

@@ -12,14 +12,17 @@ from bitwright import _kernels
 from bitwright.grids.tables import (
     E4M3,
     E8M0,
+    FP8,
     MOST_E4M3,
     TABLES,
     TableGrid,
     divisor_for,
+    has_own_scales,
     has_superblocks,
 )
 from bitwright.grids.tensor import BITS, GRIDS, K_GRIDS, SUPERBLOCK, Grid
 
+SPACING_AT_ONE = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 FLOAT_DTYPES: tuple[np.dtype[Any], ...] = (
     np.dtype(np.float32),
     np.dtype(np.float16),
@@ -137,7 +140,7 @@ class GridChoice:
                 f"group_size: {group_size} does not divide the {channels} input channels of weight"
             )
         dtype = weight.dtype if scale_dtype is None else np.dtype(scale_dtype)
-        if dtype not in FLOAT_DTYPES and grid not in TABLES:
+        if dtype not in FLOAT_DTYPES and not has_own_scales(grid):
             raise ValueError(
                 f"scale_dtype: expected float32, float16 or bfloat16, got {scale_dtype}"
             )
@@ -181,9 +184,10 @@ class GridChoice:
         table = TABLES[grid]
         if bits != table.bits:
             raise ValueError(f"bits: {grid} has {table.bits}, not {bits}")
-        if table.group_size is not None and group_size not in (None, table.group_size):
+        if group_size not in (None, table.group_size or -1, table.group_size or channels):
             raise ValueError(
-                f"group_size: {grid} has {table.group_size}, not {group_size}; leave it out (None)"
+                f"group_size: {grid} has {table.group_size or 'whole rows'}, not {group_size}; leave it "
+                "out (None)"
             )
         if has_superblocks(grid):
             if channels % SUPERBLOCK:
@@ -191,7 +195,7 @@ class GridChoice:
                     f"grid: {grid} has rows of multiples of {SUPERBLOCK} weights, not {channels}"
                 )
             scale_dtype = np.float32  # products of float16 and integers
-        return table.bits, table.group_size or group_size, table.scale_dtype or scale_dtype
+        return table.bits, table.group_size, table.scale_dtype or scale_dtype
 
     def fields(
         self,
@@ -221,6 +225,9 @@ class GridChoice:
     def _stored(self, scales: NDArray[np.float32]) -> NDArray[Any]:
         if self.scale_dtype == E8M0:  # which has no zero: groups of zeros are zeros with any scale
             scales = np.where(scales == 0, np.float32(1), scales)
+        elif self.base in FP8:  # by which engines divide; compressed-tensors takes this number
+            least = SPACING_AT_ONE[self.scale_dtype.name]
+            scales = np.where(scales == 0, np.float32(least), scales)
         return (scales * np.float32(self.divisor)).astype(self.scale_dtype)
 
 

@@ -43,7 +43,7 @@ class TableGrid:
     scale_dtype
         That scales are stored in; None where the file decides.
     group_size
-        Its only one; None where there is no such limit.
+        Its only one; None for whole rows.
     ties
         Which of two points that are as near a weight takes: the upper one, that nearer to zero, or that
         whose place from zero on is even.
@@ -58,6 +58,8 @@ class TableGrid:
         Whether all scales of a tensor are divided by one float32 of its own.
     vectors
         Where not every weight has a point by itself.
+    rows
+        Rows that share their scales; 0 for all of a tensor.
     """
 
     points: tuple[float, ...]
@@ -69,6 +71,7 @@ class TableGrid:
     fitted: bool = False
     divided: bool = False
     vectors: Vectors | None = None
+    rows: int = 1
 
     @property
     def bits(self) -> int:
@@ -199,9 +202,16 @@ TABLES: dict[str, TableGrid] = {
     "iq1_s": _of_moved_ones("IQ1_S", 1.5, 32),
     "mxfp4": TableGrid(E2M1_POINTS, E8M0, 32, "small"),
     "mxfp8": TableGrid(E4M3_POINTS, E8M0, 32),
+    "fp8": TableGrid(E4M3_POINTS, None, None),
+    "fp8_tensor": TableGrid(E4M3_POINTS, None, None, rows=0),
+    "fp8_block": TableGrid(E4M3_POINTS, None, 128, rows=128),
     "nvfp4": TableGrid(E2M1_POINTS, E4M3, 16, "small"),
     "nvfp4_divided": TableGrid(E2M1_POINTS, E4M3, 16, "even", divided=True),
 }
+
+# Whose names are for several containers: how people write those of one.
+SPELLED = {"nvfp4_divided": "nvfp4", "fp8_tensor": "fp8:tensor", "fp8_block": "fp8:128x128"}
+FP8 = ("fp8", "fp8_tensor", "fp8_block")
 
 
 def has_superblocks(grid: str) -> bool:
@@ -214,9 +224,35 @@ def vectors_of(grid: str) -> Vectors | None:
     return TABLES[grid].vectors if grid in TABLES else None
 
 
+def shares_rows(grid: str) -> bool:
+    """Tell whether rows have the scales of others, too."""
+    return grid in TABLES and TABLES[grid].rows != 1
+
+
+def fits_all_rows(grid: str) -> bool:
+    """Tell whether the scales of a row depend on other rows."""
+    return shares_rows(grid) or (grid in TABLES and TABLES[grid].divided)
+
+
+def fits_plainly(grid: str) -> bool:
+    """Tell whether scales are those of plain rounding in every method: of points as close as those of 8
+    bits, and powers of two, clipping costs more than any other scale could gain."""
+    return grid in TABLES and TABLES[grid].bits == 8 and TABLES[grid].scale_dtype == E8M0
+
+
 def fits_whole_rows(grid: str) -> bool:
     """Tell whether the scales of a grid's groups cannot be fitted each by itself."""
-    return has_superblocks(grid) or (grid in TABLES and TABLES[grid].divided)
+    return has_superblocks(grid) or fits_all_rows(grid) or fits_plainly(grid)
+
+
+def row_starts(grid: str, rows: int) -> NDArray[np.intp]:
+    """Return the first of every block of rows that share their scales, of a matrix of so many."""
+    return np.arange(0, rows, TABLES[grid].rows or rows)
+
+
+def over_rows(grid: str, values: NDArray[Any], rows: int) -> NDArray[Any]:
+    """Repeat what there is once for each block of rows, for each of so many rows."""
+    return np.repeat(values, TABLES[grid].rows or rows, axis=0)[:rows]
 
 
 def divisor_for(grid: str, weight: NDArray[Any]) -> float:

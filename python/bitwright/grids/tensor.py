@@ -13,7 +13,7 @@ from bitwright.grids.tables import TABLES, TableGrid
 IqGrid = Literal[
     "iq4_nl", "iq4_xs", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"
 ]
-FloatGrid = Literal["mxfp4", "mxfp8", "nvfp4", "nvfp4_divided"]
+FloatGrid = Literal["mxfp4", "mxfp8", "nvfp4", "nvfp4_divided", "fp8", "fp8_tensor", "fp8_block"]
 Grid = Literal["affine", "zero_point", "symmetric", "k", IqGrid, FloatGrid]
 GRIDS: tuple[Grid, ...] = (
     "affine",
@@ -371,9 +371,8 @@ def stored_bits(bits: int, group_size: int, grid: Grid, scale_dtype: DTypeLike) 
     if table is not None and table.vectors is not None:
         return table.vectors.stored_bits + 16 / SUPERBLOCK
     if table is not None:
-        return table.bits + _stored_scale_bits(table, scale_dtype) / (
-            table.group_size or group_size
-        )
+        size = (table.group_size or group_size) * table.rows
+        return table.bits + (_stored_scale_bits(table, scale_dtype) / size if size else 0)
     scale = 8 * np.dtype(scale_dtype).itemsize
     return bits + (scale + (scale if grid == "affine" else bits)) / group_size
 

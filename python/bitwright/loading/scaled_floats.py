@@ -12,7 +12,8 @@ weight, weight_scale       compressed-tensors, fbgemm, modelopt: 8 bits, a scale
 NAME_blocks, NAME_scales   gpt-oss' MXFP4 of stacked experts, which the model has transposed
 =========================  ===================================================================
 
-What compressed-tensors packs to 4 bits is on grids that its format reads as they are.
+What compressed-tensors packs to 4 bits, and its floats of 8 bits under a scale for each tensor, row or
+block of 128 by 128, are on grids that its format reads as they are.
 """
 
 from dataclasses import dataclass, replace
@@ -26,7 +27,9 @@ from bitwright.checkpoint import Checkpoint, GgufCheckpoint
 from bitwright.checkpoint.reader import Made
 from bitwright.checkpoint.shard import FLOATS_OF_8_BITS
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
+from bitwright.formats.compressed_tensors import fp8_grid
 from bitwright.formats.declared import Declared, declaration
+from bitwright.grids.choice import FLOAT_DTYPES
 from bitwright.models.config import float_config
 
 METHODS = ("fp8", "fbgemm-fp8", "compressed-tensors", "modelopt", "modelopt-fp4", "mxfp4", None)
@@ -61,6 +64,8 @@ def decode_scaled_floats(checkpoint: Checkpoint) -> None:
     declared = declaration(checkpoint)
     if declared is not None and declared.method not in METHODS:
         return
+    if declared is not None and _are_read(checkpoint, declared):
+        return
     found = [each for name in checkpoint.names() if (each := _scaled(checkpoint, name, declared))]
     if not found and not (declared and declared.method in ("fp8", "fbgemm-fp8")):
         return
@@ -90,6 +95,30 @@ def decode_scaled_floats(checkpoint: Checkpoint) -> None:
     # What is packed to 4 bits beside them is still described there.
     if not any(name.endswith(".weight_packed") for name in checkpoint.names()):
         checkpoint.config = float_config(checkpoint.config)
+
+
+def _are_read(checkpoint: Checkpoint, declared: Declared) -> bool:
+    """Tell whether all floats of 8 bits are on grids that compressed-tensors' format reads as they are."""
+    groups = declared.settings.get("config_groups")
+    if declared.method != "compressed-tensors" or not isinstance(groups, dict):
+        return False
+    schemes = [each.get("weights") for each in groups.values() if isinstance(each, dict)]
+    if len(schemes) < len(groups) or not all(isinstance(each, dict) for each in schemes):
+        return False
+    if any(name.rpartition(".")[2] in _OF_ACTIVATIONS for name in checkpoint.names()):
+        return False
+    floats = [
+        name
+        for name in checkpoint.names()
+        if checkpoint.stored_dtype(name) in FLOATS_OF_8_BITS and f"{name}_scale" in checkpoint
+    ]
+    return bool(floats) and all(
+        name.endswith(".weight")
+        and checkpoint.stored_dtype(name) == "F8_E4M3"
+        and checkpoint.dtype(f"{name}_scale") in FLOAT_DTYPES
+        and fp8_grid(checkpoint.shape(name), checkpoint.shape(f"{name}_scale")) is not None
+        for name in floats
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.choice import GridChoice, check_importance
-from bitwright.grids.tables import fits_whole_rows, has_superblocks
+from bitwright.grids.tables import fits_whole_rows, has_superblocks, shares_rows
 from bitwright.grids.tensor import Grid, QuantizedTensor
 from bitwright.methods.gptq import gptq_solver, solving_operations
 from bitwright.methods.method import Method, Solver
@@ -357,7 +357,7 @@ def _output_errors(
 
 
 def _kernel_grid(choice: GridChoice) -> _kernels.Grid:
-    if has_superblocks(choice.grid):
+    if has_superblocks(choice.grid) or shares_rows(choice.grid):
         raise ValueError(
             f"grid: expected affine, zero_point or symmetric, got {choice.grid}, whose scales are fitted "
             "together"
@@ -390,7 +390,13 @@ def clip_solver(
         ):  # ranges of single groups are no choice where scales are fitted together
             importance = np.concatenate([gram.diagonal() for gram in blocks])
             return quantize_rtn(
-                weight, bits, size, grid=grid, grid_search=True, importance=importance
+                weight,
+                bits,
+                size,
+                grid=grid,
+                scale_dtype=dtype,
+                grid_search=True,
+                importance=importance,
             )
         parts, first = [], 0
         for gram in blocks:

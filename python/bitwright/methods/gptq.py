@@ -9,7 +9,7 @@ from numpy.typing import DTypeLike, NDArray
 from bitwright import _kernels
 from bitwright.arrays import floats, require_finite
 from bitwright.grids.choice import GridChoice
-from bitwright.grids.tables import has_superblocks, vectors_of
+from bitwright.grids.tables import fits_plainly, has_superblocks, shares_rows, vectors_of
 from bitwright.grids.tensor import Grid, QuantizedTensor, SuperBlocks
 from bitwright.methods.method import Method, MethodOptions, Solver, StageInputs
 from bitwright.methods.rtn import quantize_rtn
@@ -214,7 +214,8 @@ def quantize_gptq(
         )
     blocks: SuperBlocks | None = None
     given: tuple[NDArray[np.float32], ...] = ()
-    if has_superblocks(grid):
+    static_groups = static_groups or fits_plainly(grid)
+    if has_superblocks(grid) or shares_rows(grid) or fits_plainly(grid):
         if not static_groups:
             raise ValueError(f"static_groups: {grid} grids need them")
         rounded = quantize_rtn(
@@ -222,6 +223,7 @@ def quantize_gptq(
             bits,
             group_size,
             grid=grid,
+            scale_dtype=choice.scale_dtype,
             grid_search=grid_search,
             importance=gram.importance,
         )

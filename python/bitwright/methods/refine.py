@@ -16,7 +16,7 @@ from bitwright.arrays import require_finite
 from bitwright.grids.choice import FLOAT_DTYPES
 from bitwright.grids.choice import kernel_grid as grid_for_kernels
 from bitwright.grids.superblocks import expanded, fit_superblocks
-from bitwright.grids.tables import Vectors, vectors_of
+from bitwright.grids.tables import Vectors, shares_rows, vectors_of
 from bitwright.grids.tensor import QuantizedTensor, SuperBlocks
 from bitwright.methods.gptq import GptqTensor
 
@@ -39,8 +39,8 @@ def refine(
     Then, group by group, a new range or integer zero is taken where that gains, with its codes rounded as
     GPTQ does within the group, and each code gets its best value given all others. Scales and biases are
     rounded to their stored dtype inside the loop: no step raises the error of what is stored.
-    The scales of "k" grids are fitted with their superblocks again, and each row keeps the better. Where
-    codes are vectors, the eight weights of a unit get their best ones together.
+    The scales of "k" grids are fitted with their superblocks again, and each row keeps the better; those
+    that rows share stay. Where codes are vectors, the eight weights of a unit get their best ones together.
 
     Parameters
     ----------
@@ -140,6 +140,7 @@ def _refine_damped(
         offsets,
         kernel_grid(tensor),
         rounds,
+        shares_rows(tensor.grid),
     )
     return with_grids(tensor, codes, scales, offsets), objectives
 

@@ -9,13 +9,24 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.arrays import floats, require_finite
-from bitwright.grids.choice import GridChoice, check_importance
+from bitwright.grids.choice import GridChoice, check_importance, rounded_scales
 from bitwright.grids.superblocks import closed_form, expanded, fit_superblocks
-from bitwright.grids.tables import E4M3, E8M0, TABLES, has_superblocks, vectors_of
+from bitwright.grids.tables import (
+    E4M3,
+    E8M0,
+    TABLES,
+    fits_plainly,
+    has_superblocks,
+    over_rows,
+    row_starts,
+    shares_rows,
+    vectors_of,
+)
 from bitwright.grids.tensor import SUPERBLOCK, Grid, QuantizedTensor
 from bitwright.methods.method import Method, MethodOptions, Solver, StageInputs
 
 Float32 = NDArray[np.float32]
+SHRINKS = np.exp2(-np.arange(8, dtype=np.float32) / 8)  # of an octave: floats repeat from there
 REFITS = 2  # of the scales of k grids to the codes that were found
 
 
@@ -71,8 +82,11 @@ def quantize_rtn(
     choice = GridChoice.check(weight, bits, group_size, grid, scale_dtype, grid_search)
     require_finite(weight, "weight")
     weights = check_importance(importance, weight.shape[1])
-    if grid in TABLES and choice.scale_dtype in (E4M3, E8M0) and not grid_search:
+    few = grid in TABLES and choice.scale_dtype in (E4M3, E8M0)
+    if few and (fits_plainly(grid) or not grid_search):
         return _plainly_rounded(weight, weights, choice)
+    if shares_rows(grid):
+        return _on_shared_scales(weight, weights, choice)
     vectors = vectors_of(grid)
     if vectors is not None:
         wide = np.ascontiguousarray(weight, np.float32)
@@ -111,6 +125,40 @@ def _plainly_rounded(
     offsets = np.zeros_like(scales)
     codes = _kernels.encode(target, scales, offsets, choice.kernel_grid)
     return QuantizedTensor(**choice.fields(codes, scales, offsets))
+
+
+def _on_shared_scales(
+    weight: NDArray[Any], importance: Float32, choice: GridChoice
+) -> QuantizedTensor:
+    """Round to a table whose scales several rows share: those that just span them or, with a search, the
+    best of some smaller ones."""
+    grid, size, target = choice.grid, choice.group_size, np.ascontiguousarray(weight, np.float32)
+    starts, rows = row_starts(grid, len(target)), len(target)
+
+    def by_block(values: Float32, reduce: np.ufunc) -> Float32:
+        blocks: Float32 = reduce.reduceat(values, starts, axis=0)
+        return blocks
+
+    live = np.abs(target * (importance != 0)).reshape(rows, -1, size)
+    largest = by_block(live.max(axis=2), np.maximum)
+    unit = np.repeat(
+        over_rows(grid, np.where(largest > 0, largest, np.float32(1)), rows), size, axis=1
+    )
+    least = np.full(largest.shape, np.inf, np.float32)
+    codes, scales = np.zeros(target.shape, np.uint8), np.zeros(live.shape[:2], np.float32)
+    for shrink in SHRINKS if choice.search else SHRINKS[:1]:
+        spanning = largest / np.float32(TABLES[grid].points[-1])
+        stored = rounded_scales(spanning * shrink, choice.scale_dtype).astype(np.float32)
+        tried = over_rows(grid, stored, rows)
+        found = _kernels.encode(target, tried, np.zeros_like(tried), choice.kernel_grid)
+        change = TABLES[grid].by_code[found] * np.repeat(tried, size, axis=1)
+        change = np.square((change - target) / unit) * importance
+        error = by_block(change.reshape(rows, -1, size).sum(axis=2), np.add)
+        better = over_rows(grid, error < least, rows)
+        least = np.minimum(error, least)
+        codes = np.where(np.repeat(better, size, axis=1), found, codes)
+        scales = np.where(better, tried, scales)
+    return QuantizedTensor(**choice.fields(codes, scales, np.zeros_like(scales)))
 
 
 def _is_fitted(grid: Grid) -> bool:

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.arrays import require_finite
 from bitwright.grids.superblocks import expanded
-from bitwright.grids.tables import vectors_of
+from bitwright.grids.tables import shares_rows, vectors_of
 from bitwright.grids.tensor import QuantizedTensor
 from bitwright.methods.refine import (
     check_refinable,
@@ -78,7 +78,8 @@ def refine_two_sided(
         ``[out, width]`` float32: O in diagonal blocks of `width` rows, row i of it being row i of its
         block; symmetric and positive definite.
     sweeps, fits
-        How many sweeps, and how many of them fit the grids. Those of grids with superblocks stay.
+        How many sweeps, and how many of them fit the grids. Those of grids with superblocks, or that rows
+        share, stay.
     damping
         Added to the gram's diagonal, relative to its mean.
     overwrite_gram
@@ -122,6 +123,7 @@ def refine_two_sided(
     codes, blocks = tensor.codes.copy(), tensor.superblocks
     if blocks is None:
         scales, offsets = tensor.grids()
+        fits = 0 if shares_rows(tensor.grid) else fits
     else:
         (scales, offsets), fits = expanded(blocks, tensor.bits, tensor.grid), 0
     with damped_gram(gram, damping, overwrite_gram) as damped:

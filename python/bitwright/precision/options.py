@@ -10,7 +10,7 @@ from bitwright.checkpoint.gguf_parts import named_after
 from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import RecipeError
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize
-from bitwright.formats.gguf_mix import FLOATS, Mix
+from bitwright.formats.gguf_mix import FLOATS, Mix, is_mixture
 from bitwright.formats.spelling import Spelling, combined
 from bitwright.grids.tensor import Grid
 from bitwright.loading.model import Model
@@ -52,6 +52,7 @@ class PrecisionOptions:
     target_size: int | str | None = None
 
     def __post_init__(self) -> None:
+        self._take_type()
         self._check_type()
         if self.target_size is not None:
             self._check_size()
@@ -77,6 +78,21 @@ class PrecisionOptions:
                 raise ValueError(f"{name}: target_size decides that; leave it out")
         if self.type is not None:
             raise ValueError(f"type: {self.type} has a size of its own; leave out one of the two")
+
+    def _take_type(self) -> None:
+        """Take a type that is no mixture, but a precision, as what `grid` says; ValueError if that says
+        another."""
+        if self.type is None or is_mixture(self.type):
+            return
+        try:
+            said = {"type": Spelling.parse(self.type)}
+        except ValueError:
+            return  # which names mixtures, too, where it is refused
+        if self.grid is not None:
+            said["grid"] = Spelling.parse(self.grid)
+            combined(said)
+        object.__setattr__(self, "grid", self.type)
+        object.__setattr__(self, "type", None)
 
     def _check_type(self) -> None:
         """Raise ValueError if options say what a mixture says, or change none."""

@@ -17,6 +17,7 @@ from bitwright.formats.engine_names import check_fused
 from bitwright.formats.gguf_mix import Mix
 from bitwright.formats.globs import as_globs
 from bitwright.formats.spelling import Spelling, combined
+from bitwright.grids.tables import TABLES
 from bitwright.grids.tensor import BITS
 from bitwright.loading.model import Model
 
@@ -248,7 +249,8 @@ def check_plan(
     load: parts of what they compute as one module alike, unless that is allowed."""
     unfit: dict[str, Precision] = {}
     for name, planned in plan.items():
-        if planned is not None and not format.fits(shapes[name][1], planned):
+        own = planned is not None and planned.grid in format.grids
+        if planned is not None and own and not format.fits(shapes[name][1], planned):
             unfit[name] = planned
         elif planned is not None:
             format.check(name, shapes[name], planned)
@@ -311,7 +313,10 @@ def _unfit_message(
     sizes = [
         size
         for size in format.group_sizes
-        if all(format.fits(channels, replace(each, group_size=size)) for channels, each in planned)
+        if all(
+            each.grid not in TABLES and format.fits(channels, replace(each, group_size=size))
+            for channels, each in planned
+        )
     ]
     if sizes:
         remedies.append(f"--group-size {max(sizes)} for all layers")

@@ -14,6 +14,7 @@ from bitwright.blocks.scaling import AwqOptions, ScaledBlock, StageFacts
 from bitwright.errors import BitwrightError
 from bitwright.formats import Precision
 from bitwright.grids.choice import GridChoice
+from bitwright.grids.tables import fits_all_rows
 from bitwright.grids.tensor import Grid, QuantizedTensor
 from bitwright.loading.model import Model
 from bitwright.methods.method import MethodOptions, Solver, StageInputs
@@ -280,7 +281,7 @@ class Layers:
                 weight = block.weights[place]
                 if replace:
                     del block.weights[place]
-                pieces[name] = self._pieces(weight)
+                pieces[name] = self._pieces(weight, precision)
                 del weight
                 if drift is not None and gram is not None:
                     pieces[name] = [
@@ -348,9 +349,13 @@ class Layers:
             ranges,
         )
 
-    def _pieces(self, weight: Float32) -> list[Piece]:
-        """Return this rank's pieces of a layer: all rows where the method looks at them together."""
-        whole = self.options.method.whole_layers
+    def _is_whole(self, precision: Precision) -> bool:
+        """Tell whether the method or the grid looks at all rows of a layer together."""
+        return self.options.method.whole_layers or fits_all_rows(precision.grid)
+
+    def _pieces(self, weight: Float32, precision: Precision) -> list[Piece]:
+        """Return this rank's pieces of a layer: all rows where these are looked at together."""
+        whole = self._is_whole(precision)
         unit = ROWS if self._metrics is None else METRIC_ROWS  # whole blocks of a metric
         pieces = [slice(0, len(weight))] if whole else self.ranks.rows(len(weight), unit)
         return [(rows, weight[rows]) for rows in pieces]
@@ -380,7 +385,7 @@ class Layers:
     ) -> tuple[QuantizedTensor, Float32 | None]:
         """Quantize this rank's rows of a layer and hand on all of it; return that, and the weights that a
         reader will see where there was one piece."""
-        shared = self.ranks.size > 1 and not self.options.method.whole_layers
+        shared = self.ranks.size > 1 and not self._is_whole(precision)
         own_rows = pieces.rows if isinstance(pieces, MatrixPieces) else [rows for rows, _ in pieces]
         last = max((rows.stop for rows in own_rows), default=0)
         out = max(self.ranks.gather(last)) if shared else last

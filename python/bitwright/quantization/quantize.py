@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from bitwright.blocks.output_metrics import OutputMetrics
-from bitwright.grids.tables import stored_scales
+from bitwright.grids.tables import SPELLED, stored_scales
 from bitwright.loading.model import Model, load_model
 from bitwright.models.config import float_config
 from bitwright.quantization.known import (
@@ -59,7 +59,7 @@ def run_quantization(
         )
         facts = {
             "preset": options.preset,
-            "grid": target.default.grid,
+            "grid": SPELLED.get(target.default.grid, target.default.grid),
             "scales": stored_scales(target.default.grid, target.scale_dtype).name,
         }
         identity = {
@@ -91,13 +91,22 @@ def _float_model(place: str | os.PathLike[str], allow_requantize: bool) -> Model
     model.warn_of_unused()
     declared = model.checkpoint.config != float_config(model.checkpoint.config)
     packed = declared or model.quantized_layers() or model.checkpoint.decoded_type()
-    if model.format and packed and not allow_requantize:
+    if model.format and packed and not (allow_requantize or _holds_fp8(model)):
         raise ValueError(
             f"{model.checkpoint.folder}: is quantized already ({model.format.name}); start from the "
             f"original, or say that it may be rounded again: allow_requantize (--allow-requantize). "
             f"bitwright convert changes the format alone"
         )
     return model
+
+
+def _holds_fp8(model: Model) -> bool:
+    """Tell whether the layers are floats of 8 bits by themselves: a source, as there is often no other."""
+    return all(
+        f"{name}.weight" in model.checkpoint
+        and model.checkpoint.stored_dtype(f"{name}.weight") == "F8_E4M3"
+        for name in model.quantized_layers()
+    )
 
 
 @contextmanager

@@ -142,7 +142,7 @@ def model_card(
     for report in reports:
         if isinstance(report, QuantizationReport):
             given = [(layer.bits, layer.group_size) for layer in report.layers]
-    sizes = () if format is None else format.group_sizes
+    sizes = set() if format is None else {each.group_size for each in format.precisions()}
     counts = Counter((bits, size if size in sizes else 0) for bits, size in given)
     stored = sorted(counts.items())  # whole rows as groups of 0, however long they are
     card = front_matter(source.folder)

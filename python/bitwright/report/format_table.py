@@ -1,7 +1,7 @@
 """The formats as a table in Markdown, made from the code."""
 
 from bitwright.formats import FORMATS, Format
-from bitwright.grids.tables import E4M3, E8M0, TABLES, has_superblocks
+from bitwright.grids.tables import E4M3, E8M0, SPELLED, TABLES, has_superblocks, shares_rows
 
 
 def format_table() -> str:
@@ -23,9 +23,10 @@ def format_table() -> str:
     ]
     for name, kind in FORMATS.items():
         for bits, groups, grids in _rows(kind):
-            scales = _scales(kind, grids.split(", ")[0])
+            scales = _scales(kind, grids[0])
             embeddings = "quantized or in float" if kind.embeddings else "in float"
-            cells = (name, bits, groups, grids, scales, embeddings, kind.engines)
+            words = ", ".join(SPELLED.get(each, each) for each in grids)
+            cells = (name, bits, groups, words, scales, embeddings, kind.engines)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -41,11 +42,13 @@ def _scales(kind: type[Format], grid: str) -> str:
     return f"{words} over one float32" if table.divided else words
 
 
-def _rows(kind: type[Format]) -> list[tuple[str, str, str]]:
-    """Return bits, groups and grids that go together, each as words."""
+def _rows(kind: type[Format]) -> list[tuple[str, str, list[str]]]:
+    """Return bits and groups in words, and the grids that go together with them."""
     sizes: dict[tuple[str, int], list[str]] = {}
     for each in kind.precisions():
         size = "whole row" if each.group_size is None else str(each.group_size)
+        if shares_rows(each.grid):
+            size = f"{size} of {TABLES[each.grid].rows} rows" if each.group_size else "whole tensor"
         sizes.setdefault((each.grid, each.bits), []).append(size)
     bits: dict[tuple[str, str], list[str]] = {}
     for (grid, number), groups in sorted(sizes.items()):
@@ -55,7 +58,7 @@ def _rows(kind: type[Format]) -> list[tuple[str, str, str]]:
     for (grid, together), numbers in bits.items():
         key = ", ".join(numbers), together, _scales(kind, grid)
         grids.setdefault(key, []).append(grid)
-    return [(numbers, groups, ", ".join(kinds)) for (numbers, groups, _), kinds in grids.items()]
+    return [(numbers, groups, kinds) for (numbers, groups, _), kinds in grids.items()]
 
 
 if __name__ == "__main__":

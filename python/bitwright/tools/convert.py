@@ -186,6 +186,7 @@ def convert(
 def precision_of(tensor: QuantizedTensor, kind: type[Format] | None) -> Precision:
     """Return how a tensor is stored; a group that is the whole row is None where the format has that."""
     whole = kind is not None and kind.whole_row and tensor.group_size not in kind.group_sizes
+    whole = whole or (tensor.table is not None and tensor.table.group_size is None)
     size = None if whole and tensor.group_size == tensor.shape[1] else tensor.group_size
     return Precision(tensor.bits, size, tensor.stored_grid)
 

@@ -16,6 +16,7 @@ from bitwright.errors import UnsupportedModelError
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import same_inputs
 from bitwright.formats import Precision
+from bitwright.grids.tables import SPELLED
 from bitwright.loading.model import load_model
 from bitwright.methods.method import CORRECTED_DAMPING, DAMPING, MethodOptions
 from bitwright.methods.registry import METHODS
@@ -142,6 +143,6 @@ def refine_model(
         limits,
         student,
     )
-    facts = {"refined from": Path(model).name, "grid": default.grid}
+    facts = {"refined from": Path(model).name, "grid": SPELLED.get(default.grid, default.grid)}
     with made_by(python_call(refine_model, arguments)):
         return run.write(out, start, facts, {"bos": loaded.bos})
