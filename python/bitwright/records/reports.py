@@ -131,6 +131,8 @@ class QuantizationReport:
     in_float
         Of a run through transformers, the matrices that stay in float, embedding and head aside: what
         chooses experts, what was excluded, and all that is no linear of the text decoder's blocks.
+    products
+        What products with tokens were taken in: ``"float32"`` or ``"bfloat16"``.
     """
 
     out: Path
@@ -147,6 +149,7 @@ class QuantizationReport:
     peak_memory_bytes: int
     warnings: tuple[str, ...] = ()
     in_float: tuple[str, ...] = ()
+    products: str = "float32"
 
     def __str__(self) -> str:
         worst = self.worst(1)
