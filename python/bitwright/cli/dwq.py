@@ -33,6 +33,7 @@ from bitwright.text.text_files import TextFiles
 MAKING = (
     *("method", "format", "candidates", "student_calibration", "samples", "bits", "group_size"),
     "target_bpw",
+    "float_embeddings",
 )
 
 
@@ -78,6 +79,7 @@ MAKING = (
 @options.group_size
 @options.target_bpw("Quantize the original to dynamic precision; see bitwright dynamic.")
 @options.candidates
+@options.float_embeddings
 @options.method
 @training_option(
     "--tokens", type=click.IntRange(1), help="Tokens to train on; by default all of the data once."
@@ -141,6 +143,7 @@ def dwq(
     bits: int,
     group_size: Any,
     target_bpw: float | None,
+    float_embeddings: bool,
     **given: Any,
 ) -> None:
     """Train the scales of the quantized MODEL to say what the original, --reference, says.
@@ -168,7 +171,8 @@ def dwq(
     source = calibration if student_calibration is None else student_calibration
 
     def make(folder: Path) -> None:
-        limits = {name: given[name] for name in ("memory", "resume")}
+        limits: dict[str, Any] = {name: given[name] for name in ("memory", "resume")}
+        limits["float_embeddings"] = float_embeddings
         if target_bpw is not None:
             bitwright.dynamic_quantize(
                 model, folder, target_bpw, candidates, method, format, source, **shared, **limits
@@ -186,6 +190,7 @@ def dwq(
         "bits": bits,
         "group_size": group_size,
         "target_bpw": target_bpw,
+        "float_embeddings": float_embeddings,
         "calibration": None if student_calibration is None else _digest(student_calibration),
         **shared,
     }

@@ -55,9 +55,8 @@ from bitwright.spellings import Old
     type=click.IntRange(1),
     help=f"Samples that they are estimated on; by default up to {DEFAULT_SAMPLES}.",
 )
-@options.target_bpw(
-    "Bits per weight of the quantized layers together, scales included.", required=True
-)
+@options.target_bpw("Bits per weight of the quantized layers together, scales included.")
+@options.target_size
 @options.candidates
 @options.grid
 @options.ends
@@ -72,6 +71,8 @@ def dynamic(
     **given: Any,
 ) -> None:
     """Quantize MODEL to a target size, with more bits where they matter."""
+    if (given["target_bpw"] is None) == (given["target_size"] is None):
+        raise click.UsageError("give --target-bpw or --target-size, one of the two")
     options.check_apart(out=out, recipe=recipe, sensitivities=given["sensitivities"])
     report = bitwright.dynamic_quantize(
         model,

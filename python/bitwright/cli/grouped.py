@@ -175,7 +175,9 @@ class Command(click.Command):
             from bitwright.cli.config_file import write_settings
 
             place, settings = ctx.meta[SAVED]
-            write_settings(place, settings, str(self.name))
+            write_settings(
+                place, settings, str(self.name), overwrite=ctx.params.get("overwrite", False)
+            )
         if (key := ctx.meta.get(TEXT_KEY)) is not None:
             from bitwright.text.text_files import TextFiles
 

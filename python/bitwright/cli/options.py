@@ -241,9 +241,15 @@ split_max_size = file_option(
     metavar="SIZE",
     help="Write several GGUF files, with tensors of at most so many bytes in each, such as 2G or 500M.",
 )
+float_embeddings = precision_option(
+    "--float-embeddings",
+    is_flag=True,
+    help="Leave embedding and head in float, unless their bits are given (mlx, gguf).",
+)
 ends = together(
-    precision_option("--embedding-bits", type=Bits(), help="Quantize the embedding too."),
-    precision_option("--head-bits", type=Bits(), help="Quantize the head too."),
+    float_embeddings,
+    precision_option("--embedding-bits", type=Bits(), help="Other bits for the embedding."),
+    precision_option("--head-bits", type=Bits(), help="Other bits for the head."),
 )
 allow_unfused = precision_option(
     "--allow-unfused",
@@ -266,12 +272,18 @@ exceptions = together(
 )
 
 
-def target_bpw(help: str, required: bool = False) -> Add:
+def target_bpw(help: str) -> Add:
     """Return the option for the size of a model of dynamic precision."""
-    return precision_option(
-        "--target-bpw", required=required, type=click.FloatRange(0, min_open=True), help=help
-    )
+    return precision_option("--target-bpw", type=click.FloatRange(0, min_open=True), help=help)
 
+
+target_size = precision_option(
+    "--target-size",
+    type=Size(),
+    metavar="SIZE",
+    help="Bytes of all weight files, such as 3.2GB, 500M or 2GiB: precisions are chosen within that, also "
+    "of embedding and head.",
+)
 
 # Method
 

@@ -56,6 +56,7 @@ from bitwright.report.tables import print_sentence
 )
 @options.scheme
 @options.bits
+@options.target_size
 @options.mixture
 @options.group_size
 @options.grid

@@ -2,6 +2,7 @@
 
 Distilled weight quantization, as in mlx-lm: the codes stay, so the result has the same size and speed."""
 
+import functools
 import hashlib
 import json
 import math
@@ -680,14 +681,15 @@ class _Run:
         losses = []
         parts: list[dict[str, Float32]] = []
         for batch in self._passes(samples):
-            found = self.network.gradients(
+            found = functools.partial(
+                self.network.gradients,
                 self.samples[batch],
                 self._loss(batch, self.loss, 1 / positions),
                 student.add_gradient,
                 on_embedding=student.add_row_gradient,
                 on_head=student.add_gradient,
             )
-            losses.append(float(found.sum()))
+            losses.append(self._sum(found))
             if self.ranks.fixed_order:
                 parts.append(student.gradients())
         mean = self.ranks.total(losses) / positions
@@ -697,6 +699,16 @@ class _Run:
         if math.isfinite(mean):
             self.adam.step(gradients, settings.rate(self.state.step))
         return mean
+
+    def _sum(self, losses: Callable[[], NDArray[np.float64]]) -> float:
+        """Return the sum of losses; NaN where training has made rows of the embedding infinite, which is an
+        error only of a student as it was given."""
+        try:
+            return float(losses().sum())
+        except NonFiniteError:
+            if not self.state.validations:
+                raise
+            return math.nan
 
     def _passes(self, samples: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
         """Yield this rank's part of some samples, so many at a time: one by one where the order of sums
@@ -725,7 +737,11 @@ class _Run:
         Return whether it is finite."""
         valid, state = self.plan.valid, self.state
         losses = [
-            float(self.network.losses(self.samples[batch], self._loss(batch, "kl", 1.0)).sum())
+            self._sum(
+                functools.partial(
+                    self.network.losses, self.samples[batch], self._loss(batch, "kl", 1.0)
+                )
+            )
             for batch in self._passes(valid)
         ]
         value = self.ranks.total(losses) / (len(valid) * self.samples.shape[1])

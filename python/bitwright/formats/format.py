@@ -102,6 +102,14 @@ class Format:
         return 64 if 64 in cls.group_sizes else cls.group_sizes[-1]
 
     @classmethod
+    def ends(
+        cls, model_type: str, default: Precision, channels: int
+    ) -> tuple[Precision | None, Precision | None]:
+        """Return what embedding and head, with rows of so many channels, are stored in by default: what the
+        tools of the format's engines choose for a model whose layers have this precision."""
+        return default, default
+
+    @classmethod
     def precisions(cls) -> list[Precision]:
         """Return all precisions that can be stored."""
         sizes = (*cls.group_sizes, *((None,) if cls.whole_row else ()))
@@ -223,6 +231,15 @@ class Format:
                 f"scale_dtype: the {cls.name} format stores {_any_of(cls.scale_dtypes)}, not {dtype}"
             )
         return dtype
+
+    @classmethod
+    def wider_dtype(
+        cls, model_dtype: np.dtype[Any], asked: DTypeLike | None
+    ) -> np.dtype[Any] | None:
+        """Return the dtype of scales of layers that the default one cannot hold: the model's, where another
+        is the default; otherwise None."""
+        own = asked is not None or cls.chosen_scale_dtype(model_dtype, None) == model_dtype
+        return None if own or model_dtype not in cls.scale_dtypes else model_dtype
 
     @classmethod
     def fits(cls, channels: int, precision: Precision) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.checkpoint.writer import FileOptions
@@ -22,6 +22,7 @@ from bitwright.warned import warn
 # Families that mlx-lm never builds with a head of their own, and always.
 ALWAYS_TIED = ("gemma", "gemma2")
 NEVER_TIED = ("deepseek_v2", "deepseek_v3", "glm4", "kimi_k2", "qwen2_moe", "qwen3_vl_moe")
+EIGHT_BIT_HEADS = ("granite", "granitemoe")  # in mlx-lm's own conversion
 LATENT = ("deepseek_v3", "kimi_k2", "glm4_moe_lite")  # whose latent attention it computes absorbed
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
@@ -203,6 +204,22 @@ class MlxFormat(Format):
                 f"format: mlx-lm knows {model_type} only {known} a head of its own, but {here} here. "
                 f"Choose another format"
             )
+
+    @classmethod
+    def chosen_scale_dtype(
+        cls, model_dtype: np.dtype[Any], asked: DTypeLike | None
+    ) -> np.dtype[Any]:
+        # Scales of 32 bits would make a 4-bit model of floats of 32 bits larger than one of 16.
+        half = asked is None and model_dtype == np.float32
+        return super().chosen_scale_dtype(model_dtype, np.float16 if half else asked)
+
+    @classmethod
+    def ends(
+        cls, model_type: str, default: Precision, channels: int
+    ) -> tuple[Precision | None, Precision | None]:
+        if model_type in EIGHT_BIT_HEADS and default.bits < 8:
+            return default, Precision(8, 64, "affine")
+        return default, default
 
     @classmethod
     def array_written(cls, name: str, array: NDArray[Any], family: str) -> NDArray[Any]:

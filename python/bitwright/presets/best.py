@@ -23,6 +23,8 @@ from bitwright.precision.choices import Candidate, choose_precisions, fineness
 from bitwright.precision.estimate import check_estimate, estimate_sensitivities
 from bitwright.precision.options import PrecisionOptions
 from bitwright.precision.recipe import Recipe
+from bitwright.precision.whole_size import WholeSize
+from bitwright.presets.high import check_high, high_quantization
 from bitwright.quantization.options import QuantizationOptions
 from bitwright.quantization.quantize import check_run, run_quantization
 from bitwright.ranks import current
@@ -67,8 +69,10 @@ def quantize_best(
 
     Sensitivities are estimated, and every layer gets a precision around the one asked for, in groups of the
     same or twice the size, so that all layers together take no more than they would have. Then come the
-    method with refinement and drift correction, and DWQ on as many as 100,000 tokens of `calibration`.
-    Where the format has one precision for all layers, or a recipe is given, that is what is used.
+    method as preset ``"high"`` does it, where it refines, and DWQ on as many as 100,000 tokens of
+    `calibration`. Where the format has one precision for all layers, or a recipe is given, that is what is
+    used. With `target_size` (an option) they are chosen within the bytes of all weight files, see
+    `dynamic_quantize`.
 
     Parameters
     ----------
@@ -111,10 +115,8 @@ def best_quantization(
     started = time.perf_counter()
     options.limits.set_threads()
     original = load_model(model)
-    if options.two_sided:
-        raise ValueError("preset: high is no part of best yet; take one of the two")
-    if options.preset == "best":  # which is what this is: the stages have the default one
-        options = replace(options, preset="default")
+    if options.preset == "best":  # which is what this is: the stages have another one
+        options = replace(options, preset="high" if options.method.refine else "default")
     recipe = options.precision.recipe
     if recipe is not None and not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
@@ -128,7 +130,8 @@ def best_quantization(
         _require_room(original, model, out, options, chooses)
         if chooses:
             recipe = _chosen(original, options, work)
-        options = replace(options, precision=replace(options.precision, recipe=recipe))
+        precision = replace(options.precision, recipe=recipe, target_size=None)
+        options = replace(options, precision=precision)
         trained = _trained(model, out, options)
     return replace(
         cast(QuantizationReport, trained.student),
@@ -169,8 +172,18 @@ def _require_room(
     source = given_or_builtin(options.calibration.source)
     estimated = _estimated(options)
     quiet = replace(options, limits=replace(options.limits, progress=False))
+    asked = options.precision
+    if asked.target_size is not None:  # which only a recipe fills
+        if not chooses:
+            raise ValueError(
+                "target_size: with these options all layers have one precision; leave out target_size or "
+                "what says so (recipe, overrides, grid, format)"
+            )
+        WholeSize.of(original, asked, options.method.method)
     plans: list[Callable[[], object]] = [
-        lambda: check_run(model, out, quiet),
+        lambda: (
+            check_high(original, out, quiet) if options.two_sided else check_run(model, out, quiet)
+        ),
         lambda: check_training(original, source, *estimated.values()),
     ]
     if chooses:
@@ -182,9 +195,12 @@ def _chosen(original: Model, options: QuantizationOptions, work: WorkFolder) -> 
     """Return precisions around the one asked for, so that all layers take no more than they would have."""
     assert options.calibration is not None
     asked, limits = options.precision, options.limits
-    kind = asked.kind
+    kind, method = asked.kind, options.method.method
     precision = kind.precision(asked.bits, asked.group_size, asked.grid, original.input_channels())
     candidates = _candidates(kind, precision, original.input_channels())
+    whole = None if asked.target_size is None else WholeSize.of(original, asked, method)
+    if whole is not None:
+        candidates = list(whole.choices.candidates)
     found = estimate_sensitivities(
         original,
         options.calibration.source,
@@ -195,6 +211,8 @@ def _chosen(original: Model, options: QuantizationOptions, work: WorkFolder) -> 
         resume=limits.resume,
         progress=limits.progress,
     )
+    if whole is not None:
+        return whole.chosen(found, options.calibration.load(original).tokens)
     dtype = kind.chosen_scale_dtype(original.dtype, asked.scale_dtype)
     shapes = list(original.linear_shapes().values())
     weights = [out_channels * channels for out_channels, channels in shapes]
@@ -203,7 +221,7 @@ def _chosen(original: Model, options: QuantizationOptions, work: WorkFolder) -> 
         weight * stored_bits(asked.bits, size or shape[1], precision.grid, dtype)
         for weight, shape in zip(weights, shapes, strict=True)
     )
-    return choose_precisions(
+    chosen = choose_precisions(
         original,
         found,
         taken / sum(weights),
@@ -213,6 +231,14 @@ def _chosen(original: Model, options: QuantizationOptions, work: WorkFolder) -> 
         scale_dtype=dtype,
         allow_unfused=asked.allow_unfused,
     )
+    plan = asked.for_model(original, method).target(original, method).plan
+    # What goes with the precision asked for, whatever most layers get.
+    ends = {
+        name: (each.bits, each.group_size)
+        for name in (original.names.embedding, original.names.head)
+        if (each := plan.get(name)) is not None
+    }
+    return replace(chosen, layers={**chosen.layers, **ends})
 
 
 def _trained(
@@ -223,9 +249,8 @@ def _trained(
     calibration, limits, recipe = options.calibration, options.limits, options.precision.recipe
 
     def make(folder: Path) -> QuantizationReport:
-        return run_quantization(
-            model, folder, replace(options, limits=replace(limits, overwrite=False))
-        )
+        quantize = high_quantization if options.two_sided else run_quantization
+        return quantize(model, folder, replace(options, limits=replace(limits, overwrite=False)))
 
     layers = sorted(recipe.layers.items()) if isinstance(recipe, Recipe) else None
     chosen = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]

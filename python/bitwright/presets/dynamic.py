@@ -21,15 +21,20 @@ from bitwright.loading.model import Model, load_model
 from bitwright.methods.registry import METHODS
 from bitwright.precision.choices import Candidate, check_model, choose_precisions, dynamic_choices
 from bitwright.precision.estimate import check_estimate, estimate_sensitivities
+from bitwright.precision.options import PrecisionOptions
 from bitwright.precision.recipe import Recipe, plan_layers
 from bitwright.precision.sensitivities import Sensitivities
+from bitwright.precision.whole_size import JUDGED_SAMPLES, WholeSize
 from bitwright.presets.quantize import check_quantization, quantize
+from bitwright.quantization.options import taken
 from bitwright.ranks import current
 from bitwright.records.card import add_evaluations, made_by, python_call
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
 from bitwright.runs.limits import RunLimits
 from bitwright.spellings import Old, respelled
+from bitwright.text.builtin import given_or_builtin
+from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
 
@@ -72,12 +77,13 @@ class DynamicReport:
 def dynamic_quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    target_bpw: float,
+    target_bpw: float | None = None,
     candidates: Sequence[Candidate] | None = None,
     method: str = "gptq",
     format: FormatName = "mlx",
     calibration: TokenSource | None = None,
     *,
+    target_size: int | str | None = None,
     sensitivities: str | os.PathLike[str] | Sensitivities | None = None,
     sensitivity_calibration: TokenSource | None = None,
     sensitivity_samples: int | None = None,
@@ -103,6 +109,10 @@ def dynamic_quantize(
         As for `bitwright.quantize`.
     target_bpw, candidates
         See `choose_precisions`.
+    target_size
+        In place of `target_bpw` the bytes of all weight files, headers included: a number, or such as
+        ``"3.2GB"``, ``"500M"`` and ``"2GiB"``. The files are no larger, and little smaller. Embedding and
+        head are chosen for, too, where the format holds them: what they cost is measured on a few samples.
     calibration
         Text or token ids to calibrate on, and to estimate the sensitivities on unless there is
         `sensitivity_calibration`.
@@ -154,7 +164,16 @@ def dynamic_quantize(
     check_choice("method", method, [each.name for each in METHODS.values() if each.bits is None])
     given_grid = grid, options.get("scale_dtype")
     estimated_on: Any = calibration if sensitivity_calibration is None else sensitivity_calibration
-    choices = dynamic_choices(original, target_bpw, candidates, format, *given_grid)
+    if (target_bpw is None) == (target_size is None):
+        raise ValueError("target_bpw: give it, or target_size in its place")
+    whole = None
+    if target_size is not None:
+        asked = {"format": format, "grid": grid, "target_size": target_size, **options}
+        precision = taken(PrecisionOptions, asked)
+        whole = WholeSize.of(original, precision, METHODS[method], candidates)
+        choices = whole.choices
+    elif target_bpw is not None:
+        choices = dynamic_choices(original, target_bpw, candidates, format, *given_grid)
     _check_places(out, sensitivities, recipe, overwrite)
     _check_plan(original, format, choices.ends[1], choices.grid, options)
     known = _known(original, sensitivities)
@@ -173,7 +192,7 @@ def dynamic_quantize(
     ):
         # All that does not depend on which layer gets what.
         lowest = dict.fromkeys(original.linear_shapes(), choices.ends[0])
-        same = Recipe(lowest, target_bpw, target_bpw)
+        same = Recipe(lowest, 0.0, 0.0)
         plans: list[Callable[[], object]] = [
             lambda: check_quantization(model, out, recipe=same, **making),
             judged.check_memory,
@@ -189,15 +208,22 @@ def dynamic_quantize(
                 resume=resume,
                 progress=progress,
             )
-        chosen = choose_precisions(
-            *(original, known, target_bpw, choices.candidates),
-            format=format,
-            grid=choices.grid,
-            scale_dtype=choices.scale_dtype,
-            allow_unfused=options.get("allow_unfused", False),
-        )
+        if whole is not None:
+            source = given_or_builtin(estimated_on)
+            judging = CalibrationOptions(source, sensitivity_samples, length, seed, bos)
+            chosen = whole.chosen(known, judging.load(original, JUDGED_SAMPLES).tokens)
+        elif target_bpw is not None:
+            chosen = choose_precisions(
+                *(original, known, target_bpw, choices.candidates),
+                format=format,
+                grid=choices.grid,
+                scale_dtype=choices.scale_dtype,
+                allow_unfused=options.get("allow_unfused", False),
+            )
 
         def complete(folder: Path) -> None:
+            if whole is not None:
+                whole.compare(folder)
             judged.evaluate(folder)
             _check_recipe_file(recipe, overwrite)  # hours may have passed
             if recipe is not None:
@@ -285,7 +311,8 @@ def _check_plan(
 ) -> None:
     """Raise ValueError if layers that are left out or overridden cannot be so."""
     kind = FORMATS[format]
-    asked = ("include", "exclude", "overrides", "embedding_bits", "head_bits", "allow_unfused")
+    ends = ("float_embeddings", "embedding_bits", "head_bits")
+    asked = ("include", "exclude", "overrides", *ends, "allow_unfused")
     given = {name: options[name] for name in asked if name in options}
     plan_layers(model, kind, kind.precision(*finest, grid, model.input_channels()), **given)
 

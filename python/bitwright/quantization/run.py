@@ -198,6 +198,7 @@ class Run:
             samples * length,
             length,
             self.target.scale_dtype,
+            format=self.target.format,
             known=self.source.is_known,
             seen_bytes=self.source.largest_bytes,
             two_sided=self.two_sided,

@@ -40,6 +40,8 @@ class LayerReport:
         How many groups of an affine grid have a scale below 1e-7, the smallest that MLX's own rounding has.
     error_before
         The same error of what was refined; None where nothing was quantized before.
+    wide
+        Whether its scales are float32, as float16 cannot hold them.
     """
 
     name: str
@@ -52,6 +54,7 @@ class LayerReport:
     coarse: bool = False
     below_floor: int = 0
     error_before: float | None = None
+    wide: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -208,7 +208,7 @@ class _Collecting:
         model, limits = self._model, self._limits
         rows, width = self._samples.tokens.shape
         nothing = MethodOptions(METHODS["rtn"])
-        work = Work(model, {}, nothing, False, rows * width, width, model.dtype, collects=True)
+        work = Work(model, {}, nothing, False, rows * width, width, model.dtype)
         return tell(plan_run(work, limits.memory, self._work.out, timed=limits.progress), limits)
 
 
