@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.errors import check_choice
+from bitwright.ranks import current
 
 Products = Literal["auto", "float32", "bfloat16"]
 PRODUCTS: tuple[Products, ...] = ("auto", "float32", "bfloat16")
@@ -20,12 +21,12 @@ _taken: ContextVar[str] = ContextVar("products", default="float32")
 
 
 def products_for(asked: str, stored: DTypeLike) -> str:
-    """Return which products a run takes.
+    """Return which products a run takes, the same on all of its ranks, which call this together.
 
     Parameters
     ----------
     asked
-        ``"auto"`` is bfloat16 where this processor multiplies it and weights are stored in it.
+        ``"auto"`` is bfloat16 where the processors of all ranks multiply it and weights are stored in it.
     stored
         The dtype of the model's weights.
 
@@ -37,14 +38,16 @@ def products_for(asked: str, stored: DTypeLike) -> str:
     Raises
     ------
     ValueError
-        If bfloat16 is asked for by name, and this processor would take it apart.
+        If bfloat16 is asked for by name, and a processor has no instruction for it.
     """
     check_choice("precision", asked, PRODUCTS)
-    able = _kernels.multiplies_bfloat16()
+    if asked == "float32":
+        return asked
+    able = current().all(_kernels.multiplies_bfloat16())
     if asked == "bfloat16" and not able:
+        where = "this processor has" if current().size == 1 else "the processors of some ranks have"
         raise ValueError(
-            "precision: this processor has no products in bfloat16 (AVX512-BF16); take auto or float32 "
-            "(--precision)"
+            f"precision: {where} no products in bfloat16 (AVX512-BF16); take auto or float32 (--precision)"
         )
     if asked == "auto":
         return "bfloat16" if able and np.dtype(stored).name == "bfloat16" else "float32"

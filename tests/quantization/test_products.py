@@ -16,6 +16,7 @@ from bitwright.errors import ResumeError
 from bitwright.methods.moments import LayerStatistics
 from bitwright.models.operations import BlockWeights, Operations
 from bitwright.products import add_cross_gram, products_for, products_in
+from bitwright.ranks import Ranks
 from bitwright.runs.journal import Journal
 
 RNG = np.random.default_rng(0)
@@ -44,6 +45,25 @@ def test_bfloat16_by_name_is_refused_where_there_is_none(able: bool, tmp_path: P
     with pytest.raises(ValueError, match="precision: this processor has no products in bfloat16"):
         run(tmp_path / "out", precision="bfloat16")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("able", [True], indirect=True)
+@pytest.mark.parametrize("others", [[True, True], [True, False], [False, True]])
+def test_ranks_take_what_all_of_them_have(
+    able: bool, others: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OfTwo(Ranks):
+        size = 2
+
+        def all(self, value: bool) -> bool:
+            return value and all(others)
+
+    monkeypatch.setattr(products, "current", OfTwo)
+    wanted = "bfloat16" if all(others) else "float32"
+    assert products_for("auto", "bfloat16") == wanted
+    if not all(others):
+        with pytest.raises(ValueError, match="precision: the processors of some ranks have no"):
+            products_for("bfloat16", "bfloat16")
 
 
 def test_other_precisions_are_refused(tmp_path: Path) -> None:
