@@ -116,6 +116,12 @@ LATENT_SIZES = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
+INDEXER = {
+    "num_key_value_heads": 4,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 64,
+}
 LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,
@@ -532,6 +538,22 @@ VARIANTS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
             "image_token_index": 63,
             "vision_feature_layer": -1,
         },
+    ),
+    "phi": ("phi", torch.bfloat16, SMALL),
+    "gpt_neox": ("gpt_neox", torch.bfloat16, SMALL | {"rope_parameters": PARTIAL}),
+    "deepseek_v32": (
+        "deepseek_v32",
+        torch.bfloat16,
+        SMALL | SIGMOID_EXPERTS | LATENT_SIZES | INDEXER | {"first_k_dense_replace": 1},
+    ),
+    "glm_moe_dsa": (
+        "glm_moe_dsa",
+        torch.bfloat16,
+        SMALL
+        | SIGMOID_EXPERTS
+        | LATENT_SIZES
+        | INDEXER
+        | {"first_k_dense_replace": 1, "indexer_types": ["full", "shared"]},
     ),
 }
 OFFSET = ("gemma2", "gemma3", "qwen3_next", "qwen3_5")  # whose norms multiply by 1 + weight

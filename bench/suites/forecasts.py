@@ -35,7 +35,14 @@ FAMILIES = {
         "num_local_experts": 16,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
-    "qwen3_5": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "qwen3_next": {
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+        "linear_num_value_heads": 8,
+        "linear_value_head_dim": 32,
+        "num_experts": 16,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 16, "mamba_d_head": 32},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 768},
 }
@@ -66,6 +73,10 @@ COMMANDS = {
     "quantize salient": (
         *QUANTIZE,
         f"bitwright.quantize(model, out, 'salient', calibration=ids, {HEAD})",
+    ),
+    "quantize high": (
+        *QUANTIZE,
+        f"bitwright.quantize(model, out, calibration=ids, preset='high', {HEAD})",
     ),
     "refine": (
         *QUANTIZE,

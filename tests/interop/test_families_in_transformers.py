@@ -19,6 +19,8 @@ FAMILIES = (
     "glm",
     "stablelm",
     "ministral",
+    "phi",
+    "gpt_neox",
 )
 
 

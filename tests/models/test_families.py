@@ -89,6 +89,14 @@ def test_every_scale_group_folds(folder: Path) -> None:
     assert np.abs(logits - expected).max() < 1e-4 * max(1.0, float(np.abs(expected).max()))
 
 
+def test_samples_beyond_what_an_indexer_chooses_are_refused() -> None:
+    model = bitwright.load_model(TESTS / "data" / "tiny" / "deepseek_v32")
+    ids = np.zeros((1, 65), np.int32)
+    assert np.isfinite(model.logits(ids[:, :64])).all()
+    with pytest.raises(bitwright.CheckpointError, match="65 tokens.*64 .*index_topk.*shorter"):
+        model.logits(ids)
+
+
 def calibration(model: bitwright.Model, samples: int = 24) -> np.ndarray[Any, Any]:
     return np.random.default_rng(1).integers(0, model.config.vocab_size, (samples, 64))
 

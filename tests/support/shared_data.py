@@ -19,6 +19,7 @@ KIN = [
     "glm",
     "glm4_moe",
     "glm4_moe_lite",
+    "glm_moe_dsa",
     "granitemoe",
     "granitemoeshared",
     "granitemoehybrid-experts",

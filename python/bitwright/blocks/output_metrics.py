@@ -19,7 +19,12 @@ from bitwright.checkpoint.work_folder import (
     remove_tree,
     write_sealed,
 )
-from bitwright.distill.gradient_memory import batch_step, final_bytes, sub_block_bytes
+from bitwright.distill.gradient_memory import (
+    backward_bytes,
+    batch_step,
+    final_bytes,
+    sub_block_bytes,
+)
 from bitwright.distill.losses import DistillationLoss, TopTokens
 from bitwright.errors import CheckpointError, NonFiniteError
 from bitwright.files.replacing import output_errors
@@ -67,7 +72,8 @@ def plan_gradients(model: Model, tokens: NDArray[np.int32], memory: float | None
     most = min(part, max(BATCH_SAMPLES, step))
     choices = [most, *range((most - 1) // step * step, 0, -step)]
     budget = Budget.of(memory)
-    takes = [budget.base + _batch_bytes(model, length, samples) for samples in choices]
+    base = budget.base + backward_bytes()
+    takes = [base + _batch_bytes(model, length, samples) for samples in choices]
     budget.require(min(takes), model.checkpoint.folder, ", or take preset default")
     chosen = next(number for number, taken in enumerate(takes) if taken <= budget.bytes)
     return GradientPlan(choices[chosen], takes[chosen], min(takes))

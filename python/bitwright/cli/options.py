@@ -211,7 +211,7 @@ grid = precision_option(
     type=PrecisionWords(),
     metavar="PRECISION",
     help="What codes stand for, by default the format's first: affine, zero_point, symmetric, or k (GGUF's "
-    "Q2_K to Q6_K); iq4_nl or iq4_xs; mxfp4 or nvfp4; or a type of GGUF, such as Q4_K.",
+    "Q2_K to Q6_K); iq4_nl or iq4_xs; mxfp4, nvfp4 or mxfp8; or a type of GGUF, such as Q4_K.",
 )
 mixture = together(
     precision_option(

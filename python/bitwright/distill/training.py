@@ -33,7 +33,13 @@ from bitwright.checkpoint.work_folder import (
 )
 from bitwright.checkpoint.writer import UNFINISHED, check_apart, completed, write_safetensors
 from bitwright.distill.adam import Adam
-from bitwright.distill.gradient_memory import final_bytes, head_bytes, logits_bytes, sub_block_bytes
+from bitwright.distill.gradient_memory import (
+    backward_bytes,
+    final_bytes,
+    head_bytes,
+    logits_bytes,
+    sub_block_bytes,
+)
 from bitwright.distill.losses import LOSSES, DistillationLoss, LossFunction, TopTokens, next_tokens
 from bitwright.distill.student import ZEROS, Student, Zeros, trained_bytes
 from bitwright.distill.targets import (
@@ -867,7 +873,7 @@ def plan_training(
     taught = together * (2 * packed + 2 * 4 * config.hidden_size)
     logits = logits_bytes(model, together, 1) * 5 // 4  # and which of them are finite
     teaching = head_bytes(model, together) + logits + taught
-    most = budget.base + trained + max(teaching, training)
+    most = budget.base + backward_bytes() + trained + max(teaching, training)
     budget.require(most, model.checkpoint.folder)
     return most
 

@@ -329,6 +329,20 @@ def read_scales(stored: NDArray[Any], table: TableGrid, where: str) -> NDArray[A
     return scales
 
 
+def read_codes(floats: NDArray[np.uint8], table: TableGrid, where: str) -> NDArray[np.uint8]:
+    """Return the codes of floats, checked to be numbers: `where` tells the tensor."""
+    codes = table.codes_of_floats[floats]
+    if table.has_nan:
+        bad = np.argwhere((codes == 0) | (codes == len(table.points) - 1))
+        if len(bad):
+            row, channel = bad[0]
+            raise CheckpointError(
+                f"{where}: the weight of row {row}, channel {channel} is NaN, as are {len(bad)} of "
+                f"{codes.size}. The file is damaged: fetch or make it again"
+            )
+    return codes
+
+
 def read_group_index(
     checkpoint: Checkpoint | CheckpointSlice, tensor: str, channels: int, groups: int
 ) -> NDArray[np.int32] | None:

@@ -13,7 +13,7 @@ from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.declared import Settings
 from bitwright.formats.engine_names import mlx_name
-from bitwright.formats.format import Format, Precision, read_scales, read_shaped
+from bitwright.formats.format import Format, Precision, read_codes, read_scales, read_shaped
 from bitwright.formats.loading_code import PROMPT, Code, shell_word
 from bitwright.grids.tables import TABLES
 from bitwright.grids.tensor import BITS, Grid, QuantizedTensor, pack, unpack
@@ -26,7 +26,7 @@ EIGHT_BIT_HEADS = ("granite", "granitemoe")  # in mlx-lm's own conversion
 LATENT = ("deepseek_v3", "kimi_k2", "glm4_moe_lite")  # whose latent attention it computes absorbed
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
-MODES: tuple[Grid, ...] = ("affine", "mxfp4", "nvfp4")
+MODES: tuple[Grid, ...] = ("affine", "mxfp4", "nvfp4", "mxfp8")
 SHIFTED = re.compile(r"(layernorm|model\.norm|[qk]_norm)\.weight$")
 
 SETTINGS = Settings(
@@ -153,7 +153,7 @@ class MlxFormat(Format):
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
         if tensor.grid not in MODES or tensor.group_index is not None:
             raise ValueError(
-                f"{name}: the mlx format stores affine, mxfp4 and nvfp4 grids with consecutive groups"
+                f"{name}: the mlx format stores {', '.join(MODES)} grids with consecutive groups"
             )
         if tensor.table is not None:
             floats = tensor.table.floats[tensor.codes]
@@ -319,7 +319,7 @@ class MlxFormat(Format):
                 f"{table.bits} in groups of {table.group_size}"
             )
         return QuantizedTensor(
-            codes=table.codes_of_floats[unpack(words, bits)],
+            codes=read_codes(unpack(words, bits), table, f"{where}: {name}.weight"),
             scales=read_scales(scales, table, f"{where}: {name}.scales"),
             biases=None,
             zeros=None,

@@ -119,7 +119,7 @@ class Model(Decoder):
         self._rows: dict[str, MatrixRows] = {}
         for name in (self.embedding_name, self.head_name):
             self._check_matrix(name, (self.config.vocab_size, self.config.hidden_size))
-        for name, extent in self._final_vectors().items():
+        for name, extent in (self._final_vectors() | self._head_vectors()).items():
             self._check_vector(name, extent)
         layouts: list[BlockLayout] = []
         for index in range(self.config.num_hidden_layers):
@@ -214,7 +214,7 @@ class Model(Decoder):
         decoder's are none of them."""
         parts = ("weight", *(() if self.format is None else self.format.parts))
         layers = {self.names.embedding, self.names.head, *self.linear_shapes()}
-        used = set(self._final_vectors())
+        used = {*self._final_vectors(), *self._head_vectors()}
         for index, layout in enumerate(self.layouts):
             prefix = self.block_prefix(index)
             layers |= {prefix + name for name in layout.floats}

@@ -25,7 +25,8 @@ class Names:
 class Attention:
     """Linears of attention with a query, key and value per head; names within the block.
 
-    Where ``fused`` is set, it holds the rows of all three, queries first, and stands for them.
+    Where ``fused`` is set, it holds the rows of all three, queries first, and stands for them; with
+    ``by_head`` it holds one head's three after another.
     ``query_norm`` and ``key_norm`` are norms before the rotation, or after it (``norms_last``), over each
     head or over ``whole`` rows. Where the query is ``gated``, each of its heads is followed by a gate of
     the head's output. With a ``value_norm`` values are normed over each head, without a gain. ``sinks``
@@ -37,6 +38,7 @@ class Attention:
     value: str = "self_attn.v_proj"
     output: str = "self_attn.o_proj"
     fused: str | None = None
+    by_head: bool = False
     query_norm: str | None = None
     key_norm: str | None = None
     whole: bool = False
@@ -52,7 +54,9 @@ class LatentAttention:
 
     Queries come from ``query`` or, where there is a query rank, from ``query_down``, its norm and
     ``query_up``. MLX stores ``key_value_up`` in two stacks with a matrix per head: ``absorbed_key``,
-    transposed, and ``absorbed_value``.
+    transposed, and ``absorbed_value``. ``indexer`` is the prefix of what chooses the tokens that a token
+    attends to (DeepSeek-V3.2, arXiv:2512.02556, section 2.1): it is carried along in float, and samples are
+    so short that it chooses all.
     """
 
     query: str = "self_attn.q_proj"
@@ -65,6 +69,7 @@ class LatentAttention:
     absorbed_key: str = "self_attn.embed_q"
     absorbed_value: str = "self_attn.unembed_out"
     output: str = "self_attn.o_proj"
+    indexer: str = "self_attn.indexer"
 
 
 @dataclass(frozen=True)

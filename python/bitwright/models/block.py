@@ -100,6 +100,8 @@ class DecoderBlock:
                 return chunk.inner["query_latent"]
             case "latent_attention":
                 return chunk.inner["latent"]
+            case "beside":
+                return chunk.inner["beside"]
             case "shared":
                 return chunk.inner["normed"]
             case "expert":
@@ -121,6 +123,9 @@ class DecoderBlock:
                 chunk.inner["inner"] = self._attention(states, rope)
                 if stage.mlp is not None:  # in parallel
                     chunk.inner["product"] = self._gated(stage.mlp, states)
+                for other in self.stages:  # before attention changes the hidden states
+                    if other.kind == "beside" and other.norm is not None:
+                        chunk.inner["beside"] = self.operations.norm(other.norm, chunk.hidden)
             case "delta":
                 chunk.inner["inner"] = self._delta(stage, states, rope.length)
             case "mamba":
@@ -133,7 +138,7 @@ class DecoderBlock:
                 chunk.inner["query"] = self.operations.linear(stage.linears[0], states)
             case "latent_attention":
                 chunk.inner["inner"] = self._latent_attention(stage, states, chunk, rope)
-            case "mlp" | "shared" | "expert":
+            case "mlp" | "beside" | "shared" | "expert":
                 chunk.inner["inner"] = self._gated(cast(Mlp, stage.mlp), states)
             case "router":
                 chunk.inner["normed"] = states
@@ -145,6 +150,7 @@ class DecoderBlock:
                 self._add(stage, states, chunk.hidden, self.architecture.mlp_post_norm)
                 chunk.inner.pop("inner", None)
                 chunk.inner.pop("product", None)
+                chunk.inner.pop("beside", None)
             case "shared_output" | "expert_output":
                 self._add_weighed(stage, states, chunk)
                 chunk.inner.pop("inner", None)
@@ -294,6 +300,9 @@ class DecoderBlock:
         if names.fused is None:
             query, key = (self.operations.linear(each, states) for each in (names.query, names.key))
             value = key if config.keys_are_values else self.operations.linear(names.value, states)
+        elif names.by_head:
+            together = self.operations.linear(names.fused, states)
+            query, key, value = self.operations.split_heads(together, heads, [config.head_dim] * 3)
         else:
             widths = [count * config.head_dim for count in (heads, key_heads, key_heads)]
             query, key, value = self.operations.split(

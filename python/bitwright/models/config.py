@@ -92,13 +92,17 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LatentConfig:
-    """Sizes of latent attention (DeepSeek V2): ranks of the latents, and of a head's parts."""
+    """Sizes of latent attention (DeepSeek V2): ranks of the latents, and of a head's parts; of an indexer,
+    if there is one, the heads, their channels, and how many tokens it chooses."""
 
     query_rank: int | None
     key_value_rank: int
     plain_dim: int
     rotary_dim: int
     value_dim: int
+    index_heads: int = 0
+    index_dim: int = 0
+    chosen_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ class ModelConfig:
     dtype: np.dtype[Any] | None
     raw: Mapping[str, Any] = field(repr=False)
     keys_are_values: bool = False
+    indexes: tuple[bool, ...] = ()
     layer_sizes: tuple[Mapping[str, Any], ...] = ()
 
     def at(self, layer: int) -> Self:
@@ -277,6 +282,7 @@ class ModelConfig:
             residual_scale=top.number("residual_multiplier", 1.0),
             logits_divisor=top.number("logits_scaling", 1.0) / top.number("logit_scale", 1.0),
             latent=latent,
+            indexes=tuple(rules.indexes(top, each) for each in range(layers) if rules.indexes),
             recurrence=_recurrence(top),
             experts=_experts(top, rules) if any(sparse) else None,
             dtype=_dtype(top),
@@ -424,6 +430,8 @@ def _layer_types(
     if not isinstance(types, list) or len(types) != layers:
         raise top.wrong("layer_types", f"must be a list of {layers} strings")
     meant = {"attention": "full_attention"}
+    if rules.indexes is not None:
+        meant["indexed_attention"] = "full_attention"
     if "linear_attention" in rules.layer_kinds:
         meant["mamba"] = "linear_attention"
     types = [meant.get(each, each) if isinstance(each, str) else each for each in types]
@@ -492,6 +500,9 @@ def _latent(top: Keys) -> LatentConfig:
         plain_dim=top.integer("qk_nope_head_dim"),
         rotary_dim=top.integer("qk_rope_head_dim"),
         value_dim=top.integer("v_head_dim"),
+        index_heads=top.integer("index_n_heads", 0),
+        index_dim=top.integer("index_head_dim", 0),
+        chosen_tokens=top.integer("index_topk", 0),
     )
 
 

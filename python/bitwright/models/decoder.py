@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.arrays import require_finite
+from bitwright.errors import UnsupportedModelError
 from bitwright.models.architecture import Architecture, Names
 from bitwright.models.block import DecoderBlock, Rotation
 from bitwright.models.config import LayerType, ModelConfig, RopeConfig
@@ -144,6 +145,8 @@ class Decoder(WeightSource):
     def head_logits(self, states: Float, head: MatrixRows) -> Float:
         """Return the logits ``[tokens, vocabulary]`` of states after the last norm."""
         logits = head.outputs(states)
+        for name, extent in self._head_vectors().items():
+            logits += self.vector(name, extent)
         if self.caps_logits:
             _kernels.cap_logits(logits, *self.logit_cap)
         return logits
@@ -161,6 +164,12 @@ class Decoder(WeightSource):
     def rotation(self, length: int, dtype: DTypeLike = np.float32) -> Rotation:
         """Return the rotary tables for samples of `length` tokens."""
         config = self.config
+        if config.latent is not None and 0 < config.latent.chosen_tokens < length:
+            raise UnsupportedModelError(
+                f"{self.folder}: samples of {length} tokens, but beyond {config.latent.chosen_tokens} "
+                f'("index_topk") {config.model_type} attends to chosen tokens only, which is not computed; '
+                f"take shorter samples"
+            )
         ropes: dict[LayerType, RopeConfig] = {
             "full_attention": config.rope,
             "sliding_attention": config.sliding_rope,
@@ -248,3 +257,8 @@ class Decoder(WeightSource):
     def _final_vectors(self) -> dict[str, tuple[int]]:
         parts = ("weight", "bias") if self.architecture.norm_kind == "layer_norm" else ("weight",)
         return {f"{self.names.final_norm}.{part}": (self.config.hidden_size,) for part in parts}
+
+    def _head_vectors(self) -> dict[str, tuple[int]]:
+        """Return the bias of the head, if it has one."""
+        bias = f"{self.names.head}.bias"
+        return {bias: (self.config.vocab_size,)} if self.architecture.rules.head_bias else {}

@@ -15,7 +15,7 @@ OTHER_MODELS = (
 
 
 MEANINGS: dict[str, dict[str, str]] = {
-    "hidden_act": {"swish": "silu"},
+    "hidden_act": {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"},
     "dtype": {"half": "float16", "float": "float32"},
 }
 
@@ -46,9 +46,9 @@ class ConfigRules:
         The family's own spellings of keys, one or several.
     section
         The object that describes the text part, in multimodal models.
-    query_bias, output_bias, mlp_bias
+    query_bias, output_bias, mlp_bias, head_bias
         Whether linears have biases, or the key that says so: query, key and value; attention's output;
-        the MLP's.
+        the MLP's; the head.
     convolution_bias, projection_bias
         The same for short convolutions, and for the linears around them.
     interleaved
@@ -57,7 +57,11 @@ class ConfigRules:
         Whether a layer attends to the last ``sliding_window`` tokens only, where ``layer_types`` does not
         say so.
     parallel
-        Whether attention and MLP read the same normed states, or the key that says so.
+        Whether attention and MLP read the same states, or the key that says so.
+    two_norms
+        Whether each of them then has a norm of its own.
+    indexes
+        Whether a layer with latent attention has an indexer of its own.
     head_norms
         Whether queries and keys are normed where the family has such norms, or the key that says so.
     rope_keys
@@ -105,9 +109,12 @@ class ConfigRules:
     projection_bias: bool | str = "conv_bias"
     output_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = False
+    head_bias: bool = False
     interleaved: bool | str = False
     slides: "Callable[[Keys, int], bool]" = lambda _keys, _layer: False
     parallel: bool | str = False
+    two_norms: bool = False
+    indexes: "Callable[[Keys, int], bool] | None" = None
     head_norms: bool | str = True
     rope_keys: tuple[str, ...] = ()
     two_ropes: bool = False

@@ -28,6 +28,7 @@ StageKind = Literal[
     "mamba",  # a Mamba-2 mixer up to its output
     "attention_output",
     "mlp",
+    "beside",  # an MLP with a norm of its own that reads what attention reads
     "mlp_output",
     "router",  # no linear that is quantized; all experts read its input
     "shared",
@@ -36,7 +37,16 @@ StageKind = Literal[
     "expert_output",
 ]
 Role = Literal["gate", "up", "down"]
-SUB_BLOCK_STARTS = ("attention", "latent", "delta", "convolution", "mamba", "mlp", "router")
+SUB_BLOCK_STARTS = (
+    "attention",
+    "latent",
+    "delta",
+    "convolution",
+    "mamba",
+    "mlp",
+    "beside",
+    "router",
+)
 # The stages that read the hidden states.
 
 
@@ -144,7 +154,7 @@ class BlockLayout:
         starts = (
             number
             for number, stage in enumerate(self.stages)
-            if stage.kind in SUB_BLOCK_STARTS and number > 0
+            if stage.kind in SUB_BLOCK_STARTS and stage.kind != "beside" and number > 0
         )
         first = next(starts, len(self.stages))
         return self.stages[:first], self.stages[first:]
@@ -169,6 +179,8 @@ def block_layout(architecture: Architecture, config: ModelConfig, index: int) ->
         builder.add_mamba(mixer)
     elif isinstance(architecture.attention, LatentAttention):
         builder.add_latent_attention(architecture.attention)
+        if config.indexes and config.indexes[index]:
+            builder.add_indexer(architecture.attention)
     else:
         builder.add_attention(architecture.attention)
     if config.parallel:
@@ -209,7 +221,7 @@ class _Builder:
         config, hidden = self.config, self.config.hidden_size
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        outputs = None
+        outputs: range | tuple[int, ...] | None = None
         if names.fused is None:
             linears: tuple[str, ...] = (names.query, names.key, names.value)
             if config.keys_are_values:
@@ -223,6 +235,8 @@ class _Builder:
             self._linear(names.fused, (queries + 2 * keys, hidden), config.query_bias)
             value, self.never_clipped = names.fused, (names.fused,)
             outputs = range(queries + keys, queries + 2 * keys)
+            if names.by_head:
+                outputs = _last_of(3 * config.head_dim, config.head_dim, queries + 2 * keys)
         for norm, width in ((names.query_norm, queries), (names.key_norm, keys)):
             if norm is not None and config.head_norms:
                 self.vectors[f"{norm}.weight"] = (width if names.whole else config.head_dim,)
@@ -271,15 +285,30 @@ class _Builder:
             Stage("attention_output", (names.output,)),
         ]
         self._norm_group(names.key_value_norm, (names.key_value_up,))
-        values = tuple(
-            start + channel
-            for start in range(latent.plain_dim, heads * head, head)
-            for channel in range(latent.value_dim)
-        )
+        values = _last_of(head, latent.value_dim, heads * head)
         group = ScaleGroup(names.key_value_up, "linear", (names.output,), outputs=values)
         self.groups.append(group)
         self.never_clipped = (*linears, names.query_up)
         self._norm(self.architecture.attention_post_norm)
+
+    def add_indexer(self, names: LatentAttention) -> None:
+        """Add what chooses tokens to what reads attention's inputs, so that scales are folded into it."""
+        latent, hidden, prefix = self.config.latent, self.config.hidden_size, names.indexer
+        if latent is None or latent.query_rank is None:
+            raise ValueError("indexer: the config has no latent of queries")
+        self.floats[f"{prefix}.wk"] = (latent.index_dim, hidden)
+        self.floats[f"{prefix}.weights_proj"] = (latent.index_heads, hidden)
+        self.floats[f"{prefix}.wq_b"] = (latent.index_heads * latent.index_dim, latent.query_rank)
+        for part in ("weight", "bias"):
+            self.vectors[f"{prefix}.k_norm.{part}"] = (latent.index_dim,)
+        readers = {
+            self.architecture.attention_norm: (f"{prefix}.wk", f"{prefix}.weights_proj"),
+            names.query_norm: (f"{prefix}.wq_b",),
+        }
+        self.groups = [
+            replace(group, floats=(*group.floats, *readers.get(group.previous, ())))
+            for group in self.groups
+        ]
 
     def add_delta(self, names: GatedDelta) -> None:
         sizes, hidden = self.config.recurrence, self.config.hidden_size
@@ -349,7 +378,12 @@ class _Builder:
         self._down_group(names, self.config.intermediate_size)
 
     def add_parallel_mlp(self, names: Mlp) -> None:
-        """Add an MLP whose first linears read what attention reads: they are linears of its stage."""
+        """Add an MLP whose first linears read what attention reads: they are linears of its stage, unless
+        they have a norm of their own."""
+        if self.architecture.rules.two_norms:
+            self.add_mlp(names)
+            self.stages[-2] = replace(self.stages[-2], kind="beside")
+            return
         linears = self._mlp(names, self.config.intermediate_size)
         stages = self.stages
         stages[0] = replace(stages[0], linears=(*stages[0].linears, *linears), mlp=names)
@@ -452,3 +486,9 @@ class _Builder:
         self.linears[name] = shape
         if bias:
             self.vectors[f"{name}.bias"] = shape[:1]
+
+
+def _last_of(piece: int, width: int, rows: int) -> tuple[int, ...]:
+    """Return the last so many rows of every piece."""
+    ends = range(piece, rows + 1, piece)
+    return tuple(row for end in ends for row in range(end - width, end))

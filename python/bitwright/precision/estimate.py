@@ -15,7 +15,12 @@ from bitwright import _kernels
 from bitwright.checkpoint.fingerprint import model_checksum, model_fingerprint
 from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.work_folder import WorkFolder, read_sealed, write_sealed
-from bitwright.distill.gradient_memory import batch_step, final_bytes, sub_block_bytes
+from bitwright.distill.gradient_memory import (
+    backward_bytes,
+    batch_step,
+    final_bytes,
+    sub_block_bytes,
+)
 from bitwright.distill.losses import LOSSES, DistillationLoss, TopTokens, next_tokens
 from bitwright.distill.targets import DEFAULT_K
 from bitwright.errors import (
@@ -289,7 +294,8 @@ def plan_estimate(
     choices += [(samples, every) for samples in range((batch - 1) // step * step, 0, -step)]
     choices.append((min(step, batch), 1))
     budget = Budget.of(memory)
-    takes = [budget.base + _piece_bytes(model, length, *choice) for choice in choices]
+    base = budget.base + backward_bytes()
+    takes = [base + _piece_bytes(model, length, *choice) for choice in choices]
     budget.require(min(takes), model.checkpoint.folder)
     chosen = next(number for number, most in enumerate(takes) if most <= budget.bytes)
     return EstimatePlan(*choices[chosen], takes[chosen], min(takes))

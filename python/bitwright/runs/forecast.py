@@ -23,9 +23,10 @@ def inner_width(layout: BlockLayout) -> int:
         for stage in layout.stages
         if stage.linears and (stage.kind.endswith("output") or stage.kind.startswith("latent_"))
     ]
+    beside = [layout.channels(stage) for stage in layout.stages if stage.kind == "beside"]
     normed = any(stage.kind == "router" for stage in layout.stages)
-    experts = [layout.linears[name] for name in layout.experts]
-    return max(left, default=0) + (max((c for _, c in experts), default=0) if normed else 0)
+    experts = [layout.linears[name] for name in layout.experts] if normed else []
+    return max(left, default=0) + sum(beside) + max((c for _, c in experts), default=0)
 
 
 def stage_shapes(layout: BlockLayout, stage: Stage) -> list[tuple[int, int]]:
