@@ -1,5 +1,6 @@
 #include "bindings/arrays.hpp"
 #include "bindings/bind.hpp"
+#include "linalg/bfloat16_product.hpp"
 #include "linalg/cholesky.hpp"
 #include "linalg/gram.hpp"
 #include "linalg/inner_product.hpp"
@@ -31,6 +32,31 @@ void bind_linalg(py::module_& module) {
             if (x.size() != 0) accumulate_gram(x, g);
         },
         py::arg("activations"), py::arg("out"));
+
+    module.def("multiplies_bfloat16", &multiplies_bfloat16);
+    module.def(
+        "bfloat16_product",
+        [](const py::object& left, bool left_rows, const py::object& right, bool right_rows,
+           const py::object& out, bool accumulate, bool lower, bool plain) {
+            const auto of_left = matrix<float>(left, "left");
+            const auto l = left_rows ? ProductFactor<float>::rows_of(of_left)
+                                     : ProductFactor<float>::columns_of(of_left);
+            const Index rows = right_rows ? -1 : l.depth, columns = right_rows ? l.depth : -1;
+            with_weight(
+                right, "right",
+                [&]<typename Scalar>(ConstMatrixView<Scalar> of_right) {
+                    const auto r = right_rows ? ProductFactor<Scalar>::rows_of(of_right)
+                                              : ProductFactor<Scalar>::columns_of(of_right);
+                    auto product =
+                        writable_matrix<float>(out, "out", l.lanes, lower ? l.lanes : r.lanes);
+                    const py::gil_scoped_release release;
+                    bfloat16_product(l, r, accumulate, lower ? Part::lower : Part::all, plain,
+                                     product);
+                },
+                rows, columns);
+        },
+        py::arg("left"), py::arg("left_rows"), py::arg("right"), py::arg("right_rows"),
+        py::arg("out"), py::arg("accumulate"), py::arg("lower") = false, py::arg("plain") = false);
 
     module.def(
         "inner_product",

@@ -19,11 +19,14 @@ class BuildInfo:
         The linear algebra library's description of itself.
     threads
         Threads that kernels run on.
+    bfloat16
+        Whether products in bfloat16 are the processor's own (AVX512-BF16).
     """
 
     instruction_set: str
     blas: str
     threads: int
+    bfloat16: bool
 
 
 def build_info() -> BuildInfo:
@@ -35,7 +38,12 @@ def build_info() -> BuildInfo:
     >>> bitwright.build_info().threads >= 1
     True
     """
-    return BuildInfo(_kernels.instruction_set, _kernels.blas(), _kernels.num_threads())
+    return BuildInfo(
+        _kernels.instruction_set,
+        _kernels.blas(),
+        _kernels.num_threads(),
+        _kernels.multiplies_bfloat16(),
+    )
 
 
 def set_num_threads(threads: int) -> None:

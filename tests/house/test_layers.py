@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "python" / "bitwright"
 LAYERS = (
     *("errors", "markup", "ranks", "warned", "spellings", "process"),
-    *("_kernels", "build", "arrays", "files"),
+    *("_kernels", "products", "build", "arrays", "files"),
     *("grids", "methods", "models", "text", "checkpoint", "formats", "loading"),
     *(
         "runs",

@@ -36,6 +36,7 @@ def linalg_cases() -> list[tuple[str, tuple[Any, ...]]]:
     order = RNG.permutation(WIDTH).astype(np.int32)
     return [
         ("accumulate_gram", (normal(ROWS, 67), empty(67, 67))),
+        *bfloat16_cases(),
         ("inner_product", (normal(ROWS, 67), normal(ROWS, 67))),
         ("inner_product", (normal(600, 67), normal(600, 67))),
         ("mirror_lower", (normal(67, 67),)),
@@ -44,6 +45,21 @@ def linalg_cases() -> list[tuple[str, tuple[Any, ...]]]:
         ("cholesky_solve", (factor, normal(ROWS, WIDTH))),
         ("row_quadratic_forms", (normal(ROWS, WIDTH), gram)),
         ("row_quadratic_forms", (normal(ROWS, 67), gram_of(67))),
+    ]
+
+
+def bfloat16_cases() -> list[tuple[str, tuple[Any, ...]]]:
+    wide, square = empty(ROWS, OUT), empty(67, 67)
+    cases: list[tuple[str, tuple[Any, ...]]] = [
+        ("bfloat16_product", (normal(ROWS, 67), True, normal(OUT, 67), True, wide, True)),
+        ("bfloat16_product", (normal(67, ROWS), False, normal(67, OUT), False, wide, False)),
+        ("bfloat16_product", (square, False, square, False, square.copy(), True, True)),
+    ]
+    states, weight = normal(600, 530), normal(700, 530)  # more than one tile and block
+    return [
+        *cases,
+        ("bfloat16_product", (states, True, weight, True, empty(600, 700), True)),
+        ("bfloat16_product", (states, False, states, False, empty(530, 530), True, True)),
     ]
 
 

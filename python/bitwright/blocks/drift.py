@@ -10,6 +10,7 @@ from bitwright.methods.moments import LayerStatistics, Moments
 from bitwright.models.block import ChunkStates, DecoderBlock, Rotation
 from bitwright.models.layout import Stage
 from bitwright.models.operations import Float, Float32
+from bitwright.products import add_cross_gram
 from bitwright.ranks import Sum
 from bitwright.runs.states import States
 
@@ -144,7 +145,7 @@ class Drift:
                     target -= bias
             else:
                 target = block.stage_input(self._stage, chunk)
-            _kernels.linear_backward_weight(target, states, self._sum.place(leaf))
+            add_cross_gram(target, states, self._sum.place(leaf))
         if place + 1 == self._stream.chunks:
             self._sum.join()
 

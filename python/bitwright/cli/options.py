@@ -31,6 +31,7 @@ from bitwright.files.links import follow_links
 from bitwright.formats import FORMATS
 from bitwright.methods.registry import METHODS
 from bitwright.precision.schemes import SCHEMES
+from bitwright.products import PRODUCTS
 
 PATH = click.Path(path_type=Path)
 TEXT = (
@@ -330,5 +331,12 @@ memory = run_option(
 )
 threads = run_option(
     "--threads", type=click.IntRange(1, 1024), help="Threads to use; by default all processors."
+)
+products = run_option(
+    "--precision",
+    type=click.Choice(PRODUCTS),
+    default="float32",
+    help="Of products with calibration's tokens; auto: bfloat16 where the processor multiplies it and the "
+    "weights are stored in it.",
 )
 resumable = together(resume, memory)

@@ -139,6 +139,7 @@ from bitwright.report.tables import print_sentence
     help="What runs the model: bitwright, block by block, or transformers (any architecture, the whole "
     "model in memory; pip install bitwright[transformers]).",
 )
+@options.products
 @options.resumable
 @options.threads
 def quantize(

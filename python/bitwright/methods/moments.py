@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from bitwright import _kernels
 from bitwright.arrays import floats
+from bitwright.products import add_gram
 from bitwright.ranks import Sum, current
 
 
@@ -77,7 +78,7 @@ class LayerStatistics:
 
     def add(self, activations: NDArray[np.float32], leaf: int = 0) -> None:
         """Add the activations ``[tokens, channels]`` float32 of a chunk; see `Sum` for the leaf."""
-        _kernels.accumulate_gram(activations, self._rest.place(leaf))
+        add_gram(activations, self._rest.place(leaf))
         if self._magnitudes is not None:
             self._magnitudes.place(leaf)[...] += np.abs(activations).sum(axis=0)
         self.tokens += len(activations)

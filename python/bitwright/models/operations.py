@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.models.config import ExpertsConfig
 from bitwright.models.routing import Routes, route
+from bitwright.products import linear
 
 Float32 = NDArray[np.float32]
 Float: TypeAlias = NDArray[Any]  # float32 or, for finite differences, float64
@@ -58,12 +59,12 @@ class Operations:
         weight = self.weights[f"{name}.weight"]
         out = np.empty((len(states), len(weight)), states.dtype)
         if len(states):
-            _kernels.linear(states, weight, self.bias(name), out, False)
+            linear(states, weight, self.bias(name), out, False)
         return out
 
     def add_linear(self, name: str, states: Float, hidden: Float) -> None:
         """Add a linear's outputs to the hidden states."""
-        _kernels.linear(states, self.weights[f"{name}.weight"], self.bias(name), hidden, True)
+        linear(states, self.weights[f"{name}.weight"], self.bias(name), hidden, True)
 
     def norm(
         self,

@@ -18,6 +18,7 @@ from bitwright.methods.metrics import Metric
 from bitwright.precision.recipe import Overrides, Recipe
 from bitwright.presets.best import best_quantization
 from bitwright.presets.high import high_quantization
+from bitwright.products import Products
 from bitwright.quantization.options import Preset, QuantizationOptions
 from bitwright.quantization.quantize import check_run, run_quantization
 from bitwright.records.card import python_call
@@ -81,6 +82,7 @@ def quantize(
     target_size: int | str | None = None,
     allow_requantize: bool = False,
     allow_unfused: bool = False,
+    precision: Products = "float32",
     memory: float | None = None,
     resume: bool = True,
     overwrite: bool = False,
@@ -203,6 +205,11 @@ def quantize(
     allow_unfused
         Let layers differ that vLLM computes as one module (query, key and value; gate and up; all experts
         of a layer), in the formats that it loads. It refuses such a folder; other engines may not.
+    precision
+        Of products with the calibration's tokens: forward passes, Gram matrices and cross-grams. In
+        ``"bfloat16"`` both factors are rounded to it, and sums are in float32; that takes a processor with
+        AVX512-BF16. ``"auto"`` is bfloat16 on such a processor for weights that are stored in it. Solvers,
+        evaluation and gradients always take float32.
     memory
         Gigabytes (10⁹ bytes) that the process may take: hidden states that do not fit go to files beside
         `out`. By default three quarters of what is free.

@@ -12,6 +12,7 @@ from bitwright.formats import FORMATS
 from bitwright.methods.method import CORRECTED_DAMPING, DAMPING, MethodOptions
 from bitwright.methods.registry import METHODS
 from bitwright.precision.options import PrecisionOptions
+from bitwright.products import PRODUCTS, Products
 from bitwright.runs.limits import RunLimits
 from bitwright.text.builtin import given_or_builtin
 from bitwright.text.calibration import CalibrationOptions
@@ -39,6 +40,8 @@ class QuantizationOptions:
         Its name, for the model card.
     allow_requantize
         Whether the model may be quantized already.
+    products
+        What the products with tokens are taken in, see `bitwright.products.products_for`.
     """
 
     precision: PrecisionOptions
@@ -52,6 +55,7 @@ class QuantizationOptions:
     preset: str = "default"
     allow_requantize: bool = False
     imatrix: str | os.PathLike[str] | None = None
+    products: Products = "float32"
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "QuantizationOptions":
@@ -70,6 +74,7 @@ class QuantizationOptions:
             ("format", given.get("format", "mlx"), tuple(FORMATS)),
             ("propagate", propagate or "quantized", ("quantized", "original")),
             ("preset", preset, PRESETS),
+            ("precision", given.get("precision", "float32"), PRODUCTS),
         ):
             check_choice(name, value, known)
         method = METHODS[method_name]
@@ -110,6 +115,7 @@ class QuantizationOptions:
             preset,
             given.get("allow_requantize", False),
             given.get("imatrix"),
+            given.get("precision", "float32"),
         )
         options._check_inputs(bool(drift))
         return options
@@ -131,6 +137,7 @@ class QuantizationOptions:
             **vars(self.awq),
             **samples,
             "propagates": self.propagates,
+            "products": self.products,
         }
 
     def _check_inputs(self, drift: bool) -> None:
@@ -177,6 +184,7 @@ class QuantizationOptions:
 def keyword_defaults() -> dict[str, Any]:
     """Return the keyword arguments of `bitwright.quantize`, with their defaults."""
     found: dict[str, Any] = {"method": "gptq", "preset": "default", "allow_requantize": False}
+    found["precision"] = "float32"
     inputs = ("calibration", "activations", "statistics", "imatrix")
     none = (*inputs, "refine", "drift", "propagate", "damping")
     for kind in (PrecisionOptions, MethodOptions, AwqOptions, RunLimits, CalibrationOptions):

@@ -51,6 +51,7 @@ READ_BYTES_PER_SECOND = 2.5e8  # of weights, converted to float32 and checked
 WRITTEN_BYTES_PER_SECOND = 2e8
 # How fast each kind of work is next to a large product of matrices (bench/RESULTS.md).
 GRAM_SPEED, FACTOR_SPEED, REFINING_SPEED = 0.66, 0.8, 0.8
+BFLOAT16_SPEED = 1.75  # of products in bfloat16, next to those in float32
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class RunPlan:
         Expected wall time; NaN where it was not asked for.
     resident
         How many chunks of states are in memory; None for all.
+    products
+        What products with tokens are taken in.
     """
 
     memory_bytes: int
@@ -82,6 +85,7 @@ class RunPlan:
     disk_bytes: int
     seconds: float
     resident: int | None
+    products: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,8 @@ class Work:
         The largest array of a file of activations.
     two_sided
         Whether layers are refined in the metrics of their outputs, too.
+    products
+        What products with tokens are taken in.
     """
 
     model: Model
@@ -123,6 +129,7 @@ class Work:
     format: type[Format] | None = None
     seen_bytes: int = 0
     two_sided: bool = False
+    products: str = "float32"
 
     @property
     def has_grams(self) -> bool:
@@ -212,16 +219,18 @@ def plan_run(
         disk,
         _seconds(work, spilled, written) if timed else math.nan,
         resident,
+        work.products,
     )
 
 
 def describe(plan: RunPlan) -> str:
     """Say in a line what a run takes."""
     spilled = "" if plan.resident is None else "; hidden states that do not fit go to disk"
+    products = "" if plan.products == "float32" else f"; products in {plan.products}"
     return (
         f"plan: about {gigabytes(plan.memory_bytes)} of memory (budget {gigabytes(plan.budget_bytes)}), "
         f"{gigabytes(plan.disk_bytes)} of disk, {duration(plan.seconds)}; "
-        f"writes {gigabytes(plan.written_bytes)}{spilled}"
+        f"writes {gigabytes(plan.written_bytes)}{spilled}{products}"
     )
 
 
@@ -401,6 +410,7 @@ def _seconds(work: Work, spilled: int, written: int) -> float:
 def _products(work: Work) -> float:
     """Count the floating-point operations of a run, those of slower kernels as so many more."""
     model, tokens, drift, method = work.model, work.tokens, work.drift_tokens, work.options.method
+    pace = BFLOAT16_SPEED if work.products == "bfloat16" else 1.0
     passes = 1.0
     if work.scaled:
         passes = 3.0 if work.regathers else 2.1
@@ -414,14 +424,14 @@ def _products(work: Work) -> float:
             both = drift * (share if stage.expert is not None else 1.0)
             for number, name in enumerate(stage.linears):
                 out, channels = layout.linears[name]
-                operations += streams * 2 * seen * out * channels
+                operations += streams * 2 * seen * out * channels / pace
                 drifts = drift and stage.expert is None
                 if number == 0 and work.has_grams:
                     gathered = passes if work.scaled and work.regathers else 1.0
-                    operations += gathered * seen * channels**2 / GRAM_SPEED
+                    operations += gathered * seen * channels**2 / GRAM_SPEED / pace
                     if drifts:
                         wide = out if stage.adds_to_states else channels
-                        operations += solved * 2.0 * both * channels * wide
+                        operations += solved * 2.0 * both * channels * wide / pace
                         operations += solved * channels**3 / 3 / FACTOR_SPEED
                     if method.factors_gram:
                         operations += solved * 2 / 3 * channels**3 / FACTOR_SPEED

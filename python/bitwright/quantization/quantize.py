@@ -10,6 +10,7 @@ from bitwright.blocks.output_metrics import OutputMetrics
 from bitwright.grids.tables import SPELLED, stored_scales
 from bitwright.loading.model import Model, load_model
 from bitwright.models.config import float_config
+from bitwright.products import products_for, products_in
 from bitwright.quantization.known import (
     ActivationStatistics,
     FolderStatistics,
@@ -45,7 +46,8 @@ def run_quantization(
     target = precision.target(original, options.method.method, importance is not None)
     if importance is not None:
         target = replace(target, file=replace(target.file, keys=importance.matrix.keys()))
-    with _source(original, options) as (source, bos):
+    products = products_for(options.products, original.dtype)
+    with products_in(products), _source(original, options) as (source, bos):
         run = Run(
             original,
             target,
@@ -61,12 +63,14 @@ def run_quantization(
             "preset": options.preset,
             "grid": SPELLED.get(target.default.grid, target.default.grid),
             "scales": stored_scales(target.default.grid, target.scale_dtype).name,
+            "products": None if products == "float32" else products,
         }
         identity = {
             "bits": precision.bits,
             "group_size": precision.group_size,
             "grid": target.default.grid,
             "bos": bos,
+            "products": products,
         }
         return run.write(out, start, facts, identity)
 

@@ -24,6 +24,7 @@ from bitwright.formats.engine_names import unfused
 from bitwright.loading.model import Model
 from bitwright.methods.method import MethodOptions
 from bitwright.precision.target import Target
+from bitwright.products import taken_products
 from bitwright.quantization.layers import Layers
 from bitwright.quantization.output import Output, block_error
 from bitwright.quantization.plan import RunPlan, Work, plan_run, tell
@@ -202,6 +203,7 @@ class Run:
             known=self.source.is_known,
             seen_bytes=self.source.largest_bytes,
             two_sided=self.two_sided,
+            products=taken_products(),
         )
         limits = self.limits
         return tell(plan_run(work, limits.memory, out, timed=bool(limits.progress)), limits)
@@ -284,6 +286,7 @@ class Run:
             self.source.tokens,
             journal.seconds(),
         )
+        report = replace(report, products=taken_products())
         if self.writer is not None:
             self.writer.write_json("config.json", config)
             copy_side_files(model.checkpoint, self.writer)

@@ -138,6 +138,8 @@ class QuantizationReport:
         chooses experts, what was excluded, and all that is no linear of the text decoder's blocks.
     training
         Of preset best, how the scales were trained.
+    products
+        What products with tokens were taken in: ``"float32"`` or ``"bfloat16"``.
     """
 
     out: Path
@@ -155,6 +157,7 @@ class QuantizationReport:
     warnings: tuple[str, ...] = ()
     in_float: tuple[str, ...] = ()
     training: "DwqReport | None" = None
+    products: str = "float32"
 
     def __str__(self) -> str:
         worst = self.worst(1)

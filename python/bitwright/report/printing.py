@@ -105,6 +105,8 @@ def print_report(report: QuantizationReport, console: Console) -> None:
         "time": f"{report.seconds:.1f} s",
         "peak memory": megabytes(report.peak_memory_bytes),
     }
+    if report.products != "float32":
+        facts["products"] = report.products
     if earlier is not None:
         facts["mean error"] = f"{earlier:.2e} before, {error:.2e} after"
     print_facts(facts, console)
