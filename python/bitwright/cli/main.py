@@ -34,7 +34,7 @@ COMMANDS = {
     "salient": "Quantize MODEL to symmetric INT4, protecting the weights that large activations meet.",
     "refine": "Improve the codes and scales of MODEL, quantized by any tool; its format and size stay.",
     "convert": "Store MODEL, a checkpoint folder or GGUF file, in another format.",
-    "inspect": "Describe MODEL: its layers, what would be quantized, and what a run would take.",
+    "inspect": "Describe MODEL: its layers, what would be quantized, and what a run would take and write.",
     "evaluate": "Measure the perplexity of MODEL, and its KL divergence from a reference.",
     "generate": "Let MODEL go on from a text, with the weights in memory as they are stored.",
     "chat": "Chat with MODEL: every line of standard input is a message, until the input ends.",
