@@ -187,4 +187,6 @@ def _pair(writer: Writer, context: str, choice: str, bos: bool) -> tuple[list[in
                 f"tokenizer nor generation_config.json names; write the question's text"
             )
         return before, whole[1:] if whole[:1] == before else whole
+    if len(whole) <= len(before):  # joined into the last token
+        before = whole[:-1]
     return before, whole[len(before) :]
