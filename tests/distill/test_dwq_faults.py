@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from shared_data import TESTS
+from told import TOLD
 
 import bitwright
 from bitwright import _kernels
@@ -200,7 +201,7 @@ def test_formats_round_trip(
     assert not (tmp_path / ".out.work").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     for path in start.iterdir():
-        if path.name not in ("model.safetensors", "config.json", "bitwright.json", "README.md"):
+        if path.name not in ("model.safetensors", "config.json", *TOLD):
             assert (out / path.name).read_bytes() == path.read_bytes()
     assert json.loads((out / "dwq.json").read_text())["kl_after"] == report.kl_after
 

@@ -37,7 +37,7 @@ def _content(folder: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
         for path in sorted(folder.iterdir())
-        if path.suffix not in (".npz", ".txt", ".md")
+        if path.suffix not in (".npz", ".txt", ".md") and path.name != "report.json"
     }
 
 

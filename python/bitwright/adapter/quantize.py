@@ -59,10 +59,12 @@ from bitwright.quantization.small_weights import (
     require_kept,
     warn_of_small_weights,
 )
-from bitwright.records.card import made_by, model_card, python_call
+from bitwright.records.card import model_card, python_call
+from bitwright.records.described import write_report
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import Budget
-from bitwright.runs.progress import progress_bar
+from bitwright.runs.progress import Progressing, phase
 from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import TokenSource, existing_file
@@ -111,7 +113,7 @@ def quantize_with_transformers(
     memory: float | None = None,
     overwrite: bool = False,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
 ) -> QuantizationReport:
     """Quantize a checkpoint folder of any text model that transformers runs into another one.
 
@@ -299,6 +301,7 @@ def _write(
         differ = bool(unfused(kind, target.plan))
         card = model_card(checkpoint, out, kind, [report], facts=facts, unfused=differ)
         writer.write_text(CARD_NAME, card)
+        write_report(writer, report)
     return report
 
 
@@ -407,7 +410,7 @@ class _Run:
         self.coarse: set[str] = set()
         self.wide: set[str] = set()  # those whose scales float16 cannot hold
 
-    def go(self, progress: bool) -> None:
+    def go(self, progress: Progressing) -> None:
         """Quantize and write all tensors."""
         model = self.model
         stream = None if self.tokens is None else Stream(model, self.tokens)
@@ -418,9 +421,7 @@ class _Run:
                 f"{type(model.module).__name__} that only linears read, so it has nothing to scale; "
                 f"use gptq"
             )
-        bar = progress_bar("quantizing", progress, "blocks")
-        with bar:
-            task = bar.add_task("", total=len(model.blocks), figures="")
+        with phase("quantizing", progress, len(model.blocks), unit="blocks") as shown:
             for block in model.blocks:
                 reported = len(self.output.layers)
                 linears = block.all_linears()
@@ -438,7 +439,7 @@ class _Run:
                         self._solve(inputs, self.output.finish)
                     if block is not model.blocks[-1]:  # nobody reads the last hidden states
                         stream.advance(block)
-                bar.update(task, advance=1, figures=block_error(self.output.layers[reported:]))
+                shown.step(block_error(self.output.layers[reported:]))
         self._carry()
         warn_of_small_weights(model.folder, self.output.format, self.output)
         if self.unread:

@@ -36,7 +36,7 @@ from bitwright.models.network import Network
 from bitwright.models.operations import Float, Float32
 from bitwright.ranks import current
 from bitwright.runs.budget import Budget
-from bitwright.runs.progress import progress_bar
+from bitwright.runs.progress import Progressing, phase
 from bitwright.text.samples import tokens_fingerprint
 
 DRAWS = 2  # of what comes next, at each token
@@ -151,7 +151,7 @@ class OutputMetrics:
         """Return a digest of what decides the metrics."""
         return digest(json.dumps(self.identity()).encode())
 
-    def gather(self, resume: bool, progress: bool) -> None:
+    def gather(self, resume: bool, progress: Progressing) -> None:
         """Compute all parts but those that the work folder holds already."""
         ranks, work, identity = current(), self._work, self.identity()
         work.inputs.watch_model(self._model.checkpoint)
@@ -163,14 +163,13 @@ class OutputMetrics:
         left = [part for part, done in enumerate(known) if not done]
         work.keep = len(left) < len(self._parts)
         share = ranks.share(len(left))
-        with progress_bar("gradients of outputs", progress and ranks.is_first) as bar:
-            task = bar.add_task("", total=len(share), figures="")
+        with phase("gradients of outputs", progress, len(share), unit="parts") as shown:
             for part in left[share.start : share.stop]:
                 self._compute(part)
                 work.inputs.check()
                 work.keep_checksums()
                 work.keep = True
-                bar.update(task, advance=1)
+                shown.step()
         ranks.barrier()
 
     def of(self, name: str) -> Float32 | None:

@@ -42,8 +42,8 @@ UNFINISHED = "checkpoint"  # in the work folder: what is moved into place
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".gguf")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Called with an output before it appears; see `completed`.
-_completing: ContextVar[tuple[Path | None, Callable[[Path], object]]] = ContextVar(
-    "completing", default=(None, lambda folder: None)
+_completing: ContextVar[tuple[tuple[Path, Callable[[Path], object]], ...]] = ContextVar(
+    "completing", default=()
 )
 
 
@@ -203,10 +203,12 @@ def completed(out: str | os.PathLike[str], complete: Callable[[Path], object]) -
     out
         The folder.
     complete
-        Is called with the place where all that belongs to it lies, on the rank that writes. What it adds
+        Is called with the place where all that belongs to it lies, on the rank that writes; of several
+        around each other the innermost comes first. What it adds
         there, or writes elsewhere, is there when ``out`` is. An error in it leaves ``out`` as it was.
     """
-    token = _completing.set((Path(os.path.realpath(out)), complete))
+    place = Path(os.path.realpath(out))
+    token = _completing.set(((place, complete), *_completing.get()))
     try:
         yield
     finally:
@@ -682,9 +684,9 @@ class CheckpointWriter:
             self._flush(folder)
         with output_errors(self._out):
             self._name_shards(folder)
-        out, complete = _completing.get()
-        if out == self._out:
-            complete(folder)
+        for out, complete in _completing.get():
+            if out == self._out:
+                complete(folder)
         with output_errors(self._out):
             for path in (*folder.rglob("*"), folder):
                 synchronize(path)

@@ -12,11 +12,11 @@ from bitwright.errors import ConfigError, shown
 from bitwright.files.home import expanded
 from bitwright.files.replacing import check_new_file, followed, replaced
 from bitwright.files.text_file import read_bytes
+from bitwright.records.described import SETTINGS_MARK, settings_text
 
 LIMIT = 1 << 20  # bytes
 DEPTH = 3  # of values; overrides have two
 LONGEST = 500  # characters of what is said of a value
-OWN = "# bitwright "  # how files that are written here begin
 UNSET = ("", "~", "null", "Null", "NULL")
 
 
@@ -70,14 +70,13 @@ def write_settings(
     """
     place = Path(expanded(path))
     check_new_file(place, _check_own, overwrite)
-    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
     with replaced(followed(place)) as temporary:
-        temporary.write_text(f"{OWN}{command} --config THIS_FILE\n{text}", encoding="utf-8")
+        temporary.write_text(settings_text(settings, command), encoding="utf-8")
 
 
 def _check_own(path: Path) -> None:
     """Raise ConfigError unless a file begins as those that are written here."""
-    if not read_bytes(path, LIMIT, ConfigError).startswith(OWN.encode()):
+    if not read_bytes(path, LIMIT, ConfigError).startswith(SETTINGS_MARK.encode()):
         raise ConfigError(f"{path}: was not written by --save-config")
 
 
@@ -89,11 +88,13 @@ def given_settings(
     found: dict[str, Any] = {}
     for each in command.params:
         name = each.name
-        if name is None or name in ("config", "save_config", "help"):
+        if name is None or name in ("config", "save_config", "help", "as_json"):
             continue
         value = raw.get(name)
         if not isinstance(value, str | bool | int | float | list | tuple):
             value = (context.default_map or {}).get(name)
+        if isinstance(each, click.Option) and each.is_flag and isinstance(value, str):
+            value = click.BOOL.convert(value, each, context)
         if value is None:
             value = each.get_default(context)
         if isinstance(value, tuple | list):

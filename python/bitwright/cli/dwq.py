@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 import bitwright
 from bitwright.checkpoint.fingerprint import digest
@@ -17,6 +16,7 @@ from bitwright.cli.grouped import (
     training_option,
 )
 from bitwright.cli.parameters import Model, NewFile
+from bitwright.cli.telling import tell
 from bitwright.distill.losses import LOSSES
 from bitwright.distill.student import ZEROS
 from bitwright.distill.training import SCHEDULES
@@ -56,6 +56,7 @@ MAKING = (
 )
 @options.out
 @options.push
+@options.page
 @options.format("mlx")
 @file_option(
     "--targets",
@@ -202,7 +203,7 @@ def dwq(
         made_with=made_with,
         **given,
     )
-    print_dwq_report(report, Console())
+    tell(report, lambda console: print_dwq_report(report, console))
 
 
 def _digest(source: Any) -> str:

@@ -7,8 +7,6 @@ from pathlib import Path
 import click
 
 from bitwright.cli.grouped import (
-    PUSH,
-    TEXT_KEY,
     Add,
     calibration_option,
     file_option,
@@ -16,10 +14,12 @@ from bitwright.cli.grouped import (
     precision_option,
     run_option,
 )
+from bitwright.cli.noted import PAGE, PUSH, TEXT_KEY
 from bitwright.cli.parameters import (
     Bits,
     GroupSize,
     Model,
+    NewFile,
     Override,
     Precisions,
     PrecisionWords,
@@ -104,7 +104,20 @@ push = file_option(
     callback=_enter_push,
     help="Put the folder on the hub, too, when it is written; see bitwright upload.",
 )
-as_json = file_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def _enter_page(context: click.Context, _: click.Parameter, place: Path | None) -> None:
+    context.meta[PAGE] = place
+
+
+page = file_option(
+    "--html",
+    type=NewFile(),
+    metavar="FILE",
+    expose_value=False,
+    callback=_enter_page,
+    help="Write one page that shows settings, sizes, errors and figures to this file.",
+)
 
 
 def format(default: str) -> Add:

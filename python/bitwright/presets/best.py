@@ -28,9 +28,11 @@ from bitwright.presets.high import check_high, high_quantization
 from bitwright.quantization.options import QuantizationOptions
 from bitwright.quantization.quantize import check_run, run_quantization
 from bitwright.ranks import current
-from bitwright.records.card import made_by, python_call
+from bitwright.records.card import python_call
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import DwqReport, QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
+from bitwright.runs.progress import Progressing, in_phases
 from bitwright.text.builtin import given_or_builtin
 from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
@@ -62,7 +64,7 @@ def quantize_best(
     overwrite: bool = False,
     resume: bool = True,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
     **options: Any,
 ) -> QuantizationReport:
     """Quantize as well as is known within the size that `bits` and `group_size` would take.
@@ -125,6 +127,7 @@ def best_quantization(
     with (
         kept_until_written(WorkFolder(out, SENSITIVITIES)) as work,
         one_budget(options.limits.memory),
+        in_phases(options.limits.progress, *_phases(chooses, options.two_sided)),
     ):
         current().on_first(writer.check_place)
         _require_room(original, model, out, options, chooses)
@@ -136,9 +139,17 @@ def best_quantization(
     return replace(
         cast(QuantizationReport, trained.student),
         out=Path(out),
+        training=replace(trained, student=None),
         seconds=time.perf_counter() - started,
         peak_memory_bytes=trained.peak_memory_bytes,
     )
+
+
+def _phases(chooses: bool, two_sided: bool) -> list[tuple[str, float]]:
+    """Return what is done, and what that usually takes."""
+    estimating = [("estimating sensitivities", 2.0)] if chooses else []
+    gradients = [("gradients of outputs", 3.0)] if two_sided else []
+    return [*estimating, *gradients, ("quantizing", 2.0), ("teaching", 1.0), ("distilling", 12.0)]
 
 
 def _can_choose(original: Model, asked: PrecisionOptions) -> bool:

@@ -35,10 +35,13 @@ from bitwright.precision.whole_size import JUDGED_SAMPLES, WholeSize
 from bitwright.presets.quantize import check_quantization, quantize
 from bitwright.quantization.options import taken
 from bitwright.ranks import current
-from bitwright.records.card import add_evaluations, made_by, python_call
+from bitwright.records.card import add_evaluations, python_call
+from bitwright.records.described import extend_report
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
 from bitwright.runs.limits import RunLimits
+from bitwright.runs.progress import Progressing, in_phases
 from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import TokenSource
@@ -69,6 +72,14 @@ class DynamicReport:
     before: Evaluation | None
     after: Evaluation | None
     warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        judged = "" if self.after is None else f"; {self.after}"
+        return f"{self.quantization}{judged}"
+
+    def _repr_html_(self) -> str:
+        judged = "" if self.after is None else self.after._repr_html_()
+        return self.quantization._repr_html_() + judged
 
 
 @respelled(
@@ -104,7 +115,7 @@ def dynamic_quantize(
     overwrite: bool = False,
     resume: bool = True,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
     **options: Any,
 ) -> DynamicReport:
     """Quantize a checkpoint folder to a target size, with more bits where they matter.
@@ -176,7 +187,7 @@ def dynamic_quantize(
     _check_plan(original, format, choices.ends[1], choices.grid, options)
     known = _known(original, sensitivities)
     reading: dict[str, Any] = {"length": length, "bos": bos, "memory": memory}
-    judged = _Judged(original, evaluation, reading)
+    judged = _Judged(original, evaluation, reading, progress)
     estimated = {**reading, "samples": sensitivity_samples, "seed": seed}
     making: dict[str, Any] = {
         **{**reading, "method": method, "format": format, "grid": choices.grid, "seed": seed},
@@ -187,6 +198,7 @@ def dynamic_quantize(
         kept_until_written(WorkFolder(out, SENSITIVITIES)) as work,
         made_by(python_call(dynamic_quantize, arguments)),
         one_budget(memory),
+        in_phases(progress, *_phases(known is not None, evaluation is not None)),
     ):
         # All that does not depend on which layer gets what.
         lowest = dict.fromkeys(original.linear_shapes(), choices.ends[0])
@@ -211,16 +223,22 @@ def dynamic_quantize(
 
         def complete(folder: Path) -> None:
             within.compare(folder)
-            judged.evaluate(folder)
-            _check_recipe_file(recipe, overwrite)  # hours may have passed
-            if recipe is not None:
-                chosen.save(recipe)
+            said = {"recipe": chosen, "sensitivities": known, **judged.evaluate(folder)}
+            extend_report(folder, "quantization", said)
+            _save_recipe(chosen, recipe, overwrite)
 
         with completed(out, complete):
             report = quantize(model, out, recipe=chosen, progress=progress, **making)
     before, after, seconds = judged.result()
     spent = replace(report, seconds=report.seconds - seconds)
     return DynamicReport(chosen, known, spent, before, after)
+
+
+def _phases(known: bool, judged: bool) -> list[tuple[str, float]]:
+    """Return what is done, and what that usually takes."""
+    estimating = [] if known else [("estimating sensitivities", 2.0)]
+    evaluating = [("evaluating", 0.2), ("evaluating", 0.4)] if judged else []
+    return [*estimating, ("quantizing", 2.0), *evaluating]
 
 
 def _calibration(
@@ -282,9 +300,14 @@ class _Judged:
     """The evaluations of the original and of the result, where there is a text for them."""
 
     def __init__(
-        self, original: Model, text: TokenSource | None, reading: Mapping[str, Any]
+        self,
+        original: Model,
+        text: TokenSource | None,
+        reading: Mapping[str, Any],
+        progress: Progressing,
     ) -> None:
         self._original = original
+        self._progress = progress
         self._text = text
         self._reading = reading
         self._found: tuple[Evaluation | None, Evaluation | None] = (None, None)
@@ -299,19 +322,21 @@ class _Judged:
             both = [self._original, self._original]  # the quantized one takes no more
             check_evaluation(both, self._text, **self._reading)
 
-    def evaluate(self, folder: Path) -> None:
-        """Evaluate both, and add that to the result's card."""
+    def evaluate(self, folder: Path) -> dict[str, Evaluation | None]:
+        """Evaluate both, add that to the result's card, and return it by names."""
         if self._text is None:
-            return
+            return {"before": None, "after": None}
         start = time.perf_counter()
         try:
-            before = evaluate(self._original, self._text, **self._reading)
-            after = evaluate(folder, self._text, reference=self._original, **self._reading)
+            how: dict[str, Any] = {**self._reading, "progress": self._progress}
+            before = evaluate(self._original, self._text, **how)
+            after = evaluate(folder, self._text, reference=self._original, **how)
             self._found = before, after
             add_evaluations(folder, {"original": before, "quantized": after})
         except ValueError as error:
             self._problem = error  # what does not depend on it is worth having
         self._seconds = time.perf_counter() - start
+        return dict(zip(("before", "after"), self._found, strict=True))
 
     def result(self) -> tuple[Evaluation | None, Evaluation | None, float]:
         """Return the evaluations and the seconds that they took, or raise what was wrong with them."""
@@ -339,6 +364,12 @@ def _check_places(
 def _check_recipe_file(recipe: str | os.PathLike[str] | None, overwrite: bool) -> None:
     if recipe is not None:
         check_new_file(Path(recipe), Recipe.load, overwrite)
+
+
+def _save_recipe(chosen: Recipe, recipe: str | os.PathLike[str] | None, overwrite: bool) -> None:
+    _check_recipe_file(recipe, overwrite)  # hours may have passed
+    if recipe is not None:
+        chosen.save(recipe)
 
 
 def _check_plan(

@@ -21,6 +21,7 @@ from bitwright.quantization.quantize import check_run, run_quantization
 from bitwright.ranks import current
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
+from bitwright.runs.progress import in_phases
 
 
 def high_quantization(
@@ -35,7 +36,11 @@ def high_quantization(
     limits.set_threads()
     original = load_model(model)
     writer = CheckpointWriter(out, limits.overwrite, source=original.checkpoint.source)
-    with one_budget(limits.memory), kept_until_written(WorkFolder(out, GRADIENTS)) as work:
+    with (
+        one_budget(limits.memory),
+        in_phases(limits.progress, ("gradients of outputs", 3), ("quantizing", 2)),
+        kept_until_written(WorkFolder(out, GRADIENTS)) as work,
+    ):
         current().on_first(writer.check_place)
         tokens, plan = check_high(original, out, options)
         metrics = OutputMetrics(original, tokens, options.calibration.seed or 0, work, plan)

@@ -20,8 +20,10 @@ from bitwright.presets.best import best_quantization
 from bitwright.presets.high import high_quantization
 from bitwright.quantization.options import Preset, QuantizationOptions
 from bitwright.quantization.quantize import check_run, run_quantization
-from bitwright.records.card import made_by, python_call
+from bitwright.records.card import python_call
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import QuantizationReport
+from bitwright.runs.progress import Progressing
 from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
 
@@ -83,7 +85,7 @@ def quantize(
     resume: bool = True,
     overwrite: bool = False,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
 ) -> QuantizationReport:
     """Quantize a checkpoint folder into another one.
 
@@ -213,7 +215,9 @@ def quantize(
     threads
         Number of threads from now on, in the whole process.
     progress
-        Show a progress bar with the time left and each block's error, on standard error.
+        Show bars with the time left and each block's error on standard error, or lines where that is no
+        terminal; False shows nothing. Or a function, which gets a `Progress` at every step in their place.
+        The log ``bitwright`` gets the lines at level INFO in any case.
 
     Returns
     -------

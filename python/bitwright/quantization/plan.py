@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from bitwright import _kernels
 from bitwright.blocks.drift import drift_rows
@@ -40,6 +39,7 @@ from bitwright.runs.forecast import (
     weight_count,
 )
 from bitwright.runs.limits import RunLimits
+from bitwright.runs.progress import duration, say
 from bitwright.statistics.folder import expected_stages
 
 REFINED_ROWS = 1024  # whose work arrays exist at one time, see cpp/quant/refine.cpp
@@ -217,19 +217,18 @@ def plan_run(
 
 def describe(plan: RunPlan) -> str:
     """Say in a line what a run takes."""
-    hours, rest = divmod(round(plan.seconds), 3600)
-    spent = f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
     spilled = "" if plan.resident is None else "; hidden states that do not fit go to disk"
     return (
         f"plan: about {gigabytes(plan.memory_bytes)} of memory (budget {gigabytes(plan.budget_bytes)}), "
-        f"{gigabytes(plan.disk_bytes)} of disk, {spent}; writes {gigabytes(plan.written_bytes)}{spilled}"
+        f"{gigabytes(plan.disk_bytes)} of disk, {duration(plan.seconds)}; "
+        f"writes {gigabytes(plan.written_bytes)}{spilled}"
     )
 
 
 def tell(plan: RunPlan, limits: RunLimits) -> RunPlan:
-    """Print a plan where progress is shown, and return it."""
-    if limits.progress and current().is_first:
-        Console(stderr=True).print(describe(plan), highlight=False, soft_wrap=True)
+    """Say a plan where progress is shown, and return it."""
+    if limits.progress:
+        say(describe(plan), limits.progress)
     return plan
 
 

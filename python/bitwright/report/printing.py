@@ -7,13 +7,13 @@ from rich.console import Console
 from bitwright.evaluation import Evaluation
 from bitwright.precision.recipe import Recipe
 from bitwright.precision.sensitivities import Sensitivities, precision_name
+from bitwright.records.described import megabytes
 from bitwright.records.reports import (
     BlockReport,
     ConversionReport,
     DwqReport,
     QuantizationReport,
     error_text,
-    megabytes,
 )
 from bitwright.report.tables import print_facts, print_sentence, print_table
 from bitwright.tools.inspect import Inspection
