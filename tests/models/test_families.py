@@ -115,6 +115,7 @@ def test_gptq_is_closer_than_rounding_and_reads_back(folder: Path, tmp_path: Pat
             method=method,
             group_size=32,
             calibration=calibration(original, 64),
+            float_embeddings=True,
             progress=False,
             exclude=odd_linears(original),
         )
@@ -142,6 +143,7 @@ def test_awq_runs_and_reads_back(folder: Path, method: Any, tmp_path: Path) -> N
         method=method,
         group_size=32,
         calibration=calibration(original),
+        float_embeddings=True,
         progress=False,
         exclude=odd_linears(original),
     )
@@ -168,6 +170,7 @@ def test_saved_weights_are_the_rounded_ones(folder: Path, format: Any, tmp_path:
         method="rtn",
         group_size=32,
         format=format,
+        float_embeddings=True,
         progress=False,
         exclude=exclude,
         allow_unfused=True,
@@ -182,7 +185,8 @@ def test_saved_weights_are_the_rounded_ones(folder: Path, format: Any, tmp_path:
             continue
         assert stored is not None
         grid: Any = "affine" if format == "mlx" else "symmetric"
-        dtype = original.dtype if format == "mlx" else np.float16
+        half = format != "mlx" or original.dtype == np.float32
+        dtype = np.float16 if half else original.dtype
         again = bitwright.quantize_rtn(
             original.weight(name, shape), 4, 32, grid=grid, scale_dtype=dtype
         )
