@@ -300,7 +300,7 @@ class TorchModel:
             )
 
     def _kind(self, config: Any) -> Any:
-        """Return transformers' class for the model: that of decoders or, if it is none, of those that see."""
+        """Return transformers' class for the model: for text or, if it has none, for images and text."""
         kinds = (
             self.transformers.AutoModelForCausalLM,
             self.transformers.AutoModelForImageTextToText,

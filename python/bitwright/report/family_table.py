@@ -47,6 +47,7 @@ IN_MLX_LM = frozenset(
         "olmo2",
         "olmo3",
         "olmoe",
+        "phi",
         "phi3",
         "qwen2",
         "qwen2_5_vl",
