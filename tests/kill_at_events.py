@@ -1,6 +1,6 @@
 """Kills every command before every change it makes to files, repeats it, and compares all bytes.
 
-    python tests/kill_at_events.py [COMMAND …] [--sample SEED] [--twice] [--errors] [--list]
+    python tests/kill_at_events.py [COMMAND …] [--sample SEED [--draw N]] [--twice] [--errors] [--list]
 
 Each command is run undisturbed once, and its events are counted: what it opens to write, makes, writes,
 renames, removes and synchronizes; see file_system_events.py. Then, for each of these events, it is started
@@ -9,7 +9,7 @@ say that the output exists, where all of it was there), all files must have the 
 run, and nothing else may be left, in the folder of the output or in the one for temporary files. Of
 several writes in a row to one file, the first, one between and the last are taken.
 
-With --sample only some events are: all around those by which something appears in its place, and a few
+With --sample only some events are: all around those by which something appears in its place, and N
 more, drawn by the seed. With --twice the repeat is killed, too, at an event drawn for each, and repeated
 again. With --errors nothing is killed, but each event ends with the error of a full or a broken disk: the
 command must end well all the same, or say what is wrong, and the repeat goes on. One row is printed for
@@ -50,9 +50,12 @@ from bitwright.records import card
 from bitwright.runs import states
 
 TESTS = Path(__file__).parent
-MODEL, EXPERTS = TESTS / "data" / "tiny" / "qwen2", TESTS / "data" / "tiny" / "qwen3_moe"
+TINY = TESTS / "data" / "tiny"
+MODEL, EXPERTS = TINY / "qwen2", TINY / "qwen3_moe"
+FAMILIES = ("bamba", "gemma4", "gpt_oss", "lfm2", "qwen3_5")  # whose blocks are unlike Llama's
+HUB_NAME = "org/story"
 DEMO = bitwright.demo_folder()
-DRAWN = 1  # events of a sample beside those around the moves
+_served: list[object] = []
 Content = dict[str, bytes | None]
 Run = list[str] | Callable[[], object]
 
@@ -165,7 +168,7 @@ def at(number: int, answer: int) -> Answer:
     return lambda found, event: answer if found == number else 0
 
 
-def taken(events: Sequence[Event], sample: random.Random | None) -> list[int]:
+def taken(events: Sequence[Event], sample: random.Random | None, drawn: int) -> list[int]:
     """Choose events to kill at; of writes in a row the first, one between and the last."""
     numbers: list[int] = []
     row: list[int] = []
@@ -184,8 +187,8 @@ def taken(events: Sequence[Event], sample: random.Random | None) -> list[int]:
     moves = [place for place, number in enumerate(numbers) if shows(events[number])]
     near = {place + step for place in moves for step in (0, 1)} & set(range(len(numbers)))
     rest = sorted(set(range(len(numbers))) - near)
-    drawn = sample.sample(rest, min(DRAWN, len(rest)))
-    return [numbers[place] for place in sorted({*near, *drawn})]
+    more = sample.sample(rest, min(drawn, len(rest)))
+    return [numbers[place] for place in sorted({*near, *more})]
 
 
 def shows(event: Event) -> bool:
@@ -206,7 +209,7 @@ class Trial:
         What it does.
     """
 
-    def __init__(self, command: Command, place: Place, seed: int | None) -> None:
+    def __init__(self, command: Command, place: Place, seed: int | None, drawn: int = 1) -> None:
         self.command, self.place, self.row = command, place, Row()
         self.rng = random.Random(f"{command.name} {seed}")
         place.begin(empty=True)
@@ -226,7 +229,7 @@ class Trial:
         if command.begun and self.expected != expected:
             self.row.faults.append("a resumed run ends otherwise than one that never stopped")
         self.row.events = len(self.events)
-        self.numbers = taken(self.events, None if seed is None else self.rng)
+        self.numbers = taken(self.events, None if seed is None else self.rng, drawn)
 
     def kill(self, number: int, twice: bool) -> None:
         """Kill the command before an event, and repeat it."""
@@ -360,6 +363,21 @@ def states_in_files() -> None:
     states.ChunkPlan.shared = without_room  # type: ignore[method-assign, assignment]
 
 
+def ask_a_hub() -> None:
+    """Serve the model on loopback, to a client with a cache beside the place, which it has filled before.
+
+    How the client fills one is its own affair, and in another order each time."""
+    import pytest
+    from hub_server import TOKEN, client_of_server
+
+    patch = pytest.MonkeyPatch()
+    context = client_of_server(Path.cwd().parents[1], patch)
+    context.__enter__().models[HUB_NAME, "main"] = MODEL
+    patch.setenv("HF_TOKEN", TOKEN)
+    patch.chdir("watched/place")
+    _served.append(context)  # until the child ends
+
+
 def add_evaluations() -> None:
     """Add a table to the card of the output."""
     found = bitwright.evaluate(MODEL, np.arange(64).reshape(4, 16))
@@ -392,8 +410,30 @@ def commands(inputs: Path) -> Iterator[Command]:
     yield Command("quantize fast", [*gptq, "--preset", "fast"])
     yield Command("quantize high", [*gptq, "--preset", "high"])
     yield Command("quantize best", [*gptq, "--preset", "best", "--bits", "4"])
+    for name in ("mxfp4", "nvfp4"):
+        yield Command(f"quantize {name}", ["quantize", model, *out, "--bits", name, *read])
+    for name in ("iq4_nl", "iq4_xs"):
+        to = ["quantize", wide, *out, "--format", "gguf", "--bits", name, *read]
+        yield Command(f"quantize {name}", to)
+    types = ["quantize", wide, *out, "--format", "gguf", "--type", "Q4_K_M", *read]
+    yield Command("quantize to a mixture of types", types)
+    split = ["quantize", wide, *out, "--format", "gguf", "--split-max-size", "200K", *read]
+    yield Command("quantize to GGUF files", split)
     experts = ["quantize", str(EXPERTS), *out, "--group-size", "32", *read]
     yield Command("quantize experts", experts)
+    for name in FAMILIES:
+        rows = ["--format", "compressed-tensors", "--group-size", "-1"]
+        yield Command(f"quantize {name}", ["quantize", str(TINY / name), *out, *rows, *read])
+    adapter = str(inputs / "adapter")
+    yield Command("quantize an adapter", ["quantize", adapter, *out, "--group-size", "32", *read])
+    yield Command("convert an adapter", ["convert", adapter, *out, "--format", "float"])
+    hub: dict[str, Any] = {"patch": ask_a_hub, "needs": ("huggingface_hub",)}
+    named = ["quantize", HUB_NAME, *out, "--group-size", "32", *read]
+    yield Command("quantize from the hub", named, **hub)
+    yield Command("quantize and upload", [*gptq, "--push-to", "me/q"], **hub)
+    settings = ["--save-config", "run.yaml"]
+    yield Command("quantize and save settings", [*gptq, *settings])
+    yield Command("quantize imatrix", [*gptq[:-4], "--imatrix", str(inputs / "i.gguf"), *one])
     yield Command("quantize in files", [*gptq, "--method", "rtn"], patch=small_files)
     yield Command("quantize in little memory", gptq, patch=states_in_files)
     spoilt = ["quantize", str(inputs / "spoilt"), *out, "--group-size", "32", *read]
@@ -472,6 +512,9 @@ def commands(inputs: Path) -> Iterator[Command]:
     yield Command("statistics resumed", collect, begun=True)
     parts = [str(inputs / "statistics"), str(inputs / "more")]
     yield Command("statistics merge", ["statistics", "merge", *parts, *out])
+    for name in ("i.gguf", "i.dat"):
+        export = ["statistics", "export", str(inputs / "statistics"), "--imatrix", name]
+        yield Command(f"statistics export {name}", export)
     yield Command(
         "evaluate", ["evaluate", str(rtn), "--reference", model, "--evaluation", ids, *one]
     )
@@ -502,11 +545,29 @@ def make_spoilt(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def make_adapter(folder: Path) -> None:
+    """Write a LoRA adapter of the model's queries."""
+    folder.mkdir()
+    said = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    said["base_model_name_or_path"] = str(MODEL)
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    prefix, rng = "base_model.model.model.layers.0.self_attn.q_proj", np.random.default_rng(1)
+    rows, columns = load_file(MODEL / "model.safetensors")[
+        "model.layers.0.self_attn.q_proj.weight"
+    ].shape
+    factors = {
+        f"{prefix}.lora_A.weight": rng.standard_normal((2, columns), np.float32) / 8,
+        f"{prefix}.lora_B.weight": rng.standard_normal((rows, 2), np.float32) / 8,
+    }
+    save_file(factors, folder / "adapter_model.safetensors")
+
+
 def make_inputs(place: Place) -> None:
     """Write what the commands read."""
     inputs, rng = place.inputs, np.random.default_rng(0)
     make_wide(inputs / "wide")
     make_spoilt(inputs / "spoilt")
+    make_adapter(inputs / "adapter")
     rtn = ["--method", "rtn", "--group-size", "32", "--threads", "1", "--out"]
     made = [
         ["quantize", str(MODEL), *rtn, str(inputs / "rtn")],
@@ -514,11 +575,13 @@ def make_inputs(place: Place) -> None:
         ["quantize", str(DEMO), "--format", "gguf", *rtn, str(inputs / "gguf")],
     ]
     for ids, statistics in ("ids.npy", "statistics"), ("other.npy", "more"):
-        np.save(inputs / ids, rng.integers(0, 96, (6, 16)))
+        np.save(inputs / ids, rng.integers(0, 64, (6, 16)))
         collect = ["statistics", "collect", str(MODEL), "--threads", "1"]
         made.append(
             [*collect, "--calibration", str(inputs / ids), "--out", str(inputs / statistics)]
         )
+    export = ["statistics", "export", str(inputs / "statistics")]
+    made.append([*export, "--imatrix", str(inputs / "i.gguf")])
     for arguments in made:
         status, _ = place.run(Command("", arguments))
         assert status == 0, place.log.read_text()
@@ -542,6 +605,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", nargs="*", help="Names, or their beginnings; by default all.")
     parser.add_argument("--sample", type=int, metavar="SEED", help="Kill at some events only.")
+    parser.add_argument("--draw", type=int, metavar="N", default=1, help="How many of them.")
     parser.add_argument("--twice", action="store_true", help="Kill the repeat, too.")
     parser.add_argument("--errors", action="store_true", help="Let events fail, instead of kills.")
     parser.add_argument("--list", action="store_true", help="Print the commands' names.")
@@ -577,7 +641,7 @@ def main() -> int:
                 continue
             start = time.perf_counter()
             try:
-                trial = Trial(command, place, options.sample)
+                trial = Trial(command, place, options.sample, options.draw)
             except RuntimeError as error:
                 print(f"{command.name}: {error}", file=sys.stderr, flush=True)
                 failed = True

@@ -13,7 +13,7 @@ import bitwright
 
 def main() -> None:
     """Quantize with the options given as JSON and print one JSON line."""
-    report = bitwright.quantize(progress=False, **json.loads(sys.argv[1]))
+    report = bitwright.quantize(progress=False, float_embeddings=True, **json.loads(sys.argv[1]))
     figures = {
         "seconds": report.seconds,
         "peak_memory_bytes": peak_memory_bytes(),

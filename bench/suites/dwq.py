@@ -96,6 +96,7 @@ def run_quality(options: argparse.Namespace) -> None:
                     bits=3,
                     group_size=64,
                     calibration=None if start == "rtn" else calibration,
+                    float_embeddings=True,
                     progress=False,
                     **how,
                 )
@@ -155,6 +156,7 @@ def run_dynamic(options: argparse.Namespace) -> None:
                     f"{scratch}/out",
                     method,  # type: ignore[arg-type]
                     calibration=tokens,
+                    float_embeddings=True,
                     progress=False,
                     **how,
                 )
@@ -241,6 +243,7 @@ def run_prepare(options: argparse.Namespace) -> None:
         "rtn",
         bits=options.bits,
         group_size=options.group_size,
+        float_embeddings=True,
         progress=False,
     )
     vocabulary = bitwright.load_model(options.model).config.vocab_size

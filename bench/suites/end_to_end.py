@@ -31,7 +31,7 @@ import numpy as np
 PEERS = Path(__file__).parents[1] / "peers"
 OURS = """
 import json, sys, bitwright
-report = bitwright.quantize(progress=False, **json.loads(sys.argv[1]))
+report = bitwright.quantize(progress=False, float_embeddings=True, **json.loads(sys.argv[1]))
 print(json.dumps({"seconds": report.seconds, "peak_memory_bytes": report.peak_memory_bytes,
                   "version": "bitwright " + bitwright.__version__}))
 """

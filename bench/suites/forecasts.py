@@ -1,16 +1,18 @@
 """Forecasts of memory next to the peaks of whole processes, by command and size of the vocabulary.
 
-python bench/suites/forecasts.py [COMMAND …]
+python bench/suites/forecasts.py [--family NAME …] [--vocabulary N …] [COMMAND …]
 
 Without names, all commands but that of transformers, which needs a Python with torch. Models are random,
-in bfloat16 (tests/support/sized_models.py); a command runs in a process of its own, with one thread, once
-without a budget and once with the smallest that it accepts.
+in bfloat16 (tests/support/sized_models.py), by default Llamas; a command runs in a process of its own, with
+one thread, once without a budget and once with the smallest that it accepts.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
@@ -24,13 +26,33 @@ SHAPE = {
     "num_attention_heads": 8,
     "num_hidden_layers": 4,
 }
+# What other families need to be as large, or as many blocks as it takes to have each kind.
+FAMILIES = {
+    "llama-linear": {},
+    "qwen3_moe": {"moe_intermediate_size": 256, "num_experts": 16, "num_local_experts": 16},
+    "gpt_oss": {
+        "intermediate_size": 256,
+        "num_local_experts": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "qwen3_next": {
+        "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+        "linear_num_value_heads": 8,
+        "linear_value_head_dim": 32,
+        "num_experts": 16,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 16, "mamba_d_head": 32},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 768},
+}
 
 # What plans beside the budget, as (module, name, what it returns → bytes), and the call.
 QUANTIZE = "quantization.run.plan_run", "found.memory_bytes"
 HEAD = "embedding_bits=4, head_bits=4, memory=memory, progress=False"
 COMMANDS = {
     "evaluate": (
-        "evaluate.plan_evaluation",
+        "evaluation.plan_evaluation",
         "found[1]",
         "bitwright.evaluate(q, ids, reference=model, memory=memory)",
     ),
@@ -52,6 +74,10 @@ COMMANDS = {
         *QUANTIZE,
         f"bitwright.quantize(model, out, 'salient', calibration=ids, {HEAD})",
     ),
+    "quantize high": (
+        *QUANTIZE,
+        f"bitwright.quantize(model, out, calibration=ids, preset='high', {HEAD})",
+    ),
     "refine": (
         *QUANTIZE,
         "bitwright.refine_model(model, q, out, ids, memory=memory, progress=False)",
@@ -67,7 +93,7 @@ COMMANDS = {
         "bitwright.collect_activations(model, out, ids, memory=memory)",
     ),
     "collect statistics": (
-        "collecting.plan_run",
+        "tools.collect_statistics.plan_run",
         "found.memory_bytes",
         "bitwright.collect_statistics(model, out, ids, memory=memory, progress=False)",
     ),
@@ -137,21 +163,33 @@ def main() -> None:
     sys.path.insert(0, str(TESTS / "support"))
     from sized_models import make_sized
 
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", nargs="*")
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=["llama-linear"])
+    parser.add_argument("--vocabulary", nargs="+", type=int, default=VOCABULARIES)
+    given = parser.parse_args()
+    names = given.command or [each for each in COMMANDS if each != "transformers"]
     table = Table(
-        "Command", "Vocabulary", "Forecast", "Peak", "Forecast / peak", "Least", "Peak / least"
+        "Family",
+        "Command",
+        "Vocabulary",
+        "Forecast",
+        "Peak",
+        "Forecast / peak",
+        "Least",
+        "Peak / least",
     )
-    for name in sys.argv[1:] or [each for each in COMMANDS if each != "transformers"]:
+    for family, name in product(given.family, names):
         place, size, call = COMMANDS[name]
         watch = ""
         if place is not None:
             module, _, function = place.rpartition(".")
             watch = WATCH.format(module=module, name=function, bytes=size)
         program = PROGRAM.format(watch=watch, call=call)
-        for vocabulary in VOCABULARIES:
+        for vocabulary in given.vocabulary:
             with tempfile.TemporaryDirectory() as folder:
-                model = make_sized(
-                    Path(folder, "model"), "llama-linear", vocab_size=vocabulary, **SHAPE
-                )
+                changes = {**SHAPE, **FAMILIES[family], "vocab_size": vocabulary}
+                model = make_sized(Path(folder, "model"), family, **changes)
                 head = {"embedding_bits": 4} | (
                     {} if bitwright.load_model(model).tied else {"head_bits": 4}
                 )
@@ -176,6 +214,7 @@ def main() -> None:
                     found.append(json.loads(done.stdout))
             (forecast, peak, _), (_, small, least) = found
             table.add_row(
+                family,
                 name,
                 f"{vocabulary:,}",
                 f"{forecast / 1e6:.0f} MB",

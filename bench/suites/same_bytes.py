@@ -53,7 +53,9 @@ def digests(model: Path, options: dict[str, Any]) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out")
         try:
-            bitwright.quantize(model, out, progress=False, threads=1, **options)
+            bitwright.quantize(
+                model, out, float_embeddings=True, progress=False, threads=1, **options
+            )
         except ValueError as error:
             return {"error": str(error)}
         files = (path for path in sorted(out.rglob("*")) if path.is_file())

@@ -65,6 +65,7 @@ def quantize(model: Path, out: Path, case: dict[str, Any]) -> bitwright.Quantiza
         preset=case["preset"],
         threads=case["threads"],
         overwrite=True,
+        float_embeddings=True,
         progress=False,
     )
 

@@ -32,13 +32,14 @@ def demo_folder() -> Path:
     return Path(__file__).parent / "demo_data"
 
 
-def run_demo(console: Console) -> None:
-    """Evaluate the demo model, quantize it by both methods, evaluate the results, compare."""
+def run_demo(console: Console) -> dict[str, object]:
+    """Evaluate the demo model, quantize it by both methods, evaluate the results, compare; return the
+    figures."""
     folder = demo_folder()
     text = folder / "evaluation.txt"
     print_sentence(f"The model is {folder}; 3 bits in groups of 64.", console)
     console.print()
-    rows = {"original": evaluate(folder, text, length=256)}
+    rows = {"original": evaluate(folder, text, length=256, progress=False)}
     with _scratch() as scratch:
         jobs: tuple[tuple[Literal["rtn", "gptq"], Path | None], ...] = (
             ("rtn", None),
@@ -49,13 +50,14 @@ def run_demo(console: Console) -> None:
             report = quantize(
                 folder, out, method, bits=3, calibration=calibration, length=256, progress=False
             )
-            rows[method] = evaluate(out, text, reference=folder, length=256)
+            rows[method] = evaluate(out, text, reference=folder, length=256, progress=False)
         print_report(report, console)
     print_evaluations(rows, console)
     console.print(
         "GPTQ stores as many bytes as rounding to nearest (rtn) and stays closer to the original.\n"
         "Next: bitwright quantize MODEL --out DIR --bits 4 --calibration FILE"
     )
+    return {"quantization": report, "evaluations": rows}
 
 
 @contextmanager

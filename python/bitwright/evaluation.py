@@ -15,6 +15,7 @@ from bitwright.errors import CalibrationError, NonFiniteError, check_choice
 from bitwright.files.home import expands_home
 from bitwright.files.inputs import InputFiles, same_inputs
 from bitwright.loading.model import Model, load_model
+from bitwright.markup import html_table
 from bitwright.models.block import Rotation
 from bitwright.models.matrix_rows import piece_rows
 from bitwright.models.network import logit_rows
@@ -22,6 +23,7 @@ from bitwright.models.operations import Float32
 from bitwright.process.memory import peak_memory_bytes
 from bitwright.runs.budget import Budget
 from bitwright.runs.forecast import inner_width, passing_bytes
+from bitwright.runs.progress import Progressing, phase
 from bitwright.spellings import Old, respelled
 from bitwright.text.samples import Samples, TokenSource, Windows, load_samples
 from bitwright.warned import reports_warnings
@@ -75,6 +77,24 @@ class Evaluation:
     windows: Windows = "whole"
     first_tokens: tuple[int, ...] | None = None
 
+    def __str__(self) -> str:
+        compared = (
+            "" if self.kl_divergence is None else f", KL {self.kl_divergence:.5f} nats per token"
+        )
+        agreed = "" if self.top1_agreement is None else f", {100 * self.top1_agreement:.2f} % top-1"
+        figures = f"perplexity {self.perplexity:.4f}{compared}{agreed}"
+        return f"{figures}, {self.bits_per_weight:.3f} bits per weight"
+
+    def _repr_html_(self) -> str:
+        agreed = None if self.top1_agreement is None else f"{100 * self.top1_agreement:.2f} %"
+        known = (self.perplexity, self.reference_perplexity, self.kl_divergence)
+        figures = [None if each is None else f"{each:.5g}" for each in known]
+        names = ("perplexity", "perplexity of the reference", "KL, nats per token")
+        more = [("same first choice", agreed), ("bits per weight", f"{self.bits_per_weight:.3f}")]
+        return html_table(
+            [*zip(names, figures, strict=True), *more, ("tokens", f"{self.tokens:,}")]
+        )
+
     @property
     def tokens_per_second(self) -> float:
         """Tokens read per second of wall time, reference included."""
@@ -97,6 +117,7 @@ def evaluate(
     windows: Windows = "whole",
     memory: float | None = None,
     on_progress: Callable[[float], None] | None = None,
+    progress: Progressing = True,
 ) -> Evaluation:
     """Measure perplexity and, next to a reference, KL divergence and agreement of the first choice.
 
@@ -128,6 +149,8 @@ def evaluate(
         Budget in gigabytes (10⁹ bytes); by default three quarters of what is free.
     on_progress
         Called with the share of the work that is done, from 0 to 1.
+    progress
+        Show a bar or lines on standard error, or what gets each record, see `Progress`.
 
     Returns
     -------
@@ -165,24 +188,25 @@ def evaluate(
     batch, _ = plan_evaluation(models, len(tokens), tokens.shape[1], memory)
     parts = [tokens[first : first + batch] for first in range(0, len(tokens), batch)]
     steps = len(parts) * (sum(each.config.num_hidden_layers + 1 for each in models) + 1)
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if on_progress:
-            on_progress(done / steps)
-
-    total, inputs = _Comparison(), InputFiles()
+    total, inputs, done = _Comparison(), InputFiles(), 0
     for each in models:
         inputs.watch_model(each.checkpoint)
-    for number, part in enumerate(parts, start=1):
-        hidden = [_final_states(each, part, step) for each in models]
-        total.add(models, hidden, part, _compared(part.shape, windows))
-        inputs.check()
-        if number < len(parts):
-            inputs.take_checksums()
-        step()
+    with phase("evaluating", progress, steps) as shown:
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            shown.update(done)
+            if on_progress:
+                on_progress(done / steps)
+
+        for number, part in enumerate(parts, start=1):
+            hidden = [_final_states(each, part, step) for each in models]
+            total.add(models, hidden, part, _compared(part.shape, windows))
+            inputs.check()
+            if number < len(parts):
+                inputs.take_checksums()
+            step()
     followed = len(tokens) * (tokens.shape[1] - 1 - skipped)
     positions = followed if skipped else tokens.size
     perplexities = [float(np.exp(loss / followed)) for loss in total.losses[: len(models)]]

@@ -68,6 +68,7 @@ from bitwright.presets.best import quantize_best
 from bitwright.presets.dynamic import DynamicReport, dynamic_quantize
 from bitwright.presets.quantize import quantize
 from bitwright.ranks import spread_over
+from bitwright.records.page import report_page
 from bitwright.records.plots import plot_dwq
 from bitwright.records.reports import (
     BlockReport,
@@ -77,6 +78,7 @@ from bitwright.records.reports import (
     LayerReport,
     QuantizationReport,
 )
+from bitwright.runs.progress import Progress
 from bitwright.statistics.folder import Statistics
 from bitwright.statistics.merging import merge_statistics
 from bitwright.text.builtin import calibration_text
@@ -126,6 +128,7 @@ __all__ = [
     "NonFiniteError",
     "OutputError",
     "OutputExistsError",
+    "Progress",
     "QuantizationReport",
     "QuantizedTensor",
     "RankError",
@@ -186,6 +189,7 @@ __all__ = [
     "refine",
     "refine_model",
     "refine_two_sided",
+    "report_page",
     "search_scale",
     "set_num_threads",
     "spread_over",

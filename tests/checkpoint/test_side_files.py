@@ -192,6 +192,7 @@ def test_all_writers_take_everything_along(
         "config.json",
         "model.safetensors",
         "README.md",
+        "report.json",
         "dwq.json",
     }
     assert written >= set(everything)
@@ -206,7 +207,7 @@ def test_all_formats_take_everything_along(tmp_path: Path, format: Any) -> None:
     put(folder, [*CODE, *LEFT_OF_A_FLOAT_MODEL])
     bits = {"bits": 4, "group_size": 64} if format != "gguf" else {"bits": 8, "grid": "symmetric"}
     bitwright.quantize(folder, tmp_path / "out", "rtn", format=format, progress=False, **bits)
-    demo = [*names_in(bitwright.demo_folder()), "README.md"]
+    demo = [*names_in(bitwright.demo_folder()), "README.md", "report.json"]
     weights = "model.gguf" if format == "gguf" else "model.safetensors"
     expected = {*CODE, *demo, weights} - ({"model.safetensors"} - {weights})
     assert names_in(tmp_path / "out") == sorted(expected)
@@ -238,7 +239,7 @@ def test_the_hub_clients_cache(tmp_path: Path) -> None:
         (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
         (snapshot / name).symlink_to(os.path.relpath(blob, (snapshot / name).parent))
     quantized(snapshot, tmp_path / "out")
-    assert names_in(tmp_path / "out") == sorted([*names, "README.md"])
+    assert names_in(tmp_path / "out") == sorted([*names, "README.md", "report.json"])
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
 
 
@@ -359,12 +360,17 @@ def test_files_around_a_gguf_file(tmp_path: Path) -> None:
     bitwright.convert(folder / "model.gguf", tmp_path / "alone", "float", progress=False)
     kept = ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     assert names_in(tmp_path / "alone") == sorted(
-        ["README.md", "config.json", "model.safetensors", *kept]
+        ["README.md", "config.json", "model.safetensors", "report.json", *kept]
     )
     (tmp_path / "lone").mkdir()
     shutil.copy(folder / "model.gguf", tmp_path / "lone")
     bitwright.convert(tmp_path / "lone" / "model.gguf", tmp_path / "none", "float", progress=False)
-    assert names_in(tmp_path / "none") == ["README.md", "config.json", "model.safetensors"]
+    assert names_in(tmp_path / "none") == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "report.json",
+    ]
 
 
 def test_an_output_with_folders_is_overwritten(tmp_path: Path) -> None:

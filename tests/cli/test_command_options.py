@@ -1,5 +1,7 @@
 """The options of all commands: in groups, one name for one thing, old spellings still read."""
 
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from told import TOLD
 
 import bitwright
 from bitwright.cli.grouped import GROUPS, Command, Option
@@ -299,7 +302,7 @@ def test_old_spellings_do_the_same_and_tell_the_new(
     if before[0] == "evaluate":
         assert not written[0]
     for name, content in written[0].items():
-        if name.name != "README.md":
+        if name.name not in TOLD:
             assert content == written[1][name], name
     cards = [
         sorted(command_of(content).split())
@@ -353,3 +356,18 @@ except SystemExit:
     )
     assert "Commands:" in done.stdout
     assert done.stderr == "\n"
+
+
+def test_commands_for_users_of_other_tools_are_such_as_there_are() -> None:
+    """Each is read to its end, choices and numbers included; only nothing is run."""
+    page = (Path(__file__).parents[2] / "docs" / "from_other_tools.md").read_text()
+    told = re.findall(r"`bitwright ([^`]+)`", page)
+    assert len(told) > 20
+    for line in told:
+        given = line.replace("evaluate OUT", "evaluate MODEL").replace("QUANTIZED", "MODEL")
+        words = shlex.split(given.replace("MODEL", str(DEMO)))
+        if words == ["convert"]:
+            continue
+        count = 2 if words[0] == "statistics" else 1
+        command = COMMANDS[" ".join(words[:count])]
+        command.make_context(words[count], words[count:])

@@ -77,6 +77,11 @@ def test_a_run_from_a_file_and_the_file_of_a_run(
         ),
         ("samples: 4", "samples: none", "c.yaml, line 12: samples: 'none' is not a valid int"),
         ("{bits: 4, group_size: 32}", "4", "c.yaml, line 9: overrides: must map each glob"),
+        ("{bits: 4, group_size: 32}", "{bits: [4]}", "c.yaml, line 9: overrides: must map each"),
+        ("{bits: 4, group_size: 32}", "{[a]: 4}", "c.yaml, line 9: a key must be a word"),
+        ('["*.v_proj"]', "&a [*a]", "c.yaml, line 8: is nested too deeply"),
+        ('["*.v_proj"]', f"{'[' * 3000}a{']' * 3000}", "c.yaml: is nested too deeply"),
+        ("samples: 4", f"samples: {'9' * 5000}", "c.yaml, line 12: samples: '9999"),
         ("out: a", "out: [", "is not sound YAML"),
         (SETTINGS, "- a", "c.yaml, line 1: must be settings, KEY: VALUE"),
         ("", "", "there is no such file"),
@@ -95,7 +100,29 @@ def test_mistakes_are_named_with_their_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert said in lines[0]
+    assert len(lines[0]) < 1000
     assert [path.name for path in place.iterdir()] == ["c.yaml"]
+
+
+@pytest.mark.parametrize("content", ["mine: 1\n", "", "\0\xff"])
+def test_settings_replace_no_file_of_others(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+) -> None:
+    """Unless that is asked for; a link to settings is followed."""
+    Path("s.yaml").write_text(content)
+    words = ["quantize", "--config", "c.yaml", "--method", "rtn", "--save-config"]
+    assert run(monkeypatch, *words, "s.yaml") == 1
+    assert "s.yaml: exists already, and is not what this command" in capsys.readouterr().err
+    assert Path("s.yaml").read_text() == content
+    assert not Path("a").exists()
+    Path("link.yaml").symlink_to("s.yaml")
+    assert run(monkeypatch, *words, "link.yaml", "--overwrite") == 0
+    assert run(monkeypatch, *words, "link.yaml", "--out", "b") == 0
+    assert Path("link.yaml").is_symlink()
+    assert "out: b" in Path("s.yaml").read_text()
 
 
 def test_words_are_words(tmp_path: Path) -> None:

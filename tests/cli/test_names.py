@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 import bitwright
 from bitwright.cli.main import main
 from bitwright.errors import BitwrightError, printable
-from bitwright.records.card import command_line
+from bitwright.records.made_by import command_line
 
 DEMO = bitwright.demo_folder()
 EVIL = "x\x1b[31m\nEVIL\x07\x9b2J\x7f\u202e\u2028y"

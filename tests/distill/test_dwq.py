@@ -25,7 +25,7 @@ def plain_kl(teacher: NDArray[Any], student: NDArray[Any]) -> tuple[NDArray[Any]
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dwq") / "student"
-    bitwright.quantize(DEMO, folder, "rtn", 3, progress=False)
+    bitwright.quantize(DEMO, folder, "rtn", 3, float_embeddings=True, progress=False)
     return folder
 
 
@@ -152,6 +152,7 @@ def test_story_loses_divergence(tmp_path: Path, method: Any, rate: float, least:
         3,
         calibration=calibration,
         preset="fast",
+        float_embeddings=True,
         progress=False,
     )
     bitwright.dwq_quantize(

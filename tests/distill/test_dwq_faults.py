@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from shared_data import TESTS
+from told import TOLD
 
 import bitwright
 from bitwright import _kernels
@@ -125,7 +126,7 @@ def validation_kl(teacher: Path, folder: Path, ids: Any) -> float:
 @pytest.mark.parametrize(
     ("teacher", "format", "options"),
     [
-        (DEMO, "mlx", {}),
+        (DEMO, "mlx", {"float_embeddings": True}),
         (DEMO, "mlx", {"embedding_bits": 4}),
         (DEMO, "gptq", {"grid": "symmetric"}),
         (DEMO, "gptq", {"grid": "zero_point"}),
@@ -189,7 +190,8 @@ def test_formats_round_trip(
             assert read.zeros.max() < 1 << read.bits
     assert (moved > 0) == (zeros == "project")
     names = set(kept)
-    assert (after.embedding_name in names) == ("embedding_bits" in options)
+    in_float = format != "mlx" or "float_embeddings" in options
+    assert (after.embedding_name in names) != in_float
     assert len(names) >= len(before.linear_shapes())
     for name, shape in before.linear_shapes().items():
         assert np.isfinite(after.weight(name, shape)).all()
@@ -199,7 +201,7 @@ def test_formats_round_trip(
     assert not (tmp_path / ".out.work").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     for path in start.iterdir():
-        if path.name not in ("model.safetensors", "config.json", "bitwright.json", "README.md"):
+        if path.name not in ("model.safetensors", "config.json", *TOLD):
             assert (out / path.name).read_bytes() == path.read_bytes()
     assert json.loads((out / "dwq.json").read_text())["kl_after"] == report.kl_after
 

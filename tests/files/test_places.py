@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from told import TOLD
 
 import bitwright
 from bitwright.checkpoint import CheckpointWriter, work_folder
@@ -29,9 +30,7 @@ SETTINGS: dict[str, Any] = {"calibration": TEXT, "samples": 8, "length": 64, "pr
 def content(folder: Path) -> dict[str, bytes]:
     """Return the files of a checkpoint but for its card, which names the command."""
     return {
-        path.name: path.read_bytes()
-        for path in sorted(folder.iterdir())
-        if path.name != "README.md"
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in TOLD
     }
 
 

@@ -1,4 +1,4 @@
-"""MXFP4 and NVFP4: their bytes in each container, and rounding as real packages were seen to do it."""
+"""Floats of 4 and 8 bits: their bytes in each container, and rounding as real packages do it."""
 
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 CONTAINERS = [
     ("mlx", "mxfp4"),
     ("mlx", "nvfp4"),
+    ("mlx", "mxfp8"),
     ("compressed-tensors", "mxfp4"),
     ("compressed-tensors", "nvfp4"),
     ("gguf", "mxfp4"),
     ("gguf", "nvfp4"),
 ]
+BITS_PER_WEIGHT = {"mxfp4": 4.25, "nvfp4": 4.5, "mxfp8": 8.25}
 by_container = pytest.mark.parametrize(("format", "grid"), CONTAINERS)
 
 
@@ -37,7 +39,7 @@ def rounded(values: Any, grid: Any) -> QuantizedTensor:
     table = TABLES[grid]
     weight = np.zeros((1, 64), np.float32)
     weight[0, : len(values)] = values
-    return bitwright.quantize_rtn(weight, 4, table.group_size, grid=grid)
+    return bitwright.quantize_rtn(weight, table.bits, table.group_size, grid=grid)
 
 
 def nibbles(floats: Array) -> Array:
@@ -61,6 +63,29 @@ def test_ties_and_scales_of_mlx() -> None:
     assert rounded([1.0], "nvfp4").dequantize()[0, 0] == np.float32(1.03125)
     assert rounded([6.5, 6.0], "mxfp4").dequantize()[0, :2].tolist() == [6.0, 6.0]
     assert rounded([7.9], "mxfp4").dequantize()[0, 0] == 8.0
+
+
+def test_mxfp8_of_mlx() -> None:
+    """mlx 0.32.4: the least power of two that clips nothing; ties of E4M3 go to even. It
+    keeps the sign of -0.0, and here all zeros are positive."""
+    for largest, byte in ((448, 127), (449, 128), (440, 127), (1, 119), (1e-30, 19), (0, 127)):
+        assert rounded([largest], "mxfp8").scales.view(np.uint8)[0, 0] == byte
+    values = [448, 440, 1, 0.99, 17, 19, -17, -19, 2**-10, 3 * 2**-10, -(2**-10), 1e-9, -1e-9]
+    words = MlxFormat.pack("x", rounded(values, "mxfp8"))["x.weight"]
+    floats = words.view(np.uint8)[0, : len(values)]
+    own = np.array(values, np.float32).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    assert floats.tolist() == own.tolist()
+    assert rounded([448, -0.0], "mxfp8").dequantize()[0, 1] == 0
+    assert floats.tolist()[:4] == [126, 126, 56, 56]
+
+
+def test_no_weight_becomes_the_code_of_nan() -> None:
+    weight = np.random.default_rng(0).standard_normal((64, 64), np.float32)
+    gram = bitwright.gram(np.random.default_rng(1).standard_normal((256, 64), np.float32))
+    plain = bitwright.quantize_rtn(weight, 8, 32, grid="mxfp8", grid_search=True)
+    better = bitwright.quantize_gptq(weight, gram, 8, 32, grid="mxfp8")
+    for tensor in (plain, better, bitwright.refine(better, weight, gram)[0]):
+        assert 0 < tensor.codes.min() < tensor.codes.max() < 255
 
 
 def test_ties_and_scales_of_compressed_tensors() -> None:
@@ -93,6 +118,9 @@ def stored_weights(folder: Path, layer: str, format: str, grid: str) -> Array:
     if format == "mlx":
         packed = checkpoint.read(f"{layer}.weight").view(np.uint8)
         scales = checkpoint.read(f"{layer}.scales")
+        if grid == "mxfp8":
+            wide = np.repeat(np.exp2(scales.astype(np.float32) - 127), 32, axis=1)
+            return packed.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * wide
     else:
         packed = checkpoint.read(f"{layer}.weight_packed")
         scales = checkpoint.read(f"{layer}.weight_scale")
@@ -122,7 +150,7 @@ def test_models(format: Any, grid: Any, method: Any, tmp_path: Path) -> None:
     assert tensor is not None
     wanted = stored_weights(tmp_path / "q", layer, format, grid)
     np.testing.assert_array_equal(tensor.dequantize(), wanted)
-    assert tensor.nbytes == pytest.approx(wanted.size * (4.25 if grid == "mxfp4" else 4.5) / 8)
+    assert tensor.nbytes == pytest.approx(wanted.size * BITS_PER_WEIGHT[grid] / 8)
     if method != "rtn":
         return
     bitwright.convert(tmp_path / "q", tmp_path / "again", format, progress=False)
@@ -138,6 +166,8 @@ def test_models(format: Any, grid: Any, method: Any, tmp_path: Path) -> None:
         ("mlx", "mxfp4", "scales", 255, "scale of row 0, group 0 is nan"),
         ("mlx", "nvfp4", "scales", 0x7F, "scale of row 0, group 0 is nan"),
         ("mlx", "nvfp4", "scales", 0xB8, "scale of row 0, group 0 is -1.0"),
+        ("mlx", "mxfp8", "scales", 255, "scale of row 0, group 0 is nan"),
+        ("mlx", "mxfp8", "weight", 0xFF, "weight of row 0, channel 0 is NaN"),
         ("compressed-tensors", "mxfp4", "weight_scale", 255, "scale of row 0, group 0 is nan"),
         ("compressed-tensors", "nvfp4", "weight_global_scale", 0, "weight_global_scale is"),
         ("compressed-tensors", "nvfp4", "weight_global_scale", np.inf, "weight_global_scale is"),

@@ -23,6 +23,7 @@ from bitwright.checkpoint.gguf_file import (
     tensor_offsets,
     write_header,
 )
+from bitwright.checkpoint.shard import DTYPES
 from bitwright.checkpoint.writer import CheckpointWriter, write_safetensors
 from bitwright.files.replacing import write_json
 from bitwright.statistics.imatrix import Importance, ImportanceMatrix
@@ -36,7 +37,7 @@ def _content(folder: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
         for path in sorted(folder.iterdir())
-        if path.suffix not in (".npz", ".txt", ".md")
+        if path.suffix not in (".npz", ".txt", ".md") and path.name != "report.json"
     }
 
 
@@ -252,6 +253,92 @@ def gguf() -> dict[str, Files]:
     return found
 
 
+SCALED: dict[str, tuple[dict[str, Any], dict[str, tuple[str, int, int]]]] = {
+    # What is said, and of each tensor in place of a weight: its dtype, and what divides rows and columns.
+    "blocks": (
+        {"quant_method": "fp8", "weight_block_size": [32, 32]},
+        {"weight": ("F8_E4M3", 1, 1), "weight_scale_inv": ("F32", 32, 32)},
+    ),
+    "rows": (
+        {"quant_method": "fbgemm_fp8"},
+        {"weight": ("F8_E5M2", 1, 1), "weight_scale": ("BF16", 1, WIDTH)},
+    ),
+    "powers": (
+        {"quant_method": "modelopt", "quant_algo": "MXFP4"},
+        {"weight": ("U8", 1, 2), "weight_scale": ("U8", 1, 32)},
+    ),
+    "two scales": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        {
+            "weight": ("U8", 1, 2),
+            "weight_scale": ("F8_E4M3", 1, 16),
+            "weight_scale_2": ("F32", 1 << 20, 1 << 20),
+        },
+    ),
+}
+
+
+@cache
+def scaled() -> dict[str, Files]:
+    """A model in 8 and 4 bits with scales, as others train and publish them."""
+    found = {}
+    for name, (said, parts) in SCALED.items():
+        files, tensors = dict(wide()), read_safetensors(wide()["model.safetensors"])
+        for stem in [each.removesuffix("weight") for each in tensors if "_proj." in each]:
+            _, shape, _ = tensors.pop(f"{stem}weight")
+            rows, columns = shape
+            for end, (dtype, down, across) in parts.items():
+                size = (-(-rows // down), -(-columns // across))
+                # Bytes that make no large number in any of the dtypes.
+                data = bytes([60]) * (math.prod(size) * DTYPES[dtype].itemsize)
+                tensors[stem + end] = (dtype, size, data)
+        config = json.loads(files["config.json"]) | {"quantization_config": said}
+        files["config.json"] = json.dumps(config).encode()
+        found[name] = {**files, "model.safetensors": safetensors_file(tensors)}
+    return found
+
+
+@cache
+def adapters() -> dict[str, Files]:
+    """A LoRA adapter of a model that lies elsewhere."""
+    said = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "base_model_name_or_path": str(STATISTICS_MODEL),
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {r"layers\\.[01]\\.self_attn\\.q_proj": 1},
+        "use_rslora": False,
+    }
+    random = np.random.default_rng(0)
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    base = read_safetensors(families()["mistral"]["model.safetensors"])
+    prefix, layer = "base_model.model.", "model.layers.0.self_attn.q_proj"
+    out, channels = base[f"{layer}.weight"][1]
+    norm, shape = "model.norm", tuple(base["model.norm.weight"][1])
+    for end, size in (
+        (f"{layer}.lora_A.weight", (2, channels)),
+        (f"{layer}.lora_B.weight", (out, 2)),
+        (f"{norm}.modules_to_save.weight", shape),
+    ):
+        values = random.standard_normal(size).astype(np.float32)
+        tensors[prefix + end] = ("F32", size, values.tobytes())
+    return {
+        "one layer": {
+            "adapter_config.json": json.dumps(said).encode(),
+            "adapter_model.safetensors": safetensors_file(tensors),
+        }
+    }
+
+
+@cache
+def settings() -> dict[str, Files]:
+    """Settings of a command."""
+    text = b"bits: 3\ngroup-size: 64\nexclude: ['*.v_proj', &a x]\noverrides: {a: {bits: 4}}\n"
+    return {"one command": {"settings.yaml": text}}
+
+
 @cache
 def tokenizers() -> dict[str, Files]:
     """A tokenizer with a chat template, a text and chats."""
@@ -303,7 +390,18 @@ def tokens() -> dict[str, Files]:
     out = io.BytesIO()
     np.save(out, np.arange(40, dtype=np.int32).reshape(5, 8))
     known = tokenizers()["in a file"]
-    return {"all kinds": {**known, "tokens.npy": out.getvalue()}}
+    records = [{"text": "Tom and Ann went to the park."}, {"text": "Once upon a time"}] * 2
+    asked = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Tom and Ann."}]
+    return {
+        "all kinds": {
+            **known,
+            "tokens.npy": out.getvalue(),
+            "list.json": json.dumps(records).encode(),
+            "chats.json": json.dumps({"data": [{"conversations": asked}] * 3}).encode(),
+            "table.csv": b'id,text\n1,"Tom, and Ann"\n2,Once upon a time\n' * 2,
+            "table.tsv": b"prompt\tcompletion\nWho?\tTom\nWhere?\tIn the park\n",
+        }
+    }
 
 
 @cache

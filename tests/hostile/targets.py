@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 
 import bitwright
 from bitwright.checkpoint.gguf_file import write_header
 from bitwright.checkpoint.gguf_metadata import gguf_metadata
+from bitwright.cli.config_file import read_settings
+from bitwright.cli.quantize import quantize
 from bitwright.distill.targets import DwqTargets
 from bitwright.errors import BitwrightError
 from bitwright.statistics.activation_file import ActivationFile
@@ -115,7 +118,7 @@ def _carried(folder: Path, out: Path) -> None:
     given, written = (
         {path.relative_to(place).as_posix() for path in place.rglob("*")} for place in (folder, out)
     )
-    assert written - given <= {"README.md"}
+    assert written - given <= {"README.md", "report.json"}
     assert not any(path.is_symlink() for path in out.rglob("*"))
 
 
@@ -227,9 +230,15 @@ def _activations(folder: Path, _out: Path) -> None:
         assert np.isfinite(found).all()
 
 
+def _settings(folder: Path, _out: Path) -> None:
+    found = read_settings(folder / "settings.yaml", quantize, click.Context(quantize))
+    assert all(name in {each.name for each in quantize.params} for name in found)
+
+
 READERS = {"logits": _logits, "weights": _weights, "inspect": _inspected, "evaluate": _evaluated}
 MODEL_TASKS = {**READERS, "quantize": _rounded, "convert": _in_float}
 PACKED_TASKS = {**READERS, "to float": _in_float, "to mlx": _requantized}
+DATA = ("tokens.npy", "list.json", "chats.json", "table.csv", "table.tsv")
 TEXT_TASKS = {"text": _tokens_of("text.txt"), "chats": _tokens_of("chats.jsonl")}
 GGUF_TASKS = {**PACKED_TASKS, "to gguf": _again}
 TARGETS = {
@@ -249,8 +258,13 @@ TARGETS = {
         {**TEXT_TASKS, "llama.cpp": _described},
     ),
     "tokens": Target(
-        files.tokens, (".npy", ".txt", ".jsonl"), {**TEXT_TASKS, "ids": _tokens_of("tokens.npy")}
+        files.tokens,
+        (".npy", ".txt", ".jsonl", ".csv", ".tsv", "list.json", "chats.json"),
+        {**TEXT_TASKS, **{name: _tokens_of(name) for name in DATA}},
     ),
+    "scaled": Target(files.scaled, ("config.json", ".safetensors"), MODEL_TASKS),
+    "adapter": Target(files.adapters, (".json", ".safetensors"), MODEL_TASKS),
+    "settings": Target(files.settings, (".yaml",), {"read": _settings}),
     "targets": Target(files.targets, (".json", ".safetensors"), {"read": _targets}),
     "statistics": Target(
         files.statistics,

@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "python" / "bitwright"
 LAYERS = (
-    *("errors", "ranks", "warned", "spellings", "process", "_kernels", "build", "arrays", "files"),
+    *("errors", "markup", "ranks", "warned", "spellings", "process"),
+    *("_kernels", "build", "arrays", "files"),
     *("grids", "methods", "models", "text", "checkpoint", "formats", "loading"),
     *("runs", "evaluation", "records", "distill", "precision", "statistics", "blocks"),
     *("quantization", "adapter", "presets", "tools", "compat"),

@@ -200,7 +200,7 @@ def test_a_run_says_first_what_it_takes(tmp_path: Path) -> None:
     first = done.stderr.splitlines()[0]
     told = re.fullmatch(
         r"plan: about ([\d.]+) ([GM])B of memory \(budget [\d.]+ GB\), [\d.]+ [GMk]B of disk, "
-        r"\d+ min \d+ s",
+        r"\d+ min \d+ s; writes [\d.]+ [GMk]B",
         first,
     )
     assert told, first

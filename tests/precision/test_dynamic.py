@@ -187,6 +187,7 @@ def test_wrong_targets_and_candidates(found: bitwright.Sensitivities) -> None:
 def test_dynamic_quantize_reuses_sensitivities(tmp_path: Path, monkeypatch: Any) -> None:
     text, file = DEMO / "calibration.txt", tmp_path / "sensitivities.json"
     options: dict[str, Any] = {"sensitivities": file, "length": 64, "progress": False}
+    options["float_embeddings"] = True
     first = bitwright.dynamic_quantize(
         DEMO, tmp_path / "a", 4.5, CANDIDATES, "gptq", "mlx", text, sensitivity_samples=4, samples=8,
         evaluation=DEMO / "evaluation.txt", **options,
@@ -218,6 +219,7 @@ def test_recipe_is_for_any_method(tmp_path: Path, found: bitwright.Sensitivities
             samples=4,
             length=64,
             recipe=tmp_path / "recipe.json",
+            float_embeddings=True,
             progress=False,
         )
         stored = {layer.name: (layer.bits, layer.group_size) for layer in report.layers}
@@ -247,6 +249,7 @@ def test_sensitivities_beat_chance_and_uniform_bits(tmp_path: Path) -> None:
             calibration=None if method == "rtn" else calibration,
             samples=None if method == "rtn" else 6,
             recipe=recipe,
+            float_embeddings=True,
             overwrite=True,
             progress=False,
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from demo_runs import DEMO, TEXT, divergence, run
+from told import TOLD
 
 import bitwright
 from bitwright.blocks.output_metrics import OutputMetrics
@@ -15,7 +16,7 @@ ENOUGH = {"samples": 48}  # for gradients that tell something
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".md"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TOLD}
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq"])
@@ -76,7 +77,30 @@ def test_what_is_refused(tmp_path: Path, options: dict[str, Any], message: str) 
     assert not list(tmp_path.iterdir())
 
 
-def test_best_does_not_say_that_it_is_high(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="preset: high is no part of best"):
-        bitwright.quantize_best(DEMO, tmp_path / "out", calibration=TEXT, preset="high")
-    assert not list(tmp_path.iterdir())
+def test_best_begins_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitwright.presets.best.TRAINED_TOKENS", 4_000)
+    given: dict[str, Any] = {"bits": 2, "group_size": 32, **ENOUGH}
+    run(tmp_path / "best", preset="best", **given)
+    options: dict[str, Any] = {"calibration": TEXT, "length": 64, "progress": False}
+    options["float_embeddings"] = True
+    bitwright.quantize_best(DEMO, tmp_path / "plain", preset="default", **given, **options)
+    assert divergence(tmp_path / "best") < 0.97 * divergence(tmp_path / "plain")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "plain"]
+
+
+def test_best_resumes_in_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitwright.presets.best.TRAINED_TOKENS", 500)
+    options = {**OPTIONS, "preset": "best"}
+    run(tmp_path / "whole", **options)
+    for place in ((OutputMetrics, "_compute"), (Layers, "equalized")):
+
+        def stop(*_: Any) -> Any:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "out", **options)
+    run(tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]

@@ -525,7 +525,14 @@ def test_errors_before_are_those_of_what_was_refined(tmp_path: Path) -> None:
         start, out = tmp_path / f"{bits} {method}", tmp_path / f"{bits} {method} refined"
         options: dict[str, Any] = {"progress": False}
         made = bitwright.quantize(
-            DEMO, start, method, bits, calibration=ids, preset="fast", **options
+            DEMO,
+            start,
+            method,
+            bits,
+            calibration=ids,
+            preset="fast",
+            float_embeddings=True,
+            **options,
         )  # type: ignore[arg-type]
         found = bitwright.refine_model(DEMO, start, out, ids, drift=False, **options)
         for layer, known in zip(found.layers[:3], made.layers, strict=False):

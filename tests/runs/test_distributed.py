@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from shared_data import TESTS
+from told import TOLD
 
 import bitwright
 from bitwright import _kernels
@@ -91,7 +92,7 @@ def spread(
 
 def content(folder: Path) -> dict[str, bytes]:
     """Return the files of a checkpoint but for its card, which names the folder."""
-    paths = (path for path in folder.iterdir() if path.name != "README.md")
+    paths = (path for path in folder.iterdir() if path.name not in TOLD)
     return {path.name: path.read_bytes() for path in sorted(paths)}
 
 

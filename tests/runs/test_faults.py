@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from told import TOLD
 
 import bitwright
 from bitwright.checkpoint import CheckpointWriter
@@ -43,9 +44,7 @@ def quantize(out: Path, model: Path = DEMO, **options: Any) -> None:
 def content(folder: Path) -> dict[str, bytes]:
     """Return the files of a checkpoint but for its card, which names the command."""
     return {
-        path.name: path.read_bytes()
-        for path in sorted(folder.iterdir())
-        if path.name != "README.md"
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in TOLD
     }
 
 

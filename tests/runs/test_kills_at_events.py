@@ -143,7 +143,7 @@ def test_events_can_end_with_an_error(folder: Path, number: int) -> None:
 @pytest.mark.parametrize(
     "commands",
     [
-        ["quantize gptq", "quantize to gguf", "quantize in files", "convert again"],
+        ["quantize gptq", "quantize to GGUF files", "quantize in files", "convert again"],
         ["quantize again", "quantize in place again"],
         ["quantize resumed", "quantize best", "refine"],
         ["statistics resumed", "statistics merge"],

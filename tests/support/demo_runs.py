@@ -20,6 +20,7 @@ def run(out: Path, model: Path = DEMO, **options: Any) -> bitwright.Quantization
         "calibration": TEXT,
         "samples": 12,
         "length": 128,
+        "float_embeddings": True,  # what methods are worth shows in the layers
         "progress": False,
     }
     return bitwright.quantize(model, out, **{**settings, **options})

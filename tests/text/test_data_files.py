@@ -218,7 +218,12 @@ def test_shares_that_cannot_be(tmp_path: Path, tokenizer: Tokenizer) -> None:
             load_tokens(spelled.format(tmp_path), tokenizer=tokenizer, **more)
         return str(caught.value)
 
-    assert fails("{0}/a:0,{0}/b.npy").endswith("its share is 0.0, but must be above 0")
+    assert "its share is 0.0, but must be above 0" in fails("{0}/a:0,{0}/b.npy")
+    assert "its share is 1e+300, but must be" in fails("{0}/a:1e300,{0}/b.npy")
+    for share in ("1e-320", "0.001"):
+        said = fails(f"{{0}}/a:{share},{{0}}/a", samples=2, length=1)
+        assert f"/a: its share of 2 samples, {float(share):g}, is less than one" in said
+    assert "names no file before or after a comma" in fails("{0}/a:1,")
     assert "/d: there is no such file" in fails("{0}/a:1,{0}/d:1")
     assert "Ask for one length" in fails("{0}/b.npy,{0}/c.npy")
     assert "were asked for, but there are" in fails("{0}/a:9,{0}/b.npy:1", length=2, samples=10)

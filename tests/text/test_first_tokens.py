@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from shared_data import SHARED, needs_shared
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from told import TOLD
 
 import bitwright
 from bitwright.cli.main import cli
@@ -154,7 +155,7 @@ def little_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def everything(folder: Path) -> dict[str, bytes]:
     """What a folder holds but its card, which tells the call, and a report of times."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TOLD}
 
 
 def quantized(model: Path, data: Any, out: Path, **more: Any) -> Any:

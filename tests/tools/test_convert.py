@@ -31,7 +31,7 @@ DTYPES = [HALF, np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)]
 
 def made(out: Path, format: Any, **options: Any) -> Path:
     """Quantize the demo model by rounding."""
-    options = {"method": "rtn", "progress": False, **options}
+    options = {"method": "rtn", "float_embeddings": True, "progress": False, **options}
     bitwright.quantize(DEMO, out, format=format, **options)
     return out
 

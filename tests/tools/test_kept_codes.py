@@ -146,7 +146,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(model: Path, out: Path, format: Any, **options: Any) -> Path:
-    bitwright.quantize(model, out, "rtn", format=format, progress=False, **options)
+    options |= {"float_embeddings": True, "progress": False}
+    bitwright.quantize(model, out, "rtn", format=format, **options)
     return out / "model.gguf" if format == "gguf" else out
 
 

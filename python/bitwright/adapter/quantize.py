@@ -17,6 +17,7 @@ from bitwright.adapter.torch_model import Input, Linear, Norm, Stream, TorchBloc
 from bitwright.blocks.equalizing import (
     first_exact,
     gain_is_exact,
+    half_holds,
     has_float16_scales,
     most_power,
     moves_exactly,
@@ -58,10 +59,12 @@ from bitwright.quantization.small_weights import (
     require_kept,
     warn_of_small_weights,
 )
-from bitwright.records.card import made_by, model_card, python_call
+from bitwright.records.card import model_card, python_call
+from bitwright.records.described import write_report
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import Budget
-from bitwright.runs.progress import progress_bar
+from bitwright.runs.progress import Progressing, phase
 from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import TokenSource, existing_file
@@ -110,7 +113,7 @@ def quantize_with_transformers(
     memory: float | None = None,
     overwrite: bool = False,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
 ) -> QuantizationReport:
     """Quantize a checkpoint folder of any text model that transformers runs into another one.
 
@@ -239,7 +242,11 @@ def _target(model: TorchModel, asked: PrecisionOptions) -> Target:
     check_plan(plan, shapes, kind, asked.allow_unfused)
     check_stacks(model, kind, plan)
     warn_of_unstorable(wished, plan, shapes, kind, model.folder)
-    return Target(kind, plan, default, kind.chosen_scale_dtype(model.dtype, asked.scale_dtype))
+    dtypes = model.dtype, asked.scale_dtype
+    return Target(
+        *(kind, plan, default, kind.chosen_scale_dtype(*dtypes)),
+        wider_dtype=kind.wider_dtype(*dtypes),
+    )
 
 
 def _write(
@@ -294,6 +301,7 @@ def _write(
         differ = bool(unfused(kind, target.plan))
         card = model_card(checkpoint, out, kind, [report], facts=facts, unfused=differ)
         writer.write_text(CARD_NAME, card)
+        write_report(writer, report)
     return report
 
 
@@ -393,14 +401,16 @@ class _Run:
         self.options = options.method
         self.n_grid = options.awq.n_grid
         self.scale_dtype = target.scale_dtype
+        self.wider_dtype = target.wider_dtype
         self.tokens = tokens
         self.changed: dict[str, Float32] = {}  # float tensors into which scales were folded
         self.unread: list[str] = []  # layers that no token reached
         # The powers of two by which layers were multiplied, and those that are too small all the same.
         self.powers: dict[str, int] = {}
         self.coarse: set[str] = set()
+        self.wide: set[str] = set()  # those whose scales float16 cannot hold
 
-    def go(self, progress: bool) -> None:
+    def go(self, progress: Progressing) -> None:
         """Quantize and write all tensors."""
         model = self.model
         stream = None if self.tokens is None else Stream(model, self.tokens)
@@ -411,12 +421,11 @@ class _Run:
                 f"{type(model.module).__name__} that only linears read, so it has nothing to scale; "
                 f"use gptq"
             )
-        bar = progress_bar("quantizing", progress, "blocks")
-        with bar:
-            task = bar.add_task("", total=len(model.blocks), figures="")
+        with phase("quantizing", progress, len(model.blocks), unit="blocks") as shown:
             for block in model.blocks:
                 reported = len(self.output.layers)
                 linears = block.all_linears()
+                self.wide |= self._found_wide(linears)
                 if stream is None:
                     self._solve([Input([linear]) for linear in linears], self.output.finish)
                 else:
@@ -430,7 +439,7 @@ class _Run:
                         self._solve(inputs, self.output.finish)
                     if block is not model.blocks[-1]:  # nobody reads the last hidden states
                         stream.advance(block)
-                bar.update(task, advance=1, figures=block_error(self.output.layers[reported:]))
+                shown.step(block_error(self.output.layers[reported:]))
         self._carry()
         warn_of_small_weights(model.folder, self.output.format, self.output)
         if self.unread:
@@ -475,7 +484,7 @@ class _Run:
                             shared = self._solver(each)
                         solve = shared
                     solve = refined(solve, each.gram, self.options)
-                    tensor = self._solved(solve, linear.weight, precision)
+                    tensor = self._solved(solve, linear.name, linear.weight, precision)
                 except BitwrightError:
                     raise
                 except ValueError as error:
@@ -494,6 +503,7 @@ class _Run:
                         change,
                         power=self.powers.get(linear.name, 0),
                         coarse=linear.name in self.coarse,
+                        wide=linear.name in self.wide,
                     )
                 )
 
@@ -503,8 +513,29 @@ class _Run:
             return rtn_solver(StageInputs(), self.options)
         return self.options.solver(StageInputs(inputs.gram))
 
-    def _solved(self, solve: Solver, weight: Float32, precision: Precision) -> QuantizedTensor:
-        return solve(weight, precision.bits, precision.group_size, precision.grid, self.scale_dtype)
+    def _solved(
+        self, solve: Solver, name: str, weight: Float32, precision: Precision
+    ) -> QuantizedTensor:
+        dtype = self._scale_dtype(name)
+        return solve(weight, precision.bits, precision.group_size, precision.grid, dtype)
+
+    def _scale_dtype(self, name: str) -> np.dtype[Any]:
+        wider = self.wider_dtype
+        return wider if wider is not None and name in self.wide else self.scale_dtype
+
+    def _found_wide(self, linears: Sequence[Linear]) -> set[str]:
+        """Return the linears of a block whose scales float16 cannot hold, with their stacks of experts."""
+        if self.wider_dtype is None:
+            return set()
+        planned = [linear for linear in linears if self.plan.get(linear.name) is not None]
+        found = {each.name for each in planned if not half_holds(each.weight, self._choice(each))}
+        experts = self.output.experts
+        stacks = {experts[name].stacked_name for name in found if name in experts}
+        return found | {
+            each.name
+            for each in planned
+            if each.name in experts and experts[each.name].stacked_name in stacks
+        }
 
     def _require_kept(
         self,
@@ -519,7 +550,8 @@ class _Run:
 
         def lost_if_raised(power: int) -> float:
             raised = np.ldexp(linear.weight, power)
-            return relative_error(raised, self._solved(solve, raised, precision).dequantize(), gram)
+            found = self._solved(solve, linear.name, raised, precision)
+            return relative_error(raised, found.dequantize(), gram)
 
         place = f"{self.model.folder}: layer {linear.name}"
         largest = largest_of([linear.weight])
@@ -636,7 +668,7 @@ class _Run:
             precision.bits,
             precision.group_size,
             precision.grid,
-            self.scale_dtype,
+            self._scale_dtype(linear.name),
             ranges,
         )
 

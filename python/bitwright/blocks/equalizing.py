@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.blocks.scaling import AwqOptions, ScaledBlock
 from bitwright.grids.choice import GridChoice, smallest_scale
-from bitwright.grids.tables import has_superblocks
+from bitwright.grids.tables import TABLES, has_superblocks
 from bitwright.loading.model import Model
 from bitwright.models.architecture import Attention
 from bitwright.models.block import DecoderBlock, Rotation
@@ -33,6 +33,7 @@ NORMAL = 2.0**-14  # the smallest number of full precision
 MARGIN = 16
 WIDTH = 6  # of a group's range, in root mean squares, to tell its scale by
 LARGEST = 1024.0  # weight that another's gain may make; its scale is far from the end of float16
+LARGEST_HALF = 2.0**15  # weight that groups have float16 scales and biases for, with some room
 MOST_POWER = 60
 
 
@@ -125,6 +126,12 @@ def is_coarse(weight: Float32 | Pieces, choice: GridChoice) -> bool:
         in_small += float(energies[small].sum())
         total += float(energies.sum())
     return in_small > 0.5 * total
+
+
+def half_holds(weight: Float32 | Pieces, choice: GridChoice) -> bool:
+    """Tell whether float16 scales can hold a layer, whose weights are neither too small nor too large."""
+    own = choice.grid in TABLES and TABLES[choice.grid].scale_dtype is not None
+    return own or (_largest(weight) < LARGEST_HALF and not is_coarse(weight, choice))
 
 
 def _parts(weight: Float32 | Pieces) -> Iterable[Float32]:

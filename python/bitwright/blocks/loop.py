@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from bitwright.ranks import current
 from bitwright.runs.journal import Journal, Recorded, RecordedFiles
-from bitwright.runs.progress import progress_bar
+from bitwright.runs.progress import Progressing, phase
 from bitwright.runs.states import States
 
 
@@ -31,7 +30,7 @@ class BlockPass(Protocol):
         ...
 
     def run_block(self, index: int) -> str:
-        """Do what is to do with block `index`; return figures for the progress bar."""
+        """Do what is to do with block `index`; return figures to show."""
         ...
 
     def kept(self, index: int) -> Mapping[str, States | None]:
@@ -45,7 +44,7 @@ def through_blocks(
     state: Mapping[str, Any] | None,
     count: int,
     label: str,
-    progress: bool,
+    progress: Progressing,
 ) -> None:
     """Go through the blocks that are left and commit each.
 
@@ -58,7 +57,7 @@ def through_blocks(
     count
         How many blocks there are.
     label, progress
-        What the progress bar says, and whether there is one.
+        The title of this phase, and whether it is shown.
     """
     first = 0
     if state is not None:
@@ -67,8 +66,8 @@ def through_blocks(
             work.restore(state)
             journal.check_files(state)
     work.begin(journal, state)
-    with progress_bar(label, progress and current().is_first, "blocks") as bar:
-        task = bar.add_task("", total=count, completed=first, figures="")
+    with phase(label, progress, count, done=first, unit="blocks") as shown:
         for index in range(first, count):
-            bar.update(task, advance=1, figures=work.run_block(index))
+            figures = work.run_block(index)
             journal.commit(index + 1, work.output, work.writer, work.kept(index))
+            shown.step(figures)

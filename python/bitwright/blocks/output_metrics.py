@@ -19,7 +19,12 @@ from bitwright.checkpoint.work_folder import (
     remove_tree,
     write_sealed,
 )
-from bitwright.distill.gradient_memory import batch_step, final_bytes, sub_block_bytes
+from bitwright.distill.gradient_memory import (
+    backward_bytes,
+    batch_step,
+    final_bytes,
+    sub_block_bytes,
+)
 from bitwright.distill.losses import DistillationLoss, TopTokens
 from bitwright.errors import CheckpointError, NonFiniteError
 from bitwright.files.replacing import output_errors
@@ -31,7 +36,7 @@ from bitwright.models.network import Network
 from bitwright.models.operations import Float, Float32
 from bitwright.ranks import current
 from bitwright.runs.budget import Budget
-from bitwright.runs.progress import progress_bar
+from bitwright.runs.progress import Progressing, phase
 from bitwright.text.samples import tokens_fingerprint
 
 DRAWS = 2  # of what comes next, at each token
@@ -67,7 +72,8 @@ def plan_gradients(model: Model, tokens: NDArray[np.int32], memory: float | None
     most = min(part, max(BATCH_SAMPLES, step))
     choices = [most, *range((most - 1) // step * step, 0, -step)]
     budget = Budget.of(memory)
-    takes = [budget.base + _batch_bytes(model, length, samples) for samples in choices]
+    base = budget.base + backward_bytes()
+    takes = [base + _batch_bytes(model, length, samples) for samples in choices]
     budget.require(min(takes), model.checkpoint.folder, ", or take preset default")
     chosen = next(number for number, taken in enumerate(takes) if taken <= budget.bytes)
     return GradientPlan(choices[chosen], takes[chosen], min(takes))
@@ -145,7 +151,7 @@ class OutputMetrics:
         """Return a digest of what decides the metrics."""
         return digest(json.dumps(self.identity()).encode())
 
-    def gather(self, resume: bool, progress: bool) -> None:
+    def gather(self, resume: bool, progress: Progressing) -> None:
         """Compute all parts but those that the work folder holds already."""
         ranks, work, identity = current(), self._work, self.identity()
         work.inputs.watch_model(self._model.checkpoint)
@@ -157,14 +163,13 @@ class OutputMetrics:
         left = [part for part, done in enumerate(known) if not done]
         work.keep = len(left) < len(self._parts)
         share = ranks.share(len(left))
-        with progress_bar("gradients of outputs", progress and ranks.is_first) as bar:
-            task = bar.add_task("", total=len(share), figures="")
+        with phase("gradients of outputs", progress, len(share), unit="parts") as shown:
             for part in left[share.start : share.stop]:
                 self._compute(part)
                 work.inputs.check()
                 work.keep_checksums()
                 work.keep = True
-                bar.update(task, advance=1)
+                shown.step()
         ranks.barrier()
 
     def of(self, name: str) -> Float32 | None:

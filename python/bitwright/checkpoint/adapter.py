@@ -37,6 +37,10 @@ _HARMLESS = (
     *("init_lora_weights", "lora_ga_config"),
 )
 _MERGED = ("F64", "F32", "F16", "BF16")
+LONGEST_NAME = 1024  # of a base model
+LARGEST_ALPHA = 1e6  # far beyond any that was trained with
+# Of a regular expression, so that each look at a name takes milliseconds at most.
+MOST_CHOICES, MOST_REPEATS = 12, 3
 # How an adapter may have begun without a change of its base model.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -160,15 +164,16 @@ class AdapterCheckpoint(Checkpoint):
 
     def _scale(self, layer: str, rank: int) -> float:
         """Return what the product of a layer's factors is multiplied by."""
-        config = self.lora
-        expected = _of_layer(config.get("rank_pattern"), layer, config.get("r", 8))
-        alpha = _of_layer(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8))
-        if expected != rank or not isinstance(alpha, int | float) or not rank:
+        config, place = self.lora, self.adapter / CONFIG_NAME
+        expected = _of_layer(place, config.get("rank_pattern"), layer, config.get("r", 8))
+        alpha = _of_layer(place, config.get("alpha_pattern"), layer, config.get("lora_alpha", 8))
+        is_number = isinstance(alpha, int | float) and abs(alpha) <= LARGEST_ALPHA
+        if expected != rank or not is_number or not rank:
             raise CheckpointError(
-                f"{self.adapter / CONFIG_NAME}: says rank {shown(expected)} and alpha {shown(alpha)} of "
+                f"{place}: says rank {shown(expected)} and alpha {shown(alpha)} of "
                 f"{shown(layer)}, whose factors have rank {rank}"
             )
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     def _require_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if found != expected:
@@ -227,15 +232,27 @@ def merged(
     return out.astype(weight.dtype, copy=False)
 
 
-def _of_layer(pattern: object, layer: str, default: Any) -> Any:
+def _of_layer(place: Path, pattern: object, layer: str, default: Any) -> Any:
     """Return what a pattern of layers says of one: its first key that is the end of the layer's name."""
     for key, value in pattern.items() if isinstance(pattern, dict) else ():
-        try:
-            if re.match(rf"(.*\.)?({key})$", layer):
-                return value
-        except re.error:
-            continue
+        if _is_end(place, str(key), layer):
+            return value
     return default
+
+
+def _is_end(place: Path, key: str, layer: str) -> bool:
+    """Tell whether a regular expression is the end of a name; one that may look for days is refused."""
+    bare = re.sub(r"\\.", "", key, flags=re.DOTALL).replace("(?:", "(")
+    choices, repeats = len(re.findall(r"[|(]", bare)), len(re.findall(r"[*+?{]", bare))
+    if choices > MOST_CHOICES or repeats > MOST_REPEATS or re.search(r"\)[*+{]", bare):
+        raise CheckpointError(
+            f"{place}: the pattern {shown(key)} is too involved to be looked for safely; write the names "
+            f"of its layers instead"
+        )
+    try:
+        return re.match(rf"(.*\.)?({key})$", layer) is not None
+    except (re.error, OverflowError) as error:
+        raise CheckpointError(f"{place}: {shown(key)} is no pattern of layers: {error}") from error
 
 
 def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
@@ -264,6 +281,8 @@ def _base(path: Path, config: Mapping[str, Any]) -> Path:
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{path}: names no base model; write base_model_name_or_path there")
+    if len(name) > LONGEST_NAME:
+        raise CheckpointError(f"{path}: {shown(name)} cannot be the name of a base model")
     revision = config.get("revision")
     if isinstance(revision, str) and revision and not os.path.exists(name):
         name = f"{name}@{revision}"

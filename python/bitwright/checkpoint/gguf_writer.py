@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,9 @@ from bitwright.checkpoint.gguf_file import (
 from bitwright.checkpoint.gguf_general import size_label
 from bitwright.checkpoint.gguf_metadata import gguf_metadata
 from bitwright.checkpoint.gguf_names import ROTATION_TENSORS, GgufNames
-from bitwright.checkpoint.writer import FileOptions, StoredTensor
+from bitwright.checkpoint.writer import ENTRY_BYTES, FileOptions, StoredTensor
+
+HEADER_BYTES = 512  # of what is said of the file when its tensors are known
 
 
 class GgufFiles:
@@ -85,8 +88,9 @@ class GgufFiles:
     ) -> None:
         """As `WeightFiles.write`."""
         infos = [TensorInfo(each.name, each.dtype, each.shape) for each in tensors]
-        number = self._options.type and np.uint32(FILE_TYPES[self._options.type])
-        file_type = {"general.file_type": _file_type(infos) if number is None else number}
+        kind = self._options.type or ("F32" if self.part_bytes else None)  # or not known yet
+        number = _file_type(infos) if kind is None else np.uint32(FILE_TYPES[kind])
+        file_type = {"general.file_type": number}
         said = {**self._metadata, **file_type, **self._options.keys}
         if not self.part_bytes:  # or nobody knows yet
             said.setdefault("general.size_label", size_label(infos))
@@ -100,6 +104,12 @@ class GgufFiles:
             tensor.copy(data, file)
             file.write(bytes(start + end - file.tell()))
 
+    def overhead(self, names: Iterable[str]) -> int:
+        """As `WeightFiles.overhead`."""
+        said = {**self._metadata, **self._options.keys}
+        start = write_header(BytesIO(), said, [])
+        return start + HEADER_BYTES + sum(len(name.encode()) + ENTRY_BYTES for name in names)
+
     def complete(self, files: Sequence[Path], tensors: Mapping[str, int], size: int) -> None:
         """As `WeightFiles.complete`: each of several files says which of how many it is."""
         if not self.part_bytes:
@@ -109,10 +119,19 @@ class GgufFiles:
             with open(path, "rb") as file:
                 headers.append(Header(file, path))
         infos = [info for header in headers for info, _ in header.tensors.values()]
-        said = {} if self._options.type else {"general.file_type": _file_type(infos)}
+        kind = _file_type(infos)
         for number, path in enumerate(files):
-            with open(path, "r+b") as file:
-                overwrite_values(file, {**_split(number, len(files), len(infos)), **said})
+            self._overwrite(path, number, len(files), len(infos), kind)
+
+    def reopen(self, file: Path, number: int) -> None:
+        """As `WeightFiles.reopen`."""
+        if self.part_bytes:
+            self._overwrite(file, number, 1, 0, np.uint32(FILE_TYPES["F32"]))
+
+    def _overwrite(self, path: Path, part: int, count: int, tensors: int, kind: np.uint32) -> None:
+        said = {} if self._options.type else {"general.file_type": kind}
+        with open(path, "r+b") as file:
+            overwrite_values(file, {**_split(part, count, tensors), **said})
 
 
 def _split(number: int, count: int, tensors: int) -> dict[str, Any]:

@@ -39,7 +39,7 @@ _LEFT_FILES = (
     *("adapter_config.json", "adapter_model.*"),
 )
 CARD = "README.md"  # the new card copies some of its entries
-_WRITTEN_ANEW = ("config.json", "readme*")  # in the folder itself
+_WRITTEN_ANEW = ("config.json", "readme*", "report.json", "bitwright.yaml")  # in the folder itself
 
 
 class SideFiles:

@@ -34,6 +34,7 @@ from bitwright.files.inputs import InputFiles
 from bitwright.files.replacing import output_errors, synchronize, taken
 
 SHARD_BYTES = 5_000_000_000  # as model hubs have them
+ENTRY_BYTES = 96  # of a tensor in a header at most, beside its name
 COPY_BYTES = 8 << 20
 DATA_NAME = "data.{}"  # in the work folder: of weight file number …, until that is written
 STACK_NAME = "stack.{}"  # in the work folder: of a tensor whose parts are not all there
@@ -41,8 +42,8 @@ UNFINISHED = "checkpoint"  # in the work folder: what is moved into place
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".gguf")
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Called with an output before it appears; see `completed`.
-_completing: ContextVar[tuple[Path | None, Callable[[Path], object]]] = ContextVar(
-    "completing", default=(None, lambda folder: None)
+_completing: ContextVar[tuple[tuple[Path, Callable[[Path], object]], ...]] = ContextVar(
+    "completing", default=()
 )
 
 
@@ -130,9 +131,17 @@ class WeightFiles(Protocol):
         """Write a file of tensors whose data lie in another file; the `number` of the first is 0."""
         ...
 
+    def overhead(self, names: Iterable[str]) -> int:
+        """Return how many bytes the files take at most beside the data of tensors of such names."""
+        ...
+
     def complete(self, files: Sequence[Path], tensors: Mapping[str, int], size: int) -> None:
         """Finish the files under their last names, once it is known how many there are: `tensors` has the
         number of the file of each, `size` are the bytes of all."""
+        ...
+
+    def reopen(self, file: Path, number: int) -> None:
+        """Take back what `complete` has changed in a file, if it has: more files may come."""
         ...
 
 
@@ -166,6 +175,10 @@ class SafetensorsFiles:
         for tensor in ordered:
             tensor.copy(data, file)
 
+    def overhead(self, names: Iterable[str]) -> int:
+        """As `WeightFiles.overhead`."""
+        return ENTRY_BYTES + sum(len(name.encode()) + ENTRY_BYTES for name in names)
+
     def complete(self, files: Sequence[Path], tensors: Mapping[str, int], size: int) -> None:
         """As `WeightFiles.complete`: of several files there is an index."""
         if len(files) == 1:
@@ -177,6 +190,9 @@ class SafetensorsFiles:
         path = files[0].with_name(INDEX_NAME)
         path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
+    def reopen(self, file: Path, number: int) -> None:
+        """As `WeightFiles.reopen`: files stay as they were written."""
+
 
 @contextmanager
 def completed(out: str | os.PathLike[str], complete: Callable[[Path], object]) -> Iterator[None]:
@@ -187,10 +203,12 @@ def completed(out: str | os.PathLike[str], complete: Callable[[Path], object]) -
     out
         The folder.
     complete
-        Is called with the place where all that belongs to it lies, on the rank that writes. What it adds
+        Is called with the place where all that belongs to it lies, on the rank that writes; of several
+        around each other the innermost comes first. What it adds
         there, or writes elsewhere, is there when ``out`` is. An error in it leaves ``out`` as it was.
     """
-    token = _completing.set((Path(os.path.realpath(out)), complete))
+    place = Path(os.path.realpath(out))
+    token = _completing.set(((place, complete), *_completing.get()))
     try:
         yield
     finally:
@@ -386,8 +404,9 @@ class CheckpointWriter:
                 elif path not in sizes:
                     path.unlink()
             self.committed()
-            for path, size in sizes.items():
+            for number, (path, size) in enumerate(sizes.items()):
                 self._work.require(path, size)
+                self.container.reopen(path, number)
             if self._waiting:
                 self._work.require(data, self._waiting_bytes, or_more=True)
                 os.truncate(data, self._waiting_bytes)
@@ -665,9 +684,9 @@ class CheckpointWriter:
             self._flush(folder)
         with output_errors(self._out):
             self._name_shards(folder)
-        out, complete = _completing.get()
-        if out == self._out:
-            complete(folder)
+        for out, complete in _completing.get():
+            if out == self._out:
+                complete(folder)
         with output_errors(self._out):
             for path in (*folder.rglob("*"), folder):
                 synchronize(path)

@@ -10,10 +10,13 @@ import yaml
 
 from bitwright.errors import ConfigError, shown
 from bitwright.files.home import expanded
-from bitwright.files.replacing import replaced
+from bitwright.files.replacing import check_new_file, followed, replaced
 from bitwright.files.text_file import read_bytes
+from bitwright.records.described import SETTINGS_MARK, settings_text
 
 LIMIT = 1 << 20  # bytes
+DEPTH = 3  # of values; overrides have two
+LONGEST = 500  # characters of what is said of a value
 UNSET = ("", "~", "null", "Null", "NULL")
 
 
@@ -53,11 +56,28 @@ def read_settings(path: Path, command: click.Command, context: click.Context) ->
     return settings
 
 
-def write_settings(path: Path, settings: Mapping[str, Any], command: str) -> None:
-    """Write settings so that `read_settings` gives them back."""
-    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    with replaced(Path(expanded(path))) as temporary:
-        temporary.write_text(f"# bitwright {command} --config THIS_FILE\n{text}", encoding="utf-8")
+def write_settings(
+    path: Path, settings: Mapping[str, Any], command: str, overwrite: bool = False
+) -> None:
+    """Write settings so that `read_settings` gives them back.
+
+    Raises
+    ------
+    OutputExistsError
+        If there is a file that this has not written, unless that may be overwritten.
+    OutputError
+        If the operating system refuses.
+    """
+    place = Path(expanded(path))
+    check_new_file(place, _check_own, overwrite)
+    with replaced(followed(place)) as temporary:
+        temporary.write_text(settings_text(settings, command), encoding="utf-8")
+
+
+def _check_own(path: Path) -> None:
+    """Raise ConfigError unless a file begins as those that are written here."""
+    if not read_bytes(path, LIMIT, ConfigError).startswith(SETTINGS_MARK.encode()):
+        raise ConfigError(f"{path}: was not written by --save-config")
 
 
 def given_settings(
@@ -68,11 +88,13 @@ def given_settings(
     found: dict[str, Any] = {}
     for each in command.params:
         name = each.name
-        if name is None or name in ("config", "save_config", "help"):
+        if name is None or name in ("config", "save_config", "help", "as_json"):
             continue
         value = raw.get(name)
         if not isinstance(value, str | bool | int | float | list | tuple):
             value = (context.default_map or {}).get(name)
+        if isinstance(each, click.Option) and each.is_flag and isinstance(value, str):
+            value = click.BOOL.convert(value, each, context)
         if value is None:
             value = each.get_default(context)
         if isinstance(value, tuple | list):
@@ -92,7 +114,7 @@ def _plain(value: Any) -> Any:
 
 def _entries(path: Path) -> Iterable[tuple[str, Any, int]]:
     """Yield keys, values and lines; scalars as the text that they are, so that 3:32 is no number."""
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"{path}: there is no such file")
     try:
         root = yaml.compose(
@@ -113,18 +135,24 @@ def _entries(path: Path) -> Iterable[tuple[str, Any, int]]:
         raise ConfigError(f"{path}, line {root.start_mark.line + 1}: must be settings, KEY: VALUE")
     for key, value in root.value:
         line = key.start_mark.line + 1
-        if not isinstance(key, yaml.ScalarNode):
-            raise ConfigError(f"{path}, line {line}: a key must be a word")
-        yield key.value, _value(value, f"{path}, line {line}"), line
+        yield _word(key, f"{path}, line {line}"), _value(value, f"{path}, line {line}"), line
 
 
-def _value(node: yaml.Node, where: str) -> Any:
+def _word(node: yaml.Node, where: str) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        raise ConfigError(f"{where}: a key must be a word")
+    return str(node.value)
+
+
+def _value(node: yaml.Node, where: str, depth: int = 0) -> Any:
+    if depth > DEPTH:  # by an alias, one of a few bytes may have no end
+        raise ConfigError(f"{where}: is nested too deeply")
     if isinstance(node, yaml.ScalarNode):
         return None if node.style is None and node.value in UNSET else node.value
     if isinstance(node, yaml.SequenceNode):
-        return [_value(each, where) for each in node.value]
+        return [_value(each, where, depth + 1) for each in node.value]
     assert isinstance(node, yaml.MappingNode)
-    return {_value(key, where): _value(value, where) for key, value in node.value}
+    return {_word(key, where): _value(value, where, depth + 1) for key, value in node.value}
 
 
 def _parameter(key: str, known: Mapping[str, click.Parameter]) -> str | None:
@@ -139,7 +167,9 @@ def _parameter(key: str, known: Mapping[str, click.Parameter]) -> str | None:
 def _checked(value: Any, parameter: click.Parameter, context: click.Context, where: str) -> Any:
     """Return a value as click takes it from a command line, once it is known to be sound."""
     if isinstance(value, dict):
-        if not all(isinstance(each, dict) for each in value.values()):
+        parts = [each.values() for each in value.values() if isinstance(each, dict)]
+        words = [word for part in parts for word in part]
+        if len(parts) < len(value) or not all(isinstance(each, str) for each in words):
             raise ConfigError(f"{where}: must map each glob to its settings")
         value = [
             f"{glob}={','.join(f'{key}:{number}' for key, number in each.items())}"
@@ -154,5 +184,7 @@ def _checked(value: Any, parameter: click.Parameter, context: click.Context, whe
     try:
         parameter.type_cast_value(context, value)
     except click.BadParameter as error:
-        raise ConfigError(f"{where}: {error.message}") from error
+        said = error.message
+        said = said if len(said) <= LONGEST else f"{said[:LONGEST]}…"
+        raise ConfigError(f"{where}: {said}") from error
     return value

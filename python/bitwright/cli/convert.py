@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, file_option, precision_option
+from bitwright.cli.telling import tell
 from bitwright.formats import FORMATS
 from bitwright.report.printing import print_conversion
 from bitwright.spellings import Old
@@ -18,6 +18,7 @@ from bitwright.spellings import Old
 @options.model
 @options.out
 @options.push
+@options.page
 @file_option(
     "-f",
     "--format",
@@ -39,4 +40,5 @@ from bitwright.spellings import Old
 @options.memory
 def convert(model: Path, out: Path, **given: Any) -> None:
     """Store MODEL, a checkpoint folder or GGUF file, in another format."""
-    print_conversion(bitwright.convert(model, out, **given), Console())
+    report = bitwright.convert(model, out, **given)
+    tell(report, lambda console: print_conversion(report, console))

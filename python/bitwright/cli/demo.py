@@ -6,6 +6,7 @@ from rich.console import Console
 import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command
+from bitwright.cli.telling import tell
 from bitwright.demo import run_demo
 
 
@@ -15,4 +16,5 @@ def demo(threads: int | None) -> None:
     """Do the whole job on a small model that the package carries."""
     if threads is not None:
         bitwright.set_num_threads(threads)
-    run_demo(Console())
+    told = run_demo(Console())
+    tell(told, lambda console: None)

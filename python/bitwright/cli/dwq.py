@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 import bitwright
 from bitwright.checkpoint.fingerprint import digest
@@ -17,6 +16,7 @@ from bitwright.cli.grouped import (
     training_option,
 )
 from bitwright.cli.parameters import Model, NewFile
+from bitwright.cli.telling import tell
 from bitwright.distill.losses import LOSSES
 from bitwright.distill.student import ZEROS
 from bitwright.distill.training import SCHEDULES
@@ -33,6 +33,7 @@ from bitwright.text.text_files import TextFiles
 MAKING = (
     *("method", "format", "candidates", "student_calibration", "samples", "bits", "group_size"),
     "target_bpw",
+    "float_embeddings",
 )
 
 
@@ -55,6 +56,7 @@ MAKING = (
 )
 @options.out
 @options.push
+@options.page
 @options.format("mlx")
 @file_option(
     "--targets",
@@ -78,6 +80,7 @@ MAKING = (
 @options.group_size
 @options.target_bpw("Quantize the original to dynamic precision; see bitwright dynamic.")
 @options.candidates
+@options.float_embeddings
 @options.method
 @training_option(
     "--tokens", type=click.IntRange(1), help="Tokens to train on; by default all of the data once."
@@ -141,6 +144,7 @@ def dwq(
     bits: int,
     group_size: Any,
     target_bpw: float | None,
+    float_embeddings: bool,
     **given: Any,
 ) -> None:
     """Train the scales of the quantized MODEL to say what the original, --reference, says.
@@ -168,7 +172,8 @@ def dwq(
     source = calibration if student_calibration is None else student_calibration
 
     def make(folder: Path) -> None:
-        limits = {name: given[name] for name in ("memory", "resume")}
+        limits: dict[str, Any] = {name: given[name] for name in ("memory", "resume")}
+        limits["float_embeddings"] = float_embeddings
         if target_bpw is not None:
             bitwright.dynamic_quantize(
                 model, folder, target_bpw, candidates, method, format, source, **shared, **limits
@@ -186,6 +191,7 @@ def dwq(
         "bits": bits,
         "group_size": group_size,
         "target_bpw": target_bpw,
+        "float_embeddings": float_embeddings,
         "calibration": None if student_calibration is None else _digest(student_calibration),
         **shared,
     }
@@ -197,7 +203,7 @@ def dwq(
         made_with=made_with,
         **given,
     )
-    print_dwq_report(report, Console())
+    tell(report, lambda console: print_dwq_report(report, console))
 
 
 def _digest(source: Any) -> str:

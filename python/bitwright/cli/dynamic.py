@@ -10,6 +10,7 @@ import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, calibration_option, file_option
 from bitwright.cli.parameters import NewFile
+from bitwright.cli.telling import tell
 from bitwright.precision.estimate import DEFAULT_SAMPLES
 from bitwright.report.printing import print_evaluations, print_recipe, print_report
 from bitwright.spellings import Old
@@ -26,6 +27,7 @@ from bitwright.spellings import Old
 @options.model
 @options.out
 @options.push
+@options.page
 @options.format("mlx")
 @file_option(
     "--sensitivities",
@@ -55,9 +57,8 @@ from bitwright.spellings import Old
     type=click.IntRange(1),
     help=f"Samples that they are estimated on; by default up to {DEFAULT_SAMPLES}.",
 )
-@options.target_bpw(
-    "Bits per weight of the quantized layers together, scales included.", required=True
-)
+@options.target_bpw("Bits per weight of the quantized layers together, scales included.")
+@options.target_size
 @options.candidates
 @options.grid
 @options.ends
@@ -72,6 +73,8 @@ def dynamic(
     **given: Any,
 ) -> None:
     """Quantize MODEL to a target size, with more bits where they matter."""
+    if (given["target_bpw"] is None) == (given["target_size"] is None):
+        raise click.UsageError("give --target-bpw or --target-size, one of the two")
     options.check_apart(out=out, recipe=recipe, sensitivities=given["sensitivities"])
     report = bitwright.dynamic_quantize(
         model,
@@ -79,8 +82,11 @@ def dynamic(
         recipe=recipe,
         **given,
     )
-    console = Console()
-    print_recipe(report.recipe, report.sensitivities, console)
-    print_report(report.quantization, console)
-    if report.before is not None and report.after is not None:
-        print_evaluations({str(model): report.before, str(out): report.after}, console)
+
+    def show(console: Console) -> None:
+        print_recipe(report.recipe, report.sensitivities, console)
+        print_report(report.quantization, console)
+        if report.before is not None and report.after is not None:
+            print_evaluations({str(model): report.before, str(out): report.after}, console)
+
+    tell(report, show)

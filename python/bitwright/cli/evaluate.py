@@ -1,18 +1,15 @@
 """``bitwright evaluate``."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, evaluation_option, file_option
 from bitwright.cli.parameters import Model
+from bitwright.cli.telling import tell
 from bitwright.evaluation import WINDOWS
 from bitwright.report.printing import print_evaluations
 from bitwright.spellings import Old
@@ -21,7 +18,7 @@ from bitwright.spellings import Old
 @click.command(cls=Command, old=(Old("--text", "--evaluation"),))
 @options.model
 @file_option("--reference", type=Model(), help="The original, for KL and agreement.")
-@options.as_json
+@options.page
 @options.links
 @evaluation_option("--evaluation", required=True, type=options.PATH, help=f"{options.TEXT}.")
 @options.text_key
@@ -36,24 +33,9 @@ from bitwright.spellings import Old
 )
 @options.memory
 @options.threads
-def evaluate(
-    model: Path, evaluation: Path, as_json: bool, threads: int | None, **given: Any
-) -> None:
+def evaluate(model: Path, evaluation: Path, threads: int | None, **given: Any) -> None:
     """Measure the perplexity of MODEL, and its KL divergence from a reference."""
     if threads is not None:
         bitwright.set_num_threads(threads)
-    bar = Progress(
-        TextColumn("evaluating"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-    )
-    with bar:
-        task = bar.add_task("", total=1.0, visible=False)  # until there is some
-        result = bitwright.evaluate(
-            model,
-            evaluation,
-            on_progress=lambda share: bar.update(task, completed=share, visible=True),
-            **given,
-        )
-    if as_json:
-        click.echo(json.dumps(asdict(result)))
-    else:
-        print_evaluations({str(model): result}, Console())
+    result = bitwright.evaluate(model, evaluation, **given)
+    tell(result, lambda console: print_evaluations({str(model): result}, console))

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from bitwright.cli.noted import COMMAND, JSON, JSON_ASKED, PUSH, SAVED, SETTINGS, TEXT_KEY
 from bitwright.cli.spellings import spelled_out
 from bitwright.ranks import current
 from bitwright.spellings import Old
@@ -23,10 +24,6 @@ NARROW = 64  # columns of a terminal that has room for descriptions only under t
 WIDE = 100  # columns that are used of a wider one
 METAVARS = {"integer range": "N", "integer": "N", "float range": "X"}  # by click's names of types
 
-
-SAVED = "bitwright.saved"  # in a context: a file to write, and the settings that go there
-PUSH = "bitwright.push"  # in a context: the name at the hub that the output goes to
-TEXT_KEY = "bitwright.text_key"  # in a context: the key of texts in records
 TEXTS = (
     "calibration",
     "evaluation",
@@ -34,7 +31,6 @@ TEXTS = (
     "sensitivity_calibration",
     "validation",
 )
-COMMAND = "bitwright.command"  # in a context: as it was typed, in present spellings
 
 
 class Option(click.Option):
@@ -99,8 +95,12 @@ def _enter_config(context: click.Context, _: click.Parameter, path: Path | None)
         context.default_map = {**(context.default_map or {}), **found}
 
 
-def _config_options() -> list[Option]:
-    """Return the options for files of settings, which every command has."""
+def _enter_json(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    context.meta[JSON_ASKED] = asked
+
+
+def _shared_options() -> list[Option]:
+    """Return the options that every command has: files of settings, and JSON."""
     place = click.Path(path_type=Path)
     return [
         Option(
@@ -120,13 +120,28 @@ def _config_options() -> list[Option]:
             metavar="YAML",
             help="Write all settings of the run to this file, for --config.",
         ),
+        Option(
+            ["--json", "as_json"],
+            group=RUN,
+            is_flag=True,
+            expose_value=False,
+            callback=_enter_json,
+            help="Print one JSON object, and nothing else, to standard output.",
+        ),
     ]
 
 
 def is_given(context: click.Context, name: str) -> bool:
-    """Tell whether a parameter's value comes from the command line or a file of settings."""
+    """Tell whether a parameter's value comes from the command line, or a file of settings that has another
+    than the default there."""
     source = context.get_parameter_source(name)
-    return source in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
+    if source is ParameterSource.DEFAULT_MAP:
+        parameter = next(each for each in context.command.params if each.name == name)
+        usual = context.command.context_class(context.command)  # without the file
+        found, default = context.lookup_default(name), parameter.get_default(usual)
+        cast = parameter.type_cast_value
+        return bool(cast(context, found) != cast(context, default))
+    return source is ParameterSource.COMMANDLINE
 
 
 class Command(click.Command):
@@ -143,7 +158,7 @@ class Command(click.Command):
     def __init__(self, *arguments: Any, old: Sequence[Old] = (), **attributes: Any) -> None:
         super().__init__(*arguments, **attributes)
         self.old = old
-        for each in _config_options():
+        for each in _shared_options():
             self.params.append(each)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -154,41 +169,50 @@ class Command(click.Command):
             click.echo(f"bitwright: deprecated: write {', '.join(said)}", err=True)
         if ctx.obj is not None:  # all words of the command line
             before = ctx.obj[: len(ctx.obj) - len(args)]
-            from bitwright.records.card import command_line  # which the command itself needs
+            from bitwright.records.made_by import command_line  # which the command itself needs
 
             ctx.meta[COMMAND] = command_line([*before, *words])
         given = list(words)
         rest = super().parse_args(ctx, words)
-        if (place := ctx.params.pop("save_config", None)) is not None:
+        place = ctx.params.pop("save_config", None)
+        if not ctx.resilient_parsing:
             from bitwright.cli.config_file import given_settings
 
-            ctx.meta[SAVED] = place, given_settings(self, ctx, given)
+            ctx.meta[SAVED], ctx.meta[SETTINGS] = place, given_settings(self, ctx, given)
         return rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; model cards that are written tell it."""
         from bitwright.cli.parameters import say_together
-        from bitwright.records.card import made_by
+        from bitwright.cli.telling import telling
+        from bitwright.records.described import without_places
+        from bitwright.records.made_by import made_by
 
         say_together(ctx)
-        if SAVED in ctx.meta and current().is_first:
+        if ctx.meta[SAVED] is not None and current().is_first:
             from bitwright.cli.config_file import write_settings
 
-            place, settings = ctx.meta[SAVED]
-            write_settings(place, settings, str(self.name))
+            overwrite = ctx.params.get("overwrite", False)
+            place, settings = ctx.meta[SAVED], ctx.meta[SETTINGS]
+            write_settings(place, settings, str(self.name), overwrite=overwrite)
         if (key := ctx.meta.get(TEXT_KEY)) is not None:
             from bitwright.text.text_files import TextFiles
 
             for name in TEXTS:
                 if ctx.params.get(name) is not None:
                     ctx.params[name] = TextFiles.of(ctx.params[name], key)
-        command = ctx.meta.get(COMMAND)
-        with nullcontext() if command is None else made_by(command):
+        command, settings = ctx.meta.get(COMMAND), without_places(ctx.meta[SETTINGS])
+        made = nullcontext() if command is None else made_by(command, str(self.name), settings)
+        with made, telling(ctx):
             result = super().invoke(ctx)
-        if PUSH in ctx.meta and current().is_first:
-            from bitwright.tools.upload import upload
+            if PUSH in ctx.meta and current().is_first:
+                from bitwright.tools.upload import upload
 
-            click.echo(upload(ctx.params["out"], ctx.meta[PUSH]))
+                place = upload(ctx.params["out"], ctx.meta[PUSH])
+                if JSON in ctx.meta:
+                    ctx.meta[JSON]["pushed_to"] = place
+                else:
+                    click.echo(place)
         return result
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

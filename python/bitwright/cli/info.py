@@ -6,10 +6,12 @@ import click
 
 import bitwright
 from bitwright.cli.grouped import Command
+from bitwright.cli.telling import tell
 
 
 @click.command(cls=Command)
 def info() -> None:
     """Print which kernels run here."""
-    for name, value in asdict(bitwright.build_info()).items():
-        click.echo(f"{name}: {value}")
+    known = bitwright.build_info()
+    lines = [f"{name}: {value}" for name, value in asdict(known).items()]
+    tell(known, lambda console: click.echo("\n".join(lines)))

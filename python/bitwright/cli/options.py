@@ -7,8 +7,6 @@ from pathlib import Path
 import click
 
 from bitwright.cli.grouped import (
-    PUSH,
-    TEXT_KEY,
     Add,
     calibration_option,
     file_option,
@@ -16,10 +14,12 @@ from bitwright.cli.grouped import (
     precision_option,
     run_option,
 )
+from bitwright.cli.noted import PAGE, PUSH, TEXT_KEY
 from bitwright.cli.parameters import (
     Bits,
     GroupSize,
     Model,
+    NewFile,
     Override,
     Precisions,
     PrecisionWords,
@@ -104,7 +104,20 @@ push = file_option(
     callback=_enter_push,
     help="Put the folder on the hub, too, when it is written; see bitwright upload.",
 )
-as_json = file_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def _enter_page(context: click.Context, _: click.Parameter, place: Path | None) -> None:
+    context.meta[PAGE] = place
+
+
+page = file_option(
+    "--html",
+    type=NewFile(),
+    metavar="FILE",
+    expose_value=False,
+    callback=_enter_page,
+    help="Write one page that shows settings, sizes, errors and figures to this file.",
+)
 
 
 def format(default: str) -> Add:
@@ -210,7 +223,7 @@ grid = precision_option(
     type=PrecisionWords(),
     metavar="PRECISION",
     help="What codes stand for, by default the format's first: affine, zero_point, symmetric, or k (GGUF's "
-    "Q2_K to Q6_K); iq4_nl or iq4_xs; mxfp4 or nvfp4; or a type of GGUF, such as Q4_K.",
+    "Q2_K to Q6_K); iq4_nl or iq4_xs; mxfp4, nvfp4 or mxfp8; or a type of GGUF, such as Q4_K.",
 )
 mixture = together(
     precision_option(
@@ -240,9 +253,15 @@ split_max_size = file_option(
     metavar="SIZE",
     help="Write several GGUF files, with tensors of at most so many bytes in each, such as 2G or 500M.",
 )
+float_embeddings = precision_option(
+    "--float-embeddings",
+    is_flag=True,
+    help="Leave embedding and head in float, unless their bits are given (mlx, gguf).",
+)
 ends = together(
-    precision_option("--embedding-bits", type=Bits(), help="Quantize the embedding too."),
-    precision_option("--head-bits", type=Bits(), help="Quantize the head too."),
+    float_embeddings,
+    precision_option("--embedding-bits", type=Bits(), help="Other bits for the embedding."),
+    precision_option("--head-bits", type=Bits(), help="Other bits for the head."),
 )
 allow_unfused = precision_option(
     "--allow-unfused",
@@ -265,12 +284,18 @@ exceptions = together(
 )
 
 
-def target_bpw(help: str, required: bool = False) -> Add:
+def target_bpw(help: str) -> Add:
     """Return the option for the size of a model of dynamic precision."""
-    return precision_option(
-        "--target-bpw", required=required, type=click.FloatRange(0, min_open=True), help=help
-    )
+    return precision_option("--target-bpw", type=click.FloatRange(0, min_open=True), help=help)
 
+
+target_size = precision_option(
+    "--target-size",
+    type=Size(),
+    metavar="SIZE",
+    help="Bytes of all weight files, such as 3.2GB, 500M or 2GiB: precisions are chosen within that, also "
+    "of embedding and head.",
+)
 
 # Method
 

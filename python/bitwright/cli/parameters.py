@@ -1,6 +1,5 @@
 """Types of what the command's options and arguments take, each checked as it is read."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from bitwright.checkpoint.hub import model_place
 from bitwright.files.home import expanded
 from bitwright.formats.spelling import Spelling, combined
 from bitwright.grids.tensor import BITS
+from bitwright.precision.byte_count import size_in_bytes
 from bitwright.precision.sensitivities import parse_precision
 
 
@@ -175,11 +175,10 @@ class Size(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+)([KMG]?)", value, re.IGNORECASE | re.ASCII)
-        if match is None or int(match[1]) == 0:
-            self.fail(f"{value!r} is not a number of bytes such as 2G or 500M", param, ctx)
-        units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-        return int(match[1]) * units[match[2].upper()]
+        try:
+            return size_in_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Precisions(click.ParamType[tuple[Spelling, ...]]):

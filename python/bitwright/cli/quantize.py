@@ -19,6 +19,7 @@ from bitwright.cli.grouped import (
     precision_option,
     run_option,
 )
+from bitwright.cli.telling import tell
 from bitwright.methods.awq import DEFAULT_GRID
 from bitwright.methods.method import CORRECTED_DAMPING
 from bitwright.methods.metrics import METRICS
@@ -31,6 +32,7 @@ from bitwright.report.tables import print_sentence
 @options.model
 @options.out
 @options.push
+@options.page
 @options.format("mlx")
 @options.split_max_size
 @options.overwrite
@@ -56,6 +58,7 @@ from bitwright.report.tables import print_sentence
 )
 @options.scheme
 @options.bits
+@options.target_size
 @options.mixture
 @options.group_size
 @options.grid
@@ -157,13 +160,15 @@ def quantize(
     if "tensor_types" in given:
         given["tensor_types"] = dict(given["tensor_types"])
     report = run(overrides=dict(overrides), **given)
-    console = Console()
-    print_report(report, console)
     asked = CORRECTED_DAMPING if given["damping"] is None else given["damping"]
-    raised = report.dampings_raised(asked)
-    if raised:
-        print_sentence(
-            f"{len(raised)} layers needed more damping than {asked:g}, for example "
-            f"{raised[0].name}: {raised[0].damping:g}. More calibration data would help.",
-            console,
-        )
+
+    def show(console: Console) -> None:
+        print_report(report, console)
+        if raised := report.dampings_raised(asked):
+            print_sentence(
+                f"{len(raised)} layers needed more damping than {asked:g}, for example "
+                f"{raised[0].name}: {raised[0].damping:g}. More calibration data would help.",
+                console,
+            )
+
+    tell(report, show)

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, file_option, method_option
 from bitwright.cli.parameters import Model
+from bitwright.cli.telling import tell
 from bitwright.report.printing import print_report
 from bitwright.spellings import Old
 
@@ -21,6 +21,7 @@ from bitwright.spellings import Old
 )
 @options.out
 @options.push
+@options.page
 @options.overwrite
 @options.links
 @options.calibration()
@@ -35,4 +36,5 @@ from bitwright.spellings import Old
 @options.threads
 def refine(model: Path, reference: Path, out: Path, **given: Any) -> None:
     """Improve the codes and scales of MODEL, quantized by any tool; its format and size stay."""
-    print_report(bitwright.refine_model(reference, model, out, **given), Console())
+    report = bitwright.refine_model(reference, model, out, **given)
+    tell(report, lambda console: print_report(report, console))

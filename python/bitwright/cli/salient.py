@@ -19,16 +19,20 @@ from bitwright.cli.grouped import (
     precision_option,
     run_option,
 )
-from bitwright.errors import printable
+from bitwright.cli.telling import tell
 from bitwright.files.home import expanded
 from bitwright.files.inputs import same_inputs
 from bitwright.methods.method import ACTIVATION_METHODS
 from bitwright.presets.quantize import check_quantization
 from bitwright.report.printing import print_report
+from bitwright.report.tables import print_sentence
 from bitwright.runs.budget import one_budget, require_all
+from bitwright.runs.progress import in_phases
 from bitwright.spellings import Old
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.tools.collect_activations import DEFAULT_SAMPLES, planned_samples
+
+_COLLECTING = (("collecting", 1),)
 
 
 @click.command(
@@ -47,6 +51,7 @@ from bitwright.tools.collect_activations import DEFAULT_SAMPLES, planned_samples
     type=options.PATH,
     help=".npz of layer inputs; made from --calibration where it is given.",
 )
+@options.page
 @options.format("awq")
 @file_option("--overwrite", is_flag=True, help="Replace what is there.")
 @options.links
@@ -102,20 +107,16 @@ def salient(
     given["overrides"] = dict(overrides)
     chosen: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "bos": bos}
 
-    def collect(place: Any) -> None:
-        count = bitwright.collect_activations(
-            model,
-            place,
-            cast(Path, calibration),
-            **chosen,
-            memory=memory,
-            overwrite=overwrite,
-            resume=resume,
-        )
-        click.echo(printable(f"wrote the inputs of {count} groups of layers to {activations}"))
+    limits: dict[str, Any] = {"memory": memory, "overwrite": overwrite, "resume": resume}
+
+    def collect(place: Any) -> int:
+        text = cast(Path, calibration)
+        return bitwright.collect_activations(model, place, text, **chosen, **limits)
 
     if out is None or dry_run:
-        collect(activations)
+        count = collect(activations)
+        collected = {"activations": activations, "groups": count}
+        tell(collected, lambda console: _print_collected(count, activations, console))
         return
 
     def check() -> None:
@@ -135,6 +136,7 @@ def salient(
 
     with (
         one_budget(memory),
+        in_phases(True, *(_COLLECTING if calibration is not None else ()), ("quantizing", 1)),
         nullcontext()
         if calibration is None
         else kept_until_written(WorkFolder(expanded(activations))) as work,
@@ -142,14 +144,10 @@ def salient(
         if calibration is not None:
             # Whether the format takes such a model, and there is memory for all, is known before it is run.
             require_all([check, check_collecting])
-            collect(work)
-        report = bitwright.awq_quantize_model(
-            model,
-            out,
-            activations,
-            memory=memory,
-            overwrite=overwrite,
-            resume=resume,
-            **given,
-        )
-    print_report(report, Console())
+            _print_collected(collect(work), activations, Console())
+        report = bitwright.awq_quantize_model(model, out, activations, **limits, **given)
+    tell(report, lambda console: print_report(report, console))
+
+
+def _print_collected(count: int, activations: Path, console: Console) -> None:
+    print_sentence(f"wrote the inputs of {count} groups of layers to {activations}", console)

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, file_option, method_option, precision_option, run_option
 from bitwright.cli.parameters import NewFile, Precisions
+from bitwright.cli.telling import tell
 from bitwright.distill.losses import LOSSES
 from bitwright.precision.estimate import DEFAULT_SAMPLES
 from bitwright.report.printing import print_sensitivities
@@ -19,6 +19,7 @@ from bitwright.spellings import Old
 @click.command(cls=Command, old=(Old("--data", "--calibration"),))
 @options.model
 @file_option("-o", "--out", required=True, type=NewFile(), help="JSON file to write.")
+@options.page
 @file_option("--plot", type=NewFile(), help="Plot them to this file (.png, .svg, .pdf).")
 @file_option("--overwrite", is_flag=True, help="Replace files that hold something else.")
 @options.links
@@ -49,4 +50,4 @@ def sensitivities(
     found = bitwright.estimate_sensitivities(
         model, given.pop("calibration"), *low[0], *high[0], plot=plot, **given
     )
-    print_sensitivities(found, Console())
+    tell(found, lambda console: print_sensitivities(found, console))

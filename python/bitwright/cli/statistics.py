@@ -9,7 +9,8 @@ import bitwright
 from bitwright.cli import options
 from bitwright.cli.grouped import Command, Context, file_option
 from bitwright.cli.parameters import Model, NewFile
-from bitwright.errors import printable
+from bitwright.cli.telling import tell
+from bitwright.report.tables import print_sentence
 
 overwrite = file_option("--overwrite", is_flag=True, help="Replace other statistics.")
 
@@ -62,13 +63,15 @@ def merge(parts: tuple[Path, ...], out: Path, **given: Any) -> None:
 def export(statistics: Path, imatrix: Path, **given: Any) -> None:
     """Write the STATISTICS of a model as an importance matrix of llama.cpp."""
     found = bitwright.export_imatrix(statistics, imatrix, **given)
-    click.echo(printable(f"the importance matrix of {len(found.entries)} tensors is {imatrix}"))
+    count = len(found.entries)
+    said = f"the importance matrix of {count} tensors is {imatrix}"
+    tell({"imatrix": imatrix, "tensors": count}, lambda console: print_sentence(said, console))
 
 
 def _tell(found: bitwright.Statistics) -> None:
-    click.echo(
-        printable(
-            f"statistics of {len(found.stages)} groups of layers over {found.tokens} tokens are in "
-            f"{found.folder}"
-        )
+    count = len(found.stages)
+    said = (
+        f"statistics of {count} groups of layers over {found.tokens} tokens are in {found.folder}"
     )
+    content = {"folder": found.folder, "groups": count, "tokens": found.tokens}
+    tell(content, lambda console: print_sentence(said, console))

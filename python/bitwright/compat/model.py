@@ -8,6 +8,7 @@ from bitwright.formats import FormatName
 from bitwright.methods.method import ActivationMethod
 from bitwright.presets.quantize import quantize
 from bitwright.records.reports import QuantizationReport
+from bitwright.runs.progress import Progressing
 from bitwright.warned import reports_warnings
 
 
@@ -20,7 +21,7 @@ def awq_quantize_model(
     group_size: int = 128,
     salient_ratio: float = 0.01,
     activation_method: ActivationMethod = "rms",
-    verbose: bool = True,
+    verbose: Progressing = True,
     *,
     format: FormatName = "awq",
     exclude: Sequence[str] = (),
@@ -43,7 +44,7 @@ def awq_quantize_model(
     group_size, salient_ratio, activation_method
         As for `awq_quantize`.
     verbose
-        Show a progress bar.
+        As `progress` of `quantize`.
     format
         ``"awq"`` (transformers, vLLM), ``"mlx"`` or ``"gptq"``: all hold the same codes and scales.
     exclude, overrides, allow_unfused

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import cast
 
+from bitwright import _kernels
 from bitwright.loading.model import Model
 from bitwright.models.architecture import Attention, LatentAttention
 from bitwright.models.block import Rotation
@@ -12,6 +13,14 @@ from bitwright.models.matrix_rows import piece_rows
 from bitwright.models.network import HEAD_BYTES, logit_rows
 
 KEPT_STATES = 2  # of every block, where a backward pass begins
+BACKWARD_BYTES = (
+    3_000_000  # of a thread's buffers for products of gradients, beside those for outputs
+)
+
+
+def backward_bytes() -> int:
+    """Return what the threads of backward passes take beside those of forward ones."""
+    return BACKWARD_BYTES * _kernels.num_threads()
 
 
 def batch_step(model: Model, length: int) -> int:

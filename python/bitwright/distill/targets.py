@@ -39,6 +39,7 @@ from bitwright.files.seals import buffers_checksum
 from bitwright.loading.model import Model, load_model
 from bitwright.models.network import Network
 from bitwright.ranks import current
+from bitwright.runs.progress import Progressing, phase
 from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
@@ -175,6 +176,7 @@ def compute_dwq_targets(
     seed: int | None = None,
     bos: bool = True,
     on_progress: Callable[[float], None] | None = None,
+    progress: Progressing = True,
 ) -> DwqTargets:
     """Write a model's distribution at every position: its k most likely tokens, and the rest's probability.
 
@@ -199,6 +201,8 @@ def compute_dwq_targets(
         is asked for.
     on_progress
         Called with the share of the work that is done, from 0 to 1.
+    progress
+        Show a bar or lines on standard error, or what gets each record, see `Progress`.
 
     Returns
     -------
@@ -227,7 +231,14 @@ def compute_dwq_targets(
     """
     teacher = model if isinstance(model, Model) else load_model(model)
     loaded = CalibrationOptions(calibration, samples, length, seed, bos).load(teacher, most=None)
-    return write_targets(teacher, loaded, out, k, temperature, on_progress)
+    with phase("teaching", progress) as shown:
+
+        def tell(share: float) -> None:
+            shown.update(share)
+            if on_progress is not None:
+                on_progress(share)
+
+        return write_targets(teacher, loaded, out, k, temperature, tell)
 
 
 def write_targets(

@@ -2,12 +2,14 @@
 
 Distilled weight quantization, as in mlx-lm: the codes stay, so the result has the same size and speed."""
 
+import functools
 import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 
 from bitwright.checkpoint import CheckpointWriter, copy_side_files
@@ -32,7 +33,13 @@ from bitwright.checkpoint.work_folder import (
 )
 from bitwright.checkpoint.writer import UNFINISHED, check_apart, completed, write_safetensors
 from bitwright.distill.adam import Adam
-from bitwright.distill.gradient_memory import final_bytes, head_bytes, logits_bytes, sub_block_bytes
+from bitwright.distill.gradient_memory import (
+    backward_bytes,
+    final_bytes,
+    head_bytes,
+    logits_bytes,
+    sub_block_bytes,
+)
 from bitwright.distill.losses import LOSSES, DistillationLoss, LossFunction, TopTokens, next_tokens
 from bitwright.distill.student import ZEROS, Student, Zeros, trained_bytes
 from bitwright.distill.targets import (
@@ -65,12 +72,14 @@ from bitwright.models.network import Network
 from bitwright.models.operations import Float32
 from bitwright.process.memory import peak_memory_bytes
 from bitwright.ranks import current
-from bitwright.records.card import made_by, model_card, python_call
+from bitwright.records.card import model_card, python_call
+from bitwright.records.described import write_report
+from bitwright.records.made_by import made_by
 from bitwright.records.plots import PlotBeside, plot_dwq
 from bitwright.records.reports import DwqReport, QuantizationReport
 from bitwright.runs.budget import Budget, one_budget
 from bitwright.runs.limits import RunLimits
-from bitwright.runs.progress import progress_bar
+from bitwright.runs.progress import Phase, Progressing, in_phases, phase
 from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import (
@@ -186,7 +195,7 @@ def dwq_quantize(
     resume: bool = True,
     overwrite: bool = False,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
 ) -> DwqReport:
     """Train the scales and biases of a quantized model to reproduce the original's outputs on some text.
 
@@ -257,7 +266,8 @@ def dwq_quantize(
     threads
         Number of threads from now on, in the whole process.
     progress
-        Show loss, validation KL, tokens per second and time left, on standard error.
+        Show loss, validation KL, tokens per second and time left on standard error, or a function which
+        gets each record of them, see `Progress`.
 
     Returns
     -------
@@ -320,7 +330,8 @@ def dwq_quantize(
         identity["data"] = tokens_fingerprint(rows)
         identity |= {f"student's {name}": value for name, value in (made_with or {}).items()}
     identity = as_identity(identity)
-    with one_budget(memory), made_by(python_call(dwq_quantize, arguments)), work:
+    told = made_by(python_call(dwq_quantize, arguments))
+    with one_budget(memory), told, in_phases(progress, *_phases(callable(model))), work:
         ranks.on_first(writer.check_place)
         try:
             resumed = resume and ranks.on_first(lambda: _is_begun(work.path))
@@ -331,8 +342,8 @@ def dwq_quantize(
             known = lesson.teach(work, temperature, progress)
             run = _Run(learner, known, plan, settings, loss, work)
             run.resume()
-            with progress_bar("distilling", progress and ranks.is_first) as bar:
-                stopped = run.go(bar, checkpoint_every or settings.validate_every)
+            with run.shown(progress) as shown:
+                stopped = run.go(shown, checkpoint_every or settings.validate_every)
             report = run.report(Path(out), stopped, time.perf_counter() - started, made)
             ranks.on_first(
                 lambda: _write_all(teacher_model, learner, report, made, writer, beside, work)
@@ -341,6 +352,12 @@ def dwq_quantize(
             work.keep = work.keep and _is_begun(work.path)
             raise
     return report
+
+
+def _phases(makes: bool) -> list[tuple[str, float]]:
+    """Return what is done, and what that usually takes."""
+    making = [("quantizing", 2.0)] if makes else []
+    return [*making, ("teaching", 1.0), ("distilling", 12.0)]
 
 
 def _check_arguments(given: Mapping[str, Any]) -> None:
@@ -409,13 +426,12 @@ class _Lesson:
             "fixed_order": current().fixed_order,
         }
 
-    def teach(self, work: WorkFolder, temperature: float, progress: bool) -> "_Known":
+    def teach(self, work: WorkFolder, temperature: float, progress: Progressing) -> "_Known":
         """Ask the teacher, or open what it has said before."""
-        with progress_bar("teaching", progress and current().is_first) as bar:
-            task = bar.add_task("", total=1.0, figures="")
+        with phase("teaching", progress) as shown:
             known = _teach(
                 *(self.teacher, self.plan, self.loaded.first, self.targets, work.path),
-                *(self.k, temperature, lambda share: bar.update(task, completed=share)),
+                *(self.k, temperature, shown.update),
             )
         work.inputs.watch(known.files())
         return known
@@ -464,6 +480,7 @@ def _write_all(
             unfused=kind is not None and bool(unfused(kind, stored)),
         )
         writer.write_text(CARD_NAME, card)
+        write_report(writer, report)
 
 
 def _token_count(teacher: Model, k: int | None, targets: Path | None) -> int:
@@ -580,12 +597,16 @@ class _Run:
         self.state = _Progress()
         self.best = {name: array.copy() for name, array in self.student.parameters.items()}
 
-    def go(self, bar: Progress, checkpoint_every: int) -> str | None:
+    def shown(self, progress: Progressing) -> AbstractContextManager[Phase]:
+        """Show how far the training is."""
+        steps = self.settings.steps
+        return phase("distilling", progress, steps, done=self.state.step, unit="steps")
+
+    def go(self, shown: Phase, checkpoint_every: int) -> str | None:
         """Train to the end; return why it ended before, if it did."""
         settings, state = self.settings, self.state
         length = self.samples.shape[1]
         per_step = settings.batch_size * settings.accumulate
-        task = bar.add_task("", total=settings.steps, completed=state.step, figures="")
         if not state.validations:
             self._validate()
         while state.step < settings.steps:
@@ -602,10 +623,9 @@ class _Run:
                 return f"the validation KL is not finite after step {state.step}"
             state.seconds += time.perf_counter() - start
             speed = state.step * per_step * length / state.seconds
-            bar.update(
-                task,
-                completed=state.step,
-                figures=f"loss {loss:.4f}, KL {state.validations[0][1]:.4f} → "
+            shown.update(
+                state.step,
+                f"loss {loss:.4f}, KL {state.validations[0][1]:.4f} → "
                 f"{state.validations[-1][1]:.4f}, {speed:,.0f} tokens/s",
             )
             since = sum(step > state.best_step for step, _ in state.validations)
@@ -680,14 +700,15 @@ class _Run:
         losses = []
         parts: list[dict[str, Float32]] = []
         for batch in self._passes(samples):
-            found = self.network.gradients(
+            found = functools.partial(
+                self.network.gradients,
                 self.samples[batch],
                 self._loss(batch, self.loss, 1 / positions),
                 student.add_gradient,
                 on_embedding=student.add_row_gradient,
                 on_head=student.add_gradient,
             )
-            losses.append(float(found.sum()))
+            losses.append(self._sum(found))
             if self.ranks.fixed_order:
                 parts.append(student.gradients())
         mean = self.ranks.total(losses) / positions
@@ -697,6 +718,16 @@ class _Run:
         if math.isfinite(mean):
             self.adam.step(gradients, settings.rate(self.state.step))
         return mean
+
+    def _sum(self, losses: Callable[[], NDArray[np.float64]]) -> float:
+        """Return the sum of losses; NaN where training has made rows of the embedding infinite, which is an
+        error only of a student as it was given."""
+        try:
+            return float(losses().sum())
+        except NonFiniteError:
+            if not self.state.validations:
+                raise
+            return math.nan
 
     def _passes(self, samples: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
         """Yield this rank's part of some samples, so many at a time: one by one where the order of sums
@@ -725,7 +756,11 @@ class _Run:
         Return whether it is finite."""
         valid, state = self.plan.valid, self.state
         losses = [
-            float(self.network.losses(self.samples[batch], self._loss(batch, "kl", 1.0)).sum())
+            self._sum(
+                functools.partial(
+                    self.network.losses, self.samples[batch], self._loss(batch, "kl", 1.0)
+                )
+            )
             for batch in self._passes(valid)
         ]
         value = self.ranks.total(losses) / (len(valid) * self.samples.shape[1])
@@ -851,7 +886,7 @@ def plan_training(
     taught = together * (2 * packed + 2 * 4 * config.hidden_size)
     logits = logits_bytes(model, together, 1) * 5 // 4  # and which of them are finite
     teaching = head_bytes(model, together) + logits + taught
-    most = budget.base + trained + max(teaching, training)
+    most = budget.base + backward_bytes() + trained + max(teaching, training)
     budget.require(most, model.checkpoint.folder)
     return most
 

@@ -102,6 +102,14 @@ class Format:
         return 64 if 64 in cls.group_sizes else cls.group_sizes[-1]
 
     @classmethod
+    def ends(
+        cls, model_type: str, default: Precision, channels: int
+    ) -> tuple[Precision | None, Precision | None]:
+        """Return what embedding and head, with rows of so many channels, are stored in by default: what the
+        tools of the format's engines choose for a model whose layers have this precision."""
+        return default, default
+
+    @classmethod
     def precisions(cls) -> list[Precision]:
         """Return all precisions that can be stored."""
         sizes = (*cls.group_sizes, *((None,) if cls.whole_row else ()))
@@ -225,6 +233,15 @@ class Format:
         return dtype
 
     @classmethod
+    def wider_dtype(
+        cls, model_dtype: np.dtype[Any], asked: DTypeLike | None
+    ) -> np.dtype[Any] | None:
+        """Return the dtype of scales of layers that the default one cannot hold: the model's, where another
+        is the default; otherwise None."""
+        own = asked is not None or cls.chosen_scale_dtype(model_dtype, None) == model_dtype
+        return None if own or model_dtype not in cls.scale_dtypes else model_dtype
+
+    @classmethod
     def fits(cls, channels: int, precision: Precision) -> bool:
         """Tell whether rows of so many channels divide into whole groups."""
         return channels % precision.group_for(channels) == 0
@@ -310,6 +327,20 @@ def read_scales(stored: NDArray[Any], table: TableGrid, where: str) -> NDArray[A
             f"{wide.size} are no positive numbers. The file is damaged: fetch or make it again"
         )
     return scales
+
+
+def read_codes(floats: NDArray[np.uint8], table: TableGrid, where: str) -> NDArray[np.uint8]:
+    """Return the codes of floats, checked to be numbers: `where` tells the tensor."""
+    codes = table.codes_of_floats[floats]
+    if table.has_nan:
+        bad = np.argwhere((codes == 0) | (codes == len(table.points) - 1))
+        if len(bad):
+            row, channel = bad[0]
+            raise CheckpointError(
+                f"{where}: the weight of row {row}, channel {channel} is NaN, as are {len(bad)} of "
+                f"{codes.size}. The file is damaged: fetch or make it again"
+            )
+    return codes
 
 
 def read_group_index(

@@ -16,7 +16,7 @@ from bitwright.checkpoint.gguf_writer import GgufFiles
 from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError
 from bitwright.formats.format import Format, Precision, read_scales
-from bitwright.formats.gguf_mix import FLOATS, Mix, MixModel, types_of
+from bitwright.formats.gguf_mix import FLOATS, Mix, MixModel, types_of, whole_blocks
 from bitwright.formats.globs import as_globs
 from bitwright.formats.loading_code import PROMPT, Code, shell_word
 from bitwright.grids.tables import TABLES, has_superblocks
@@ -145,6 +145,17 @@ class GgufFormat(Format):
         if grid in TABLES:
             return super().default_group_size(bits, grid)
         return K_GRIDS[bits].group_size if grid == "k" and bits in K_GRIDS else BLOCK
+
+    @classmethod
+    def ends(
+        cls, model_type: str, default: Precision, channels: int
+    ) -> tuple[Precision | None, Precision | None]:
+        """As llama-quantize has the head: Q6_K or more, Q5_K beside 2 bits."""
+        bits = 5 if default.bits == 2 else 6
+        if default.bits >= bits and cls.fits(channels, default):
+            return default, default
+        found = cls.of_type(whole_blocks(f"Q{bits}_K", channels))
+        return found, found
 
     @classmethod
     def precisions(cls) -> list[Precision]:

@@ -155,6 +155,12 @@ def types_of(mix: Mix, shapes: Mapping[str, tuple[int, ...]], model: MixModel) -
     return {name: choices.of(name, shapes[name]) for name in _in_order(shapes) if _is_mixed(name)}
 
 
+def whole_blocks(wanted: str, columns: int) -> str:
+    """Return a type, or what takes its place where rows are no whole blocks of it."""
+    found = wanted if columns % _block(wanted) == 0 else _FALLBACKS.get(wanted, wanted)
+    return found if columns % _block(found) == 0 else "F16"
+
+
 def _in_order(names: Iterable[str]) -> list[str]:
     def place(name: str) -> tuple[int, str]:
         match = re.match(r"blk\.(\d+)\.", name)
@@ -188,12 +194,7 @@ class _Choices:
             return Chosen(base, base)
         named = [kind for pattern, kind in mix.tensor_types if re.search(pattern, name)]
         wanted = named[0] if named else base if mix.pure else self._by_role(name, shape) or base
-        found = wanted
-        if columns % _block(wanted):
-            found = _FALLBACKS.get(wanted, wanted)
-            if columns % _block(found):
-                found = "F16"
-        return Chosen(found, wanted)
+        return Chosen(whole_blocks(wanted, columns), wanted)
 
     def _by_role(self, name: str, shape: tuple[int, ...]) -> str | None:
         """Return what a mixture has for a tensor, None for the type of most."""

@@ -6,14 +6,14 @@ from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from bitwright.checkpoint import Checkpoint, CheckpointSlice
 from bitwright.checkpoint.writer import FileOptions
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
 from bitwright.formats.declared import Settings
 from bitwright.formats.engine_names import mlx_name
-from bitwright.formats.format import Format, Precision, read_scales, read_shaped
+from bitwright.formats.format import Format, Precision, read_codes, read_scales, read_shaped
 from bitwright.formats.loading_code import PROMPT, Code, shell_word
 from bitwright.grids.tables import TABLES
 from bitwright.grids.tensor import BITS, Grid, QuantizedTensor, pack, unpack
@@ -22,10 +22,11 @@ from bitwright.warned import warn
 # Families that mlx-lm never builds with a head of their own, and always.
 ALWAYS_TIED = ("gemma", "gemma2")
 NEVER_TIED = ("deepseek_v2", "deepseek_v3", "glm4", "kimi_k2", "qwen2_moe", "qwen3_vl_moe")
+EIGHT_BIT_HEADS = ("granite", "granitemoe")  # in mlx-lm's own conversion
 LATENT = ("deepseek_v3", "kimi_k2", "glm4_moe_lite")  # whose latent attention it computes absorbed
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 
-MODES: tuple[Grid, ...] = ("affine", "mxfp4", "nvfp4")
+MODES: tuple[Grid, ...] = ("affine", "mxfp4", "nvfp4", "mxfp8")
 SHIFTED = re.compile(r"(layernorm|model\.norm|[qk]_norm)\.weight$")
 
 SETTINGS = Settings(
@@ -152,7 +153,7 @@ class MlxFormat(Format):
     def pack(cls, name: str, tensor: QuantizedTensor) -> dict[str, NDArray[Any]]:
         if tensor.grid not in MODES or tensor.group_index is not None:
             raise ValueError(
-                f"{name}: the mlx format stores affine, mxfp4 and nvfp4 grids with consecutive groups"
+                f"{name}: the mlx format stores {', '.join(MODES)} grids with consecutive groups"
             )
         if tensor.table is not None:
             floats = tensor.table.floats[tensor.codes]
@@ -203,6 +204,22 @@ class MlxFormat(Format):
                 f"format: mlx-lm knows {model_type} only {known} a head of its own, but {here} here. "
                 f"Choose another format"
             )
+
+    @classmethod
+    def chosen_scale_dtype(
+        cls, model_dtype: np.dtype[Any], asked: DTypeLike | None
+    ) -> np.dtype[Any]:
+        # Scales of 32 bits would make a 4-bit model of floats of 32 bits larger than one of 16.
+        half = asked is None and model_dtype == np.float32
+        return super().chosen_scale_dtype(model_dtype, np.float16 if half else asked)
+
+    @classmethod
+    def ends(
+        cls, model_type: str, default: Precision, channels: int
+    ) -> tuple[Precision | None, Precision | None]:
+        if model_type in EIGHT_BIT_HEADS and default.bits < 8:
+            return default, Precision(8, 64, "affine")
+        return default, default
 
     @classmethod
     def array_written(cls, name: str, array: NDArray[Any], family: str) -> NDArray[Any]:
@@ -302,7 +319,7 @@ class MlxFormat(Format):
                 f"{table.bits} in groups of {table.group_size}"
             )
         return QuantizedTensor(
-            codes=table.codes_of_floats[unpack(words, bits)],
+            codes=read_codes(unpack(words, bits), table, f"{where}: {name}.weight"),
             scales=read_scales(scales, table, f"{where}: {name}.scales"),
             biases=None,
             zeros=None,

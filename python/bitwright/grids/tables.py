@@ -19,7 +19,8 @@ class TableGrid:
     Parameters
     ----------
     points
-        In rising order, 16 or 256; where there is a negative zero, it comes before the positive one.
+        In rising order, 16 or 256; where there is a negative zero, it comes before the positive one. Where
+        the ends stand twice, the outer ones are NaN's codes, which no weight takes.
     scale_dtype
         That scales are stored in; None where the file decides.
     group_size
@@ -57,6 +58,11 @@ class TableGrid:
         """How many scales lie between the ends."""
         return self.points[-1] - self.points[0]
 
+    @property
+    def has_nan(self) -> bool:
+        """Whether the first and the last code are NaN in files."""
+        return self.points[-1] == self.points[-2]
+
     @cached_property
     def by_code(self) -> NDArray[np.float32]:
         """What each code stands for, in float32, as kernels take it; codes out of range are NaN."""
@@ -81,6 +87,8 @@ class TableGrid:
         }[self.ties]
         below = np.nextafter(bounds, np.float32(-np.inf))
         bounds = np.where(goes_up, below, bounds).astype(np.float32)
+        if self.has_nan:
+            bounds[0], bounds[-1] = -np.inf, np.inf
         if self.ties == "small" and points[middle - 1] == 0:  # negative zeros are never chosen
             bounds[middle - 1] = bounds[middle - 2]
         return bounds
@@ -123,6 +131,7 @@ E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 MOST_E4M3 = np.float32(448)
 E2M1_POINTS = _signed(np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6]))
+E4M3_POINTS = _signed(np.append(np.arange(127, dtype=np.uint8).view(E4M3), MOST_E4M3))
 _IQ4_POINTS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 TABLES: dict[str, TableGrid] = {
@@ -131,6 +140,7 @@ TABLES: dict[str, TableGrid] = {
         _IQ4_POINTS, None, 32, "up", either_sign=True, scale_codes=(-32, 31), fitted=True
     ),
     "mxfp4": TableGrid(E2M1_POINTS, E8M0, 32, "small"),
+    "mxfp8": TableGrid(E4M3_POINTS, E8M0, 32),
     "nvfp4": TableGrid(E2M1_POINTS, E4M3, 16, "small"),
     "nvfp4_divided": TableGrid(E2M1_POINTS, E4M3, 16, "even", divided=True),
 }

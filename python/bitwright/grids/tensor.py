@@ -11,7 +11,16 @@ from bitwright import _kernels
 from bitwright.grids.tables import TABLES, TableGrid
 
 Grid = Literal[
-    "affine", "zero_point", "symmetric", "k", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "nvfp4_divided"
+    "affine",
+    "zero_point",
+    "symmetric",
+    "k",
+    "iq4_nl",
+    "iq4_xs",
+    "mxfp4",
+    "mxfp8",
+    "nvfp4",
+    "nvfp4_divided",
 ]
 GRIDS: tuple[Grid, ...] = (
     "affine",

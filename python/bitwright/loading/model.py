@@ -32,6 +32,7 @@ from bitwright.loading.contents import (
 )
 from bitwright.loading.scaled_floats import decode_scaled_floats
 from bitwright.loading.shifted import undo_shifts
+from bitwright.markup import html_table
 from bitwright.models import ARCHITECTURES
 from bitwright.models.architecture import LatentAttention
 from bitwright.models.config import (
@@ -139,6 +140,20 @@ class Model(Decoder):
             f"{config.num_hidden_layers} blocks, {config.hidden_size} channels, "
             f"{config.vocab_size} tokens>"
         )
+
+    def _repr_html_(self) -> str:
+        config = self.config
+        facts = [
+            ("model", self.checkpoint.folder.name),
+            ("family", config.model_type),
+            ("stored in", "float" if self.format is None else self.format.name),
+            ("blocks", config.num_hidden_layers),
+            ("channels", config.hidden_size),
+            ("experts", None if config.experts is None else config.experts.count),
+            ("tokens", f"{config.vocab_size:,}"),
+            ("size", f"{self.checkpoint.stored_bytes() / 1e6:,.1f} MB"),
+        ]
+        return html_table(facts)
 
     @property
     def vocab_size(self) -> int:

@@ -1,13 +1,13 @@
 """The choice of precisions by sensitivities, within a size."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from bitwright import _kernels
 from bitwright.checkpoint.fingerprint import model_checksum, model_fingerprint
@@ -93,36 +93,121 @@ def choose_precisions(
     check_model(sensitivities, original)
     choices = dynamic_choices(original, target_bpw, candidates, format, grid, scale_dtype)
     kind, shapes = FORMATS[format], original.linear_shapes()
+    total = _weights(shapes).sum()
+    sizes = dict(zip(shapes, _sizes(shapes, choices), strict=True))
+    places = {candidate: column for column, candidate in enumerate(choices.candidates)}
+
+    def taken(name: str, candidate: Candidate) -> float:
+        return float(sizes[name][places[candidate]])
+
+    layers = allocated(
+        *(original, sensitivities, choices, kind, target_bpw * total),
+        allow_unfused=allow_unfused,
+        taken=taken,
+    )
+    reached = sum(taken(name, each) for name, each in layers.items()) / total
+    return Recipe(layers, target_bpw, float(reached))
+
+
+@dataclass(frozen=True)
+class Item:
+    """A matrix outside the blocks that a precision is chosen for, too.
+
+    Parameters
+    ----------
+    name
+        Its full name.
+    costs, sizes
+        What each candidate adds to the divergence, and takes of the budget.
+    candidates
+        From coarse to fine.
+    """
+
+    name: str
+    costs: Sequence[float]
+    sizes: Sequence[float]
+    candidates: Sequence[Candidate]
+
+
+def allocated(
+    original: Model,
+    sensitivities: Sensitivities,
+    choices: "Choices",
+    kind: type[Format],
+    budget: float,
+    *,
+    taken: Callable[[str, Candidate], float],
+    allow_unfused: bool = False,
+    only: Collection[str] | None = None,
+    more: Sequence[Item] = (),
+) -> dict[str, Candidate]:
+    """Choose a precision for every layer, or for some, so that together they take no more than a budget.
+
+    Parameters
+    ----------
+    original, sensitivities, choices, kind, allow_unfused
+        See `choose_precisions`.
+    budget
+        What all of them may take.
+    taken
+        Returns what a layer takes of it in a precision.
+    only
+        The layers to choose for; by default all.
+    more
+        What is to be chosen for beside them.
+    """
+    shapes = {
+        name: shape
+        for name, shape in original.linear_shapes().items()
+        if only is None or name in only
+    }
     low_grid: Grid = "affine" if choices.grid == "k" else choices.grid  # k has its own group sizes
-    sizes = _sizes(shapes, choices)
+    sizes = np.array(
+        [[taken(name, each) for each in choices.candidates] for name in shapes], np.float64
+    ).reshape(len(shapes), -1)
     errors = np.empty_like(sizes)
     for row, (name, shape) in enumerate(shapes.items()):
         matrix = original.weight(name, shape)
         some = np.ascontiguousarray(matrix[:: -(-len(matrix) // ERROR_ROWS)])
-        low_error = _rounding_error(some, sensitivities.low, low_grid)
+        low_error = rounding_error(some, sensitivities.low, low_grid)
         for column, candidate in enumerate(choices.candidates):
-            error = _rounding_error(some, candidate, choices.grid)
+            error = rounding_error(some, candidate, choices.grid)
             errors[row, column] = error / low_error if low_error > 0 else 0.0
-    total = _weights(shapes).sum()
     alignments = np.array([sensitivities.alignments[name] for name in shapes])
     positive = alignments[alignments > 0]
     least = LEAST_SHARE * float(np.median(positive)) if positive.size else 1.0
     costs = 0.5 * np.maximum(alignments, least)[:, None] * errors
-    groups = _moving_together(original, kind, allow_unfused)
+    moving = _moving_together(original, kind, allow_unfused)
+    groups = [[name for name in group if name in shapes] for group in moving]
+    groups = [group for group in groups if group]
     places = {name: row for row, name in enumerate(shapes)}
     rows = [[places[name] for name in group] for group in groups]
+    width = max([len(choices.candidates), *(len(each.candidates) for each in more)])
+
+    def padded(values: ArrayLike) -> NDArray[np.float64]:
+        """Repeat the last candidate, which is as good as that."""
+        found = np.asarray(values, np.float64)
+        return np.concatenate([found, np.full(width - len(found), found[-1])])
+
     picked = allocate(
-        [costs[group].sum(axis=0) for group in rows],
-        [sizes[group].sum(axis=0) for group in rows],
-        target_bpw * total,
+        [
+            *(padded(costs[group].sum(axis=0)) for group in rows),
+            *(padded(each.costs) for each in more),
+        ],
+        [
+            *(padded(sizes[group].sum(axis=0)) for group in rows),
+            *(padded(each.sizes) for each in more),
+        ],
+        budget,
     )
-    columns = np.empty(len(shapes), np.intp)
-    for group, column in zip(rows, picked, strict=True):
-        columns[group] = column
-    reached = float(sizes[np.arange(len(shapes)), columns].sum() / total)
-    picks = zip(shapes, columns, strict=True)
-    layers = {name: choices.candidates[column] for name, column in picks}
-    return Recipe(layers, target_bpw, reached)
+    found: dict[str, Candidate] = {}
+    for group, column in zip(groups, picked, strict=False):
+        chosen = choices.candidates[min(column, len(choices.candidates) - 1)]
+        found |= dict.fromkeys(group, chosen)
+    layers = {name: found[name] for name in shapes}
+    for each, column in zip(more, picked[len(groups) :], strict=True):
+        layers[each.name] = each.candidates[min(column, len(each.candidates) - 1)]
+    return layers
 
 
 @dataclass(frozen=True)
@@ -146,8 +231,10 @@ def dynamic_choices(
     format: FormatName,
     grid: Grid | None = None,
     scale_dtype: DTypeLike | None = None,
+    nearest: bool = False,
 ) -> Choices:
-    """Return the precisions to choose from, from shapes alone; see `choose_precisions`.
+    """Return the precisions to choose from, from shapes alone; see `choose_precisions`. With `nearest` a
+    target out of reach gives those that come nearest to it.
 
     Raises
     ------
@@ -170,7 +257,7 @@ def dynamic_choices(
     check_choice("grid", grid or kind.grids[0], kind.grids)
     dtype = kind.chosen_scale_dtype(model.dtype, scale_dtype)
     if not chosen:
-        return _default_choices(kind, shapes, target_bpw, grid, dtype)
+        return _default_choices(kind, shapes, target_bpw, grid, dtype, nearest)
     first = grid or kind.default_grid(max(bits for bits, _ in chosen), model.input_channels())
     possible = [
         each
@@ -181,7 +268,8 @@ def dynamic_choices(
         # This says why.
         check_candidates((Precision(*each, first) for each in chosen), shapes, kind)
     choices = Choices(chosen, possible[0], dtype)
-    check_target(target_bpw, *_reach(shapes, choices))
+    if not nearest:
+        check_target(target_bpw, *_reach(shapes, choices))
     return choices
 
 
@@ -191,8 +279,9 @@ def _default_choices(
     target_bpw: float,
     grid: Grid | None,
     dtype: np.dtype[Any],
+    nearest: bool,
 ) -> Choices:
-    reaches = []
+    reaches, known = [], []
     for each in [grid] if grid else kind.grids:
         ladder: list[Candidate] = []
         for bits in sorted(kind.bits):
@@ -211,6 +300,7 @@ def _default_choices(
             choices = Choices(tuple(window), each, dtype)
             least, most = _reach(shapes, choices)
             reaches += [least, most]
+            known.append((least, most, choices))
             with suppress(ValueError):
                 check_target(target_bpw, least, most)
                 if window is usual_ones:
@@ -223,6 +313,9 @@ def _default_choices(
             f"candidates: the {kind.name} format has no precision that fits all layers; leave those that "
             f"it does not fit in float, with bitwright quantize --exclude"
         )
+    if nearest:
+        lowest = min(known, key=lambda each: each[0])
+        return lowest[2] if target_bpw < lowest[0] else max(known, key=lambda each: each[1])[2]
     raise ValueError(
         f"target_bpw: {target_bpw:g} bits per weight is out of reach; the {kind.name} format reaches from "
         f"{min(reaches):.4g} to {max(reaches):.4g} over the quantized layers by default, scales included"
@@ -273,7 +366,8 @@ def fineness(candidate: Candidate) -> tuple[int, float]:
     return bits, 1 / size if size else 0.0
 
 
-def _rounding_error(weight: np.ndarray[Any, Any], candidate: Candidate, grid: Grid) -> float:
+def rounding_error(weight: np.ndarray[Any, Any], candidate: Candidate, grid: Grid) -> float:
+    """Return the squared error of a matrix that is rounded."""
     change = quantize_rtn(weight, *candidate, grid=grid).dequantize() - weight
     return _kernels.inner_product(change, change)
 

@@ -15,7 +15,12 @@ from bitwright import _kernels
 from bitwright.checkpoint.fingerprint import model_checksum, model_fingerprint
 from bitwright.checkpoint.hub import finds_models
 from bitwright.checkpoint.work_folder import WorkFolder, read_sealed, write_sealed
-from bitwright.distill.gradient_memory import batch_step, final_bytes, sub_block_bytes
+from bitwright.distill.gradient_memory import (
+    backward_bytes,
+    batch_step,
+    final_bytes,
+    sub_block_bytes,
+)
 from bitwright.distill.losses import LOSSES, DistillationLoss, TopTokens, next_tokens
 from bitwright.distill.targets import DEFAULT_K
 from bitwright.errors import (
@@ -41,7 +46,7 @@ from bitwright.process.memory import give_back
 from bitwright.ranks import current
 from bitwright.runs.budget import Budget
 from bitwright.runs.limits import RunLimits
-from bitwright.runs.progress import progress_bar
+from bitwright.runs.progress import Progressing, phase
 from bitwright.spellings import Old, respelled
 from bitwright.text.builtin import given_or_builtin
 from bitwright.text.calibration import CalibrationOptions
@@ -85,7 +90,7 @@ def estimate_sensitivities(
     memory: float | None = None,
     resume: bool = True,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
 ) -> Sensitivities:
     """Estimate the sensitivity of the model's outputs to each layer's precision.
 
@@ -129,7 +134,7 @@ def estimate_sensitivities(
     threads
         Number of threads from now on, in the whole process.
     progress
-        Show a progress bar on standard error.
+        Show progress on standard error, or what gets each record of it, see `Progress`.
 
     Returns
     -------
@@ -289,7 +294,8 @@ def plan_estimate(
     choices += [(samples, every) for samples in range((batch - 1) // step * step, 0, -step)]
     choices.append((min(step, batch), 1))
     budget = Budget.of(memory)
-    takes = [budget.base + _piece_bytes(model, length, *choice) for choice in choices]
+    base = budget.base + backward_bytes()
+    takes = [base + _piece_bytes(model, length, *choice) for choice in choices]
     budget.require(min(takes), model.checkpoint.folder)
     chosen = next(number for number, most in enumerate(takes) if most <= budget.bytes)
     return EstimatePlan(*choices[chosen], takes[chosen], min(takes))
@@ -340,7 +346,7 @@ class _Estimate:
                 except ValueError as error:
                     raise self._of_layer(name, error) from error
 
-    def go(self, work: WorkFolder | None, resume: bool, progress: bool) -> Sensitivities:
+    def go(self, work: WorkFolder | None, resume: bool, progress: Progressing) -> Sensitivities:
         """Compute all batches but those that the work folder holds already, and sum them."""
         ranks, count = current(), -(-len(self.tokens) // self.batch_size)
         self.inputs = InputFiles() if work is None else work.inputs
@@ -366,8 +372,7 @@ class _Estimate:
             known = ranks.on_first(lambda: self._stored(work.path, count))
         left = [number for number in range(count) if number not in known]
         share = ranks.share(len(left))
-        with progress_bar("estimating sensitivities", progress and ranks.is_first) as bar:
-            task = bar.add_task("", total=len(share), figures="")
+        with phase("estimating sensitivities", progress, len(share), unit="batches") as shown:
             for number in left[share.start : share.stop]:
                 known[number] = self._batch(number)
                 self.inputs.check()
@@ -377,7 +382,7 @@ class _Estimate:
                     work.keep_checksums()
                     write_sealed(work.path / BATCH.format(f"{number + 1:05d}"), known[number])
                     work.keep = True
-                bar.update(task, advance=1)
+                shown.step()
         for others in ranks.gather({number: known[number] for number in left if number in known}):
             known |= others
         give_back()  # what batches have taken, before the weights are read once more

@@ -8,12 +8,14 @@ from numpy.typing import DTypeLike
 
 from bitwright.checkpoint.gguf_parts import named_after
 from bitwright.checkpoint.writer import FileOptions
+from bitwright.errors import RecipeError
 from bitwright.formats import FORMATS, Format, FormatName, GroupSize
 from bitwright.formats.gguf_mix import FLOATS, Mix
 from bitwright.formats.spelling import Spelling, combined
 from bitwright.grids.tensor import Grid
 from bitwright.loading.model import Model
 from bitwright.methods.method import Method
+from bitwright.precision.byte_count import size_in_bytes
 from bitwright.precision.recipe import Overrides, Recipe, check_recipe, plan_layers
 from bitwright.precision.target import Target
 
@@ -33,6 +35,7 @@ class PrecisionOptions:
     format: FormatName = "mlx"
     grid: Grid | None = None
     scale_dtype: DTypeLike | None = None
+    float_embeddings: bool = False
     embedding_bits: int | None = None
     head_bits: int | None = None
     include: Sequence[str] = ()
@@ -46,9 +49,12 @@ class PrecisionOptions:
     token_embedding_type: str | None = None
     output_tensor_type: str | None = None
     split_max_size: int | None = None
+    target_size: int | str | None = None
 
     def __post_init__(self) -> None:
         self._check_type()
+        if self.target_size is not None:
+            self._check_size()
         said: dict[str, Spelling] = {}
         if self.grid is not None:
             said["grid"] = Spelling.parse(self.grid)
@@ -59,6 +65,18 @@ class PrecisionOptions:
         found = combined(said)
         for name in ("bits", "group_size", "grid"):
             object.__setattr__(self, name, getattr(found, name))
+
+    def _check_size(self) -> None:
+        """Take the bytes of a target; ValueError if it is none, or options say what it decides."""
+        try:
+            object.__setattr__(self, "target_size", size_in_bytes(self.target_size or 0))
+        except ValueError as error:
+            raise ValueError(f"target_size: {error}") from error
+        for name, usual in (("bits", USUAL_BITS), ("group_size", "auto"), ("recipe", None)):
+            if getattr(self, name) != usual:
+                raise ValueError(f"{name}: target_size decides that; leave it out")
+        if self.type is not None:
+            raise ValueError(f"type: {self.type} has a size of its own; leave out one of the two")
 
     def _check_type(self) -> None:
         """Raise ValueError if options say what a mixture says, or change none."""
@@ -132,7 +150,15 @@ class PrecisionOptions:
         recipe = found.recipe if isinstance(found.recipe, Recipe) else Recipe.load(found.recipe)
         check_recipe(recipe, model)
         bits, group_size = recipe.most_common
-        overrides: Overrides = {**recipe.overrides(), **(found.overrides or {})}
+        known = recipe.overrides()
+        for name in (model.names.embedding, model.names.head):
+            if name in known and not found.kind.embeddings:
+                raise RecipeError(
+                    f"recipe: names {name}, which the {found.format} format keeps in float"
+                )
+            if found.float_embeddings:
+                known.pop(name, None)
+        overrides: Overrides = {**known, **(found.overrides or {})}
         return replace(found, bits=bits, group_size=group_size, overrides=overrides)
 
     def target(self, model: Model, method: Method, has_imatrix: bool = False) -> Target:
@@ -153,8 +179,10 @@ class PrecisionOptions:
             include=self.include,
             exclude=self.exclude,
             overrides=self.overrides,
+            float_embeddings=self.float_embeddings,
             embedding_bits=self.embedding_bits,
             head_bits=self.head_bits,
+            only_bits=method.bits,
             allow_unfused=self.allow_unfused,
             mix=mix,
         )
@@ -167,4 +195,5 @@ class PrecisionOptions:
         dtype = kind.chosen_scale_dtype(model.dtype, self.scale_dtype)
         stem = "model" if mix is None else f"{named_after(model.checkpoint)}-{mix.name}"
         file = FileOptions(stem, None if mix is None else mix.name, self.split_max_size)
-        return Target(kind, plan, default, dtype, file)
+        wider = kind.wider_dtype(model.dtype, self.scale_dtype)
+        return Target(kind, plan, default, dtype, file, wider)

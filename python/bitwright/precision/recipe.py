@@ -112,14 +112,18 @@ def plan_layers(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     overrides: Overrides | None = None,
+    float_embeddings: bool = False,
     embedding_bits: int | None = None,
     head_bits: int | None = None,
+    only_bits: int | None = None,
     allow_unfused: bool = False,
     mix: Mix | None = None,
 ) -> dict[str, Precision | None]:
     """Return the precision of every layer by full name, None for those that stay in float.
 
     A mixture gives every layer, embedding and head its own, in place of `default`; overrides count more.
+    Otherwise embedding and head have those of `Format.ends`, unless they shall stay in float; a head has
+    no others than `only_bits`, those of a method that has one number.
 
     Patterns are shell globs over full names without ``.weight``, such as ``*.down_proj`` or
     ``model.layers.0.*``. Excluding wins over including; of several overrides the last one wins.
@@ -131,6 +135,9 @@ def plan_layers(
     """
     shapes = dict(model.linear_shapes())
     mixed = {} if mix is None else mixed_layers(model, format, mix)
+    if mix is None and not float_embeddings:
+        mixed = _ends(model, format, default, only_bits)
+        shapes |= dict.fromkeys(mixed, _matrix(model))
     plan = plan_shapes(
         shapes,
         default,
@@ -158,11 +165,31 @@ def plan_layers(
             raise ValueError("head_bits: the head is the embedding; use embedding_bits")
         plan[name] = format.with_bits(default, bits)
         shapes[name] = matrix
-    for name in (model.names.embedding, model.names.head):
-        if mixed.get(name) is not None and name not in plan:
+    asked = (None, None) if mix is None else (mix.embedding, mix.output)
+    for name, own in zip((model.names.embedding, model.names.head), asked, strict=True):
+        in_float = float_embeddings and own is None
+        if mixed.get(name) is not None and name not in plan and not in_float:
             plan[name], shapes[name] = mixed[name], matrix
     check_plan(plan, shapes, format, allow_unfused)
     return plan
+
+
+def _ends(
+    model: Model, format: type[Format], default: Precision, only_bits: int | None
+) -> dict[str, Precision | None]:
+    """Return the precisions that embedding and head have by default: None for one that has no whole groups
+    in them; nothing for formats that have both in float."""
+    if not format.embeddings:
+        return {}
+    names, shape = model.names, _matrix(model)
+    embedding, head = format.ends(model.config.model_type, default, shape[1])
+    if head is not None and only_bits not in (None, head.bits):
+        head = default
+    ends = {names.embedding: embedding} | ({} if model.tied else {names.head: head})
+    return {
+        name: each if each is not None and format.stores(shape, each) else None
+        for name, each in ends.items()
+    }
 
 
 def mixed_layers(model: Model, format: type[Format], mix: Mix) -> dict[str, Precision | None]:
@@ -311,7 +338,9 @@ def _matrix(model: Model) -> tuple[int, int]:
 
 def check_recipe(recipe: Recipe, model: Model) -> None:
     """Raise RecipeError unless a recipe names the layers of a model."""
-    known = model.linear_shapes()
+    known = {**model.linear_shapes(), model.names.embedding: _matrix(model)}
+    if not model.tied:
+        known[model.names.head] = _matrix(model)
     for name in recipe.layers:
         if name not in known:
             raise RecipeError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from bitwright.checkpoint.reader import read_json_object
 from bitwright.errors import (
@@ -16,6 +17,7 @@ from bitwright.errors import (
 from bitwright.files.home import expands_home
 from bitwright.files.replacing import followed, write_json
 from bitwright.grids.tensor import BITS
+from bitwright.markup import html_table
 
 VERSION = 1
 
@@ -52,6 +54,19 @@ class Sensitivities:
     loss: str
     kl_divergence: float
     checksum: str | None = None
+    DERIVED: ClassVar = ("per_million",)
+
+    def __str__(self) -> str:
+        most = max(self.per_million, key=self.per_million.__getitem__)
+        return (
+            f"sensitivities of {len(self.alignments)} layers to {precision_name(self.low)} in place of "
+            f"{precision_name(self.high)}, the largest per parameter of {most}; "
+            f"KL {self.kl_divergence:.5f} with all in the former"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = sorted(self.per_million.items(), key=lambda each: -each[1])
+        return html_table((name, f"{value:.4g}") for name, value in rows)
 
     @property
     def per_million(self) -> dict[str, float]:

@@ -28,6 +28,8 @@ class Target:
         Of scales and biases.
     file
         What the files are called, and say.
+    wider_dtype
+        Of scales of layers that float16 cannot hold; None where there is no choice.
     """
 
     format: type[Format]
@@ -35,6 +37,7 @@ class Target:
     default: Precision
     scale_dtype: np.dtype[Any]
     file: FileOptions = field(default_factory=FileOptions)
+    wider_dtype: np.dtype[Any] | None = None
 
     def is_planned(self, name: str) -> bool:
         """Tell whether a layer is quantized, by its full name."""

@@ -23,12 +23,16 @@ from bitwright.precision.choices import Candidate, choose_precisions, fineness
 from bitwright.precision.estimate import check_estimate, estimate_sensitivities
 from bitwright.precision.options import PrecisionOptions
 from bitwright.precision.recipe import Recipe
+from bitwright.precision.whole_size import WholeSize
+from bitwright.presets.high import check_high, high_quantization
 from bitwright.quantization.options import QuantizationOptions
 from bitwright.quantization.quantize import check_run, run_quantization
 from bitwright.ranks import current
-from bitwright.records.card import made_by, python_call
+from bitwright.records.card import python_call
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import DwqReport, QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
+from bitwright.runs.progress import Progressing, in_phases
 from bitwright.text.builtin import given_or_builtin
 from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
@@ -60,15 +64,17 @@ def quantize_best(
     overwrite: bool = False,
     resume: bool = True,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
     **options: Any,
 ) -> QuantizationReport:
     """Quantize as well as is known within the size that `bits` and `group_size` would take.
 
     Sensitivities are estimated, and every layer gets a precision around the one asked for, in groups of the
     same or twice the size, so that all layers together take no more than they would have. Then come the
-    method with refinement and drift correction, and DWQ on as many as 100,000 tokens of `calibration`.
-    Where the format has one precision for all layers, or a recipe is given, that is what is used.
+    method as preset ``"high"`` does it, where it refines, and DWQ on as many as 100,000 tokens of
+    `calibration`. Where the format has one precision for all layers, or a recipe is given, that is what is
+    used. With `target_size` (an option) they are chosen within the bytes of all weight files, see
+    `dynamic_quantize`.
 
     Parameters
     ----------
@@ -111,10 +117,8 @@ def best_quantization(
     started = time.perf_counter()
     options.limits.set_threads()
     original = load_model(model)
-    if options.two_sided:
-        raise ValueError("preset: high is no part of best yet; take one of the two")
-    if options.preset == "best":  # which is what this is: the stages have the default one
-        options = replace(options, preset="default")
+    if options.preset == "best":  # which is what this is: the stages have another one
+        options = replace(options, preset="high" if options.method.refine else "default")
     recipe = options.precision.recipe
     if recipe is not None and not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
@@ -123,19 +127,29 @@ def best_quantization(
     with (
         kept_until_written(WorkFolder(out, SENSITIVITIES)) as work,
         one_budget(options.limits.memory),
+        in_phases(options.limits.progress, *_phases(chooses, options.two_sided)),
     ):
         current().on_first(writer.check_place)
         _require_room(original, model, out, options, chooses)
         if chooses:
             recipe = _chosen(original, options, work)
-        options = replace(options, precision=replace(options.precision, recipe=recipe))
+        precision = replace(options.precision, recipe=recipe, target_size=None)
+        options = replace(options, precision=precision)
         trained = _trained(model, out, options)
     return replace(
         cast(QuantizationReport, trained.student),
         out=Path(out),
+        training=replace(trained, student=None),
         seconds=time.perf_counter() - started,
         peak_memory_bytes=trained.peak_memory_bytes,
     )
+
+
+def _phases(chooses: bool, two_sided: bool) -> list[tuple[str, float]]:
+    """Return what is done, and what that usually takes."""
+    estimating = [("estimating sensitivities", 2.0)] if chooses else []
+    gradients = [("gradients of outputs", 3.0)] if two_sided else []
+    return [*estimating, *gradients, ("quantizing", 2.0), ("teaching", 1.0), ("distilling", 12.0)]
 
 
 def _can_choose(original: Model, asked: PrecisionOptions) -> bool:
@@ -169,8 +183,18 @@ def _require_room(
     source = given_or_builtin(options.calibration.source)
     estimated = _estimated(options)
     quiet = replace(options, limits=replace(options.limits, progress=False))
+    asked = options.precision
+    if asked.target_size is not None:  # which only a recipe fills
+        if not chooses:
+            raise ValueError(
+                "target_size: with these options all layers have one precision; leave out target_size or "
+                "what says so (recipe, overrides, grid, format)"
+            )
+        WholeSize.of(original, asked, options.method.method)
     plans: list[Callable[[], object]] = [
-        lambda: check_run(model, out, quiet),
+        lambda: (
+            check_high(original, out, quiet) if options.two_sided else check_run(model, out, quiet)
+        ),
         lambda: check_training(original, source, *estimated.values()),
     ]
     if chooses:
@@ -182,9 +206,12 @@ def _chosen(original: Model, options: QuantizationOptions, work: WorkFolder) -> 
     """Return precisions around the one asked for, so that all layers take no more than they would have."""
     assert options.calibration is not None
     asked, limits = options.precision, options.limits
-    kind = asked.kind
+    kind, method = asked.kind, options.method.method
     precision = kind.precision(asked.bits, asked.group_size, asked.grid, original.input_channels())
     candidates = _candidates(kind, precision, original.input_channels())
+    whole = None if asked.target_size is None else WholeSize.of(original, asked, method)
+    if whole is not None:
+        candidates = list(whole.choices.candidates)
     found = estimate_sensitivities(
         original,
         options.calibration.source,
@@ -195,6 +222,8 @@ def _chosen(original: Model, options: QuantizationOptions, work: WorkFolder) -> 
         resume=limits.resume,
         progress=limits.progress,
     )
+    if whole is not None:
+        return whole.chosen(found, options.calibration.load(original).tokens)
     dtype = kind.chosen_scale_dtype(original.dtype, asked.scale_dtype)
     shapes = list(original.linear_shapes().values())
     weights = [out_channels * channels for out_channels, channels in shapes]
@@ -203,7 +232,7 @@ def _chosen(original: Model, options: QuantizationOptions, work: WorkFolder) -> 
         weight * stored_bits(asked.bits, size or shape[1], precision.grid, dtype)
         for weight, shape in zip(weights, shapes, strict=True)
     )
-    return choose_precisions(
+    chosen = choose_precisions(
         original,
         found,
         taken / sum(weights),
@@ -213,6 +242,14 @@ def _chosen(original: Model, options: QuantizationOptions, work: WorkFolder) -> 
         scale_dtype=dtype,
         allow_unfused=asked.allow_unfused,
     )
+    plan = asked.for_model(original, method).target(original, method).plan
+    # What goes with the precision asked for, whatever most layers get.
+    ends = {
+        name: (each.bits, each.group_size)
+        for name in (original.names.embedding, original.names.head)
+        if (each := plan.get(name)) is not None
+    }
+    return replace(chosen, layers={**chosen.layers, **ends})
 
 
 def _trained(
@@ -223,9 +260,8 @@ def _trained(
     calibration, limits, recipe = options.calibration, options.limits, options.precision.recipe
 
     def make(folder: Path) -> QuantizationReport:
-        return run_quantization(
-            model, folder, replace(options, limits=replace(limits, overwrite=False))
-        )
+        quantize = high_quantization if options.two_sided else run_quantization
+        return quantize(model, folder, replace(options, limits=replace(limits, overwrite=False)))
 
     layers = sorted(recipe.layers.items()) if isinstance(recipe, Recipe) else None
     chosen = hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]

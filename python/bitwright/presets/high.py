@@ -4,6 +4,9 @@ import os
 import time
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from bitwright.blocks.output_metrics import (
     GradientPlan,
     OutputMetrics,
@@ -12,12 +15,13 @@ from bitwright.blocks.output_metrics import (
 )
 from bitwright.checkpoint import CheckpointWriter
 from bitwright.checkpoint.work_folder import GRADIENTS, WorkFolder, kept_until_written
-from bitwright.loading.model import load_model
+from bitwright.loading.model import Model, load_model
 from bitwright.quantization.options import QuantizationOptions
 from bitwright.quantization.quantize import check_run, run_quantization
 from bitwright.ranks import current
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.budget import one_budget, require_all
+from bitwright.runs.progress import in_phases
 
 
 def high_quantization(
@@ -31,17 +35,32 @@ def high_quantization(
     started, limits = time.perf_counter(), options.limits
     limits.set_threads()
     original = load_model(model)
-    tokens = metric_tokens(options.calibration.load(original).tokens)
     writer = CheckpointWriter(out, limits.overwrite, source=original.checkpoint.source)
-
-    def plan() -> GradientPlan:
-        return plan_gradients(original, tokens, limits.memory)
-
-    with one_budget(limits.memory), kept_until_written(WorkFolder(out, GRADIENTS)) as work:
+    with (
+        one_budget(limits.memory),
+        in_phases(limits.progress, ("gradients of outputs", 3), ("quantizing", 2)),
+        kept_until_written(WorkFolder(out, GRADIENTS)) as work,
+    ):
         current().on_first(writer.check_place)
-        quiet = replace(options, limits=replace(limits, progress=False))
-        require_all([lambda: check_run(model, out, quiet), plan])
-        metrics = OutputMetrics(original, tokens, options.calibration.seed or 0, work, plan())
+        tokens, plan = check_high(original, out, options)
+        metrics = OutputMetrics(original, tokens, options.calibration.seed or 0, work, plan)
         metrics.gather(limits.resume, limits.progress)
         report = run_quantization(model, out, options, metrics)
     return replace(report, seconds=time.perf_counter() - started)
+
+
+def check_high(
+    original: Model, out: str | os.PathLike[str], options: QuantizationOptions
+) -> tuple[NDArray[np.int32], GradientPlan]:
+    """Raise, before anything is computed, what `high_quantization` would; return the tokens that gradients
+    are taken of, and how."""
+    assert options.calibration is not None
+    tokens = metric_tokens(options.calibration.load(original).tokens)
+    quiet = replace(options, limits=replace(options.limits, progress=False))
+    require_all(
+        [
+            lambda: check_run(original.checkpoint.source, out, quiet),
+            lambda: plan_gradients(original, tokens, options.limits.memory),
+        ]
+    )
+    return tokens, plan_gradients(original, tokens, options.limits.memory)

@@ -20,8 +20,10 @@ from bitwright.presets.best import best_quantization
 from bitwright.presets.high import high_quantization
 from bitwright.quantization.options import Preset, QuantizationOptions
 from bitwright.quantization.quantize import check_run, run_quantization
-from bitwright.records.card import made_by, python_call
+from bitwright.records.card import python_call
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import QuantizationReport
+from bitwright.runs.progress import Progressing
 from bitwright.text.samples import TokenSource
 from bitwright.warned import reports_warnings
 
@@ -63,6 +65,7 @@ def quantize(
     statistics: str | os.PathLike[str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     propagate: Literal["quantized", "original"] | None = None,
+    float_embeddings: bool = False,
     embedding_bits: int | None = None,
     head_bits: int | None = None,
     include: Sequence[str] = (),
@@ -75,13 +78,14 @@ def quantize(
     token_embedding_type: str | None = None,
     output_tensor_type: str | None = None,
     split_max_size: int | None = None,
+    target_size: int | str | None = None,
     allow_requantize: bool = False,
     allow_unfused: bool = False,
     memory: float | None = None,
     resume: bool = True,
     overwrite: bool = False,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
 ) -> QuantizationReport:
     """Quantize a checkpoint folder into another one.
 
@@ -113,7 +117,7 @@ def quantize(
         ``"fast"`` is the method by itself. ``"default"`` adds `refine` and `drift` to gptq, awq and
         awq+gptq. ``"high"`` then refines every layer by what its errors do to the model's predictions,
         which gradients over half of the calibration tell, see `refine_two_sided`. ``"best"`` chooses the
-        precision of every layer within the same size, and trains the scales after `"default"`; see
+        precision of every layer within the same size, and trains the scales after ``"high"``; see
         `bitwright.quantize_best`.
     refine
         After a layer is quantized, improve codes and scales in the metric of its gram, see `refine`. By
@@ -162,11 +166,15 @@ def quantize(
         range of each group; beside it, the embedding is.
     propagate
         What feeds the next layers: the ``"quantized"`` ones (default) or the ``"original"`` ones.
+    float_embeddings
+        Leave embedding and head in float, but for those whose bits are given. By default they are quantized
+        where the tools of the format's engines do so: for mlx in the precision of the layers, for gguf in
+        Q6_K (Q5_K beside 2 bits) or more; the other formats keep them in float.
     embedding_bits, head_bits
-        Quantize the embedding (round-to-nearest) and the head (with `method`) too; they stay in float by
-        default. A tied head follows the embedding.
+        Other bits for the embedding, which is rounded to nearest, and the head, which `method` quantizes. A
+        tied head follows the embedding.
     include, exclude
-        Shell globs over layer names: quantize only, and leave in float.
+        Shell globs over layer names, embedding and head among them: quantize only, and leave in float.
     overrides
         ``{glob: "4:64"}``, or ``{glob: {"bits": …, "group_size": …, "grid": …}}``, for layers that differ;
         the last match wins.
@@ -186,6 +194,9 @@ def quantize(
         Those of embedding and head. F32, F16 and BF16 leave a tensor in float, as the model has it.
     split_max_size
         Write several GGUF files, with at most so many bytes of tensors in each.
+    target_size
+        For preset best, in place of `bits`: bytes of all weight files, such as ``"3.2GB"``, that the
+        precisions of all layers, embedding and head among them, are chosen within.
     allow_requantize
         Take a model that is quantized already, in any format that is read, as if its weights were the
         original's. What its first rounding lost stays lost: use the original where there is one.
@@ -204,7 +215,9 @@ def quantize(
     threads
         Number of threads from now on, in the whole process.
     progress
-        Show a progress bar with the time left and each block's error, on standard error.
+        Show bars with the time left and each block's error on standard error, or lines where that is no
+        terminal; False shows nothing. Or a function, which gets a `Progress` at every step in their place.
+        The log ``bitwright`` gets the lines at level INFO in any case.
 
     Returns
     -------

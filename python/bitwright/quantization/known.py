@@ -18,6 +18,7 @@ from bitwright.quantization.output import QuantizedLayer, Trial
 from bitwright.quantization.source import NoStatistics, StatisticsSource
 from bitwright.statistics.activation_file import ActivationFile
 from bitwright.statistics.folder import Statistics
+from bitwright.warned import warn
 
 
 class ActivationStatistics(NoStatistics):
@@ -41,10 +42,15 @@ class ActivationStatistics(NoStatistics):
                     if target.is_planned(prefix + name):
                         names = _sharing(prefix, name, stage)
                         self._file.require(names, layout.linears[name][1])
-        if target.is_planned(model.names.head):
-            self._file.require((model.names.head,), model.config.hidden_size)
+        head = model.names.head
+        if target.is_planned(head) and self._file.has(head):
+            self._file.require((head,), model.config.hidden_size)
+        elif target.is_planned(head):
+            warn(f"{self._file.path}: has no activations of {head}, which is rounded without them")
 
     def head_solver(self, layers: Layers, name: str, scale: Float32) -> OwnSolver:
+        if not self._file.has(name):
+            return layers.rounding()
         return self._solver(layers, (name,), len(scale), scale)
 
     def _solvers(

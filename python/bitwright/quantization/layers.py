@@ -8,7 +8,7 @@ import numpy as np
 
 from bitwright import _kernels
 from bitwright.blocks.drift import Drift
-from bitwright.blocks.equalizing import Equalized, equalize, equalize_head
+from bitwright.blocks.equalizing import Equalized, equalize, equalize_head, half_holds
 from bitwright.blocks.output_metrics import OutputMetrics
 from bitwright.blocks.scaling import AwqOptions, ScaledBlock, StageFacts
 from bitwright.errors import BitwrightError
@@ -134,6 +134,7 @@ class Layers:
         # weights are small for the dtype of scales all the same.
         self._powers: dict[str, int] = {}
         self._coarse: set[str] = set()
+        self._wide: set[str] = set()  # those whose scales float16 cannot hold
 
     def is_planned(self, name: str) -> bool:
         """Tell whether a layer is quantized, by its full name."""
@@ -184,7 +185,8 @@ class Layers:
             for name in stage.linears:
                 precision = self.target.plan[prefix + name]
                 if precision is not None:
-                    choices[name] = self._grid_choice(precision, block.layout.linears[name])
+                    shape = block.layout.linears[name]
+                    choices[name] = self._grid_choice(prefix + name, precision, shape)
         return choices
 
     def scaled_block(
@@ -211,6 +213,9 @@ class Layers:
         """Return a block whose weights scales can be stored for, which computes the same."""
         if self._quantized is not None:  # its codes are those of the weights as they are
             return Equalized(block)
+        if self.target.wider_dtype is not None:
+            self._wide = self._found_wide(block, prefix)
+            return Equalized(block)
         found = equalize(
             block,
             self.grid_choices(block, prefix),
@@ -223,13 +228,30 @@ class Layers:
         self._coarse = {prefix + name for name in found.coarse}
         return found
 
+    def _found_wide(self, block: DecoderBlock, prefix: str) -> set[str]:
+        """Return the layers of a block whose scales float16 cannot hold, with all of a stack of experts."""
+        self._wide = set()
+        choices, experts = self.grid_choices(block, prefix), self.output.experts
+        found = {
+            prefix + name
+            for name, choice in choices.items()
+            if not half_holds(block.weights.read(f"{name}.weight"), choice)
+        }
+        block.weights.clear()
+        stacks = {experts[name].stacked_name for name in found if name in experts}
+        others = (prefix + name for name in choices)
+        return found | {
+            name for name in others if name in experts and experts[name].stacked_name in stacks
+        }
+
     def equalized_head(self, name: str) -> int:
         """Return by which power of two the head is multiplied, and its norm divided."""
         precision = self.target.plan[name]
-        if self._quantized is not None or precision is None:
+        if self._quantized is not None or precision is None or self.target.wider_dtype is not None:
             return 0
         shape = (self.model.config.vocab_size, self.model.config.hidden_size)
-        power, changed, coarse = equalize_head(self.model, self._grid_choice(precision, shape))
+        choice = self._grid_choice(name, precision, shape)
+        power, changed, coarse = equalize_head(self.model, choice)
         self.changed.update(changed)
         self.output.divided += [self.model.names.final_norm] if power else []
         self._powers = {name: power}
@@ -288,6 +310,12 @@ class Layers:
         `whole`."""
         precision = self.target.plan[name]
         assert precision is not None
+        if self.target.wider_dtype is not None:
+            matrix = self.model.rows(source)
+            choice = self._grid_choice(name, precision, matrix.shape)
+            rows = self._matrix_pieces(source, 0, False)
+            held = all(half_holds(each, choice) for _, each in rows)
+            self._wide = set() if all(self.ranks.gather(held)) else {name}
         pieces = self._matrix_pieces(source, power, whole)
         tensor, _ = self._quantize(name, pieces, own, precision, self.output.finish)
         return MatrixRows(tensor.dequantize, tensor.shape, f"layer {name}")
@@ -301,7 +329,11 @@ class Layers:
             errors.append(float(_kernels.row_quadratic_forms(change, gram).sum()))
         return self.ranks.total(errors)
 
-    def _grid_choice(self, precision: Precision, shape: tuple[int, int]) -> GridChoice:
+    def _scale_dtype(self, name: str) -> np.dtype[Any]:
+        wider = self.target.wider_dtype
+        return wider if wider is not None and name in self._wide else self.target.scale_dtype
+
+    def _grid_choice(self, name: str, precision: Precision, shape: tuple[int, int]) -> GridChoice:
         if self.options.method.clips:
             # Also for the linears that are not clipped: scales chosen so are better (docs/experiments.md).
             ranges = self.awq is not None and self.awq.clip != "none"
@@ -312,7 +344,7 @@ class Layers:
             precision.bits,
             precision.group_size,
             precision.grid,
-            self.target.scale_dtype,
+            self._scale_dtype(name),
             ranges,
         )
 
@@ -363,7 +395,7 @@ class Layers:
                 precision.bits,
                 precision.group_size,
                 precision.grid,
-                self.target.scale_dtype,
+                self._scale_dtype(name),
             )
 
         for rows, weight in pieces:
@@ -397,7 +429,10 @@ class Layers:
             self._require_kept(name, pieces, solve, own.gram, tensor, relative, out)
         power, coarse = self._powers.get(name, 0), name in self._coarse
         error_before = summed(before) if before else None
-        finish(QuantizedLayer(name, tensor, relative, few_tokens, power, coarse, error_before))
+        wide = name in self._wide
+        finish(
+            QuantizedLayer(name, tensor, relative, few_tokens, power, coarse, error_before, wide)
+        )
         if isinstance(pieces, MatrixPieces):
             give_back()  # the heap has kept the room of pieces, and of what was written
         return tensor, stored

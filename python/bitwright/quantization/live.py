@@ -71,6 +71,8 @@ class LiveStatistics(StatisticsSource):
         chunks = -(-drift_rows(self.tokens, rope) // rope.chunk_rows) if drifts else 0
         plan = ChunkPlan.shared(self.tokens, rope.chunk_rows, chunks, resident, journal.scratch)
         original = None
+        if not self.propagates:
+            table = None
         if state is None and (table is None or drifts):
             original = model.embedding_table()
         looked_up = original if table is None else table

@@ -137,6 +137,11 @@ class QuantizationOptions:
         """Raise ValueError unless there are the inputs that a method asks for."""
         if self.preset in ("high", "best") and self.calibration is None:
             raise ValueError(f"calibration: preset {self.preset} needs text or token ids")
+        if self.precision.target_size is not None and self.preset != "best":
+            raise ValueError(
+                "target_size: asks for a choice of precisions, which preset best makes, and bitwright "
+                "dynamic"
+            )
         if self.preset == "best" and self.precision.type is not None:
             raise ValueError(
                 f"preset: best chooses the precision of every layer itself; take another beside the type "

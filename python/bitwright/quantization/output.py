@@ -43,6 +43,7 @@ class QuantizedLayer:
     power: int = 0
     coarse: bool = False
     error_before: float | None = None  # of what the layer was quantized to before
+    wide: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +86,7 @@ class Output:
         self.blocks: list[BlockReport] = []
         self.divided: list[str] = []  # by powers of two, for others to be large enough
         self._writer = writer
-        self._experts = experts or {}
+        self.experts = experts or {}
         self._stack_size = stack_size
         self._layer_bytes = 0.0
         self._layer_weights = 0
@@ -96,7 +97,7 @@ class Output:
     def finish(self, layer: QuantizedLayer) -> None:
         """Write and report a layer."""
         tensor = layer.tensor
-        place = self._experts.get(layer.name)
+        place = self.experts.get(layer.name)
         if self._ranks.size > 1 and len(self.layers) % self._ranks.size == self._ranks.rank:
             self._digests[layer.name] = digest(tensor.dequantize().data)
         if self._writer is None:
@@ -124,6 +125,7 @@ class Output:
                 layer.coarse,
                 groups_below_floor(tensor),
                 layer.error_before,
+                layer.wide,
             )
         )
 
@@ -159,7 +161,7 @@ class Output:
 
     def add(self, name: str, array: NDArray[Any]) -> None:
         """Write a tensor; of experts in float, where the format has nothing but stacks, a part of one."""
-        place = self._experts.get(name.removesuffix(".weight"))
+        place = self.experts.get(name.removesuffix(".weight"))
         if self._writer is not None and place is not None and self.format.own_container:
             stack = self.format.name_written(f"{place.stacked_name}.weight", self._nested)
             self._writer.add_part(stack, array, place.index, self._stack_size)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from bitwright import _kernels
 from bitwright.blocks.drift import drift_rows
@@ -21,8 +20,7 @@ from bitwright.blocks.scaling import CLIPPED_CHANNELS
 from bitwright.checkpoint.work_folder import work_path
 from bitwright.checkpoint.writer import SHARD_BYTES
 from bitwright.errors import OutputError
-from bitwright.formats import Precision
-from bitwright.grids.tensor import stored_bits
+from bitwright.formats import Format, Precision
 from bitwright.loading.model import Model
 from bitwright.methods.method import MethodOptions
 from bitwright.methods.refine import ROUNDS
@@ -30,6 +28,7 @@ from bitwright.methods.two_sided import METRIC_ROWS, two_sided_operations
 from bitwright.models.block import Rotation
 from bitwright.models.layout import BlockLayout, Stage
 from bitwright.models.matrix_rows import solved_rows
+from bitwright.precision.size import weights_bytes
 from bitwright.ranks import current
 from bitwright.runs.budget import Budget, gigabytes, told_apart
 from bitwright.runs.forecast import (
@@ -40,6 +39,7 @@ from bitwright.runs.forecast import (
     weight_count,
 )
 from bitwright.runs.limits import RunLimits
+from bitwright.runs.progress import duration, say
 from bitwright.statistics.folder import expected_stages
 
 REFINED_ROWS = 1024  # whose work arrays exist at one time, see cpp/quant/refine.cpp
@@ -65,6 +65,8 @@ class RunPlan:
         The smallest budget that would work: all states but those at work are in files.
     budget_bytes
         What was allowed.
+    written_bytes
+        Of the tensors that are written.
     disk_bytes
         Expected peak beside the output, it included.
     seconds
@@ -76,6 +78,7 @@ class RunPlan:
     memory_bytes: int
     least_bytes: int
     budget_bytes: int
+    written_bytes: int
     disk_bytes: int
     seconds: float
     resident: int | None
@@ -101,8 +104,8 @@ class Work:
         Of scales.
     known
         Whether what layers see is read from files of statistics or activations.
-    collects
-        Whether such files are what is written.
+    format
+        What is written; None for such files.
     seen_bytes
         The largest array of a file of activations.
     two_sided
@@ -117,7 +120,7 @@ class Work:
     length: int
     scale_dtype: np.dtype[np.generic]
     known: bool = False
-    collects: bool = False
+    format: type[Format] | None = None
     seen_bytes: int = 0
     two_sided: bool = False
 
@@ -191,11 +194,12 @@ def plan_run(
     resident = None if room >= chunks else max(0, int(room) - 1)  # besides the one at work
     in_memory = chunks if resident is None else resident + 1
     spilled = (chunks - in_memory) * per_chunk
-    disk = _disk_bytes(work) + spilled
+    written = _written_bytes(work)
+    disk = _disk_bytes(work, written) + spilled
     if out is not None and ranks.is_first:
         room_there = _free_disk(out)
-        if room_there is not None and _written_bytes(work) > room_there:
-            taken, free = told_apart(_written_bytes(work), room_there)
+        if room_there is not None and written > room_there:
+            taken, free = told_apart(written, room_there)
             raise OutputError(
                 f"{out}: the result takes {taken}, but only {free} of the disk are free. Write elsewhere "
                 f"or make room"
@@ -204,27 +208,27 @@ def plan_run(
         fixed + in_memory * per_chunk if work.tokens else fixed,
         least,
         int(min(budget.bytes, sys.maxsize)),
+        written,
         disk,
-        _seconds(work, spilled) if timed else math.nan,
+        _seconds(work, spilled, written) if timed else math.nan,
         resident,
     )
 
 
 def describe(plan: RunPlan) -> str:
     """Say in a line what a run takes."""
-    hours, rest = divmod(round(plan.seconds), 3600)
-    spent = f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
     spilled = "" if plan.resident is None else "; hidden states that do not fit go to disk"
     return (
         f"plan: about {gigabytes(plan.memory_bytes)} of memory (budget {gigabytes(plan.budget_bytes)}), "
-        f"{gigabytes(plan.disk_bytes)} of disk, {spent}{spilled}"
+        f"{gigabytes(plan.disk_bytes)} of disk, {duration(plan.seconds)}; "
+        f"writes {gigabytes(plan.written_bytes)}{spilled}"
     )
 
 
 def tell(plan: RunPlan, limits: RunLimits) -> RunPlan:
-    """Print a plan where progress is shown, and return it."""
-    if limits.progress and current().is_first:
-        Console(stderr=True).print(describe(plan), highlight=False, soft_wrap=True)
+    """Say a plan where progress is shown, and return it."""
+    if limits.progress:
+        say(describe(plan), limits.progress)
     return plan
 
 
@@ -254,7 +258,7 @@ def _fixed_bytes(work: Work) -> int:
     }
     # To be looked up in, or written with a mask.
     peaks = [sizes[names.embedding]]
-    if not work.collects:
+    if work.format is not None:
         peaks = [size + table for target, size in sizes.items() if not work.plan.get(target)]
     if work.plan.get(names.embedding):
         peaks.append(codes + max(codes, ROUNDED_BYTES * rows * config.hidden_size))
@@ -369,31 +373,18 @@ def _solve_bytes(
 
 def _written_bytes(work: Work) -> int:
     """Return the size of the output."""
-    if work.collects:
+    if work.format is None:
         return sum(4 * c**2 + 8 * c for _, c in expected_stages(work.model))
-    model, total = work.model, float(work.model.checkpoint.nbytes())
-    shapes = dict(model.linear_shapes())
-    floats = {name for name in shapes if not model.is_quantized(name)}
-    matrix = (model.config.vocab_size, model.config.hidden_size)
-    shapes |= {model.names.embedding: matrix, model.names.head: matrix}
-    for name, precision in work.plan.items():
-        if precision is not None and name in shapes:
-            out, channels = shapes[name]
-            size = precision.group_size or channels
-            bits = stored_bits(precision.bits, size, precision.grid, work.scale_dtype)
-            dtype = model.stored_dtype(f"{name}.weight") if name in floats else model.dtype
-            total += out * channels * (bits / 8 - dtype.itemsize)
-    return max(0, int(total))
+    return weights_bytes(work.model, work.format, work.plan, work.scale_dtype)
 
 
-def _disk_bytes(work: Work) -> int:
+def _disk_bytes(work: Work, written: int) -> int:
     """Return the output, the weight file that is being put together, and two commits of hidden states."""
-    written = _written_bytes(work)
     rows = work.tokens + work.drift_tokens
     return written + min(written, SHARD_BYTES) + 2 * 4 * rows * work.model.config.hidden_size
 
 
-def _seconds(work: Work, spilled: int) -> float:
+def _seconds(work: Work, spilled: int, written: int) -> float:
     ranks = current()
     products = _products(work) / ranks.size
     moved = work.model.checkpoint.stored_bytes() * (1 + (work.drift_tokens > 0) + 2 * work.scaled)
@@ -403,7 +394,7 @@ def _seconds(work: Work, spilled: int) -> float:
     return (
         products / _speed()
         + moved / READ_BYTES_PER_SECOND
-        + (_written_bytes(work) + stages + commits) / WRITTEN_BYTES_PER_SECOND
+        + (written + stages + commits) / WRITTEN_BYTES_PER_SECOND
     )
 
 

@@ -31,6 +31,7 @@ from bitwright.quantization.small_weights import warn_of_small_weights
 from bitwright.quantization.source import StatisticsSource
 from bitwright.ranks import current
 from bitwright.records.card import model_card
+from bitwright.records.described import write_report
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.journal import Journal, kept_when_interrupted
 from bitwright.runs.limits import RunLimits
@@ -197,12 +198,13 @@ class Run:
             samples * length,
             length,
             self.target.scale_dtype,
+            format=self.target.format,
             known=self.source.is_known,
             seen_bytes=self.source.largest_bytes,
             two_sided=self.two_sided,
         )
         limits = self.limits
-        return tell(plan_run(work, limits.memory, out, timed=limits.progress), limits)
+        return tell(plan_run(work, limits.memory, out, timed=bool(limits.progress)), limits)
 
     def _identity(self, identity: Mapping[str, object]) -> dict[str, object]:
         """Return what decides the result, in words for whoever changes it between two runs."""
@@ -296,6 +298,7 @@ class Run:
                 file=self.target.file,
             )
             self.writer.write_text(CARD_NAME, card)
+            write_report(self.writer, report)
         return report
 
     def _carry(self, names: Iterable[str]) -> None:

@@ -76,7 +76,8 @@ def remedy(format: type[Format] | None, dtype: np.dtype[Any]) -> str:
 
 
 def warn_of_small_weights(folder: Path, format: type[Format], output: Output) -> None:
-    """Warn of the layers of a run that were multiplied by powers of two, or should have been."""
+    """Warn of the layers of a run that were multiplied by powers of two, or should have been, or have
+    wider scales."""
     moved = [layer.name for layer in output.layers if layer.power > 0]
     coarse = [layer.name for layer in output.layers if layer.coarse]
     if moved:
@@ -85,6 +86,11 @@ def warn_of_small_weights(folder: Path, format: type[Format], output: Output) ->
             f"scales, or read what such a layer reads; they were multiplied by powers of two, and what is "
             f"before or after them ({counted(output.divided, 'norm or layer', 'norms or layers')}) divided "
             f"by as much, which changes nothing that the model computes"
+        )
+    if wide := [layer.name for layer in output.layers if layer.wide]:
+        warn(
+            f"{folder}: float16 scales cannot hold the weights of {counted(wide, 'layer')}, such as "
+            f"{wide[0]}; their scales are float32"
         )
     if coarse:
         warn(

@@ -7,9 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,11 @@ from bitwright.errors import printable
 from bitwright.evaluation import Evaluation
 from bitwright.files.replacing import replaced
 from bitwright.formats import Format
-from bitwright.formats.loading_code import python_string, shell_word
+from bitwright.formats.loading_code import python_string
 from bitwright.methods.registry import METHODS
-from bitwright.records.reports import DwqReport, QuantizationReport, error_text, megabytes
+from bitwright.records.described import megabytes
+from bitwright.records.made_by import command_line, made_with, without_place
+from bitwright.records.reports import DwqReport, QuantizationReport, error_text
 
 REFINING = "refine"  # the method of reports of what was quantized before
 WIDTH = 88  # of a call on one line
@@ -43,53 +43,10 @@ CARRIED = {
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _CACHED = "models--"  # begins the folders of the hub client's cache
 _MARKUP = re.compile(r"[\\`*\[\]<>&|#~$!{}]|(?<![^\W_])_|_(?![^\W_])")
-_made_by: ContextVar[str | None] = ContextVar("made_by", default=None)
+
 
 Precisions = Iterable[tuple[int, int]]
 Report = QuantizationReport | DwqReport
-
-
-@contextmanager
-def made_by(command: str) -> Iterator[None]:
-    """Set the command, or the call in Python, that cards written in this context name.
-
-    Of several around each other the outermost counts: that is what a user gave.
-
-    Examples
-    --------
-    >>> with made_by(command_line(["quantize", "my model", "--out", "q"])):
-    ...     print(_made_by.get())
-    bitwright quantize 'my model' --out q
-    """
-    token = _made_by.set(_made_by.get() or command)
-    try:
-        yield
-    finally:
-        _made_by.reset(token)
-
-
-def command_line(arguments: Sequence[str]) -> str:
-    """Return the command that runs bitwright with these arguments, quoted for a shell; absolute paths are
-    told by their names alone.
-
-    Examples
-    --------
-    >>> command_line(["quantize", "/home/me/models/story", "--out=/tmp/my q", "--bits", "3"])
-    "bitwright quantize story '--out=my q' --bits 3"
-    """
-    told = []
-    for each in arguments:
-        option, equals, value = each.partition("=")
-        is_option = equals and option.startswith("--")
-        told.append(f"{option}={without_place(value)}" if is_option else without_place(each))
-    return " ".join(["bitwright", *map(shell_word, told)])
-
-
-def without_place(path: str) -> str:
-    """Return a path without private parts: of one that is absolute, or in a home folder, only the name."""
-    if not path.startswith(("/", "~")):
-        return path
-    return os.path.basename(os.path.normpath(path)) or path
 
 
 def python_call(function: Callable[..., object], arguments: Mapping[str, object]) -> str:
@@ -202,7 +159,7 @@ def model_card(
         "## How it was made",
         _table(("", ""), _facts(base, format, methods, reports, stored, more)),
     ]
-    command = _made_by.get()
+    command = made_with().command
     if command is not None:
         parts.append(_block("sh" if command.startswith("bitwright ") else "python", command))
     parts += _figures(reports)

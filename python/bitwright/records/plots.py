@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.errors import MissingExtraError, OutputError
@@ -11,6 +11,10 @@ from bitwright.files.home import expands_home
 from bitwright.files.replacing import check_new_file, followed, replaced
 from bitwright.files.text_file import read_bytes
 from bitwright.records.reports import DwqReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MARK = "bitwright.plots"  # identifies our plots, in the file types that have room for it
 MOST_BYTES = 64 << 20  # of a plot
@@ -24,7 +28,7 @@ _METADATA: dict[str, dict[str, str | None]] = {
 
 
 @expands_home
-def plot_dwq(report: DwqReport, path: str | os.PathLike[str]) -> None:
+def plot_dwq(report: DwqReport, path: str | os.PathLike[str] | None = None) -> "Figure":
     """Plot the loss of every step and the KL of every validation, the first and the best marked.
 
     Parameters
@@ -32,7 +36,11 @@ def plot_dwq(report: DwqReport, path: str | os.PathLike[str]) -> None:
     report
         What `bitwright.dwq_quantize` returned.
     path
-        File to write; its ending says how (.png, .svg, .pdf).
+        File to write; its ending says how (.png, .svg, .pdf). None writes none.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
 
     Raises
     ------
@@ -49,7 +57,8 @@ def plot_dwq(report: DwqReport, path: str | os.PathLike[str]) -> None:
     ...     Path("out"), "kl", 2, 64, (0.4, 0.3), ((0, 0.4), (2, 0.3)), 2, None, 1.0, 64.0, 0
     ... )
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     bitwright.plot_dwq(report, f"{folder}/curves.svg")
+    ...     bitwright.plot_dwq(report, f"{folder}/curves.svg").axes[0].get_xlabel()
+    'step'
     """
     figure, axes = new_figure()
     axes.plot(
@@ -67,6 +76,7 @@ def plot_dwq(report: DwqReport, path: str | os.PathLike[str]) -> None:
     )
     axes.legend()
     save_figure(figure, path)
+    return figure
 
 
 class PlotBeside:
@@ -147,7 +157,8 @@ def _read_mark(path: Path) -> None:
         raise OutputError(f"{path}: is not a plot of bitwright's")
 
 
-def new_figure(height: float = 4.0) -> tuple[Any, Any]:
+def new_figure(height: float = 4.0) -> tuple["Figure", "Axes"]:
+    """Return a figure with its axes; it needs no screen, and notebooks show it."""
     require_matplotlib()
     from matplotlib.figure import Figure  # not pyplot, which looks for a screen
 
@@ -155,7 +166,10 @@ def new_figure(height: float = 4.0) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: "Figure", path: str | os.PathLike[str] | None) -> None:
+    """Write a figure, if there is a path, as its ending says."""
+    if path is None:
+        return
     from matplotlib import rc_context
 
     kind = Path(path).suffix[1:].lower()

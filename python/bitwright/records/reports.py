@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from bitwright.formats import Precision
 from bitwright.methods.awq import ScaleSearch
+from bitwright.records.described import described, megabytes
+from bitwright.records.page import fragment_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class LayerReport:
         How many groups of an affine grid have a scale below 1e-7, the smallest that MLX's own rounding has.
     error_before
         The same error of what was refined; None where nothing was quantized before.
+    wide
+        Whether its scales are float32, as float16 cannot hold them.
     """
 
     name: str
@@ -52,6 +56,7 @@ class LayerReport:
     coarse: bool = False
     below_floor: int = 0
     error_before: float | None = None
+    wide: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +136,8 @@ class QuantizationReport:
     in_float
         Of a run through transformers, the matrices that stay in float, embedding and head aside: what
         chooses experts, what was excluded, and all that is no linear of the text decoder's blocks.
+    training
+        Of preset best, how the scales were trained.
     """
 
     out: Path
@@ -147,6 +154,7 @@ class QuantizationReport:
     peak_memory_bytes: int
     warnings: tuple[str, ...] = ()
     in_float: tuple[str, ...] = ()
+    training: "DwqReport | None" = None
 
     def __str__(self) -> str:
         worst = self.worst(1)
@@ -159,11 +167,15 @@ class QuantizationReport:
             f"{self.seconds:.1f} s{named}{left}"
         )
 
+    def _repr_html_(self) -> str:
+        return fragment_of(described(self))
+
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON, exactly."""
+        """Return it for JSON, exactly, without the training."""
         blocks = [block.as_dict() for block in self.blocks]
         layers = [asdict(layer) for layer in self.layers]
-        return {**vars(self), "out": str(self.out), "layers": layers, "blocks": blocks}
+        known = {name: value for name, value in vars(self).items() if name != "training"}
+        return {**known, "out": str(self.out), "layers": layers, "blocks": blocks}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "QuantizationReport":
@@ -244,6 +256,7 @@ class DwqReport:
     peak_memory_bytes: int
     student: QuantizationReport | None = None
     warnings: tuple[str, ...] = ()
+    DERIVED: ClassVar = ("kl_before", "kl_after")
 
     @property
     def kl_before(self) -> float:
@@ -254,6 +267,15 @@ class DwqReport:
     def kl_after(self) -> float:
         """The validation KL of the student that was written."""
         return min(value for _, value in self.validations)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.out}: validation KL {self.kl_before:.5f} before training, {self.kl_after:.5f} after "
+            f"{self.tokens:,} tokens in {self.steps} steps, {self.seconds:.1f} s"
+        )
+
+    def _repr_html_(self) -> str:
+        return fragment_of(described(self))
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a JSON file can hold of the training; times, which differ from run to run, are left
@@ -292,6 +314,7 @@ class ConvertedLayer:
     after: Precision | None
     error: float
     requantized: bool = False
+    DERIVED: ClassVar = ("change",)
 
     @property
     def change(self) -> str:
@@ -334,6 +357,16 @@ class ConversionReport:
         """The layers whose weights are not quite what they were."""
         return [layer for layer in self.layers if layer.error > 0]
 
+    def __str__(self) -> str:
+        lossy = f"{len(self.lossy)} of them not quite the same" if self.lossy else "all the same"
+        return (
+            f"{self.out}: {len(self.layers)} layers from {self.source_format} to {self.format}, {lossy}, "
+            f"{megabytes(self.size_bytes)} (was {megabytes(self.original_bytes)})"
+        )
+
+    def _repr_html_(self) -> str:
+        return fragment_of(described(self))
+
     def changes(self) -> dict[str, str]:
         """Describe what layers have lost, by what was done to them; unchanged ones are left out."""
         kinds: dict[str, list[ConvertedLayer]] = {}
@@ -353,8 +386,3 @@ class ConversionReport:
 def error_text(error: float | None) -> str:
     """Write a relative error; nothing for none."""
     return "" if error is None else f"{error:.2e}"
-
-
-def megabytes(size: int) -> str:
-    """Write a number of bytes in megabytes."""
-    return f"{size / 1e6:,.1f} MB"

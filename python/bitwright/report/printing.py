@@ -7,13 +7,13 @@ from rich.console import Console
 from bitwright.evaluation import Evaluation
 from bitwright.precision.recipe import Recipe
 from bitwright.precision.sensitivities import Sensitivities, precision_name
+from bitwright.records.described import megabytes
 from bitwright.records.reports import (
     BlockReport,
     ConversionReport,
     DwqReport,
     QuantizationReport,
     error_text,
-    megabytes,
 )
 from bitwright.report.tables import print_facts, print_sentence, print_table
 from bitwright.tools.inspect import Inspection
@@ -82,7 +82,7 @@ def print_recipe(recipe: Recipe, found: Sensitivities, console: Console) -> None
     rows = []
     for precision in sorted(set(recipe.layers.values()), key=str):
         names = [name for name, each in recipe.layers.items() if each == precision]
-        share = sum(found.parameters[name] for name in names) / total
+        share = sum(found.parameters.get(name, 0) for name in names) / total
         rows.append((precision_name(precision), str(len(names)), f"{100 * share:.1f} %"))
     title = f"{recipe.bits_per_weight:.4f} bits per weight"
     print_table(("bits:group", "layers", "weights"), rows, console, title)
@@ -185,6 +185,9 @@ def print_inspection(found: Inspection, console: Console) -> None:
         "to quantize": f"{found.method}, preset {found.preset}, would take about "
         f"{megabytes(found.memory_bytes)} of memory and {found.seconds:,.0f} s here, with "
         f"{found.tokens:,} calibration tokens",
+        "to write": f"not in the {found.output_format} format: {found.output_problem}"
+        if found.output_bytes is None
+        else f"{megabytes(found.output_bytes)} of weights in the {found.output_format} format",
     }
     print_facts(facts, console)
     rows = [

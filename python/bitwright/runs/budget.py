@@ -20,7 +20,7 @@ from bitwright.process.memory import (
 from bitwright.ranks import current
 
 FREE_SHARE = 0.75  # of the memory that is free, which a run takes at most unless told otherwise
-THREAD_BYTES = 6_000_000  # of OpenBLAS' buffers, and of the weights of a tile that are widened
+THREAD_BYTES = 3_000_000  # of OpenBLAS' buffers, and of the weights of a tile that are widened
 VARIATION = 10_000_000  # of what a process has taken before it begins, from one time to another
 FIGURES = 3  # of a number of bytes in a message
 UNITS = (("GB", 9), ("MB", 6), ("kB", 3), ("bytes", 0))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from bitwright.build import set_num_threads
+from bitwright.runs.progress import Progressing
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,14 @@ class RunLimits:
     threads
         Number of threads from now on, in the whole process; None leaves it.
     progress
-        Whether to show a progress bar.
+        Whether progress is shown, or what gets each record of it.
     """
 
     memory: float | None = None
     resume: bool = True
     overwrite: bool = False
     threads: int | None = None
-    progress: bool = True
+    progress: Progressing = True
 
     def set_threads(self) -> None:
         """Set the number of threads, if one is given."""

@@ -25,6 +25,7 @@ from bitwright.errors import CalibrationError, shown
 from bitwright.models.operations import Float32
 
 SHOWN_NAMES = 5
+ENDS = ("", ".weight")  # of the names of arrays, after those of layers
 
 
 MOST_EXPANSION = 16  # of a compressed array when it is read; activations shrink by less than half
@@ -142,6 +143,10 @@ class ActivationFile:
         require_finite(tokens, f"{self.path}: array {name}")
         return tokens
 
+    def has(self, layer: str) -> bool:
+        """Tell whether the file has the inputs of a layer."""
+        return any(f"{layer}{end}" in self._entries for end in ENDS)
+
     def require(self, layers: Sequence[str], channels: int) -> None:
         """Raise CalibrationError unless the file has the inputs of one of `layers`, as its header tells."""
         name = self._name(layers)
@@ -154,9 +159,7 @@ class ActivationFile:
     def _name(self, layers: Sequence[str]) -> str:
         """Return the array that has the inputs of the first of `layers` that the file has."""
         known = self._entries
-        name = next(
-            (f"{n}{end}" for n in layers for end in ("", ".weight") if f"{n}{end}" in known), ""
-        )
+        name = next((f"{n}{end}" for n in layers for end in ENDS if f"{n}{end}" in known), "")
         if not name:
             present = ", ".join(map(shown, [*known][:SHOWN_NAMES]))
             more = f" and {len(known) - SHOWN_NAMES} more" if len(known) > SHOWN_NAMES else ""

@@ -14,6 +14,7 @@ from bitwright.files.home import expands_home
 from bitwright.methods.moments import Moments
 from bitwright.ranks import current
 from bitwright.runs.budget import Budget
+from bitwright.runs.progress import Progressing, phase
 from bitwright.statistics.folder import Statistics, StatisticsWriter, check_place
 
 MERGED_BYTES = 12  # of an entry of a gram: its sum in float64, and a part or the mean in float32
@@ -26,6 +27,7 @@ def merge_statistics(
     *,
     overwrite: bool = False,
     memory: float | None = None,
+    progress: Progressing = True,
 ) -> Statistics:
     """Merge what `collect_statistics` has written for parts of the tokens, on one machine or several.
 
@@ -40,6 +42,8 @@ def merge_statistics(
         Folder to write, whole or not at all.
     overwrite
         Replace other statistics.
+    progress
+        As for `bitwright.quantize`.
     memory
         Budget in gigabytes (10⁹ bytes); by default three quarters of what is free.
 
@@ -79,7 +83,7 @@ def merge_statistics(
     with work:
         # Merging does not resume, but the state of another interrupted run must not be lost.
         work.resume({"statistics": [part.fingerprint() for part in opened]})
-        ranks.on_first(lambda: _write(opened, work, overwrite))
+        ranks.on_first(lambda: _write(opened, work, overwrite, progress))
     return Statistics(out)
 
 
@@ -136,12 +140,17 @@ def _channels(part: Statistics) -> list[tuple[str, list[tuple[str, int]]]]:
     ]
 
 
-def _write(parts: Sequence[Statistics], work: WorkFolder, overwrite: bool) -> None:
+def _write(
+    parts: Sequence[Statistics], work: WorkFolder, overwrite: bool, progress: Progressing
+) -> None:
     writer = StatisticsWriter(work, overwrite)
-    for file, stages in parts[0].by_file().items():
-        for name, stage in stages.items():
-            writer.add(name, stage.channels, _merged(parts, name))
-        writer.end_file(file)
+    files = parts[0].by_file()
+    with phase("merging", progress, len(files), unit="files") as shown:
+        for file, stages in files.items():
+            for name, stage in stages.items():
+                writer.add(name, stage.channels, _merged(parts, name))
+            writer.end_file(file)
+            shown.step()
     samples = [sample for part in parts for sample in part.samples]
     firsts = {part.first for part in parts}
     first = firsts.pop() if len(firsts) == 1 else None

@@ -233,7 +233,14 @@ def _counts(
     if samples is None:
         all_of_them = sum(shares.shared(there, None))
         samples = all_of_them if most is None else min(most, all_of_them)
-    return shares.shared(there, samples)
+    counts = shares.shared(there, samples)
+    for (path, share), count in zip(shares.files, counts, strict=True):
+        if not count:
+            raise CalibrationError(
+                f"{path}: its share of {samples} samples, {share:g}, is less than one. Ask for more "
+                f"samples, give it a larger share or leave it out"
+            )
+    return counts
 
 
 @dataclass(frozen=True)

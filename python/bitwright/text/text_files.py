@@ -8,6 +8,8 @@ from pathlib import Path
 from bitwright.errors import CalibrationError, shown
 from bitwright.files.home import expanded
 
+LARGEST_SHARE = 1e9  # of sums that are exact
+
 
 @dataclass(frozen=True)
 class TextFiles:
@@ -43,7 +45,7 @@ class TextFiles:
         Raises
         ------
         CalibrationError
-            If a share is no number above 0.
+            If a share is no number above 0, or there is no name before it.
         """
         if isinstance(source, TextFiles):
             return source if text_key is None else cls(source.files, text_key)
@@ -54,8 +56,11 @@ class TextFiles:
         else:
             named = _spelled(os.fspath(source))
         for path, share in named:
-            if not isinstance(share, int | float) or not 0 < share < float("inf"):
-                raise CalibrationError(f"{path}: its share is {shown(share)}, but must be above 0")
+            if not isinstance(share, int | float) or not 0 < share < LARGEST_SHARE:
+                raise CalibrationError(
+                    f"{path}: its share is {shown(share)}, but must be above 0, and below "
+                    f"{LARGEST_SHARE:g}"
+                )
         return cls(tuple((path, float(share)) for path, share in named), text_key)
 
     def shared(self, most: Sequence[int], samples: int | None) -> list[int]:
@@ -91,6 +96,8 @@ def _spelled(text: str) -> list[tuple[Path, float]]:
         return [(Path(expanded(text)), 1.0)]
     found = []
     for part in text.split(","):
+        if not part:
+            raise CalibrationError(f"{shown(text)}: names no file before or after a comma")
         name, colon, share = part.rpartition(":")
         try:
             found.append(

@@ -27,6 +27,7 @@ from bitwright.models.block import Rotation
 from bitwright.runs.budget import Budget
 from bitwright.runs.forecast import inner_width, passing_bytes
 from bitwright.runs.journal import Journal, kept_when_interrupted
+from bitwright.runs.progress import Progressing
 from bitwright.runs.states import ChunkPlan, States
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import Samples, TokenSource, tokens_fingerprint
@@ -50,6 +51,7 @@ def collect_activations(
     memory: float | None = None,
     overwrite: bool = False,
     resume: bool = True,
+    progress: Progressing = True,
 ) -> int:
     """Run a model on calibration text and write the inputs of its layers.
 
@@ -71,6 +73,8 @@ def collect_activations(
         Replace an existing file.
     resume
         Go on where an interrupted call with the same `out` and arguments stopped.
+    progress
+        As for `quantize`.
 
     Returns
     -------
@@ -130,7 +134,7 @@ def collect_activations(
         with closing(archive):
             collecting = _Collecting(source, loaded.tokens, archive)
             count = source.config.num_hidden_layers
-            through_blocks(collecting, journal, state, count, "collecting", progress=False)
+            through_blocks(collecting, journal, state, count, "collecting", progress)
         _check_new(work.out, overwrite)  # hours may have passed
         archive.put_into_place()
     return archive.count

@@ -29,6 +29,7 @@ from bitwright.quantization.plan import RunPlan, Work, plan_run, tell
 from bitwright.ranks import current
 from bitwright.runs.journal import Journal, kept_when_interrupted
 from bitwright.runs.limits import RunLimits
+from bitwright.runs.progress import Progressing
 from bitwright.runs.states import ChunkPlan, States
 from bitwright.statistics.folder import HEAD_FILE, Statistics, StatisticsWriter, check_place
 from bitwright.statistics.imatrix import stages_of_tensors
@@ -52,7 +53,7 @@ def collect_statistics(
     resume: bool = True,
     overwrite: bool = False,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
 ) -> Statistics:
     """Run a model on calibration text and write the statistics that `quantize(statistics=…)` reads.
 
@@ -208,8 +209,10 @@ class _Collecting:
         model, limits = self._model, self._limits
         rows, width = self._samples.tokens.shape
         nothing = MethodOptions(METHODS["rtn"])
-        work = Work(model, {}, nothing, False, rows * width, width, model.dtype, collects=True)
-        return tell(plan_run(work, limits.memory, self._work.out, timed=limits.progress), limits)
+        work = Work(model, {}, nothing, False, rows * width, width, model.dtype)
+        return tell(
+            plan_run(work, limits.memory, self._work.out, timed=bool(limits.progress)), limits
+        )
 
 
 def _stages(

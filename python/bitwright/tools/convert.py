@@ -31,10 +31,12 @@ from bitwright.models.matrix_rows import piece_rows
 from bitwright.precision.target import as_written
 from bitwright.quantization.output import Output, QuantizedLayer
 from bitwright.quantization.small_weights import MOST_LOST, largest_of, require_kept
-from bitwright.records.card import made_by, model_card, python_call
+from bitwright.records.card import model_card, python_call
+from bitwright.records.described import write_report
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import ConversionReport, ConvertedLayer
 from bitwright.runs.budget import Budget
-from bitwright.runs.progress import progress_bar
+from bitwright.runs.progress import Progressing, phase
 from bitwright.spellings import Old, respelled
 from bitwright.warned import reports_warnings
 
@@ -63,7 +65,7 @@ def convert(
     dtype: DTypeLike | None = None,
     memory: float | None = None,
     overwrite: bool = False,
-    progress: bool = True,
+    progress: Progressing = True,
 ) -> ConversionReport:
     """Store a model in another format.
 
@@ -145,21 +147,18 @@ def convert(
     budget.require(budget.base + int(conversion.needed_bytes()), original.checkpoint.folder)
     files = SafetensorsFiles() if kind is None else kind.files(original.checkpoint)
     metadata = {"format": "pt" if kind is None else kind.metadata}
-    shown = progress_bar("converting", progress, "layers")
     with (
         CheckpointWriter(
             out, overwrite, metadata=metadata, source=original.checkpoint.source, container=files
         ) as writer,
-        shown as bar,
+        phase("converting", progress, 2 * len(conversion.layers)) as shown,
         made_by(python_call(convert, arguments)),
     ):
         writer.inputs.watch_model(original.checkpoint)
-        task = bar.add_task("", total=2 * len(conversion.layers), figures="comparing grids")
-        plan = conversion.plan(lambda: bar.update(task, advance=1))
+        plan = conversion.plan(lambda: shown.step("comparing grids"))
         if conversion.lost and not allow_requantize:
             raise ValueError(conversion.refusal(format))
-        bar.update(task, figures="writing")
-        output = conversion.write(writer, plan, lambda: bar.update(task, advance=1))
+        output = conversion.write(writer, plan, lambda: shown.step("writing"))
         writer.write_json("config.json", conversion.config(plan))
         copy_side_files(original.checkpoint, writer)
         report = ConversionReport(
@@ -180,6 +179,7 @@ def convert(
             unfused=kind is not None and bool(unfused(kind, conversion.everything(plan))),
         )
         writer.write_text(CARD_NAME, card)
+        write_report(writer, report)
     return report
 
 

@@ -12,10 +12,13 @@ from bitwright.checkpoint.hub import finds_models
 from bitwright.errors import check_choice
 from bitwright.evaluation import bits_per_weight, parameter_count
 from bitwright.files.home import expands_home
-from bitwright.formats import Precision
+from bitwright.formats import FormatName, GroupSize, Precision
+from bitwright.grids.tensor import Grid
 from bitwright.loading.model import load_model
 from bitwright.methods.method import MethodOptions
 from bitwright.methods.registry import METHODS
+from bitwright.precision.target import Target
+from bitwright.quantization.options import QuantizationOptions
 from bitwright.quantization.plan import Work, plan_run
 from bitwright.text.samples import DEFAULT_LENGTH
 from bitwright.warned import reports_warnings
@@ -67,6 +70,9 @@ class Inspection:
         The run that memory and time are estimated for.
     memory_bytes, seconds
         Estimates of its peak memory, with all states in it, and of its time on this machine.
+    output_format, output_bytes
+        What it would write, and the bytes of all tensors of that; None where it cannot be written so, for
+        the reason in `output_problem`.
     warnings
         What was warned of, one line each.
     """
@@ -86,6 +92,9 @@ class Inspection:
     tokens: int
     memory_bytes: int
     seconds: float
+    output_format: str
+    output_bytes: int | None
+    output_problem: str | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -99,6 +108,12 @@ def inspect_model(
     preset: Literal["fast", "default", "high"] = "default",
     samples: int = 128,
     length: int | None = None,
+    bits: int | str = 4,
+    group_size: GroupSize = "auto",
+    format: FormatName = "mlx",
+    grid: Grid | str | None = None,
+    type: str | None = None,
+    float_embeddings: bool = False,
 ) -> Inspection:
     """Describe a checkpoint folder, and estimate what quantizing it would take.
 
@@ -111,6 +126,8 @@ def inspect_model(
         Checkpoint folder.
     method, preset, samples, length
         The run to estimate, as for `quantize` on text.
+    bits, group_size, format, grid, type, float_embeddings
+        What it writes, as for `quantize`.
 
     Returns
     -------
@@ -142,15 +159,25 @@ def inspect_model(
     tokens = samples * length if chosen.needs_inputs else 0
     config = opened.config
     improved = preset != "fast" and chosen.corrects
-    layers = dict.fromkeys(opened.linear_shapes(), Precision(4, 64, "affine"))
+    asked = {"bits": bits, "group_size": group_size, "grid": grid, "type": type}
+    asked |= {"format": format, "float_embeddings": float_embeddings}
+    options = QuantizationOptions.of({"method": "rtn", **asked}).precision
+    usual = Precision(4, 64, "affine")  # of what cannot be written
+    target = Target(options.kind, dict.fromkeys(opened.linear_shapes(), usual), usual, opened.dtype)
+    problem = None
+    try:
+        target = options.for_model(opened, chosen).target(opened, chosen)
+    except ValueError as error:
+        problem = str(error)
     work = Work(
         opened,
-        layers,
+        target.plan,
         MethodOptions(chosen, refine=improved, drift=improved),
         True,
         tokens,
         length,
-        opened.dtype,
+        target.scale_dtype,
+        format=options.kind if problem is None else None,
         two_sided=preset == "high" and improved,
     )
     plan = plan_run(work, memory=math.inf)
@@ -173,4 +200,7 @@ def inspect_model(
         tokens=tokens,
         memory_bytes=plan.memory_bytes,
         seconds=plan.seconds,
+        output_format=format,
+        output_bytes=plan.written_bytes if problem is None else None,
+        output_problem=problem,
     )

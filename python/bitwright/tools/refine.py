@@ -22,9 +22,11 @@ from bitwright.methods.registry import METHODS
 from bitwright.precision.target import Target
 from bitwright.quantization.live import LiveStatistics
 from bitwright.quantization.run import Run
-from bitwright.records.card import made_by, python_call
+from bitwright.records.card import python_call
+from bitwright.records.made_by import made_by
 from bitwright.records.reports import QuantizationReport
 from bitwright.runs.limits import RunLimits
+from bitwright.runs.progress import Progressing
 from bitwright.spellings import Old, respelled
 from bitwright.text.calibration import CalibrationOptions
 from bitwright.text.samples import TokenSource
@@ -53,7 +55,7 @@ def refine_model(
     resume: bool = True,
     overwrite: bool = False,
     threads: int | None = None,
-    progress: bool = True,
+    progress: Progressing = True,
 ) -> QuantizationReport:
     """Improve the codes and scales of a model that any tool has quantized; format and size stay.
 
