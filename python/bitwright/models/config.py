@@ -255,11 +255,7 @@ class ModelConfig:
         """
         family, rules, top = _opened(raw, source, families)
         hidden_size = top.integer("hidden_size")
-        layers = (
-            rules.layer_count(top)
-            if rules.layer_count
-            else top.integer("num_hidden_layers", most=MOST_LAYERS)
-        )
+        layers = _layer_count(top, rules)
         heads = top.integer("num_attention_heads")
         key_value_heads = top.integer("num_key_value_heads", heads)
         latent = _latent(top) if rules.latent_attention else None
@@ -436,6 +432,12 @@ def _partial_rotary_factor(top: Keys) -> float:
             f"supported"
         )
     return factor
+
+
+def _layer_count(top: Keys, rules: ConfigRules) -> int:
+    if rules.layer_count is not None:
+        return rules.layer_count(top)
+    return top.integer("num_hidden_layers", most=MOST_LAYERS)
 
 
 def _layer_types(
