@@ -116,6 +116,17 @@ LATENT_SIZES = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
+MULTIPLIED = {
+    "embedding_multiplier": 3.0,
+    "lm_head_multiplier": 0.5,
+    "key_multiplier": 0.7,
+    "mlp_multipliers": [0.8, 1.2],
+    "attention_in_multiplier": 1.1,
+    "attention_out_multiplier": 0.9,
+    "ssm_multipliers": [0.7, 1.3, 0.8, 1.2, 0.9],
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.6,
+}
 INDEXER = {
     "num_key_value_heads": 4,
     "index_n_heads": 2,
@@ -555,6 +566,37 @@ VARIANTS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
         | INDEXER
         | {"first_k_dense_replace": 1, "indexer_types": ["full", "shared"]},
     ),
+    "mamba2": (
+        "mamba2",
+        torch.bfloat16,
+        SMALL | {"num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 8, "expand": 2},
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        torch.bfloat16,
+        SMALL
+        | SIGMOID_EXPERTS
+        | {
+            "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"],
+            "head_dim": 8,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "n_groups": 2,
+            "ssm_state_size": 8,
+            "time_step_min": 0.5,
+            "moe_shared_expert_intermediate_size": 64,
+        },
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        torch.bfloat16,
+        SMALL | SCAN | MULTIPLIED | {"mamba_d_ssm": 64, "mamba_rms_norm": True},
+    ),
+    "falcon_h1-gated": (
+        "falcon_h1",
+        torch.bfloat16,
+        SMALL | SCAN | MULTIPLIED | {"mamba_d_ssm": 64, "mamba_expand": 3},
+    ),
 }
 OFFSET = ("gemma2", "gemma3", "qwen3_next", "qwen3_5")  # whose norms multiply by 1 + weight
 
@@ -581,11 +623,14 @@ def make(name: str) -> None:
     ids = torch.randint(3, vocabulary - 6, (2, 40 if vocabulary == SMALL["vocab_size"] else 70))
     with torch.no_grad():
         result = model(ids, output_hidden_states=True)
+    states = dict(enumerate(result.hidden_states))
+    if model_type == "mamba2":  # the last block's are there, the embeddings are not
+        states = dict(enumerate((*result.hidden_states[:-2], result.hidden_states[-1]), 1))
     np.savez_compressed(
         folder / "expected.npz",
         input_ids=ids.numpy().astype(np.int32),
         logits=result.logits.numpy(),
-        **{f"hidden_{i}": states.numpy() for i, states in enumerate(result.hidden_states)},
+        **{f"hidden_{i}": each.numpy() for i, each in states.items()},
     )
     print(name, float(result.logits.std()), [*folder.iterdir()])
 

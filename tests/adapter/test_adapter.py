@@ -370,6 +370,46 @@ def test_rounding_is_that_of_the_native_path_to_the_bit(
     assert configs[0] == configs[1]
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
+def test_names_that_transformers_changes_are_those_of_the_files(tmp_path: Path, name: str) -> None:
+    """It loads the text parts of models that see under other names than it stores them."""
+    folder = TESTS / "data" / "tiny" / name
+    options: dict[str, Any] = {"format": "compressed-tensors", "allow_unfused": True}
+    options |= {"method": "rtn", "group_size": 32, "progress": False}
+    bitwright.quantize_with_transformers(folder, tmp_path / "adapter", **options)
+    bitwright.quantize(folder, tmp_path / "native", **options)
+    ours, native = (
+        load_file(tmp_path / each / "model.safetensors") for each in ("adapter", "native")
+    )
+    assert ours.keys() == native.keys()
+    assert all(ours[name].tobytes() == native[name].tobytes() for name in native)
+
+
+def test_models_that_only_see_are_quantized(tmp_path: Path) -> None:
+    """Of which transformers has no class for text alone."""
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 96}
+    text |= {"model_type": "cohere2", "head_dim": 16, "pad_token_id": 0}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 32}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.AutoConfig.for_model(
+        "cohere2_vision", text_config=text, vision_config=vision
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
+    report = bitwright.quantize_with_transformers(
+        tmp_path / "model",
+        tmp_path / "out",
+        "gptq",
+        group_size=32,
+        calibration=tokens(96),
+        format="compressed-tensors",
+        progress=False,
+    )
+    assert len(report.layers) == 2 * 7
+    assert all("language_model" in layer.name for layer in report.layers)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_saved_weights_are_those_that_were_measured(
     tmp_path: Path, folders: Callable[[str], Path], method: str

@@ -32,6 +32,7 @@ FAMILIES = {
     "glm4_moe": 1e-4,
     "glm4_moe_lite": 2e-4,
     "solar_open": 1e-4,
+    "phi": 1e-4,
 }
 
 

@@ -21,6 +21,8 @@ FAMILIES = (
     "ministral",
     "phi",
     "gpt_neox",
+    "falcon_h1",
+    "falcon_h1-gated",
 )
 
 

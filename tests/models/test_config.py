@@ -179,7 +179,7 @@ def test_wrong_rope_values_are_named(change: dict[str, Any], message: str) -> No
     ("raw", "message"),
     [
         ({"model_type": "mamba"}, "'mamba', which is not supported; supported are: .*deepseek_v2"),
-        ({"hidden_act": "gelu_new"}, "'gelu_new'.*supported are: silu"),
+        ({"hidden_act": "quick_gelu"}, "'quick_gelu'.*supported are: silu"),
         ({"dtype": "float8_e8m0fnu"}, "'float8_e8m0fnu'.*float32, float16, bfloat16"),
         ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "'mrope'.*default, linear, dynamic"),
         ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "layer to layer"),

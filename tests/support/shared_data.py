@@ -20,6 +20,8 @@ KIN = [
     "glm4_moe",
     "glm4_moe_lite",
     "glm_moe_dsa",
+    "mamba2",
+    "falcon_h1-gated",
     "granitemoe",
     "granitemoeshared",
     "granitemoehybrid-experts",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -291,12 +292,21 @@ class TorchModel:
     def _without_weights(self, config: Any) -> Any:
         """Return the model's modules, of which only the shapes are known."""
         with self._loading(), self.torch.device("meta"):
-            return self.transformers.AutoModelForCausalLM.from_config(
+            return self._kind(config).from_config(
                 deepcopy(config),
                 dtype=self.torch.float32,
                 trust_remote_code=False,
                 attn_implementation="eager",
             )
+
+    def _kind(self, config: Any) -> Any:
+        """Return transformers' class for the model: for text or, if it has none, for images and text."""
+        kinds = (
+            self.transformers.AutoModelForCausalLM,
+            self.transformers.AutoModelForImageTextToText,
+        )
+        known = (each for each in kinds if type(config) in each._model_mapping)
+        return next(known, kinds[0])
 
     @contextmanager
     def _loading(self) -> Iterator[None]:
@@ -318,7 +328,7 @@ class TorchModel:
             stack.enter_context(self._loading())
             if shows_bars:
                 stack.callback(logging.enable_progress_bar)
-            model, report = self.transformers.AutoModelForCausalLM.from_pretrained(
+            model, report = self._kind(config).from_pretrained(
                 str(self.folder),
                 config=config,
                 dtype=self.torch.float32,
@@ -339,10 +349,11 @@ class TorchModel:
     def _settle_names(self) -> None:
         """Know tensors that were saved from the base model alone by their names in the whole."""
         known = self.module.state_dict().keys()
+        renamed = {*self._renamed.values()}  # which is done whenever they are loaded
         bare = [
             name
             for name in self.checkpoint.names()
-            if name not in known and self.prefix + name in known
+            if name not in known and self.prefix + name in known and name not in renamed
         ]
         roots = tuple({f"{name.partition('.')[0]}." for name in bare})
         self.checkpoint.rename(
@@ -416,7 +427,28 @@ class TorchModel:
         """Return the checkpoint's name of a module: its own, or with or without the base model's prefix;
         empty where there is none."""
         candidates = (name, name.removeprefix(self.prefix), self.prefix + name)
-        return next((each for each in candidates if f"{each}.weight" in self.checkpoint), "")
+        direct = (each for each in candidates if f"{each}.weight" in self.checkpoint)
+        renamed = (self._renamed.get(f"{each}.weight") for each in candidates)
+        found = next(filter(None, renamed), "").removesuffix(".weight")
+        return next(direct, found)
+
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        """The checkpoint's names of the tensors that transformers calls something else."""
+        try:
+            mapping = importlib.import_module("transformers.conversion_mapping")
+            rules = mapping.get_model_conversion_mapping(self.module)
+        except (ImportError, AttributeError):  # of earlier versions
+            return {}
+        found: dict[str, str] = {}
+        for stored in self.checkpoint.names():
+            name = stored
+            for rule in rules:
+                if not hasattr(rule, "operations"):  # which would merge or split it
+                    name = rule.rename_source_key(name)[0]
+            if name != stored:
+                found[name] = stored
+        return found
 
     def _linear(self, name: str, module: Any, router: bool) -> Linear:
         weight = module.weight.detach().numpy()

@@ -139,7 +139,7 @@ class Drift:
                 target = np.float32(FEEDBACK) * (chunk.hidden - hidden) - chunk.hidden
                 self._stream.reach(index + 1, place, chunk)
                 target += chunk.hidden
-                target /= np.float32(block.config.residual_scale)
+                target /= np.float32(block.added_scale(self._stage))
                 bias = block.operations.bias(self._stage.linears[0])
                 if bias is not None:
                     target -= bias

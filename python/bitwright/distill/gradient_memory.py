@@ -97,6 +97,9 @@ def _per_token(model: Model, index: int, stages: Iterable[Stage]) -> float:
                 kept, changes = kept + outputs, 2 * outputs
             if stage.mlp is not None:  # in parallel
                 kept, changes = kept + config.intermediate_size, changes + config.intermediate_size
+            if names.beside is not None:
+                mixed = layout.linears[names.beside.inputs][0]
+                kept, changes = kept + 6 * mixed, changes + mixed
             kept += queries if attention.query_norm is not None else 0
             kept += keys if attention.key_norm is not None else 0
             changes += queries + (2 * queries if keys < queries else 0)

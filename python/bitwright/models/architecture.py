@@ -106,7 +106,7 @@ class Mamba:
     """The mixer of Mamba-2 (arXiv:2405.21060) in place of attention; names within the block.
 
     ``inputs`` holds the rows of the output's gate, of the values, keys and queries, which a short
-    convolution passes, and of the steps.
+    convolution passes, and of the steps. Its output has a norm where the config says so.
     """
 
     inputs: str = "mamba.in_proj"
@@ -169,6 +169,8 @@ class Experts:
         The shared expert, which every token passes, and the linear of its gate, if there are any.
     stacked
         Prefix of gate_proj, up_proj and down_proj where MLX stores all experts in one tensor.
+    in_stacks
+        What MLX calls them there, where it has other names.
     stack
         The stacks of the family's own files; None: ``gate_up_proj`` and ``down_proj`` under the prefix.
     """
@@ -182,6 +184,7 @@ class Experts:
     shared: Mlp | None = None
     shared_gate: str | None = None
     stacked: str = "mlp.switch_mlp"
+    in_stacks: Mapping[str, str] = field(default_factory=dict)
     stack: Stack | None = None
 
     @property
@@ -207,6 +210,8 @@ class Architecture:
         The parts of its blocks; ``rules`` says which layers have experts.
     mixers
         What some layers have in place of attention, by their ``layer_types``.
+    beside
+        What reads the states that attention reads, and adds to the same hidden states, if anything does.
     attention_norm, mlp_norm
         Norms before attention and MLP, None where they read the hidden states as they are.
     attention_post_norm, mlp_post_norm
@@ -224,6 +229,7 @@ class Architecture:
     mlp: Mlp = field(default_factory=Mlp)
     experts: Experts | None = None
     mixers: Mapping[str, Mixer] = field(default_factory=dict)
+    beside: Mamba | None = None
     attention_norm: str | None = "input_layernorm"
     mlp_norm: str | None = "post_attention_layernorm"
     attention_post_norm: str | None = None

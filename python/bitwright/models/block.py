@@ -102,6 +102,8 @@ class DecoderBlock:
                 return chunk.inner["latent"]
             case "beside":
                 return chunk.inner["beside"]
+            case "mixer_output":
+                return chunk.inner["mixed"]
             case "shared":
                 return chunk.inner["normed"]
             case "expert":
@@ -120,6 +122,10 @@ class DecoderBlock:
         """Compute a stage from its input `states`, updating the chunk."""
         match stage.kind:
             case "attention":
+                if self.architecture.beside is not None:
+                    chunk.inner["mixed"] = self._mamba(
+                        self.architecture.beside, states, rope.length
+                    )
                 chunk.inner["inner"] = self._attention(states, rope)
                 if stage.mlp is not None:  # in parallel
                     chunk.inner["product"] = self._gated(stage.mlp, states)
@@ -129,7 +135,8 @@ class DecoderBlock:
             case "delta":
                 chunk.inner["inner"] = self._delta(stage, states, rope.length)
             case "mamba":
-                chunk.inner["inner"] = self._mamba(states, rope.length)
+                mixer = self.architecture.mixers[self.config.layer_types[self.index]]
+                chunk.inner["inner"] = self._mamba(cast(Mamba, mixer), states, rope.length)
             case "convolution":
                 chunk.inner["inner"] = self._convolution(stage, states, rope.length)
             case "latent":
@@ -146,6 +153,9 @@ class DecoderBlock:
             case "attention_output":
                 self._add(stage, states, chunk.hidden, self.architecture.attention_post_norm)
                 chunk.inner.pop("inner", None)
+            case "mixer_output":
+                self._add(stage, states, chunk.hidden, None)
+                chunk.inner.pop("mixed", None)
             case "mlp_output":
                 self._add(stage, states, chunk.hidden, self.architecture.mlp_post_norm)
                 chunk.inner.pop("inner", None)
@@ -156,6 +166,16 @@ class DecoderBlock:
                 chunk.inner.pop("inner", None)
         if stage is self.stages[-1] and self.architecture.layer_scale is not None:
             self.operations.scale_all(self.architecture.layer_scale, chunk.hidden)
+
+    def added_scale(self, stage: Stage) -> float:
+        """Return the factor of a stage's outputs when they are added to the hidden states."""
+        factors = self.config.multipliers
+        own = {
+            "attention_output": factors.attention_out,
+            "mixer_output": factors.mixer_out,
+            "mlp_output": factors.down,
+        }
+        return self.config.residual_scale * own.get(stage.kind, 1.0)
 
     def adds_linearly(self, stage: Stage) -> bool:
         """Tell whether a stage adds the outputs of its one linear to the hidden states as they are."""
@@ -296,6 +316,7 @@ class DecoderBlock:
 
     def _attention(self, states: Float, rope: "Rotation") -> Float:
         config, names = self.config, cast(Attention, self.architecture.attention)
+        states = self.operations.times(states, config.multipliers.attention_in)
         heads, key_heads = config.num_attention_heads, config.num_key_value_heads
         if names.fused is None:
             query, key = (self.operations.linear(each, states) for each in (names.query, names.key))
@@ -373,17 +394,21 @@ class DecoderBlock:
         )
         return operations.multiply(second, convolved)
 
-    def _mamba(self, states: Float, length: int) -> Float:
-        names = cast(Mamba, self.architecture.mixers[self.config.layer_types[self.index]])
+    def _mamba(self, names: Mamba, states: Float, length: int) -> Float:
         sizes, operations = cast(RecurrenceConfig, self.config.recurrence), self.operations
         values, keys = sizes.heads * sizes.value_dim, sizes.key_heads * sizes.key_dim
-        made = operations.linear(names.inputs, states)
+        factors = self.config.multipliers
+        made = operations.linear(names.inputs, operations.times(states, factors.mixer_in))
+        if factors.parts != (1.0,) * 5:
+            each = np.repeat(factors.parts, [values, values, keys, keys, sizes.heads])
+            made = operations.times(made, each.astype(made.dtype))
         widths = [values, values + 2 * keys, sizes.heads]
         gate, mixed, raw = operations.split(made, widths)
         mixed = operations.activate(operations.convolve(names.convolution, mixed, length), "silu")
         value, key, query = operations.split(mixed, [values, keys, keys])
-        step = operations.spread(operations.steps(raw, names.step), sizes.value_dim)
-        decay = operations.decays(raw, names.decay, names.step)
+        least = sizes.least_step
+        step = operations.spread(operations.steps(raw, names.step, least), sizes.value_dim)
+        decay = operations.decays(raw, names.decay, names.step, least)
         parts = [query, key, operations.multiply(value, step), decay, np.ones_like(decay)]
         rule = {
             "length": length,
@@ -393,9 +418,17 @@ class DecoderBlock:
         }
         output = operations.recurrence(parts, rule)
         output = operations.skip(output, value, names.skip, sizes.value_dim)
-        output = operations.gate(gate, output, "silu")
-        output = operations.even_norm(output, values // sizes.key_heads, 1.0, operations.epsilon)
-        return operations.scale_channels(f"{names.norm}.weight", output)
+        if self.config.norm_first:
+            return operations.gate(gate, self._mamba_norm(names, output), "silu")
+        return self._mamba_norm(names, operations.gate(gate, output, "silu"))
+
+    def _mamba_norm(self, names: Mamba, output: Float) -> Float:
+        """Return a mixer's output after its norm over the heads of each key head, if it has one."""
+        if not self.config.gated_norm:
+            return output
+        width = output.shape[1] // cast(RecurrenceConfig, self.config.recurrence).key_heads
+        output = self.operations.even_norm(output, width, 1.0, self.operations.epsilon)
+        return self.operations.scale_channels(f"{names.norm}.weight", output)
 
     def _to_latents(self, states: Float, chunk: ChunkStates) -> None:
         names, operations = cast(LatentAttention, self.architecture.attention), self.operations
@@ -453,6 +486,7 @@ class DecoderBlock:
             if names.gate is None:
                 return operations.activate(up, activation)
             gate = operations.linear(names.gate, states)
+        gate = operations.times(gate, self.config.multipliers.gate)
         if self.config.swiglu_limit:
             return operations.clamped_gate(
                 gate, up, self.config.swiglu_alpha, self.config.swiglu_limit
@@ -467,7 +501,7 @@ class DecoderBlock:
         return self.operations.route(logits, config, correction)
 
     def _add(self, stage: Stage, states: Float, hidden: Float, norm: str | None) -> None:
-        scale = self.config.residual_scale
+        scale = self.added_scale(stage)
         if norm is None and scale == 1:
             self.operations.add_linear(stage.linears[0], states, hidden)
             return

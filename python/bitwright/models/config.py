@@ -30,7 +30,7 @@ MODEL_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 OTHER_FLOATS = ("float64", "float8_e4m3fn", "float8_e5m2")  # that are read, and not written
-LayerType = Literal["full_attention", "sliding_attention", "linear_attention", "conv"]
+LayerType = Literal["full_attention", "sliding_attention", "linear_attention", "conv", "mlp", "moe"]
 _LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 QUANTIZATION_KEYS = ("quantization", "quantization_config", "compression_config")
 SEPARATE_FILES = ("quantize_config.json", "quant_config.json")
@@ -107,14 +107,29 @@ class LatentConfig:
 
 @dataclass(frozen=True)
 class RecurrenceConfig:
-    """Sizes of a gated delta-net or a Mamba-2 mixer: heads of values and of keys, channels of each, and the
-    tokens that the convolution sees."""
+    """Sizes of a gated delta-net or a Mamba-2 mixer: heads of values and of keys, channels of each, the
+    tokens that the convolution sees, and the least that a step of Mamba-2 is."""
 
     heads: int
     key_heads: int
     key_dim: int
     value_dim: int
     taps: int
+    least_step: float = 0.0
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Fixed factors (Falcon-H1) of what attention and a Mamba-2 mixer read and add, of a gate before its
+    activation, of what an MLP adds, and of the five parts of what the mixer's first linear makes."""
+
+    attention_in: float = 1.0
+    attention_out: float = 1.0
+    mixer_in: float = 1.0
+    mixer_out: float = 1.0
+    gate: float = 1.0
+    down: float = 1.0
+    parts: tuple[float, ...] = (1.0,) * 5
 
 
 @dataclass(frozen=True)
@@ -193,6 +208,9 @@ class ModelConfig:
     raw: Mapping[str, Any] = field(repr=False)
     keys_are_values: bool = False
     indexes: tuple[bool, ...] = ()
+    gated_norm: bool = True
+    norm_first: bool = False
+    multipliers: Multipliers = Multipliers()
     layer_sizes: tuple[Mapping[str, Any], ...] = ()
 
     def at(self, layer: int) -> Self:
@@ -237,7 +255,7 @@ class ModelConfig:
         """
         family, rules, top = _opened(raw, source, families)
         hidden_size = top.integer("hidden_size")
-        layers = top.integer("num_hidden_layers", most=MOST_LAYERS)
+        layers = _layer_count(top, rules)
         heads = top.integer("num_attention_heads")
         key_value_heads = top.integer("num_key_value_heads", heads)
         latent = _latent(top) if rules.latent_attention else None
@@ -249,6 +267,7 @@ class ModelConfig:
         attention_scale = (head_dim if scalar is None else scalar) ** -0.5
         if latent is not None:
             attention_scale *= _latent_scale(rope)
+        attention_scale *= top.number("key_multiplier", 1.0)
         sizes = _layer_sizes(top, rules, layer_types)
         rope = _sized(rope, sizes, layer_types)
         sparse = _sparse(top, rules, layers)
@@ -284,6 +303,7 @@ class ModelConfig:
             latent=latent,
             indexes=tuple(rules.indexes(top, each) for each in range(layers) if rules.indexes),
             recurrence=_recurrence(top),
+            multipliers=_multipliers(top),
             experts=_experts(top, rules) if any(sparse) else None,
             dtype=_dtype(top),
             raw=raw,
@@ -414,6 +434,12 @@ def _partial_rotary_factor(top: Keys) -> float:
     return factor
 
 
+def _layer_count(top: Keys, rules: ConfigRules) -> int:
+    if rules.layer_count is not None:
+        return rules.layer_count(top)
+    return top.integer("num_hidden_layers", most=MOST_LAYERS)
+
+
 def _layer_types(
     top: Keys, rules: ConfigRules, layers: int, sliding_window: int | None
 ) -> tuple[LayerType, ...]:
@@ -479,7 +505,8 @@ def _mamba(top: Keys) -> RecurrenceConfig:
     heads, groups = top.integer("mamba_n_heads"), top.integer("mamba_n_groups")
     width = top.get("mamba_d_head")
     if width in (None, "auto"):
-        width = int(top.number("mamba_expand") * top.integer("hidden_size")) // heads
+        whole = int(top.number("mamba_expand") * top.integer("hidden_size"))
+        width = (top.optional_integer("mamba_d_ssm") or whole) // heads
     else:
         width = top.integer("mamba_d_head")
     if heads % groups:
@@ -490,6 +517,20 @@ def _mamba(top: Keys) -> RecurrenceConfig:
         key_dim=top.integer("mamba_d_state"),
         value_dim=width,
         taps=top.integer("mamba_d_conv"),
+        least_step=top.number("time_step_min", 0.0, zero=True),
+    )
+
+
+def _multipliers(top: Keys) -> Multipliers:
+    gate, down = top.multipliers("mlp_multipliers", 2)
+    return Multipliers(
+        attention_in=top.number("attention_in_multiplier", 1.0),
+        attention_out=top.number("attention_out_multiplier", 1.0),
+        mixer_in=top.number("ssm_in_multiplier", 1.0),
+        mixer_out=top.number("ssm_out_multiplier", 1.0),
+        gate=gate,
+        down=down,
+        parts=top.multipliers("ssm_multipliers", 5),
     )
 
 
@@ -525,6 +566,8 @@ def _choices(top: Keys, rules: ConfigRules) -> dict[str, Any]:
         "interleaved",
         "convolution_bias",
         "projection_bias",
+        "gated_norm",
+        "norm_first",
     )
     return {
         **{name: top.flag(getattr(rules, name)) for name in flags},

@@ -60,6 +60,12 @@ class ConfigRules:
         Whether attention and MLP read the same states, or the key that says so.
     two_norms
         Whether each of them then has a norm of its own.
+    alone
+        Whether a block holds one of attention, a mixer, an MLP (layer type "mlp") and experts ("moe").
+    layer_count
+        The number of layers, where ``num_hidden_layers`` does not say it.
+    gated_norm, norm_first
+        Whether the output of a Mamba-2 mixer is normed, and that before its gate, or the keys that say so.
     indexes
         Whether a layer with latent attention has an indexer of its own.
     head_norms
@@ -114,6 +120,10 @@ class ConfigRules:
     slides: "Callable[[Keys, int], bool]" = lambda _keys, _layer: False
     parallel: bool | str = False
     two_norms: bool = False
+    alone: bool = False
+    layer_count: "Callable[[Keys], int] | None" = None
+    gated_norm: bool | str = True
+    norm_first: bool | str = False
     indexes: "Callable[[Keys, int], bool] | None" = None
     head_norms: bool | str = True
     rope_keys: tuple[str, ...] = ()
@@ -229,6 +239,10 @@ class Keys:
         ):
             raise self.wrong(key, f"must be a list of {count} positive numbers")
         return tuple(map(float, value))
+
+    def multipliers(self, key: str, count: int) -> tuple[float, ...]:
+        """As `numbers`, and ones where there are none."""
+        return (1.0,) * count if self.get(key) is None else self.numbers(key, count)
 
     def integers(self, key: str) -> tuple[int, ...]:
         """A list of integers, at most one for each layer; empty where there is none."""

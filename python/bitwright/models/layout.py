@@ -27,6 +27,7 @@ StageKind = Literal[
     "convolution",  # a short convolution between its gates
     "mamba",  # a Mamba-2 mixer up to its output
     "attention_output",
+    "mixer_output",  # of a mixer beside attention
     "mlp",
     "beside",  # an MLP with a norm of its own that reads what attention reads
     "mlp_output",
@@ -77,7 +78,7 @@ class Stage:
     @property
     def adds_to_states(self) -> bool:
         """Whether its outputs are added to the hidden states, weighted by no router."""
-        return self.kind in ("attention_output", "mlp_output")
+        return self.kind in ("attention_output", "mixer_output", "mlp_output")
 
     @property
     def reads_routed(self) -> bool:
@@ -125,11 +126,12 @@ class ExpertPlace:
     role: Role
     size: int  # channels between up and down
     hidden: int
+    part: str | None = None  # what the role is called in MLX's stacks
 
     @property
     def stacked_name(self) -> str:
         """The tensor of all experts, without ``.weight``."""
-        return f"{self.stacked}.{self.role}_proj"
+        return f"{self.stacked}.{self.part or f'{self.role}_proj'}"
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,11 @@ class BlockLayout:
 def block_layout(architecture: Architecture, config: ModelConfig, index: int) -> BlockLayout:
     """Return the layout of block `index`."""
     builder = _Builder(architecture, config.at(index))
-    mixer = architecture.mixers.get(config.layer_types[index])
-    if isinstance(mixer, GatedDelta):
+    kind = config.layer_types[index]
+    mixer, alone = architecture.mixers.get(kind), architecture.rules.alone
+    if kind in ("mlp", "moe"):
+        pass
+    elif isinstance(mixer, GatedDelta):
         builder.add_delta(mixer)
     elif isinstance(mixer, ShortConvolution):
         builder.add_convolution(mixer)
@@ -183,7 +188,11 @@ def block_layout(architecture: Architecture, config: ModelConfig, index: int) ->
             builder.add_indexer(architecture.attention)
     else:
         builder.add_attention(architecture.attention)
-    if config.parallel:
+        if architecture.beside is not None:
+            builder.add_mixer_beside(architecture.beside)
+    if alone and kind not in ("mlp", "moe"):
+        pass
+    elif config.parallel:
         builder.add_parallel_mlp(architecture.mlp)
     elif config.is_sparse[index] and architecture.experts is not None:
         builder.add_experts(architecture.experts)
@@ -341,6 +350,24 @@ class _Builder:
         self.groups.append(ScaleGroup(names.inputs, "linear", (names.output,), outputs=rows))
 
     def add_mamba(self, names: Mamba) -> None:
+        self._mamba(names)
+        self._mixer_stages("mamba", (names.inputs,), names.output)
+        self._mamba_group(names)
+
+    def add_mixer_beside(self, names: Mamba) -> None:
+        """Add a mixer whose first linear reads what attention reads: it is one of its stage's."""
+        self._mamba(names)
+        stages, group = self.stages, self.groups[0]
+        stages[0] = replace(stages[0], linears=(*stages[0].linears, names.inputs))
+        stages.append(Stage("mixer_output", (names.output,)))
+        self.groups[0] = replace(group, layers=(*group.layers, names.inputs))
+        self._mamba_group(names)
+
+    def _mamba_group(self, names: Mamba) -> None:
+        if self.config.gated_norm:
+            self.groups.append(ScaleGroup(names.norm, "rms_norm", (names.output,)))
+
+    def _mamba(self, names: Mamba) -> None:
         sizes, config = self.config.recurrence, self.config
         if sizes is None:
             raise ValueError("Mamba: the config has no sizes for it")
@@ -353,10 +380,9 @@ class _Builder:
             self.vectors[f"{names.convolution}.bias"] = (mixed,)
         for name in (names.decay, names.step, names.skip):
             self.vectors[name] = (sizes.heads,)
-        self.vectors[f"{names.norm}.weight"] = (values,)
+        if config.gated_norm:
+            self.vectors[f"{names.norm}.weight"] = (values,)
         self._linear(names.output, (config.hidden_size, values), config.projection_bias)
-        self._mixer_stages("mamba", (names.inputs,), names.output)
-        self.groups.append(ScaleGroup(names.norm, "rms_norm", (names.output,)))
 
     def _mixer_stages(
         self, kind: StageKind, inputs: tuple[str, ...], output: str, floats: tuple[str, ...] = ()
@@ -413,11 +439,9 @@ class _Builder:
                 floats.append(names.shared_gate)
         for expert in range(config.count):
             prefix = f"{names.prefix}.{expert}."
-            roles: dict[Role, str] = {
-                "gate": f"{prefix}{names.mlp.gate}",
-                "up": prefix + names.mlp.up,
-                "down": prefix + names.mlp.down,
-            }
+            roles: dict[Role, str] = {"up": prefix + names.mlp.up, "down": prefix + names.mlp.down}
+            if names.mlp.gate is not None:
+                roles = {"gate": prefix + names.mlp.gate, **roles}
             for role, name in roles.items():
                 self.experts[name] = ExpertPlace(
                     names.prefix,
@@ -427,8 +451,9 @@ class _Builder:
                     role,
                     config.intermediate_size,
                     self.config.hidden_size,
+                    names.in_stacks.get(role),
                 )
-            own = Mlp(roles["gate"], roles["up"], roles["down"])
+            own = Mlp(roles.get("gate"), roles["up"], roles["down"])
             mlps.append((expert, own, config.intermediate_size))
         down_groups = []
         for index, mlp, size in mlps:

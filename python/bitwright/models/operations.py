@@ -120,14 +120,23 @@ class Operations:
         weight = self.weights[f"{name}.weight"]
         return weight.reshape(len(weight), -1)
 
-    def decays(self, states: Float, rate: str, step: str) -> Float:
-        """Return the logarithms of decays, −exp(rate) · softplus(states + step)."""
-        steps = np.logaddexp(states + self.weights[step], states.dtype.type(0))
-        return np.asarray(-np.exp(self.weights[rate]) * steps)
+    def decays(self, states: Float, rate: str, step: str, least: float = 0.0) -> Float:
+        """Return the logarithms of decays, −exp(rate) times the steps."""
+        return np.asarray(-np.exp(self.weights[rate]) * self._steps_of(states, step, least))
 
-    def steps(self, states: Float, step: str) -> Float:
-        """Return softplus(states + step)."""
-        return np.asarray(np.logaddexp(states + self.weights[step], states.dtype.type(0)))
+    def steps(self, states: Float, step: str, least: float = 0.0) -> Float:
+        """Return softplus(states + step), at least so much."""
+        return self._steps_of(states, step, least)
+
+    def _steps_of(self, states: Float, step: str, least: float) -> Float:
+        steps = np.logaddexp(states + self.weights[step], states.dtype.type(0))
+        return np.asarray(np.maximum(steps, steps.dtype.type(least)))
+
+    def times(self, states: Float, factor: float | Float) -> Float:
+        """Return the states times a factor, or each channel times its own."""
+        if isinstance(factor, float) and factor == 1:
+            return states
+        return np.asarray(states * (states.dtype.type(factor) if np.ndim(factor) == 0 else factor))
 
     def spread(self, states: Float, width: int) -> Float:
         """Return every channel so many times, one after the other."""

@@ -162,24 +162,36 @@ class Tape(Operations):
         self._steps.append(step)
         return output
 
-    def decays(self, states: Float, rate: str, step: str) -> Float:
-        result = super().decays(states, rate, step)
+    def decays(self, states: Float, rate: str, step: str, least: float = 0.0) -> Float:
+        result = super().decays(states, rate, step, least)
 
         def backward() -> None:
-            slope = 1 / (1 + np.exp(-(states + self.weights[step])))
+            slope = self._slope(states, step, least)
             self._give(states, self._required(result) * -np.exp(self.weights[rate]) * slope)
 
         self._steps.append(backward)
         return result
 
-    def steps(self, states: Float, step: str) -> Float:
-        result = super().steps(states, step)
+    def steps(self, states: Float, step: str, least: float = 0.0) -> Float:
+        result = super().steps(states, step, least)
 
         def backward() -> None:
-            slope = 1 / (1 + np.exp(-(states + self.weights[step])))
-            self._give(states, self._required(result) * slope)
+            self._give(states, self._required(result) * self._slope(states, step, least))
 
         self._steps.append(backward)
+        return result
+
+    def _slope(self, states: Float, step: str, least: float) -> Float:
+        """Return the derivatives of the steps: none of those that are raised to the least."""
+        slope = 1 / (1 + np.exp(-(states + self.weights[step])))
+        return np.asarray(np.where(self._steps_of(states, step, 0.0) > least, slope, 0))
+
+    def times(self, states: Float, factor: float | Float) -> Float:
+        result = super().times(states, factor)
+        if result is not states:
+            self._steps.append(
+                lambda: self._give(states, super(Tape, self).times(self._required(result), factor))
+            )
         return result
 
     def spread(self, states: Float, width: int) -> Float:

@@ -47,6 +47,7 @@ IN_MLX_LM = frozenset(
         "olmo2",
         "olmo3",
         "olmoe",
+        "phi",
         "phi3",
         "qwen2",
         "qwen2_5_vl",
@@ -111,7 +112,8 @@ def family_table() -> str:
 
 
 def _mixing(family: Architecture) -> str:
-    words = [_attention(family.attention)]
+    words = [] if _only_mixes(family) else [_attention(family.attention)]
+    words += [] if family.beside is None else [f"{_mixer(family.beside)} beside it"]
     words += dict.fromkeys(_mixer(each) for each in family.mixers.values())
     return ", ".join(words)
 
@@ -135,7 +137,14 @@ def _mixer(mixer: Mixer) -> str:
     return "Mamba-2" if isinstance(mixer, Mamba) else "short convolution"
 
 
+def _only_mixes(family: Architecture) -> bool:
+    """Tell whether all blocks hold a mixer and nothing else."""
+    return family.rules.alone and family.rules.layer_kinds == ("linear_attention",)
+
+
 def _mlp(family: Architecture) -> str:
+    if _only_mixes(family):
+        return "none"
     plain = "gated" if family.mlp.gate is not None or family.mlp.fused is not None else "plain"
     if family.experts is None:
         return plain

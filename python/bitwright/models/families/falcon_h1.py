@@ -1,0 +1,60 @@
+"""Falcon-H1: attention and a Mamba-2 mixer side by side, and fixed factors almost everywhere."""
+
+from bitwright.models.architecture import Architecture, Mamba, Mlp, Names
+from bitwright.models.keys import ConfigRules
+
+FAMILIES = (
+    Architecture(
+        model_types=("falcon_h1",),
+        rules=ConfigRules(
+            defaults={
+                "vocab_size": 128000,
+                "intermediate_size": 14336,
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 8192,
+                "attention_bias": False,
+                "mlp_bias": False,
+                "mamba_d_ssm": 1024,
+                "mamba_n_heads": 128,
+                "mamba_n_groups": 1,
+                "mamba_d_state": 256,
+                "mamba_d_head": "auto",
+                "mamba_d_conv": 4,
+                "mamba_expand": 2,
+                "mamba_conv_bias": True,
+                "mamba_rms_norm": False,
+                "mamba_norm_before_gate": True,
+                "logit_scale": 1.0,
+                "embedding_multiplier": 1.0,
+                "mlp_multipliers": None,
+                "key_multiplier": 1.0,
+                "attention_out_multiplier": 1.0,
+                "attention_in_multiplier": 1.0,
+                "ssm_multipliers": None,
+                "ssm_in_multiplier": 1.0,
+                "ssm_out_multiplier": 1.0,
+            },
+            spellings={"logit_scale": "lm_head_multiplier"},
+            harmless=(
+                "layers_block_type",
+                "layer_types",
+                "mamba_chunk_size",
+                "mamba_use_mlp",
+                "mlp_expansion_factor",
+                "num_logits_to_keep",
+            ),
+            refused={"mamba_proj_bias": (False,), "projectors_bias": (False,)},
+            disputed={"time_step_limit": ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])},
+            mlp_bias="mlp_bias",
+            convolution_bias="mamba_conv_bias",
+            projection_bias=False,
+            gated_norm="mamba_rms_norm",
+            norm_first="mamba_norm_before_gate",
+        ),
+        names=(Names(final_norm="model.final_layernorm"),),
+        beside=Mamba(),
+        mlp=Mlp("feed_forward.gate_proj", "feed_forward.up_proj", "feed_forward.down_proj"),
+        mlp_norm="pre_ff_layernorm",
+    ),
+)
