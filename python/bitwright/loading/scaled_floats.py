@@ -27,7 +27,7 @@ from bitwright.checkpoint import Checkpoint, GgufCheckpoint
 from bitwright.checkpoint.reader import Made
 from bitwright.checkpoint.shard import FLOATS_OF_8_BITS
 from bitwright.errors import CheckpointError, UnsupportedModelError, shown
-from bitwright.formats.compressed_tensors import fp8_grid
+from bitwright.formats.compressed_tensors import CompressedTensorsFormat, fp8_grid
 from bitwright.formats.declared import Declared, declaration
 from bitwright.grids.choice import FLOAT_DTYPES
 from bitwright.models.config import float_config
@@ -100,7 +100,7 @@ def decode_scaled_floats(checkpoint: Checkpoint) -> None:
 def _are_read(checkpoint: Checkpoint, declared: Declared) -> bool:
     """Tell whether all floats of 8 bits are on grids that compressed-tensors' format reads as they are."""
     groups = declared.settings.get("config_groups")
-    if declared.method != "compressed-tensors" or not isinstance(groups, dict):
+    if declared.method != CompressedTensorsFormat.name or not isinstance(groups, dict):
         return False
     schemes = [each.get("weights") for each in groups.values() if isinstance(each, dict)]
     if len(schemes) < len(groups) or not all(isinstance(each, dict) for each in schemes):
