@@ -14,7 +14,7 @@ namespace bitwright {
 namespace {
 
 constexpr int chunks = 2;  // of 16 candidates, which are looked at together
-constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr float no_limit = std::numeric_limits<float>::infinity();
 
 // For every number of digits the 32 vectors that are nearest to these magnitudes:
 // [number][chunk][weight][candidate].
@@ -110,7 +110,7 @@ UnitMetric diagonal_metric(const float* importance, const CodebookType& type) {
 
 template <int width>
 struct UnitSearch::Found {
-    float cost = infinity;
+    float cost = no_limit;
     std::array<float, width> points{};
     std::array<std::uint8_t, width> codes{};
 };
@@ -150,7 +150,7 @@ void UnitSearch::near(const std::array<Index, width>& digits, const std::array<f
             points[i] = values.cast<float>() * (signs[i] * type.unit);
             errors[i] = weights[i] - points[i];
         }
-        Lanes total = Lanes::Zero(), change = Lanes::Constant(infinity), place = Lanes::Zero();
+        Lanes total = Lanes::Zero(), change = Lanes::Constant(no_limit), place = Lanes::Zero();
         for (size_t i = 0; i < width; ++i) {
             Lanes slope = cost[i * width + i] * errors[i];
             if constexpr (!diagonal)
@@ -234,7 +234,7 @@ void UnitSearch::two_vectors(const float* weights, const UnitMetric& metric, int
 template <bool diagonal>
 UnitChoice UnitSearch::best_unit(const float* weights, const UnitMetric& metric, int down) const {
     UnitChoice best;
-    best.cost = infinity;
+    best.cost = no_limit;
     const bool even = type.signs == Signs::even;
     if (type.vectors().width == 4) {
         for (int parity = even ? 0 : -1; parity <= (even ? 1 : -1); ++parity)

@@ -9,13 +9,13 @@
 namespace bitwright {
 namespace {
 
-constexpr Index packed_rows = 16;
+constexpr Index vector_rows = 16;
 using Bytes = const std::uint8_t*;
 using Block = std::uint8_t*;
 
 // Fields of ggml's structs are little-endian, and need not be aligned.
 template <typename Number>
-Number number(Bytes bytes, Index index = 0) {
+Number stored_number(Bytes bytes, Index index = 0) {
     Number value;
     std::memcpy(&value, bytes + index * static_cast<Index>(sizeof value), sizeof value);
     return value;
@@ -45,7 +45,7 @@ std::uint8_t even_signs(unsigned seven) {
 // A word for every 32 weights: four times seven signs, and a scale.
 void unpack_words(Bytes words, Index stride, VectorBlock& parts) {
     for (size_t group = 0; group < 8; ++group) {
-        const auto word = number<std::uint32_t>(words + static_cast<Index>(group) * stride);
+        const auto word = stored_number<std::uint32_t>(words + static_cast<Index>(group) * stride);
         for (size_t i = 0; i < 4; ++i) parts.signs[4 * group + i] = even_signs(word >> 7 * i & 127);
         parts.scales[group] = static_cast<std::uint8_t>(word >> 28);
     }
@@ -62,7 +62,7 @@ void pack_words(const VectorBlock& parts, Block words, Index stride) {
 // d, then for every 32 weights four codes and a word.
 struct Iq2Xxs {
     static void unpack(Bytes block, VectorBlock& parts) {
-        parts.d = number<Eigen::half>(block);
+        parts.d = stored_number<Eigen::half>(block);
         for (size_t i = 0; i < 32; ++i) parts.vectors[i] = block[2 + i / 4 * 8 + i % 4];
         unpack_words(block + 6, 8, parts);
     }
@@ -77,9 +77,9 @@ struct Iq2Xxs {
 // d, 32 codes of nine bits with seven signs, and 16 scales.
 struct Iq2Xs {
     static void unpack(Bytes block, VectorBlock& parts) {
-        parts.d = number<Eigen::half>(block);
+        parts.d = stored_number<Eigen::half>(block);
         for (size_t i = 0; i < 32; ++i) {
-            const auto word = number<std::uint16_t>(block + 2, static_cast<Index>(i));
+            const auto word = stored_number<std::uint16_t>(block + 2, static_cast<Index>(i));
             parts.vectors[i] = word & 511;
             parts.signs[i] = even_signs(word >> 9);
         }
@@ -97,7 +97,7 @@ struct Iq2Xs {
 // d, the lower bits of 32 codes, their signs, the upper two bits, and 16 scales.
 struct Iq2S {
     static void unpack(Bytes block, VectorBlock& parts) {
-        parts.d = number<Eigen::half>(block);
+        parts.d = stored_number<Eigen::half>(block);
         for (size_t i = 0; i < 32; ++i) {
             parts.vectors[i] = joined(block[2 + i], field(block + 66, i, 2));
             parts.signs[i] = block[34 + i];
@@ -118,7 +118,7 @@ struct Iq2S {
 // d, 64 codes, and a word for every 32 weights.
 struct Iq3Xxs {
     static void unpack(Bytes block, VectorBlock& parts) {
-        parts.d = number<Eigen::half>(block);
+        parts.d = stored_number<Eigen::half>(block);
         for (size_t i = 0; i < 64; ++i) parts.vectors[i] = block[2 + i];
         unpack_words(block + 66, 4, parts);
     }
@@ -132,7 +132,7 @@ struct Iq3Xxs {
 // d, the lower bits of 64 codes, the upper bit, the signs, and 8 scales.
 struct Iq3S {
     static void unpack(Bytes block, VectorBlock& parts) {
-        parts.d = number<Eigen::half>(block);
+        parts.d = stored_number<Eigen::half>(block);
         for (size_t i = 0; i < 64; ++i)
             parts.vectors[i] = joined(block[2 + i], field(block + 66, i, 1));
         std::memcpy(parts.signs.data(), block + 74, parts.signs.size());
@@ -153,9 +153,9 @@ struct Iq3S {
 // scale, and the direction.
 struct Iq1S {
     static void unpack(Bytes block, VectorBlock& parts) {
-        parts.d = number<Eigen::half>(block);
+        parts.d = stored_number<Eigen::half>(block);
         for (size_t i = 0; i < 32; ++i) {
-            const auto word = number<std::uint16_t>(block + 34, static_cast<Index>(i / 4));
+            const auto word = stored_number<std::uint16_t>(block + 34, static_cast<Index>(i / 4));
             parts.vectors[i] = joined(block[2 + i], word >> 3 * (i % 4) & 7);
             parts.signs[i] = static_cast<std::uint8_t>(word >> 15);
             parts.scales[i / 4] = static_cast<std::uint8_t>(word >> 12 & 7);
@@ -181,7 +181,7 @@ struct Iq1M {
     static void unpack(Bytes block, VectorBlock& parts) {
         unsigned bits = 0;
         for (size_t i = 0; i < 4; ++i) {
-            const auto word = number<std::uint16_t>(block + 48, static_cast<Index>(i));
+            const auto word = stored_number<std::uint16_t>(block + 48, static_cast<Index>(i));
             bits |= static_cast<unsigned>(word >> 12) << 4 * i;
             for (size_t j = 0; j < 4; ++j)
                 parts.scales[4 * i + j] = static_cast<std::uint8_t>(word >> 3 * j & 7);
@@ -214,7 +214,7 @@ constexpr CodebookType type_of(std::string_view name, CodebookName book, Index b
     return {name, book, bytes, group_size, signs, top_scale, unit, Layout::unpack, Layout::pack};
 }
 
-constexpr std::array types = {
+constexpr std::array vector_types = {
     type_of<Iq1S>("IQ1_S", CodebookName::iq1, 50, 32, Signs::moved_groups, 15, 1.0f),
     type_of<Iq1M>("IQ1_M", CodebookName::iq1, 56, 16, Signs::moved, 15, 1.0f),
     type_of<Iq2Xxs>("IQ2_XXS", CodebookName::iq2_xxs, 66, 32, Signs::even, 31, 0.125f),
@@ -263,8 +263,8 @@ bool pack_unit(const CodebookType& type, const std::uint8_t* codes, size_t unit,
 
 // body(row, block, bytes of the block)
 template <typename Bytes, typename Body>
-void each_block(const CodebookType& type, Bytes& blocks, const Body& body) {
-    parallel_for(blocks.rows(), packed_rows, [&](Index first, Index last) {
+void each_vector_block(const CodebookType& type, Bytes& blocks, const Body& body) {
+    parallel_for(blocks.rows(), vector_rows, [&](Index first, Index last) {
         for (Index row = first; row < last; ++row)
             for (Index block = 0; block < blocks.cols() / type.bytes; ++block)
                 body(row, block, blocks.data() + row * blocks.cols() + block * type.bytes);
@@ -287,7 +287,7 @@ float CodebookType::point(std::uint8_t code) const {
 }
 
 const CodebookType* codebook_type(std::string_view name) {
-    for (const CodebookType& type : types)
+    for (const CodebookType& type : vector_types)
         if (type.name == name) return &type;
     return nullptr;
 }
@@ -296,11 +296,11 @@ bool pack_vectors(ConstMatrixView<std::uint8_t> codes, const SuperblocksView& gr
                   const CodebookType& type, MatrixView<std::uint8_t> blocks) {
     const Index groups = superblock_size / type.group_size;
     std::atomic<bool> held{true};
-    each_block(type, blocks, [&](Index row, Index block, std::uint8_t* bytes) {
+    each_vector_block(type, blocks, [&](Index row, Index block, std::uint8_t* bytes) {
         VectorBlock parts;
         parts.d = grids.d(row, block);
         for (Index group = 0; group < groups; ++group) {
-            const int scale = grids.scale_codes(row, block * groups + group);
+            const auto scale = grids.scale_codes(row, block * groups + group);
             if (scale < 1 || scale > type.top_scale || scale % 2 == 0) held = false;
             parts.scales[static_cast<size_t>(group)] = static_cast<std::uint8_t>(scale / 2 & 15);
         }
@@ -318,7 +318,7 @@ void unpack_vectors(ConstMatrixView<std::uint8_t> blocks, const CodebookType& ty
                     MatrixView<std::uint8_t> codes, SuperblocksView grids) {
     const Index groups = superblock_size / type.group_size;
     const Codebook& book = type.vectors();
-    each_block(type, blocks, [&](Index row, Index block, const std::uint8_t* bytes) {
+    each_vector_block(type, blocks, [&](Index row, Index block, const std::uint8_t* bytes) {
         VectorBlock parts;
         type.unpack(bytes, parts);
         grids.d(row, block) = parts.d;

@@ -14,11 +14,11 @@
 namespace bitwright {
 namespace {
 
-constexpr Index fitted_rows = 4;
-constexpr int trials = 12;  // scales of a group
+constexpr Index scaled_rows = 4;
+constexpr int scale_trials = 12;  // scales of a group
 
 // A group of weights, rounded to the vectors that are nearest under one scale.
-struct Group {
+struct VectorGroup {
     const UnitSearch& search;
     const float* weights;
     const UnitMetric* metrics;  // of its units
@@ -98,8 +98,9 @@ void each_group(const ConstMatrixView<float>& weight, const ConstVectorView<floa
     const UnitSearch search(type);
     const auto metrics = diagonal_metrics(importance, type);
     const Index units = type.group_size / unit_size;
-    parallel_for(weight.rows(), fitted_rows, [&](Index begin, Index end) {
-        Group group{search, nullptr, nullptr, units, std::vector<UnitChoice>(size_t(units)), {}};
+    parallel_for(weight.rows(), scaled_rows, [&](Index begin, Index end) {
+        VectorGroup group{search, nullptr, nullptr, units, std::vector<UnitChoice>(size_t(units)),
+                          {}};
         group.others = group.choices;
         for (Index row = begin; row < end; ++row)
             for (Index i = 0; i < weight.cols() / type.group_size; ++i) {
@@ -111,7 +112,7 @@ void each_group(const ConstMatrixView<float>& weight, const ConstVectorView<floa
 }
 
 // The state of one solve, as in gptq.cpp.
-struct Solve {
+struct VectorSolve {
     Eigen::MatrixXf work;  // [out padded to 16, in]
     ConstMatrixView<float> upper;
     ConstVectorView<std::int32_t> order;
@@ -173,13 +174,14 @@ void vector_scales(ConstMatrixView<float> weight, ConstVectorView<float> importa
     // Few magnitudes have the largest weights clipped more.
     const float least = type.is_moved() ? 0.35f : type.vectors().base() == 3 ? 0.6f : 0.75f;
     const float most = type.is_moved() ? 1.0f : 1.2f;
-    each_group(weight, importance, type, [&](Index row, Index i, Group& group) {
+    each_group(weight, importance, type, [&](Index row, Index i, VectorGroup& group) {
         float largest = 0.0f;
         for (Index j = 0; j < type.group_size; ++j)
             largest = std::max(largest, std::abs(group.weights[j]));
         float best = largest / top, lowest = std::numeric_limits<float>::infinity();
-        for (int trial = 0; search && largest > 0.0f && trial < trials; ++trial) {
-            const float share = least + (most - least) * static_cast<float>(trial) / (trials - 1);
+        for (int trial = 0; search && largest > 0.0f && trial < scale_trials; ++trial) {
+            const float share =
+                least + (most - least) * static_cast<float>(trial) / (scale_trials - 1);
             float scale = largest / top * share;
             group.choose(scale);
             const auto sums = group.sums();
@@ -197,7 +199,7 @@ void vector_scales(ConstMatrixView<float> weight, ConstVectorView<float> importa
 void encode_vectors(ConstMatrixView<float> weight, ConstMatrixView<float> scales,
                     ConstVectorView<float> importance, const CodebookType& type,
                     MatrixView<std::uint8_t> codes) {
-    each_group(weight, importance, type, [&](Index row, Index i, Group& group) {
+    each_group(weight, importance, type, [&](Index row, Index i, VectorGroup& group) {
         group.choose(scales(row, i));
         for (Index unit = 0; unit < group.units; ++unit)
             std::copy_n(group.choices[static_cast<size_t>(unit)].codes.data(), unit_size,
@@ -221,7 +223,7 @@ void quantize_vectors(ConstMatrixView<float> weight, ConstMatrixView<float> uppe
     const Index padded = (out + lane_count - 1) / lane_count * lane_count;
     block = std::min((block + unit_size - 1) / unit_size * unit_size, in);
     const UnitSearch search(type);
-    Solve solve{Eigen::MatrixXf(padded, in), upper, order, scales, search, {}, codes};
+    VectorSolve solve{Eigen::MatrixXf(padded, in), upper, order, scales, search, {}, codes};
     for (Index first = 0; first < in; first += unit_size)
         solve.metrics.push_back(unit_metric(upper.data() + first * (in + 1), in, type));
     parallel_for(padded / lane_count, 1, [&](Index first, Index last) {

@@ -15,8 +15,8 @@
 namespace bitwright {
 namespace {
 
-constexpr Index tile_rows = 1024;  // rows at a time, which are independent of all others
-constexpr Index size = superblock_size;
+constexpr Index vector_tile_rows = 1024;  // rows at a time, which are independent of all others
+constexpr Index width_of_block = superblock_size;
 
 // The part of the gram that is a unit's: what its vectors cost, and its inverse.
 struct UnitGram {
@@ -44,7 +44,7 @@ std::vector<UnitGram> unit_grams(ConstMatrixView<float> gram, const CodebookType
 }
 
 // Of a tile of rows. Columns are contiguous in `residual` and `change`.
-struct Refinement {
+struct VectorRefinement {
     ConstMatrixView<float> weight, gram;
     const std::vector<UnitGram>& units;
     const UnitSearch& search;
@@ -58,7 +58,7 @@ struct Refinement {
     const CodebookType& type() const { return search.type; }
     Index out() const { return weight.rows(); }
     Index in() const { return weight.cols(); }
-    Index groups() const { return size / type().group_size; }
+    Index groups() const { return width_of_block / type().group_size; }
 
     float scale(Index row, Index block, Index group) const {
         return static_cast<float>(grids.d(row, block)) *
@@ -67,22 +67,23 @@ struct Refinement {
 
     // Ŵ of a superblock.
     void decode(Index row, Index block, float* values) const {
-        for (Index j = 0; j < size; ++j)
-            values[j] =
-                scale(row, block, j / type().group_size) * points[codes(row, block * size + j)];
+        for (Index j = 0; j < width_of_block; ++j)
+            values[j] = scale(row, block, j / type().group_size) *
+                        points[codes(row, block * width_of_block + j)];
     }
 
     // residual = (W − Ŵ) G
     void start() {
         change.setZero();
         parallel_for(out(), 4, [&](Index first, Index last) {
-            std::array<float, size> values;
+            std::array<float, width_of_block> values;
             for (Index row = first; row < last; ++row)
-                for (Index block = 0; block < in() / size; ++block) {
+                for (Index block = 0; block < in() / width_of_block; ++block) {
                     decode(row, block, values.data());
-                    for (Index j = 0; j < size; ++j)
-                        change(row, block * size + j) =
-                            weight(row, block * size + j) - values[static_cast<size_t>(j)];
+                    for (Index j = 0; j < width_of_block; ++j)
+                        change(row, block * width_of_block + j) =
+                            weight(row, block * width_of_block + j) -
+                            values[static_cast<size_t>(j)];
                 }
         });
         set_product(residual, change, gram);
@@ -104,9 +105,9 @@ struct Refinement {
     void sweep(bool last) {
         change.setZero();
         lazy_updates(
-            0, in(), size,
+            0, in(), width_of_block,
             [&](Index low, Index high) {
-                superblock(low / size);
+                superblock(low / width_of_block);
                 if (!last) push(low, high, low, high);
             },
             [&](Index low, Index middle, Index high) { push(low, middle, middle, high); },
@@ -123,22 +124,23 @@ struct Refinement {
 
     // The rows of one superblock that are at hand, [16, 256].
     struct Leaf {
-        Matrix<float> residual{lane_count, size}, values{lane_count, size}, moved{lane_count, size};
-        Matrix<float> gram{size, size};
+        Matrix<float> residual{lane_count, width_of_block}, values{lane_count, width_of_block},
+            moved{lane_count, width_of_block};
+        Matrix<float> gram{width_of_block, width_of_block};
     };
 
     void superblock(Index block) {
-        const Index low = block * size;
+        const Index low = block * width_of_block;
         parallel_for(residual.rows() / lane_count, 1, [&](Index first, Index last) {
             Leaf leaf;
-            leaf.gram = gram.block(low, low, size, size);
+            leaf.gram = gram.block(low, low, width_of_block, width_of_block);
             for (Index row = first * lane_count; row < last * lane_count; row += lane_count) {
                 const Index rows = std::min<Index>(lane_count, out() - row);
-                leaf.residual = residual.block(row, low, lane_count, size);
+                leaf.residual = residual.block(row, low, lane_count, width_of_block);
                 leaf.values.setZero();
                 for (Index i = 0; i < rows; ++i) decode(row + i, block, leaf.values.row(i).data());
                 leaf.moved.noalias() = leaf.values * leaf.gram;
-                change.block(row, low, lane_count, size) = -leaf.values;
+                change.block(row, low, lane_count, width_of_block) = -leaf.values;
                 for (Index i = 0; i < rows; ++i) {
                     gains[row + i] += fit_superblock(row + i, block, i, leaf);
                     for (Index group = 0; group < groups(); ++group) {
@@ -147,7 +149,7 @@ struct Refinement {
                     }
                     decode(row + i, block, leaf.values.row(i).data());
                 }
-                change.block(row, low, lane_count, size) += leaf.values;
+                change.block(row, low, lane_count, width_of_block) += leaf.values;
             }
         });
     }
@@ -177,7 +179,7 @@ struct Refinement {
         if (d == 0.0f) return 0.0;
         alignas(64) std::array<float, 32> here{}, turned{};  // where they lie changes no bit
         for (Index j = 0; j < width; ++j)
-            here[static_cast<size_t>(j)] = points[codes(row, block * size + first + j)];
+            here[static_cast<size_t>(j)] = points[codes(row, block * width_of_block + first + j)];
         const Eigen::Map<const Eigen::RowVectorXf> point(here.data(), width);
         Eigen::Map<Eigen::RowVectorXf> curved(turned.data(), width);
         curved.noalias() = point.lazyProduct(leaf.gram.block(first, first, width, width));
@@ -204,9 +206,10 @@ struct Refinement {
         double gained = 0.0;
         const Index begin = group * type().group_size;
         for (Index first = begin; first < begin + type().group_size; first += unit_size) {
-            const UnitGram& unit = units[static_cast<size_t>((block * size + first) / unit_size)];
+            const UnitGram& unit =
+                units[static_cast<size_t>((block * width_of_block + first) / unit_size)];
             if (!unit.known) continue;
-            std::uint8_t* stored = codes.data() + row * in() + block * size + first;
+            std::uint8_t* stored = codes.data() + row * in() + block * width_of_block + first;
             const Unit slope = leaf.residual.row(i).segment<unit_size>(first);
             Unit now;
             for (Index j = 0; j < unit_size; ++j) now[j] = points[stored[j]];
@@ -222,8 +225,8 @@ struct Refinement {
             gained += gain;
             std::copy(choice.codes.begin(), choice.codes.end(), stored);
             const Index next = first + unit_size;
-            leaf.residual.row(i).tail(size - next).noalias() -=
-                step.lazyProduct(rows.rightCols(size - next));
+            leaf.residual.row(i).tail(width_of_block - next).noalias() -=
+                step.lazyProduct(rows.rightCols(width_of_block - next));
         }
         return gained;
     }
@@ -240,22 +243,22 @@ void refine_vectors(ConstMatrixView<float> weight, ConstMatrixView<float> gram,
     std::array<float, 16> points{};
     for (std::uint8_t code = 0; code < type.points(); ++code) points[code] = type.point(code);
     const Index in = weight.cols(), blocks = grids.d.cols(), groups = grids.scale_codes.cols();
-    for (Index first = 0; first < weight.rows(); first += tile_rows) {
-        const Index rows = std::min(tile_rows, weight.rows() - first);
+    for (Index first = 0; first < weight.rows(); first += vector_tile_rows) {
+        const Index rows = std::min(vector_tile_rows, weight.rows() - first);
         const Index padded = (rows + lane_count - 1) / lane_count * lane_count;
-        Refinement state{{weight.data() + first * in, rows, in},
-                         gram,
-                         units,
-                         search,
-                         points,
-                         {codes.data() + first * in, rows, in},
-                         {{grids.d.data() + first * blocks, rows, blocks},
-                          {grids.scale_codes.data() + first * groups, rows, groups},
-                          {nullptr, 0, 0},
-                          {nullptr, 0, 0}},
-                         Eigen::MatrixXf(padded, in),
-                         Eigen::MatrixXf(padded, in),
-                         Vector<double>::Zero(rows)};
+        VectorRefinement state{{weight.data() + first * in, rows, in},
+                               gram,
+                               units,
+                               search,
+                               points,
+                               {codes.data() + first * in, rows, in},
+                               {{grids.d.data() + first * blocks, rows, blocks},
+                                {grids.scale_codes.data() + first * groups, rows, groups},
+                                {nullptr, 0, 0},
+                                {nullptr, 0, 0}},
+                               Eigen::MatrixXf(padded, in),
+                               Eigen::MatrixXf(padded, in),
+                               Vector<double>::Zero(rows)};
         state.start();
         const double before = state.objective();
         objectives[0] += before;
