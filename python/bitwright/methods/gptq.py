@@ -229,22 +229,7 @@ def quantize_gptq(
         )
         blocks, given = rounded.superblocks, rounded.grids()
         if vectors is not None:
-            codes = rounded.codes
-            losses = _kernels.quantize_vectors(
-                np.ascontiguousarray(weight, np.float32),
-                gram.upper,
-                gram.order,
-                codes,
-                given[0],
-                vectors.type,
-                block_size,
-            )
-            return GptqTensor(
-                **choice.fields(codes, *given),
-                superblocks=blocks,
-                column_losses=losses,
-                damping=gram.damping,
-            )
+            return _on_vectors(weight, gram, rounded, choice, vectors.type, block_size)
     codes, scales, offsets, losses = _kernels.quantize_gptq(
         weight,
         gram.upper,
@@ -258,6 +243,28 @@ def quantize_gptq(
     return GptqTensor(
         **choice.fields(codes, scales, offsets),
         superblocks=blocks,
+        column_losses=losses,
+        damping=gram.damping,
+    )
+
+
+def _on_vectors(
+    weight: NDArray[Any],
+    gram: GramFactor,
+    rounded: QuantizedTensor,
+    choice: GridChoice,
+    type: str,
+    block_size: int,
+) -> GptqTensor:
+    """Choose vectors of codes on the scales of a rounded tensor."""
+    wide, scales = np.ascontiguousarray(weight, np.float32), rounded.grids()[0]
+    codes = rounded.codes
+    losses = _kernels.quantize_vectors(
+        wide, gram.upper, gram.order, codes, scales, type, block_size
+    )
+    return GptqTensor(
+        **choice.fields(codes, *rounded.grids()),
+        superblocks=rounded.superblocks,
         column_losses=losses,
         damping=gram.damping,
     )
