@@ -9,7 +9,12 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.blocks.drift import Drift, OriginalStream, drift_rows
 from bitwright.blocks.equalizing import Equalized
-from bitwright.blocks.gathering import advance, head_moments, require_finite_inputs
+from bitwright.blocks.gathering import (
+    advance,
+    head_moments,
+    require_finite_inputs,
+    tied_gram,
+)
 from bitwright.blocks.hidden_states import opened_states
 from bitwright.blocks.known_inputs import FEW_TOKENS
 from bitwright.blocks.scaling import ScaledBlock, divide_channels, observe_block
@@ -94,6 +99,11 @@ class LiveStatistics(StatisticsSource):
         if not self._is_followed(layers, index):
             return {}
         return {"hidden": self._states, "original": self._original}
+
+    def tied_solver(self, layers: Layers, name: str) -> OwnSolver | None:
+        if not (self.propagates and layers.options.method.needs_gram and layers.model.tied):
+            return None
+        return layers.own_solver(name, tied_gram(layers.model, self._ids))
 
     def head_solver(self, layers: Layers, name: str, scale: Float32) -> OwnSolver:
         gram = head_moments(layers.model, self._hidden).gram

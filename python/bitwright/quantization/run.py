@@ -142,7 +142,8 @@ class Run:
         name, table = self.model.names.embedding, None
         if state is None and self._layers.is_planned(name):
             layers = self._layers
-            own = layers.known_solver(name, None) or layers.weighted(name) or layers.rounding()
+            own = layers.known_solver(name, None) or layers.weighted(name)
+            own = own or self.source.tied_solver(layers, name) or layers.rounding()
             table = self._layers.quantize_matrix(name, self.model.embedding_name, own)
         self.source.begin(self._layers, journal, state, table, self._resident)
 

@@ -67,6 +67,11 @@ class StatisticsSource(ABC):
         """Return the states that a run needs to resume after block `index`."""
         return {}
 
+    def tied_solver(self, layers: Layers, name: str) -> OwnSolver | None:
+        """Return how to quantize an embedding that is the head, too; None where nothing is known of what
+        the head reads."""
+        return None
+
     @abstractmethod
     def head_solver(self, layers: Layers, name: str, scale: Float32) -> OwnSolver:
         """Return how to quantize the head, whose inputs are divided by a scale."""
