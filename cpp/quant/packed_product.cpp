@@ -132,7 +132,7 @@ struct Row {
                 weight[i] = scales[group] * codes[i] + biases[group];
     }
 
-    float dot(const float* states, const float* sums) const {
+    float product(const float* states, const float* sums) const {
         Lanes total = Lanes::Zero();
         float rest = 0;
         for (Index group = 0; group < scales.size(); ++group) {
@@ -147,7 +147,7 @@ struct Row {
             total += scales[group] * part;
             rest += scales[group] * left + biases[group] * sums[group];
         }
-        return total.sum() + rest;
+        return sum(total) + rest;
     }
 };
 
@@ -157,7 +157,7 @@ float dot(const float* weight, const float* states, Index count) {
     for (; i + lanes <= count; i += lanes) total += LanesView(weight + i) * LanesView(states + i);
     float rest = 0;
     for (; i < count; ++i) rest += weight[i] * states[i];
-    return total.sum() + rest;
+    return sum(total) + rest;
 }
 
 void put(float value, const float* bias, bool adds, Index column, float& target) {
@@ -253,7 +253,7 @@ void packed_linear(ConstMatrixView<float> states, const PackedWeight& packed, co
         for (Index index = first; index < last; ++index) {
             row.read(index);
             for (Index token = 0; token < tokens; ++token)
-                put(row.dot(states.row(token).data(), sums.row(token).data()), bias, adds, index,
+                put(row.product(states.row(token).data(), sums.row(token).data()), bias, adds, index,
                     output(token, index));
         }
     });

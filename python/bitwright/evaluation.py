@@ -295,6 +295,7 @@ def parameter_count(model: Model, left_out: Collection[str] = ()) -> int:
         name for name in checkpoint.names() if not name.startswith(known) and name not in left_out
     )
     final_norm = config.hidden_size * (2 if model.architecture.norm_kind == "layer_norm" else 1)
+    parameters += config.vocab_size if model.architecture.rules.head_bias else 0
     return parameters + final_norm + sum(math.prod(checkpoint.shape(n)) for n in others)
 
 

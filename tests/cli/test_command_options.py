@@ -118,7 +118,7 @@ def test_options_of_one_type_have_one_name() -> None:
         ), name
         assert all(isinstance(each.type, Model) for each in arguments if each.name == "model")
         read = [each.name for each in command.params if isinstance(each.type, Model)]
-        assert read in ([], ["model"], ["model", "reference"]), name
+        assert read in ([], ["model"], ["model", "reference"], ["model", "against"]), name
     bits = {long(each) for _, each in OPTIONS if isinstance(each.type, Bits)}
     assert bits == {"--embedding-bits", "--head-bits"}
 
@@ -127,9 +127,10 @@ def test_one_name_has_one_type_and_one_place() -> None:
     kinds: dict[str, set[str]] = {}
     groups: dict[str, set[str]] = {}
     for name, option in OPTIONS:
-        if name not in ("evaluate", "salient"):  # which has only numbers for --group-size
+        # salient has only numbers for --group-size, and compare several of everything.
+        if name not in ("evaluate", "salient", "compare"):
             kinds.setdefault(long(option), set()).add(type(option.type).__name__)
-        if name != "evaluate":
+        if name not in ("evaluate", "compare", "score", "generate", "chat"):  # of other things
             assert isinstance(option, Option)
             groups.setdefault(long(option), set()).add(option.group)
     assert {name for name, found in kinds.items() if len(found) > 1} <= {

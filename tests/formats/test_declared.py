@@ -180,7 +180,7 @@ def test_spellings_of_the_same(quantized: Path, name: str, change: Change, tmp_p
         ("compressed-tensors", says(format="int-quantized", config_groups={"g": {}}), "pack-quan"),
         ("compressed-tensors", says(config_groups={"W8A8": ["Linear"]}), "config_groups.W8A8"),
         ("compressed-tensors", weights(type="float"), r'group_0\.weights\.type" is \'float\''),
-        ("compressed-tensors", weights(block_structure=[128, 128]), "block_structure"),
+        ("compressed-tensors", weights(block_structure=[64, 64]), "block_structure"),
         ("mlx", says(mode="nvfp4"), r'quantization\.mode" is \'nvfp4\''),
         ("mlx", layer(MLX_LAYER, {"bits": 4, "group_size": 32, "mode": "mxfp4"}),
          rf'{MLX_LAYER}\.mode" is \'mxfp4\''),

@@ -87,11 +87,11 @@ def test_threads_change_no_bit() -> None:
     found, threads = [], _kernels.num_threads()
     try:
         for count in (1, 2):
-            bitwright.set_num_threads(count)
+            _kernels.set_num_threads(count)
             found.append(np.empty((1, 300), np.float32))
             matrix.product(states, None, found[-1])
     finally:
-        bitwright.set_num_threads(threads)
+        _kernels.set_num_threads(threads)
     assert np.array_equal(*found)
 
 

@@ -243,6 +243,7 @@ def test_experts_are_refined_without_drift(tmp_path: Path) -> None:
     folder = TESTS / "data" / "tiny" / "qwen3_moe"
     ids = np.random.default_rng(0).integers(0, 96, (24, 40)).astype(np.int32)
     options: dict[str, Any] = {"group_size": 32, "calibration": ids, "progress": False}
+    options["float_embeddings"] = True
     report = bitwright.quantize(folder, tmp_path / "q", "gptq", 3, **options)
     assert {layer.name for layer in report.layers} == set(
         bitwright.load_model(folder).linear_shapes()

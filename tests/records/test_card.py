@@ -20,7 +20,8 @@ from bitwright.cli.main import cli
 from bitwright.errors import OutputError
 from bitwright.evaluation import Evaluation
 from bitwright.formats import FORMATS
-from bitwright.records.card import add_evaluations, command_line, made_by, model_card, python_call
+from bitwright.records.card import add_evaluations, command_line, model_card, python_call
+from bitwright.records.made_by import made_by
 
 DEMO = bitwright.demo_folder()
 

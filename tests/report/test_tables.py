@@ -159,7 +159,7 @@ CASES: dict[str, tuple[Callable[[Console], None], list[str]]] = {
             Inspection(
                 *(Path(LONG), "deepseek_v3", "bfloat16", None, 61, 256, 671_026_419_200, 16.0),
                 *(False, (LayerKind("mlp.experts.*.down_proj", (7168, 18432), 14848, True),)),
-                *("awq+gptq", "default", 65536, 98_765_432_100, 123456.0),
+                *("awq+gptq", "default", 65536, 98_765_432_100, 123456.0, "mlx", 345_678_900_000),
             ),
             console,
         ),

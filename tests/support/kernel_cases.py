@@ -354,7 +354,30 @@ def tiled_cases() -> list[tuple[str, tuple[Any, ...]]]:
     ]
 
 
+def packed_cases() -> list[tuple[str, tuple[Any, ...]]]:
+    cases: list[tuple[str, tuple[Any, ...]]] = []
+    for bits in (3, 4):
+        codes = RNG.integers(0, 1 << bits, (ROWS, 128)).astype(np.uint8)
+        planes = _kernels.pack_planes(codes, bits)
+        scales, biases = (normal(ROWS, 4).astype(np.float16) for _ in range(2))
+        packed = _kernels.PackedMatrix(planes, 128, bits, scales, biases)
+        cases += [
+            ("pack_planes", (codes, bits)),
+            ("decode_packed", (packed, empty(ROWS, 128))),
+        ]
+        for tokens in (1, 20):
+            states, bias = normal(tokens, 128), normal(ROWS)
+            cases.append(("packed_linear", (states, packed, bias, empty(tokens, ROWS), True)))
+    for tokens in (1, 20):
+        weight = normal(ROWS, 67).astype(np.float16)
+        cases.append(
+            ("stored_linear", (normal(tokens, 67), weight, None, empty(tokens, ROWS), False))
+        )
+    return cases
+
+
 CASES = [
+    *packed_cases(),
     *tiled_cases(),
     *linalg_cases(),
     *quantizing_cases(),

@@ -264,7 +264,7 @@ def test_every_public_function_that_takes_text_has_the_option() -> None:
         )
     }
     assert taking.keys() >= {"load_tokens", "quantize", "evaluate", "dwq_quantize", "collect_grams"}
-    assert len(taking) == 13
+    assert len(taking) == 14
     for parameters in taking.values():
         assert parameters["bos"].default is True
         assert parameters["bos"].kind is inspect.Parameter.KEYWORD_ONLY

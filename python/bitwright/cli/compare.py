@@ -53,6 +53,7 @@ def _listed(text: str | None) -> list[str]:
 @evaluation_option("--evaluation", required=True, type=options.PATH, help=f"{options.TEXT}.")
 @evaluation_option("--samples", type=click.IntRange(1), help="Use the first so many samples.")
 @options.length(2, evaluation_option)
+@options.bos(evaluation_option)
 @precision_option(
     "--bits", "tried_bits", metavar="BITS,…", help="As for quantize; every one of them is tried."
 )

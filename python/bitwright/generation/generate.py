@@ -225,6 +225,8 @@ class Chat:
     bitwright.errors.CalibrationError: ...there is no chat template...
     """
 
+    @expands_home
+    @finds_models
     def __init__(
         self,
         model: str | os.PathLike[str] | Model,

@@ -16,6 +16,7 @@ from bitwright.errors import SensitivityError, check_choice
 from bitwright.files.home import expands_home
 from bitwright.formats import FORMATS, Format, FormatName, Precision
 from bitwright.formats.engine_names import fused_groups
+from bitwright.grids.tables import TABLES
 from bitwright.grids.tensor import Grid, stored_bits
 from bitwright.loading.model import Model, load_model
 from bitwright.methods.rtn import quantize_rtn
@@ -282,7 +283,8 @@ def _default_choices(
     nearest: bool,
 ) -> Choices:
     reaches, known = [], []
-    for each in [grid] if grid else kind.grids:
+    # Tables have one precision each, of which nothing can be chosen.
+    for each in [grid] if grid else [known for known in kind.grids if known not in TABLES]:
         ladder: list[Candidate] = []
         for bits in sorted(kind.bits):
             usual = kind.default_group_size(bits, each)

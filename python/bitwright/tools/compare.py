@@ -132,6 +132,7 @@ def compare(
     *,
     length: int | None = None,
     samples: int | None = None,
+    bos: bool = True,
     plot: str | os.PathLike[str] | None = None,
     memory: float | None = None,
     progress: Progressing = True,
@@ -153,8 +154,8 @@ def compare(
         Folder for the results and the quantized models.
     evaluation
         Text or token ids; not what is calibrated on.
-    length, samples
-        Of `evaluation`, as for `bitwright.evaluate`.
+    length, samples, bos
+        Of `evaluation`, as for `bitwright.evaluate`; settings have their own `bos`.
     plot
         File for a plot of KL divergence over size; its ending says how (.png, .svg, .pdf).
     memory
@@ -192,7 +193,9 @@ def compare(
     named = checked_settings(settings)
     if plot is not None:
         check_plot(plot)
-    comparison = _Folder.of(Path(expanded(out)), load_model(model), evaluation, length, samples)
+    comparison = _Folder.of(
+        Path(expanded(out)), load_model(model), evaluation, (length, samples, bos)
+    )
     for name, setting in named.items():
         if "folder" not in setting and comparison.known(name, setting) is None:
             place = comparison.out / name
@@ -275,9 +278,13 @@ class _Folder:
 
     @classmethod
     def of(
-        cls, out: Path, model: Model, text: TokenSource, length: int | None, samples: int | None
+        cls,
+        out: Path,
+        model: Model,
+        text: TokenSource,
+        reading: tuple[int | None, int | None, bool],
     ) -> "_Folder":
-        loaded = check_text([model], text, length, samples)
+        loaded = check_text([model], text, *reading)
         about = {
             "model": model_fingerprint(model.checkpoint),
             "tokens": tokens_fingerprint(loaded.tokens),
