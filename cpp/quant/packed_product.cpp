@@ -253,8 +253,8 @@ void packed_linear(ConstMatrixView<float> states, const PackedWeight& packed, co
         for (Index index = first; index < last; ++index) {
             row.read(index);
             for (Index token = 0; token < tokens; ++token)
-                put(row.product(states.row(token).data(), sums.row(token).data()), bias, adds, index,
-                    output(token, index));
+                put(row.product(states.row(token).data(), sums.row(token).data()), bias, adds,
+                    index, output(token, index));
         }
     });
 }
