@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from demo_runs import DEMO, TEXT, divergence, run
+from made_models import k_model
 from told import TOLD
 
 import bitwright
 from bitwright.blocks.output_metrics import OutputMetrics
 from bitwright.quantization.layers import Layers
+from bitwright.warned import BitwrightWarning
 
 OPTIONS: dict[str, Any] = {"preset": "high", "bits": 2, "group_size": 32}
 ENOUGH = {"samples": 48}  # for gradients that tell something
@@ -104,3 +107,14 @@ def test_best_resumes_in_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run(tmp_path / "out", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_layers_that_gain_nothing_are_told(tmp_path: Path) -> None:
+    model = k_model(tmp_path / "model")
+    options: dict[str, Any] = {
+        **{"format": "gguf", "grid": "iq2_xxs", "preset": "high", "progress": False},
+        **{"bits": 2, "overrides": {"*.down_proj": "Q2_K"}},
+        "calibration": np.arange(256, dtype=np.int32).reshape(4, 64) % 64,
+    }
+    with pytest.warns(BitwrightWarning, match="have codes of several weights"):
+        bitwright.quantize(model, tmp_path / "q", "gptq", **options)

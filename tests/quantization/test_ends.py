@@ -9,12 +9,14 @@ from made_models import k_model
 from shared_data import TESTS
 
 import bitwright
+from bitwright.blocks.gathering import tied_gram
 from bitwright.checkpoint.gguf_file import TYPE_NAMES
 from bitwright.errors import RecipeError
 from bitwright.formats import FORMATS, Precision
 from bitwright.formats.gguf import GgufFormat
 from bitwright.formats.mlx import MlxFormat
 from bitwright.loading.model import Model
+from bitwright.quantization.live import LiveStatistics
 
 TINY = TESTS / "data" / "tiny"
 UNTIED = TINY / "llama-llama3"  # rows of 64
@@ -135,3 +137,37 @@ def test_recipes_may_name_them(tmp_path: Path) -> None:
     assert precisions(float_ones) == [None, None]
     with pytest.raises(RecipeError, match="names lm_head, which the gptq format keeps in float"):
         made(UNTIED, tmp_path / "g", recipe=recipe, format="gptq")
+
+
+def test_an_embedding_that_is_the_head_is_quantized_for_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = bitwright.load_tokens(DEMO / "calibration.txt", tokenizer=DEMO, length=64, samples=64)
+    options: dict[str, Any] = {"bits": 3, "group_size": 64, "calibration": ids}
+
+    def lost(name: str, **more: Any) -> float:
+        made(DEMO, tmp_path / name, "gptq", **{**options, **more})
+        found = bitwright.evaluate(
+            tmp_path / name,
+            DEMO / "evaluation.txt",
+            reference=DEMO,
+            length=64,
+            samples=32,
+            progress=False,
+        )
+        assert found.kl_divergence is not None
+        return found.kl_divergence
+
+    together, kept = lost("together"), lost("kept", float_embeddings=True)
+    monkeypatch.setattr(LiveStatistics, "tied_solver", lambda *_: None)
+    assert together - kept < 0.8 * (lost("rounded") - kept)
+
+
+def test_the_metric_of_a_tied_embedding_is_of_the_first_tokens() -> None:
+    model = bitwright.load_model(DEMO)
+    ids = np.random.default_rng(0).integers(0, 512, (80, 64)).astype(np.int32)
+    *_, states = model.hidden_states(ids[:64])
+    seen = states.reshape(-1, states.shape[-1]).astype(np.float64)
+    expected = seen.T @ seen
+    expected = expected / np.trace(expected) * len(expected) + np.eye(len(expected))
+    np.testing.assert_allclose(tied_gram(model, ids), expected, 1e-3, 1e-3)

@@ -21,6 +21,7 @@ from bitwright.checkpoint.front_matter import CARD_NAME
 from bitwright.checkpoint.work_folder import WorkFolder
 from bitwright.evaluation import parameter_count
 from bitwright.formats.engine_names import unfused
+from bitwright.grids.tables import vectors_of
 from bitwright.loading.model import Model
 from bitwright.methods.method import MethodOptions
 from bitwright.precision.target import Target
@@ -38,6 +39,7 @@ from bitwright.runs.journal import Journal, kept_when_interrupted
 from bitwright.runs.limits import RunLimits
 from bitwright.runs.states import States
 from bitwright.statistics.imatrix import ModelImportance
+from bitwright.warned import warn
 
 only_checking: ContextVar[bool] = ContextVar("only_checking", default=False)
 
@@ -117,6 +119,7 @@ class Run:
         if only_checking.get():
             raise AllIsWell
         self._resident = planned.resident
+        self._warn_of_vectors()
         self.writer = writer if self.ranks.is_first else None
         with work, kept_when_interrupted(work):
             journal = Journal(work, self._identity(identity), start)
@@ -208,6 +211,17 @@ class Run:
         )
         limits = self.limits
         return tell(plan_run(work, limits.memory, out, timed=bool(limits.progress)), limits)
+
+    def _warn_of_vectors(self) -> None:
+        """Say which layers get no more from output metrics than from the default preset."""
+        planned = [each for each in self.target.plan.values() if each is not None]
+        vectors = [each for each in planned if vectors_of(each.grid) is not None]
+        if self.metrics is not None and vectors:
+            warn(
+                f"preset: {len(vectors)} of {len(planned)} layers have codes of several weights "
+                f"({', '.join(sorted({each.grid for each in vectors}))}); these are refined as by the "
+                f"default preset"
+            )
 
     def _identity(self, identity: Mapping[str, object]) -> dict[str, object]:
         """Return what decides the result, in words for whoever changes it between two runs."""
