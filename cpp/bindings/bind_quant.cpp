@@ -771,16 +771,17 @@ struct PackedMatrix {
     py::object planes, scales, offsets, superscales, supermins, points;
     PackedWeight weight;
 
-    PackedMatrix(const py::object& planes_, Index channels, int bits, const py::object& scales_,
-                 const py::object& offsets_, const py::object& superscales_,
-                 const py::object& supermins_, const py::object& points_, float zero, float divisor)
-        : planes(planes_),
-          scales(scales_),
-          offsets(offsets_),
-          superscales(superscales_),
-          supermins(supermins_),
-          points(points_),
-          weight{matrix<std::uint8_t>(planes_, "planes"), channels, bits, {}, {}, {}, {}} {
+    PackedMatrix(const py::object& of_planes, Index channels, int bits, const py::object& of_scales,
+                 const py::object& of_offsets, const py::object& of_superscales,
+                 const py::object& of_supermins, const py::object& of_points, float zero,
+                 float divisor)
+        : planes(of_planes),
+          scales(of_scales),
+          offsets(of_offsets),
+          superscales(of_superscales),
+          supermins(of_supermins),
+          points(of_points),
+          weight{matrix<std::uint8_t>(of_planes, "planes"), channels, bits, {}, {}, {}, {}} {
         check_bits(bits);
         if (channels < 1 || weight.planes.cols() != packed_bytes(channels, bits))
             throw py::value_error("planes: they do not hold " + std::to_string(channels) +
@@ -802,7 +803,8 @@ struct PackedMatrix {
 };
 
 void bind_packed(py::module_& module) {
-    py::class_<PackedMatrix>(module, "PackedMatrix")
+    py::class_<PackedMatrix>(module, "PackedMatrix",
+                             py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)))
         .def(py::init<const py::object&, Index, int, const py::object&, const py::object&,
                       const py::object&, const py::object&, const py::object&, float, float>(),
              py::arg("planes"), py::arg("channels"), py::arg("bits"), py::arg("scales"),

@@ -20,13 +20,13 @@ constexpr float no_limit = std::numeric_limits<float>::infinity();
 // [number][chunk][weight][candidate].
 std::vector<std::int8_t> nearest_vectors(const Codebook& book) {
     const auto width = static_cast<size_t>(book.width), count = static_cast<size_t>(book.size());
-    const size_t wanted = chunks * lane_count;
+    const size_t wanted = size_t{chunks} * lane_count;
     std::vector<std::int8_t> lists(book.codes.size() * wanted * width);
     std::vector<int> distances(count), order(count), centre(width);
     for (size_t number = 0; number < book.codes.size(); ++number) {
         size_t rest = number;
         for (int& magnitude : centre) {
-            magnitude = book.magnitudes[rest % book.magnitudes.size()];
+            magnitude = int{book.magnitudes[rest % book.magnitudes.size()]};
             rest /= book.magnitudes.size();
         }
         for (size_t code = 0; code < count; ++code) {
@@ -115,18 +115,18 @@ struct UnitSearch::Found {
     std::array<std::uint8_t, width> codes{};
 };
 
-UnitSearch::UnitSearch(const CodebookType& of) : type(of), neighbours(neighbour_lists(of.book)) {
+UnitSearch::UnitSearch(const CodebookType& of) : type(of), neighbours_(neighbour_lists(of.book)) {
     const auto magnitudes = type.vectors().magnitudes;
     for (size_t place = 0; place < magnitudes.size(); ++place)
-        places[static_cast<size_t>(magnitudes[place] + 1)] = static_cast<std::uint8_t>(place);
-    first = static_cast<float>(magnitudes[0]) * type.unit;
+        places_[static_cast<size_t>(magnitudes[place] + 1)] = static_cast<std::uint8_t>(place);
+    first_ = static_cast<float>(magnitudes[0]) * type.unit;
     const float last = static_cast<float>(magnitudes[magnitudes.size() - 1]) * type.unit;
-    step = (last - first) / static_cast<float>(magnitudes.size() - 1);
+    step_ = (last - first_) / static_cast<float>(magnitudes.size() - 1);
 }
 
 Index UnitSearch::place_of(float magnitude) const {
     const float top = static_cast<float>(type.vectors().base() - 1);
-    return static_cast<Index>(std::clamp(std::rint((magnitude - first) / step), 0.0f, top));
+    return static_cast<Index>(std::clamp(std::rint((magnitude - first_) / step_), 0.0f, top));
 }
 
 // Of the vectors near to some magnitudes, with these signs, the one that costs least.
@@ -142,7 +142,7 @@ void UnitSearch::near(const std::array<Index, width>& digits, const std::array<f
     const bool must_change = parity >= 0 && negative % 2 != parity;
     const bool may_change = parity < 0 && type.vectors().has_signs();
     for (int chunk = 0; chunk < chunks; ++chunk) {
-        const std::int8_t* list = neighbours + (number * chunks + chunk) * width * lane_count;
+        const std::int8_t* list = neighbours_ + (number * chunks + chunk) * width * lane_count;
         std::array<Lanes, width> points, errors;
         for (size_t i = 0; i < width; ++i) {
             const Eigen::Map<const Eigen::Array<std::int8_t, lane_count, 1>> values(list +
@@ -175,8 +175,8 @@ void UnitSearch::near(const std::array<Index, width>& digits, const std::array<f
                 float sign = signs[i];
                 if (changes && place[lane] == static_cast<float>(i)) sign = -sign;
                 best.points[i] = sign * type.unit * static_cast<float>(value);
-                best.codes[i] = type.is_moved() ? places[static_cast<size_t>(value + 1)]
-                                                : type.code(places[static_cast<size_t>(value + 1)],
+                best.codes[i] = type.is_moved() ? places_[static_cast<size_t>(value + 1)]
+                                                : type.code(places_[static_cast<size_t>(value + 1)],
                                                             sign < 0.0f);
             }
         }

@@ -41,9 +41,9 @@ class UnitSearch {
     const CodebookType& type;
 
   private:
-    const std::int8_t* neighbours;        // of each number of digits, see codebook_search.cpp
-    std::array<std::uint8_t, 64> places;  // of magnitudes, counted from −1
-    float first, step;                    // of the magnitudes, nearly
+    const std::int8_t* neighbours_;        // of each number of digits, see codebook_search.cpp
+    std::array<std::uint8_t, 64> places_;  // of magnitudes, counted from −1
+    float first_, step_;                   // of the magnitudes, nearly
 
     template <int width>
     struct Found;

@@ -10,10 +10,10 @@ namespace bitwright {
 namespace {
 
 constexpr Index few_tokens = 8;  // up to which dot products are faster than decoding for a product
-constexpr Index tile_rows = 64, grain = 16;
-constexpr Index lanes = 16;
-using Lanes = Eigen::Array<float, lanes, 1>;
-using LanesView = Eigen::Map<const Lanes>;
+constexpr Index product_rows = 64, product_grain = 16;
+constexpr Index product_lanes = 16;
+using ProductLanes = Eigen::Array<float, product_lanes, 1>;
+using ProductLanesView = Eigen::Map<const ProductLanes>;
 
 template <int width>
 void pack_plane(const std::uint8_t* codes, int shift, std::uint8_t* bytes) {
@@ -133,15 +133,15 @@ struct Row {
     }
 
     float product(const float* states, const float* sums) const {
-        Lanes total = Lanes::Zero();
+        ProductLanes total = ProductLanes::Zero();
         float rest = 0;
         for (Index group = 0; group < scales.size(); ++group) {
             const float* code = codes.data() + group * size;
             const float* state = states + group * size;
-            Lanes part = Lanes::Zero();
+            ProductLanes part = ProductLanes::Zero();
             Index i = 0;
-            for (; i + lanes <= size; i += lanes)
-                part += LanesView(code + i) * LanesView(state + i);
+            for (; i + product_lanes <= size; i += product_lanes)
+                part += ProductLanesView(code + i) * ProductLanesView(state + i);
             float left = 0;
             for (; i < size; ++i) left += code[i] * state[i];
             total += scales[group] * part;
@@ -151,10 +151,11 @@ struct Row {
     }
 };
 
-float dot(const float* weight, const float* states, Index count) {
-    Lanes total = Lanes::Zero();
+float row_product(const float* weight, const float* states, Index count) {
+    ProductLanes total = ProductLanes::Zero();
     Index i = 0;
-    for (; i + lanes <= count; i += lanes) total += LanesView(weight + i) * LanesView(states + i);
+    for (; i + product_lanes <= count; i += product_lanes)
+        total += ProductLanesView(weight + i) * ProductLanesView(states + i);
     float rest = 0;
     for (; i < count; ++i) rest += weight[i] * states[i];
     return sum(total) + rest;
@@ -169,7 +170,7 @@ void put(float value, const float* bias, bool adds, Index column, float& target)
 template <typename Decoder>
 void tiled_product(ConstMatrixView<float> states, const Decoder& decoder, const float* bias,
                    bool adds, MatrixView<float> output) {
-    parallel_for(output.cols(), tile_rows, [&](Index first, Index last) {
+    parallel_for(output.cols(), product_rows, [&](Index first, Index last) {
         Matrix<float> weight(last - first, states.cols());
         auto decode = decoder();
         for (Index row = first; row < last; ++row) decode(row, weight.row(row - first).data());
@@ -204,7 +205,7 @@ void StoredNumbers::row(Index index, float* target) const {
 }
 
 void pack_planes(ConstMatrixView<std::uint8_t> codes, int bits, MatrixView<std::uint8_t> planes) {
-    parallel_for(codes.rows(), grain, [&](Index first, Index last) {
+    parallel_for(codes.rows(), product_grain, [&](Index first, Index last) {
         for (Index row = first; row < last; ++row)
             for (Index start = 0; start < codes.cols(); start += packed_block) {
                 std::uint8_t block[packed_block] = {};
@@ -222,7 +223,7 @@ void pack_planes(ConstMatrixView<std::uint8_t> codes, int bits, MatrixView<std::
 }
 
 void decode_packed(const PackedWeight& packed, MatrixView<float> weight) {
-    parallel_for(weight.rows(), grain, [&](Index first, Index last) {
+    parallel_for(weight.rows(), product_grain, [&](Index first, Index last) {
         Row row(packed);
         for (Index index = first; index < last; ++index) {
             row.read(index);
@@ -248,7 +249,7 @@ void packed_linear(ConstMatrixView<float> states, const PackedWeight& packed, co
     for (Index token = 0; token < tokens; ++token)
         for (Index group = 0; group < groups; ++group)
             sums(token, group) = sum(states.row(token).segment(group * size, size));
-    parallel_for(output.cols(), grain, [&](Index first, Index last) {
+    parallel_for(output.cols(), product_grain, [&](Index first, Index last) {
         Row row(packed);
         for (Index index = first; index < last; ++index) {
             row.read(index);
@@ -265,13 +266,13 @@ void stored_linear(ConstMatrixView<float> states, const StoredNumbers& weight, c
         return [&weight](Index index, float* target) { weight.row(index, target); };
     };
     if (states.rows() > few_tokens) return tiled_product(states, decoder, bias, adds, output);
-    parallel_for(output.cols(), grain, [&](Index first, Index last) {
+    parallel_for(output.cols(), product_grain, [&](Index first, Index last) {
         AlignedRow<float> row(weight.columns);
         for (Index index = first; index < last; ++index) {
             weight.row(index, row.data());
             for (Index token = 0; token < states.rows(); ++token)
-                put(dot(row.data(), states.row(token).data(), row.size()), bias, adds, index,
-                    output(token, index));
+                put(row_product(row.data(), states.row(token).data(), row.size()), bias, adds,
+                    index, output(token, index));
         }
     });
 }

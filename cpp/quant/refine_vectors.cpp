@@ -219,7 +219,7 @@ struct VectorRefinement {
             const UnitChoice choice = search.run(wanted.data(), unit.metric, down);
             const Unit step = of_group * (Eigen::Map<const Unit>(choice.points.data()) - now);
             const auto rows = leaf.gram.middleRows<unit_size>(first);
-            const Unit curve = step.lazyProduct(rows.middleCols<unit_size>(first));
+            const Unit curve = step.lazyProduct(rows.template middleCols<unit_size>(first));
             const double gain = 2.0 * dot(step, slope) - dot(step, curve);
             if (!(gain > 0.0)) continue;
             gained += gain;
@@ -241,7 +241,8 @@ void refine_vectors(ConstMatrixView<float> weight, ConstMatrixView<float> gram,
     const UnitSearch search(type);
     const auto units = unit_grams(gram, type);
     std::array<float, 16> points{};
-    for (std::uint8_t code = 0; code < type.points(); ++code) points[code] = type.point(code);
+    for (int code = 0; code < type.points(); ++code)
+        points[static_cast<size_t>(code)] = type.point(static_cast<std::uint8_t>(code));
     const Index in = weight.cols(), blocks = grids.d.cols(), groups = grids.scale_codes.cols();
     for (Index first = 0; first < weight.rows(); first += vector_tile_rows) {
         const Index rows = std::min(vector_tile_rows, weight.rows() - first);
