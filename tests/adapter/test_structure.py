@@ -204,7 +204,7 @@ def test_mlx_has_stacked_experts_as_without_transformers(
         bitwright.quantize_with_transformers(model, tmp_path / "some", "rtn", 4, 32, **some)
     bitwright.quantize_with_transformers(model, tmp_path / "ours", "rtn", 4, 32, **options)
     options.pop("exclude", None)
-    bitwright.quantize(model, tmp_path / "native", "rtn", 4, 32, **options)
+    bitwright.quantize(model, tmp_path / "native", "rtn", 4, 32, float_embeddings=True, **options)
     ours, native = (load_file(tmp_path / each / "model.safetensors") for each in ("ours", "native"))
     assert any(f".{stack}.down_proj.scales" in each for each in ours)
     assert ours.keys() == native.keys()
@@ -244,7 +244,7 @@ def test_towers_and_rotary_scaling_are_declared_as_without_transformers(
     model = TESTS / "data" / "tiny" / "gemma4"
     options: dict[str, Any] = {"format": format, "progress": False}
     bitwright.quantize_with_transformers(model, tmp_path / "ours", "rtn", 4, 32, **options)
-    bitwright.quantize(model, tmp_path / "native", "rtn", 4, 32, **options)
+    bitwright.quantize(model, tmp_path / "native", "rtn", 4, 32, float_embeddings=True, **options)
     ours, native = (
         json.loads((tmp_path / each / "config.json").read_text()) for each in ("ours", "native")
     )

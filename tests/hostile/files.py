@@ -289,8 +289,9 @@ def scaled() -> dict[str, Files]:
             rows, columns = shape
             for end, (dtype, down, across) in parts.items():
                 size = (-(-rows // down), -(-columns // across))
-                # Bytes that make no large number in any of the dtypes.
-                data = bytes([60]) * (math.prod(size) * DTYPES[dtype].itemsize)
+                # Bytes that make no large number in any of the dtypes; of powers of two, no tiny one.
+                filler = 120 if dtype in ("U8", "F8_E8M0") and "scale" in end else 60
+                data = bytes([filler]) * (math.prod(size) * DTYPES[dtype].itemsize)
                 tensors[stem + end] = (dtype, size, data)
         config = json.loads(files["config.json"]) | {"quantization_config": said}
         files["config.json"] = json.dumps(config).encode()

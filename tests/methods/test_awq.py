@@ -512,6 +512,7 @@ def test_quality_reaches_the_prototype(
         bits=3,
         calibration=np.load(SHARED / "text" / f"{text}_calibration.npy")[:samples],
         preset="fast",
+        float_embeddings=True,
         progress=False,
     )
     evaluation = SHARED / "text" / f"{text}_eval.npy"

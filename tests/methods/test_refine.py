@@ -289,9 +289,8 @@ def test_default_is_at_or_below_the_prototypes(
     folder, name = SHARED / "models" / model, model.partition("-")[0]
     calibration = np.load(SHARED / "text" / f"{name}_calibration.npy")[:samples]
     text = np.load(SHARED / "text" / f"{name}_eval.npy")[:16]
-    bitwright.quantize(
-        folder, tmp_path / "q", "gptq", bits, size, calibration=calibration, progress=False
-    )
+    options: dict[str, Any] = {"calibration": calibration, "float_embeddings": True}
+    bitwright.quantize(folder, tmp_path / "q", "gptq", bits, size, progress=False, **options)
     result = bitwright.evaluate(tmp_path / "q", text, reference=folder).kl_divergence
     assert result is not None
     assert result <= most

@@ -29,6 +29,7 @@ NOT_COMPARED = (
     *("mistral3-ministral3", "mistral3-mistral4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
     *("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen3_next", "gpt_oss", "lfm2", "lfm2_moe"),
     *("bamba", "granitemoehybrid", "granitemoehybrid-experts"),
+    *("falcon_h1", "falcon_h1-gated", "mamba2", "nemotron_h"),
 )
 
 

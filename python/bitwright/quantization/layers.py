@@ -302,13 +302,11 @@ class Layers:
             if replace:
                 block.weights[f"{name}.weight"] = tensor.dequantize() if stored is None else stored
 
-    def quantize_matrix(
-        self, name: str, source: str, own: OwnSolver, power: int = 0, *, whole: bool = False
-    ) -> MatrixRows:
+    def quantize_matrix(self, name: str, source: str, own: OwnSolver, power: int = 0) -> MatrixRows:
         """Quantize embedding or head, times two to a power; return the rows that a reader will see.
 
-        `source` is the layer's name in the original. The matrix is never all in float32 unless it has to be
-        `whole`."""
+        `source` is the layer's name in the original. The matrix is never all in float32 unless all its rows
+        are looked at together."""
         precision = self.target.plan[name]
         assert precision is not None
         if self.target.wider_dtype is not None:
@@ -317,7 +315,7 @@ class Layers:
             rows = self._matrix_pieces(source, 0, False)
             held = all(half_holds(each, choice) for _, each in rows)
             self._wide = set() if all(self.ranks.gather(held)) else {name}
-        pieces = self._matrix_pieces(source, power, whole)
+        pieces = self._matrix_pieces(source, power, self._is_whole(precision))
         tensor, _ = self._quantize(name, pieces, own, precision, self.output.finish)
         return MatrixRows(tensor.dequantize, tensor.shape, f"layer {name}")
 

@@ -101,7 +101,7 @@ class LiveStatistics(StatisticsSource):
         return {"hidden": self._states, "original": self._original}
 
     def tied_solver(self, layers: Layers, name: str) -> OwnSolver | None:
-        if not (self.propagates and layers.options.method.needs_gram and layers.model.tied):
+        if not (self.propagates and layers.options.method.factors_gram and layers.model.tied):
             return None
         return layers.own_solver(name, tied_gram(layers.model, self._ids))
 

@@ -280,8 +280,7 @@ class Run:
         power = self._layers.equalized_head(name)
         scale = np.full(self.model.config.hidden_size, 2.0**power, np.float32)
         own = self.source.head_solver(self._layers, name, scale)
-        whole = self.options.method.whole_layers
-        self._layers.quantize_matrix(name, self.model.head_name, own, power, whole=whole)
+        self._layers.quantize_matrix(name, self.model.head_name, own, power)
 
     def _finish(
         self,

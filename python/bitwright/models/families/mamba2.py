@@ -87,6 +87,7 @@ FAMILIES = (
     Architecture(
         model_types=("nemotron_h",),
         rules=ConfigRules(
+            overlooked=("sliding_window",),
             defaults={
                 "vocab_size": 131072,
                 "intermediate_size": 21504,
