@@ -14,7 +14,7 @@ from bitwright.models.network import HEAD_BYTES, logit_rows
 
 KEPT_STATES = 2  # of every block, where a backward pass begins
 BACKWARD_BYTES = (
-    3_000_000  # of a thread's buffers for products of gradients, beside those for outputs
+    5_000_000  # of a thread's buffers for products of gradients, beside those for outputs
 )
 
 
