@@ -4,26 +4,13 @@
 #include <bit>
 #include <cstring>
 
-#include "linalg/threads.hpp"
+#include "quant/stored_blocks.hpp"
 
 namespace bitwright {
 namespace {
 
-constexpr Index vector_rows = 16;
 using Bytes = const std::uint8_t*;
 using Block = std::uint8_t*;
-
-// Fields of ggml's structs are little-endian, and need not be aligned.
-template <typename Number>
-Number stored_number(Bytes bytes, Index index = 0) {
-    Number value;
-    std::memcpy(&value, bytes + index * static_cast<Index>(sizeof value), sizeof value);
-    return value;
-}
-template <typename Number>
-void store(Number value, Block bytes, Index index = 0) {
-    std::memcpy(bytes + index * static_cast<Index>(sizeof value), &value, sizeof value);
-}
 
 std::uint8_t field(Bytes bytes, size_t index, int bits) {
     const size_t each = 8 / static_cast<size_t>(bits);
@@ -45,7 +32,7 @@ std::uint8_t even_signs(unsigned seven) {
 // A word for every 32 weights: four times seven signs, and a scale.
 void unpack_words(Bytes words, Index stride, VectorBlock& parts) {
     for (size_t group = 0; group < 8; ++group) {
-        const auto word = stored_number<std::uint32_t>(words + static_cast<Index>(group) * stride);
+        const auto word = load_number<std::uint32_t>(words + static_cast<Index>(group) * stride);
         for (size_t i = 0; i < 4; ++i) parts.signs[4 * group + i] = even_signs(word >> 7 * i & 127);
         parts.scales[group] = static_cast<std::uint8_t>(word >> 28);
     }
@@ -55,19 +42,19 @@ void pack_words(const VectorBlock& parts, Block words, Index stride) {
         std::uint32_t word = static_cast<std::uint32_t>(parts.scales[group]) << 28;
         for (size_t i = 0; i < 4; ++i)
             word |= static_cast<std::uint32_t>(parts.signs[4 * group + i] & 127) << 7 * i;
-        store(word, words + static_cast<Index>(group) * stride);
+        store_number(word, words + static_cast<Index>(group) * stride);
     }
 }
 
 // d, then for every 32 weights four codes and a word.
 struct Iq2Xxs {
     static void unpack(Bytes block, VectorBlock& parts) {
-        parts.d = stored_number<Eigen::half>(block);
+        parts.d = load_number<Eigen::half>(block);
         for (size_t i = 0; i < 32; ++i) parts.vectors[i] = block[2 + i / 4 * 8 + i % 4];
         unpack_words(block + 6, 8, parts);
     }
     static void pack(const VectorBlock& parts, Block block) {
-        store(parts.d, block);
+        store_number(parts.d, block);
         for (size_t i = 0; i < 32; ++i)
             block[2 + i / 4 * 8 + i % 4] = static_cast<std::uint8_t>(parts.vectors[i]);
         pack_words(parts, block + 6, 8);
@@ -77,19 +64,19 @@ struct Iq2Xxs {
 // d, 32 codes of nine bits with seven signs, and 16 scales.
 struct Iq2Xs {
     static void unpack(Bytes block, VectorBlock& parts) {
-        parts.d = stored_number<Eigen::half>(block);
+        parts.d = load_number<Eigen::half>(block);
         for (size_t i = 0; i < 32; ++i) {
-            const auto word = stored_number<std::uint16_t>(block + 2, static_cast<Index>(i));
+            const auto word = load_number<std::uint16_t>(block + 2, static_cast<Index>(i));
             parts.vectors[i] = word & 511;
             parts.signs[i] = even_signs(word >> 9);
         }
         for (size_t i = 0; i < 16; ++i) parts.scales[i] = field(block + 66, i, 4);
     }
     static void pack(const VectorBlock& parts, Block block) {
-        store(parts.d, block);
+        store_number(parts.d, block);
         for (size_t i = 0; i < 32; ++i)
-            store(static_cast<std::uint16_t>(parts.vectors[i] | (parts.signs[i] & 127) << 9),
-                  block + 2, static_cast<Index>(i));
+            store_number(static_cast<std::uint16_t>(parts.vectors[i] | (parts.signs[i] & 127) << 9),
+                         block + 2, static_cast<Index>(i));
         for (size_t i = 0; i < 16; ++i) store_field(parts.scales[i], block + 66, i, 4);
     }
 };
@@ -97,7 +84,7 @@ struct Iq2Xs {
 // d, the lower bits of 32 codes, their signs, the upper two bits, and 16 scales.
 struct Iq2S {
     static void unpack(Bytes block, VectorBlock& parts) {
-        parts.d = stored_number<Eigen::half>(block);
+        parts.d = load_number<Eigen::half>(block);
         for (size_t i = 0; i < 32; ++i) {
             parts.vectors[i] = joined(block[2 + i], field(block + 66, i, 2));
             parts.signs[i] = block[34 + i];
@@ -105,7 +92,7 @@ struct Iq2S {
         for (size_t i = 0; i < 16; ++i) parts.scales[i] = field(block + 74, i, 4);
     }
     static void pack(const VectorBlock& parts, Block block) {
-        store(parts.d, block);
+        store_number(parts.d, block);
         for (size_t i = 0; i < 32; ++i) {
             block[2 + i] = static_cast<std::uint8_t>(parts.vectors[i] & 255);
             store_field(parts.vectors[i] >> 8, block + 66, i, 2);
@@ -118,12 +105,12 @@ struct Iq2S {
 // d, 64 codes, and a word for every 32 weights.
 struct Iq3Xxs {
     static void unpack(Bytes block, VectorBlock& parts) {
-        parts.d = stored_number<Eigen::half>(block);
+        parts.d = load_number<Eigen::half>(block);
         for (size_t i = 0; i < 64; ++i) parts.vectors[i] = block[2 + i];
         unpack_words(block + 66, 4, parts);
     }
     static void pack(const VectorBlock& parts, Block block) {
-        store(parts.d, block);
+        store_number(parts.d, block);
         for (size_t i = 0; i < 64; ++i) block[2 + i] = static_cast<std::uint8_t>(parts.vectors[i]);
         pack_words(parts, block + 66, 4);
     }
@@ -132,14 +119,14 @@ struct Iq3Xxs {
 // d, the lower bits of 64 codes, the upper bit, the signs, and 8 scales.
 struct Iq3S {
     static void unpack(Bytes block, VectorBlock& parts) {
-        parts.d = stored_number<Eigen::half>(block);
+        parts.d = load_number<Eigen::half>(block);
         for (size_t i = 0; i < 64; ++i)
             parts.vectors[i] = joined(block[2 + i], field(block + 66, i, 1));
         std::memcpy(parts.signs.data(), block + 74, parts.signs.size());
         for (size_t i = 0; i < 8; ++i) parts.scales[i] = field(block + 106, i, 4);
     }
     static void pack(const VectorBlock& parts, Block block) {
-        store(parts.d, block);
+        store_number(parts.d, block);
         for (size_t i = 0; i < 64; ++i) {
             block[2 + i] = static_cast<std::uint8_t>(parts.vectors[i] & 255);
             store_field(parts.vectors[i] >> 8, block + 66, i, 1);
@@ -153,22 +140,22 @@ struct Iq3S {
 // scale, and the direction.
 struct Iq1S {
     static void unpack(Bytes block, VectorBlock& parts) {
-        parts.d = stored_number<Eigen::half>(block);
+        parts.d = load_number<Eigen::half>(block);
         for (size_t i = 0; i < 32; ++i) {
-            const auto word = stored_number<std::uint16_t>(block + 34, static_cast<Index>(i / 4));
+            const auto word = load_number<std::uint16_t>(block + 34, static_cast<Index>(i / 4));
             parts.vectors[i] = joined(block[2 + i], word >> 3 * (i % 4) & 7);
             parts.signs[i] = static_cast<std::uint8_t>(word >> 15);
             parts.scales[i / 4] = static_cast<std::uint8_t>(word >> 12 & 7);
         }
     }
     static void pack(const VectorBlock& parts, Block block) {
-        store(parts.d, block);
+        store_number(parts.d, block);
         for (size_t group = 0; group < 8; ++group) {
             unsigned word = static_cast<unsigned>(parts.scales[group]) << 12 |
                             static_cast<unsigned>(parts.signs[4 * group]) << 15;
             for (size_t i = 0; i < 4; ++i)
                 word |= static_cast<unsigned>(parts.vectors[4 * group + i] >> 8) << 3 * i;
-            store(static_cast<std::uint16_t>(word), block + 34, static_cast<Index>(group));
+            store_number(static_cast<std::uint16_t>(word), block + 34, static_cast<Index>(group));
         }
         for (size_t i = 0; i < 32; ++i)
             block[2 + i] = static_cast<std::uint8_t>(parts.vectors[i] & 255);
@@ -181,7 +168,7 @@ struct Iq1M {
     static void unpack(Bytes block, VectorBlock& parts) {
         unsigned bits = 0;
         for (size_t i = 0; i < 4; ++i) {
-            const auto word = stored_number<std::uint16_t>(block + 48, static_cast<Index>(i));
+            const auto word = load_number<std::uint16_t>(block + 48, static_cast<Index>(i));
             bits |= static_cast<unsigned>(word >> 12) << 4 * i;
             for (size_t j = 0; j < 4; ++j)
                 parts.scales[4 * i + j] = static_cast<std::uint8_t>(word >> 3 * j & 7);
@@ -199,7 +186,7 @@ struct Iq1M {
             unsigned word = (bits >> 4 * i & 15) << 12;
             for (size_t j = 0; j < 4; ++j)
                 word |= static_cast<unsigned>(parts.scales[4 * i + j]) << 3 * j;
-            store(static_cast<std::uint16_t>(word), block + 48, static_cast<Index>(i));
+            store_number(static_cast<std::uint16_t>(word), block + 48, static_cast<Index>(i));
         }
         for (size_t i = 0; i < 32; ++i) {
             block[i] = static_cast<std::uint8_t>(parts.vectors[i] & 255);
@@ -261,16 +248,6 @@ bool pack_unit(const CodebookType& type, const std::uint8_t* codes, size_t unit,
     return type.signs != Signs::moved_groups || parts.signs[unit] == parts.signs[first];
 }
 
-// body(row, block, bytes of the block)
-template <typename Bytes, typename Body>
-void each_vector_block(const CodebookType& type, Bytes& blocks, const Body& body) {
-    parallel_for(blocks.rows(), vector_rows, [&](Index first, Index last) {
-        for (Index row = first; row < last; ++row)
-            for (Index block = 0; block < blocks.cols() / type.bytes; ++block)
-                body(row, block, blocks.data() + row * blocks.cols() + block * type.bytes);
-    });
-}
-
 }  // namespace
 
 std::uint8_t CodebookType::code(Index digit, bool negative) const {
@@ -296,7 +273,7 @@ bool pack_vectors(ConstMatrixView<std::uint8_t> codes, const SuperblocksView& gr
                   const CodebookType& type, MatrixView<std::uint8_t> blocks) {
     const Index groups = superblock_size / type.group_size;
     std::atomic<bool> held{true};
-    each_vector_block(type, blocks, [&](Index row, Index block, std::uint8_t* bytes) {
+    each_block(type.bytes, blocks, [&](Index row, Index block, std::uint8_t* bytes) {
         VectorBlock parts;
         parts.d = grids.d(row, block);
         for (Index group = 0; group < groups; ++group) {
@@ -318,7 +295,7 @@ void unpack_vectors(ConstMatrixView<std::uint8_t> blocks, const CodebookType& ty
                     MatrixView<std::uint8_t> codes, SuperblocksView grids) {
     const Index groups = superblock_size / type.group_size;
     const Codebook& book = type.vectors();
-    each_vector_block(type, blocks, [&](Index row, Index block, const std::uint8_t* bytes) {
+    each_block(type.bytes, blocks, [&](Index row, Index block, const std::uint8_t* bytes) {
         VectorBlock parts;
         type.unpack(bytes, parts);
         grids.d(row, block) = parts.d;

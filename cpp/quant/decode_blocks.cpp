@@ -2,24 +2,15 @@
 
 #include <array>
 #include <cmath>
-#include <cstring>
 
-#include "linalg/threads.hpp"
+#include "quant/stored_blocks.hpp"
 
 namespace bitwright {
 namespace {
 
-constexpr Index decoded_rows = 16;
 using Bytes = const std::uint8_t*;
 
-// Fields of ggml's structs are little-endian, and need not be aligned.
-template <typename Number>
-Number number(Bytes bytes, Index index = 0) {
-    Number value;
-    std::memcpy(&value, bytes + index * static_cast<Index>(sizeof value), sizeof value);
-    return value;
-}
-float half(Bytes bytes) { return static_cast<float>(number<Eigen::half>(bytes)); }
+float half(Bytes bytes) { return static_cast<float>(load_number<Eigen::half>(bytes)); }
 
 // A byte holds five digits of base 3, the highest first, as a fraction of 256.
 float third(int byte, Index place) {
@@ -72,9 +63,8 @@ const BlockType* block_type(std::string_view name) {
 void decode_blocks(ConstMatrixView<std::uint8_t> blocks, const BlockType& type,
                    MatrixView<float> weights) {
     const Index count = blocks.cols() / type.bytes;
-    parallel_for(blocks.rows(), decoded_rows, [&](Index first, Index last) {
-        for (Index i = first * count; i < last * count; ++i)
-            type.decode(blocks.data() + i * type.bytes, weights.data() + i * type.weights);
+    each_block(type.bytes, blocks, [&](Index row, Index block, Bytes bytes) {
+        type.decode(bytes, weights.data() + (row * count + block) * type.weights);
     });
 }
 

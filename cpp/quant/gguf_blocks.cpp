@@ -2,15 +2,13 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <type_traits>
 
-#include "linalg/threads.hpp"
+#include "quant/stored_blocks.hpp"
 
 namespace bitwright {
 namespace {
 
-constexpr Index packed_rows = 16;
 constexpr int most_values = 32;  // scales and mins of a superblock
 
 // Bits [shift, shift + bits) of `count` values, from byte `offset` of a struct on: the lowest bits
@@ -157,26 +155,6 @@ bool has_six_bits(const KGrid& grid) { return !grid.table && (grid.bits == 4 || 
 // What makes codes unsigned.
 int scale_bias(const KGrid& grid) { return grid.bits == 3 || grid.table ? 32 : 0; }
 
-// body(row, block, bytes of the block)
-template <typename Bytes, typename Body>
-void each_block(const Layout& layout, Bytes& blocks, const Body& body) {
-    parallel_for(blocks.rows(), packed_rows, [&](Index first, Index last) {
-        for (Index row = first; row < last; ++row)
-            for (Index block = 0; block < blocks.cols() / layout.bytes; ++block)
-                body(row, block, blocks.data() + row * blocks.cols() + block * layout.bytes);
-    });
-}
-
-void store_half(Eigen::half value, std::uint8_t* bytes) {
-    std::memcpy(bytes, &value, sizeof value);
-}
-
-Eigen::half load_half(const std::uint8_t* bytes) {
-    Eigen::half value;
-    std::memcpy(&value, bytes, sizeof value);
-    return value;
-}
-
 }  // namespace
 
 Index block_bytes(int bits, bool affine) { return layout_of_blocks(bits, affine).bytes; }
@@ -185,10 +163,10 @@ Index superblock_bytes(const KGrid& grid) { return layout_of_superblocks(grid).b
 void pack_blocks(ConstMatrixView<std::uint8_t> codes, ConstMatrixView<Eigen::half> d,
                  ConstMatrixView<Eigen::half> m, int bits, MatrixView<std::uint8_t> blocks) {
     const Layout layout = layout_of_blocks(bits, m.size() > 0);
-    each_block(layout, blocks, [&](Index row, Index block, std::uint8_t* bytes) {
+    each_block(layout.bytes, blocks, [&](Index row, Index block, std::uint8_t* bytes) {
         std::fill_n(bytes, layout.bytes, std::uint8_t{0});
-        store_half(d(row, block), bytes + layout.d);
-        if (layout.bias >= 0) store_half(m(row, block), bytes + layout.bias);
+        store_number<Eigen::half>(d(row, block), bytes + layout.d);
+        if (layout.bias >= 0) store_number<Eigen::half>(m(row, block), bytes + layout.bias);
         std::array<std::uint8_t, weights_per_block> values;
         for (Index i = 0; i < weights_per_block; ++i)
             values[static_cast<size_t>(i)] =
@@ -200,9 +178,9 @@ void pack_blocks(ConstMatrixView<std::uint8_t> codes, ConstMatrixView<Eigen::hal
 void unpack_blocks(ConstMatrixView<std::uint8_t> blocks, int bits, MatrixView<std::uint8_t> codes,
                    MatrixView<Eigen::half> d, MatrixView<Eigen::half> m) {
     const Layout layout = layout_of_blocks(bits, m.size() > 0);
-    each_block(layout, blocks, [&](Index row, Index block, const std::uint8_t* bytes) {
-        d(row, block) = load_half(bytes + layout.d);
-        if (layout.bias >= 0) m(row, block) = load_half(bytes + layout.bias);
+    each_block(layout.bytes, blocks, [&](Index row, Index block, const std::uint8_t* bytes) {
+        d(row, block) = load_number<Eigen::half>(bytes + layout.d);
+        if (layout.bias >= 0) m(row, block) = load_number<Eigen::half>(bytes + layout.bias);
         std::uint8_t* values = codes.data() + row * codes.cols() + block * weights_per_block;
         std::fill_n(values, weights_per_block, std::uint8_t{0});
         Layout::unpack(layout.codes, bytes, values);
@@ -215,15 +193,15 @@ void pack_superblocks(ConstMatrixView<std::uint8_t> codes, const SuperblocksView
     const Layout layout = layout_of_superblocks(grid);
     const Index groups = grid.groups();
     const int bias = scale_bias(grid);
-    each_block(layout, blocks, [&](Index row, Index block, std::uint8_t* bytes) {
+    each_block(layout.bytes, blocks, [&](Index row, Index block, std::uint8_t* bytes) {
         std::fill_n(bytes, layout.bytes, std::uint8_t{0});
-        store_half(grids.d(row, block), bytes + layout.d);
+        store_number<Eigen::half>(grids.d(row, block), bytes + layout.d);
         std::array<std::uint8_t, most_values> values{};
         for (Index i = 0; i < groups; ++i)
             values[static_cast<size_t>(i)] =
                 static_cast<std::uint8_t>(grids.scale_codes(row, block * groups + i) + bias);
         if (grid.affine) {
-            store_half(grids.dmin(row, block), bytes + layout.bias);
+            store_number<Eigen::half>(grids.dmin(row, block), bytes + layout.bias);
             for (Index i = 0; i < groups; ++i)
                 values[static_cast<size_t>(groups + i)] = grids.min_codes(row, block * groups + i);
         }
@@ -241,8 +219,8 @@ void unpack_superblocks(ConstMatrixView<std::uint8_t> blocks, const KGrid& grid,
     const Layout layout = layout_of_superblocks(grid);
     const Index groups = grid.groups();
     const int bias = scale_bias(grid);
-    each_block(layout, blocks, [&](Index row, Index block, const std::uint8_t* bytes) {
-        grids.d(row, block) = load_half(bytes + layout.d);
+    each_block(layout.bytes, blocks, [&](Index row, Index block, const std::uint8_t* bytes) {
+        grids.d(row, block) = load_number<Eigen::half>(bytes + layout.d);
         std::array<std::uint8_t, most_values> values{};
         if (has_six_bits(grid))
             unpack_six_bits(bytes + six_bits_at, values.data());
@@ -252,7 +230,7 @@ void unpack_superblocks(ConstMatrixView<std::uint8_t> blocks, const KGrid& grid,
             grids.scale_codes(row, block * groups + i) =
                 static_cast<std::int8_t>(values[static_cast<size_t>(i)] - bias);
         if (grid.affine) {
-            grids.dmin(row, block) = load_half(bytes + layout.bias);
+            grids.dmin(row, block) = load_number<Eigen::half>(bytes + layout.bias);
             for (Index i = 0; i < groups; ++i)
                 grids.min_codes(row, block * groups + i) = values[static_cast<size_t>(groups + i)];
         }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "linalg/inverse_factor.hpp"
+#include "linalg/ordered_sum.hpp"
 #include "linalg/product.hpp"
 #include "linalg/sum.hpp"
 #include "quant/group_search.hpp"
@@ -162,15 +163,9 @@ struct Refinement {
     }
 
     double objective() const {
-        std::vector<double> parts(static_cast<size_t>(in()));
-        parallel_for(in(), 16, [&](Index first, Index last) {
-            for (Index j = first; j < last; ++j)
-                parts[static_cast<size_t>(j)] =
-                    dot(change.col(j).head(out()), residual.col(j).head(out()));
+        return ordered_sum(in(), 16, [&](Index j) {
+            return dot(change.col(j).head(out()), residual.col(j).head(out()));
         });
-        double total = 0.0;
-        for (const double part : parts) total += part;
-        return total;
     }
 
     void sweep_columns(Index low, Index high) {

@@ -529,13 +529,7 @@ class _Run:
             return set()
         planned = [linear for linear in linears if self.plan.get(linear.name) is not None]
         found = {each.name for each in planned if not half_holds(each.weight, self._choice(each))}
-        experts = self.output.experts
-        stacks = {experts[name].stacked_name for name in found if name in experts}
-        return found | {
-            each.name
-            for each in planned
-            if each.name in experts and experts[each.name].stacked_name in stacks
-        }
+        return self.output.with_stacks(found, (each.name for each in planned))
 
     def _require_kept(
         self,

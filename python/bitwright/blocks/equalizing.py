@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bitwright import _kernels
 from bitwright.blocks.scaling import AwqOptions, ScaledBlock
 from bitwright.grids.choice import GridChoice, smallest_scale
-from bitwright.grids.tables import TABLES, has_superblocks
+from bitwright.grids.tables import has_own_scales, has_superblocks
 from bitwright.loading.model import Model
 from bitwright.models.architecture import Attention
 from bitwright.models.block import DecoderBlock, Rotation
@@ -130,8 +130,9 @@ def is_coarse(weight: Float32 | Pieces, choice: GridChoice) -> bool:
 
 def half_holds(weight: Float32 | Pieces, choice: GridChoice) -> bool:
     """Tell whether float16 scales can hold a layer, whose weights are neither too small nor too large."""
-    own = choice.grid in TABLES and TABLES[choice.grid].scale_dtype is not None
-    return own or (_largest(weight) < LARGEST_HALF and not is_coarse(weight, choice))
+    return has_own_scales(choice.grid) or (
+        _largest(weight) < LARGEST_HALF and not is_coarse(weight, choice)
+    )
 
 
 def _parts(weight: Float32 | Pieces) -> Iterable[Float32]:

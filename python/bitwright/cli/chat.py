@@ -59,8 +59,7 @@ def chat(
             (name, each.say(line.strip(), max_tokens, show if streams else None))
             for name, each in chats
         ]
-        first, *others = (told(each) for _, each in said)
-        answers.append({**first, "against": others[0]} if others else first)
+        answers.append(told(said))
         if streams:
             click.echo()
         if not as_json:

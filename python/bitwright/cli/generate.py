@@ -1,6 +1,7 @@
 """``bitwright generate``."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bitwright.cli.noted import is_json
 from bitwright.cli.parameters import Model
 from bitwright.cli.telling import tell
 from bitwright.generation.generate import Generation
+from bitwright.records.described import described
 from bitwright.report.printing import print_generations
 
 sampling = options.together(
@@ -36,9 +38,10 @@ sampling = options.together(
 )
 
 
-def told(said: Generation) -> dict[str, Any]:
-    """Return what --json prints."""
-    return {**vars(said), "tokens_per_second": said.tokens_per_second}
+def told(said: Sequence[tuple[str, Generation]]) -> dict[str, Any]:
+    """Return what --json prints of one model's text, or of two."""
+    first, *others = (described(each) for _, each in said)
+    return {**first, "against": others[0]} if others else dict(first)
 
 
 def show(text: str) -> None:
@@ -75,8 +78,4 @@ def generate(model: Path, against: Path | None, threads: int | None, **given: An
         said.append((str(against), bitwright.generate(against, **given)))
     if streams:
         click.echo()
-    first, *others = (told(each) for _, each in said)
-    tell(
-        {**first, "against": others[0]} if others else first,
-        lambda console: print_generations(said, console, Console(stderr=True)),
-    )
+    tell(told(said), lambda console: print_generations(said, console, Console(stderr=True)))

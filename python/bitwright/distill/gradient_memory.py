@@ -39,7 +39,7 @@ def logits_bytes(model: Model, rows: int, copies: int) -> int:
 
 def head_bytes(model: Model, rows: int) -> int:
     """Return what a piece of the head takes, with the logits that it makes."""
-    vocabulary, width = model.config.vocab_size, model.config.hidden_size
+    vocabulary, width = model.table_shape
     at_once = min(rows, logit_rows(4 * vocabulary, HEAD_BYTES))
     return 4 * min(vocabulary, piece_rows(width)) * (width + at_once)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from bitwright import _kernels
 from bitwright.generation.matrices import StoredMatrix
 from bitwright.models.operations import Float, Operations
 
@@ -118,24 +117,18 @@ class CachedOperations(Operations):
         self, query: Float, key: Float, value: Float, rule: Mapping[str, Any], heads: int
     ) -> Float:
         """Return the output of attention to all tokens so far."""
-        past = self.cache.length
-        keys, values = self.cache.append(key, value)
-        output = np.empty((len(query), value.shape[1] // rule["key_heads"] * heads), query.dtype)
-        _kernels.attention(query, keys, values, heads=heads, out=output, past=past, **rule)
-        return output
+        rule = {**rule, "past": self.cache.length}
+        return super().attend(query, *self.cache.append(key, value), rule, heads)
 
     def convolve(self, name: str, states: Float, length: int) -> Float:
         """Return the causal convolution of each channel."""
         before = self.taps(name).shape[1] - 1
         joined = self.cache.with_last(states, before)
-        output = np.empty_like(joined)
-        _kernels.convolve(joined, self.taps(name), self.bias(name), len(joined), output)
-        return output[before:]
+        return super().convolve(name, joined, len(joined))[before:]
 
     def recurrence(self, parts: Sequence[Float], rule: Mapping[str, Any]) -> Float:
         """Return the outputs of a recurrence from the state that it has been left in."""
-        query, key, value, decay, strength = parts
+        query, value = parts[0], parts[2]
         width = query.shape[1] // rule["key_heads"] * (value.shape[1] // rule["heads"])
-        state, output = self.cache.state((rule["heads"], width), value.dtype), np.empty_like(value)
-        _kernels.recurrence(query, key, value, decay, strength, out=output, states=state, **rule)
-        return output
+        state = self.cache.state((rule["heads"], width), value.dtype)
+        return super().recurrence(parts, {**rule, "states": state})

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tokenizers import Tokenizer
 
@@ -40,6 +40,8 @@ class Generation:
     peak_memory_bytes
         Largest resident memory of the process so far.
     """
+
+    DERIVED: ClassVar = ("tokens_per_second",)
 
     text: str
     tokens: tuple[int, ...]

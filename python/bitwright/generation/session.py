@@ -192,7 +192,7 @@ class Session:
             shapes |= {
                 model.block_prefix(index) + name: each for name, each in layout.floats.items()
             }
-        table = model.config.vocab_size, model.config.hidden_size
+        table = model.table_shape
         shapes |= {model.embedding_name: table, model.head_name: table}
         order = sorted(shapes, key=lambda name: -shapes[name][0] * shapes[name][1])
         packed = model.quantized_layers()

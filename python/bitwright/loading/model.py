@@ -119,7 +119,7 @@ class Model(Decoder):
         self.experts: dict[str, ExpertPlace] = {}
         self._rows: dict[str, MatrixRows] = {}
         for name in (self.embedding_name, self.head_name):
-            self._check_matrix(name, (self.config.vocab_size, self.config.hidden_size))
+            self._check_matrix(name, self.table_shape)
         for name, extent in (self._final_vectors() | self._head_vectors()).items():
             self._check_vector(name, extent)
         layouts: list[BlockLayout] = []
@@ -282,7 +282,7 @@ class Model(Decoder):
     def quantized_layers(self) -> dict[str, tuple[int, int]]:
         """Return ``(out, in)`` of every layer that is quantized, by full name."""
         packed = set(self.packed_tensors().values())
-        matrix = (self.config.vocab_size, self.config.hidden_size)
+        matrix = self.table_shape
         shapes = {self.embedding_name: matrix, self.head_name: matrix, **self.linear_shapes()}
         return {
             name: shape
@@ -366,7 +366,7 @@ class Model(Decoder):
         """Return the rows of the embedding or the head, by its name, which are read as they are needed."""
         if name in self._rows:
             return self._rows[name]
-        shape = self.config.vocab_size, self.config.hidden_size
+        shape = self.table_shape
         tensor = self.quantized(name)
         if tensor is not None:
             self._check_shape(f"{name} (quantized)", tensor.shape, shape)
@@ -401,7 +401,7 @@ class Model(Decoder):
     def piece_bytes(self, name: str) -> int:
         """Return what a piece of these rows takes beside that, where there are several also the room that
         the one before has left."""
-        vocabulary, width = self.config.vocab_size, self.config.hidden_size
+        vocabulary, width = self.table_shape
         rows = piece_rows(width)
         piece = width * min(vocabulary, rows) * (2 if rows < vocabulary else 1)
         if self.is_quantized(name):
@@ -411,13 +411,13 @@ class Model(Decoder):
 
     def embedding(self) -> Float32:
         """Read the embedding matrix ``[vocabulary, hidden_size]``."""
-        return self.weight(self.embedding_name, (self.config.vocab_size, self.config.hidden_size))
+        return self.weight(self.embedding_name, self.table_shape)
 
     def embedding_table(self) -> NDArray[Any] | MatrixRows:
         """Read the embedding matrix as it is stored, in 16 or 32 bits, or get ready to read its rows, for
         `embed`."""
         name = f"{self.embedding_name}.weight"
-        shape = (self.config.vocab_size, self.config.hidden_size)
+        shape = self.table_shape
         if (
             not self._is_float(name)
             or self.checkpoint.shape(name) != shape

@@ -74,6 +74,11 @@ class Decoder(WeightSource):
         return self.embedding_name == self.head_name
 
     @property
+    def table_shape(self) -> tuple[int, int]:
+        """``(vocabulary, hidden_size)`` of embedding and head."""
+        return self.config.vocab_size, self.config.hidden_size
+
+    @property
     def positions(self) -> int:
         """How many positions the model was trained on, or reaches with its RoPE scaling."""
         declared, rope = self.config.max_position_embeddings, self.config.rope

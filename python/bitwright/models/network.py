@@ -143,7 +143,7 @@ class Network:
             yield first, self.model.head_logits(states[first : first + step], head)
 
     def _rows_of_weight(self, name: str) -> MatrixRows:
-        shape = self.model.config.vocab_size, self.model.config.hidden_size
+        shape = self.model.table_shape
         matrix = self.weight(name, shape)
         return MatrixRows(lambda first, last: matrix[first:last], shape, name)
 

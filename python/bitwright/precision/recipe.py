@@ -138,7 +138,7 @@ def plan_layers(
     mixed = {} if mix is None else mixed_layers(model, format, mix)
     if mix is None and not float_embeddings:
         mixed = _ends(model, format, default, only_bits)
-        shapes |= dict.fromkeys(mixed, _matrix(model))
+        shapes |= dict.fromkeys(mixed, model.table_shape)
     plan = plan_shapes(
         shapes,
         default,
@@ -151,7 +151,7 @@ def plan_layers(
     model_type = model.config.model_type
     plan.update(dict.fromkeys(n for n in shapes if format.keeps_in_float(model_type, n)))
     plan.update(dict.fromkeys(model.never_quantized()))
-    matrix = _matrix(model)
+    matrix = model.table_shape
     for name, bits, option in (
         (model.names.embedding, embedding_bits, "embedding_bits"),
         (model.names.head, head_bits, "head_bits"),
@@ -182,7 +182,7 @@ def _ends(
     in them; nothing for formats that have both in float."""
     if not format.embeddings:
         return {}
-    names, shape = model.names, _matrix(model)
+    names, shape = model.names, model.table_shape
     embedding, head = format.ends(model.config.model_type, default, shape[1])
     if head is not None and only_bits not in (None, head.bits):
         head = default
@@ -195,9 +195,9 @@ def _ends(
 
 def mixed_layers(model: Model, format: type[Format], mix: Mix) -> dict[str, Precision | None]:
     """Return the precision of all layers, embedding and head in a mixture; None for float."""
-    matrices: dict[str, tuple[int, ...]] = {model.names.embedding: _matrix(model)}
+    matrices: dict[str, tuple[int, ...]] = {model.names.embedding: model.table_shape}
     if not model.tied:
-        matrices[model.names.head] = _matrix(model)
+        matrices[model.names.head] = model.table_shape
     places = model.experts if format.stacks_experts else {}
     for name, shape in model.linear_shapes().items():
         if name not in places:
@@ -337,15 +337,15 @@ def _unfit_message(
     return f"{unfit_layers(unfit, shapes, format)}. What helps: {', or '.join(remedies)}"
 
 
-def _matrix(model: Model) -> tuple[int, int]:
-    return model.config.vocab_size, model.config.hidden_size
+def named_shapes(model: Model) -> dict[str, tuple[int, int]]:
+    """Return ``(out, in)`` of all that a recipe may name: linears, the embedding, and an untied head."""
+    ends = [model.names.embedding] if model.tied else [model.names.embedding, model.names.head]
+    return {**model.linear_shapes(), **dict.fromkeys(ends, model.table_shape)}
 
 
 def check_recipe(recipe: Recipe, model: Model) -> None:
     """Raise RecipeError unless a recipe names the layers of a model."""
-    known = {**model.linear_shapes(), model.names.embedding: _matrix(model)}
-    if not model.tied:
-        known[model.names.head] = _matrix(model)
+    known = named_shapes(model)
     for name in recipe.layers:
         if name not in known:
             raise RecipeError(

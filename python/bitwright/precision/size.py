@@ -52,7 +52,7 @@ def written_tensors(
 ) -> Iterator[tuple[str, int]]:
     """Yield what is written, by names without endings, and the bytes of each: layers as they are planned,
     and tensors that stay in float."""
-    matrix = model.config.vocab_size, model.config.hidden_size
+    matrix = model.table_shape
     shapes = {
         model.names.embedding: matrix,
         model.names.head: matrix,

@@ -30,7 +30,7 @@ from bitwright.precision.choices import (
     rounding_error,
 )
 from bitwright.precision.options import PrecisionOptions
-from bitwright.precision.recipe import Recipe
+from bitwright.precision.recipe import Recipe, named_shapes
 from bitwright.precision.sensitivities import Sensitivities
 from bitwright.precision.size import file_bytes, layer_bytes
 from bitwright.precision.target import Target
@@ -105,7 +105,7 @@ class WholeSize:
                 f"target_size: {asked} is out of reach; the weights take from {reach[0]} to {reach[1]} in "
                 f"the {kind.name} format"
             )
-        shapes = _shapes(model)
+        shapes = named_shapes(model)
         weights = sum(math.prod(shapes[name]) for name in coarse.free)
         return near(8 * (target_size - coarse.fixed) / weights)
 
@@ -162,7 +162,7 @@ class WholeSize:
 
     def taken(self, name: str, candidate: Candidate) -> int:
         """Return the bytes of a layer."""
-        shape, dtype = _shapes(self.model)[name], self.choices.scale_dtype
+        shape, dtype = named_shapes(self.model)[name], self.choices.scale_dtype
         return layer_bytes(self.options.kind, shape, self.precision(candidate), dtype)
 
     def compare(self, folder: Path) -> None:
@@ -208,7 +208,7 @@ class WholeSize:
             more=items,
         )
         linears = [name for name in layers if name in model.linear_shapes()]
-        shapes = _shapes(model)
+        shapes = named_shapes(model)
         weights = sum(math.prod(shapes[name]) for name in linears)
         reached = 8 * sum(self.taken(name, layers[name]) for name in linears) / max(weights, 1)
         return Recipe(layers, reached, reached)
@@ -262,12 +262,6 @@ def divergences(
     return found
 
 
-def _shapes(model: Model) -> dict[str, tuple[int, int]]:
-    matrix = model.config.vocab_size, model.config.hidden_size
-    ends = [model.names.embedding] if model.tied else [model.names.embedding, model.names.head]
-    return {**model.linear_shapes(), **dict.fromkeys(ends, matrix)}
-
-
 def _some_rows(model: Model, name: str) -> Float32:
     source = model.embedding_name if name == model.names.embedding else model.head_name
     matrix = model.rows(source)
@@ -284,7 +278,7 @@ def _end_candidates(
     kind = options.kind
     if not kind.embeddings or options.float_embeddings:
         return {}
-    matrix = model.config.vocab_size, model.config.hidden_size
+    matrix = model.table_shape
     finest = Precision(*choices.ends[1], choices.grid)
     known = [Precision(*each, choices.grid) for each in choices.candidates]
     known += [kind.with_bits(finest, bits) for bits in FINER_BITS if bits > finest.bits]
@@ -295,5 +289,7 @@ def _end_candidates(
     }
     found = tuple(sorted(stored, key=fineness))
     return {
-        name: found for name in _shapes(model) if name in given and given[name] is None and found
+        name: found
+        for name in named_shapes(model)
+        if name in given and given[name] is None and found
     }

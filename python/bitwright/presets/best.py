@@ -130,9 +130,9 @@ def best_quantization(
         in_phases(options.limits.progress, *_phases(chooses, options.two_sided)),
     ):
         current().on_first(writer.check_place)
-        _require_room(original, model, out, options, chooses)
+        whole = _require_room(original, model, out, options, chooses)
         if chooses:
-            recipe = _chosen(original, options, work)
+            recipe = _chosen(original, options, work, whole)
         precision = replace(options.precision, recipe=recipe, target_size=None)
         options = replace(options, precision=precision)
         trained = _trained(model, out, options)
@@ -177,20 +177,21 @@ def _require_room(
     out: str | os.PathLike[str],
     options: QuantizationOptions,
     chooses: bool,
-) -> None:
-    """Raise, before anything is computed, what one of the stages would."""
+) -> WholeSize | None:
+    """Raise, before anything is computed, what one of the stages would; return what precisions are chosen
+    within where the size of whole files is asked for."""
     assert options.calibration is not None
     source = given_or_builtin(options.calibration.source)
     estimated = _estimated(options)
     quiet = replace(options, limits=replace(options.limits, progress=False))
-    asked = options.precision
+    asked, whole = options.precision, None
     if asked.target_size is not None:  # which only a recipe fills
         if not chooses:
             raise ValueError(
                 "target_size: with these options all layers have one precision; leave out target_size or "
                 "what says so (recipe, overrides, grid, format)"
             )
-        WholeSize.of(original, asked, options.method.method)
+        whole = WholeSize.of(original, asked, options.method.method)
     plans: list[Callable[[], object]] = [
         lambda: (
             check_high(original, out, quiet) if options.two_sided else check_run(model, out, quiet)
@@ -200,16 +201,18 @@ def _require_room(
     if chooses:
         plans.append(lambda: check_estimate(original, source, samples=None, **estimated))
     require_all(plans)
+    return whole
 
 
-def _chosen(original: Model, options: QuantizationOptions, work: WorkFolder) -> Recipe:
+def _chosen(
+    original: Model, options: QuantizationOptions, work: WorkFolder, whole: WholeSize | None
+) -> Recipe:
     """Return precisions around the one asked for, so that all layers take no more than they would have."""
     assert options.calibration is not None
     asked, limits = options.precision, options.limits
     kind, method = asked.kind, options.method.method
     precision = kind.precision(asked.bits, asked.group_size, asked.grid, original.input_channels())
     candidates = _candidates(kind, precision, original.input_channels())
-    whole = None if asked.target_size is None else WholeSize.of(original, asked, method)
     if whole is not None:
         candidates = list(whole.choices.candidates)
     found = estimate_sensitivities(

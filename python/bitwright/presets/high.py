@@ -57,10 +57,11 @@ def check_high(
     assert options.calibration is not None
     tokens = metric_tokens(options.calibration.load(original).tokens)
     quiet = replace(options, limits=replace(options.limits, progress=False))
+    plans: list[GradientPlan] = []
     require_all(
         [
             lambda: check_run(original.checkpoint.source, out, quiet),
-            lambda: plan_gradients(original, tokens, options.limits.memory),
+            lambda: plans.append(plan_gradients(original, tokens, options.limits.memory)),
         ]
     )
-    return tokens, plan_gradients(original, tokens, options.limits.memory)
+    return tokens, plans[0]

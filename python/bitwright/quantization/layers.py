@@ -232,25 +232,21 @@ class Layers:
     def _found_wide(self, block: DecoderBlock, prefix: str) -> set[str]:
         """Return the layers of a block whose scales float16 cannot hold, with all of a stack of experts."""
         self._wide = set()
-        choices, experts = self.grid_choices(block, prefix), self.output.experts
+        choices = self.grid_choices(block, prefix)
         found = {
             prefix + name
             for name, choice in choices.items()
             if not half_holds(block.weights.read(f"{name}.weight"), choice)
         }
         block.weights.clear()
-        stacks = {experts[name].stacked_name for name in found if name in experts}
-        others = (prefix + name for name in choices)
-        return found | {
-            name for name in others if name in experts and experts[name].stacked_name in stacks
-        }
+        return self.output.with_stacks(found, (prefix + name for name in choices))
 
     def equalized_head(self, name: str) -> int:
         """Return by which power of two the head is multiplied, and its norm divided."""
         precision = self.target.plan[name]
         if self._quantized is not None or precision is None or self.target.wider_dtype is not None:
             return 0
-        shape = (self.model.config.vocab_size, self.model.config.hidden_size)
+        shape = self.model.table_shape
         choice = self._grid_choice(name, precision, shape)
         power, changed, coarse = equalize_head(self.model, choice)
         self.changed.update(changed)

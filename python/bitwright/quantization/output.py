@@ -1,7 +1,7 @@
 """What a run writes, layer by layer, and what is reported of it."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,14 @@ class Output:
         self._ranks = current()
         self._digests: dict[str, str] = {}
         self.size_bytes = 0
+
+    def with_stacks(self, found: set[str], names: Iterable[str]) -> set[str]:
+        """Return some layers, with those of `names` that are stored as one tensor with any of them."""
+        experts = self.experts
+        stacks = {experts[name].stacked_name for name in found if name in experts}
+        return found | {
+            name for name in names if name in experts and experts[name].stacked_name in stacks
+        }
 
     def finish(self, layer: QuantizedLayer) -> None:
         """Write and report a layer."""

@@ -238,7 +238,7 @@ class ModelImportance:
             **model.linear_shapes(),
             **dict.fromkeys(
                 (model.names.embedding, model.names.head),
-                (model.config.vocab_size, model.config.hidden_size),
+                model.table_shape,
             ),
         }
         self._experts = model.config.experts.count if model.config.experts else 0
